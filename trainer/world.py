@@ -1,0 +1,73 @@
+"""The ranks of a run: who am I, how many are we, where do tensors live, and how to wait for one another."""
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place in the run. `World()` is a run of one rank on the CPU."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, value):
+        """What rank 0 passes in, on every rank (a small picklable Python value made by this program)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def sum_(self, tensors: list[torch.Tensor]) -> None:
+        """Adds every tensor over the ranks, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent goes, so that no orphaned worker writes on."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # the parent went before the request was in place
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def join(device: str, threads: int) -> World:
+    """Joins the ranks that torchrun started. `device` is auto, cpu or cuda; `threads` is CPU threads a rank, 0 = share."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device; use device=cpu or device=auto")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(where)
+    if size > 1:
+        # a stage that only rank 0 runs keeps the others waiting at a barrier for as long as it takes
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=7))
+    return World(rank, size, where)
