@@ -1,0 +1,28 @@
+"""Stateless fused ops for post-training language models: import this package as `strop.kernels`."""
+
+if __name__ == "kernels":
+    # Python run from the repository root finds this folder when something asks for Hugging Face's package `kernels`.
+    import sys as _sys
+    from importlib.machinery import PathFinder as _PathFinder
+    from importlib.util import module_from_spec as _module_from_spec
+    from pathlib import Path as _Path
+
+    _root = _Path(__file__).resolve().parent.parent
+    _spec = _PathFinder.find_spec("kernels", [p for p in _sys.path if _Path(p or ".").resolve() != _root])
+    if _spec is not None and _spec.loader is not None and _spec.origin is not None:
+        _sys.modules["kernels"] = _module_from_spec(_spec)
+        _spec.loader.exec_module(_sys.modules["kernels"])
+    else:
+        # Raising would break `import transformers`, which imports what it finds without a catch. A module without
+        # __file__ and __version__ is what it takes for "not installed".
+        del __file__
+else:
+    from .attention import prefix_attention
+    from .layout import Group, PackedGroups, SeparateRows
+
+    __all__ = [
+        "Group",
+        "PackedGroups",
+        "SeparateRows",
+        "prefix_attention",
+    ]

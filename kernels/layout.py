@@ -1,0 +1,189 @@
+"""PackedGroups: prompts and the completions that continue them, laid end to end in one row of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and the completions that continue it, as token ids.
+
+    loss_masks holds one sequence per completion, one bool per token; False means the token carries no loss. None means
+    that every completion token carries loss.
+    """
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    loss_masks: Sequence[Sequence[bool]] | None = None
+
+
+@dataclass(frozen=True)
+class SeparateRows:
+    """The same completions one a row, right-padded, the prompt repeated: for models that cannot run packed.
+
+    input_ids, attention_mask, position_ids: [completions, longest row] int64. pred_index [targets] int64 indexes the
+    flattened [completions * longest row] hidden states. target, target_segment and target_bounds are those of the
+    PackedGroups the rows came from, in the same order.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    pred_index: Tensor
+    target: Tensor
+    target_segment: Tensor
+    target_bounds: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PackedGroups:
+    """One packed row of T tokens: groups follow each other, each a prompt and then its completions, without padding.
+
+    A token sees the prompt of its group and what precedes it in its own completion. Positions restart at the prompt's
+    end for every completion. M counts the predicted tokens: completion tokens that carry loss.
+
+    Host side (bounds are half-open row offsets):
+        prompt_bounds: per group.
+        completion_bounds: per completion.
+        completion_group: the group of each completion.
+        target_bounds: per completion, its slice of pred_index, target and target_segment.
+    Tensors:
+        input_ids, position_ids: [T] int64.
+        pred_index: [M] int64, the row offset of the hidden state that predicts the target. A completion's first token
+            is predicted by the prompt's last token, for every completion.
+        target: [M] int64, the token to predict.
+        target_segment: [M] int32, the completion of the target.
+    """
+
+    prompt_bounds: tuple[tuple[int, int], ...]
+    completion_bounds: tuple[tuple[int, int], ...]
+    completion_group: tuple[int, ...]
+    target_bounds: tuple[tuple[int, int], ...]
+    input_ids: Tensor
+    position_ids: Tensor
+    pred_index: Tensor
+    target: Tensor
+    target_segment: Tensor
+
+    @classmethod
+    def pack(cls, groups: Sequence[Group], device: torch.device | str | None = None) -> PackedGroups:
+        """Lay the groups out in one row. Raises ValueError on input that no layout exists for."""
+        if len(groups) == 0:
+            raise ValueError("PackedGroups.pack needs at least one group")
+        tokens: list[int] = []
+        positions: list[int] = []
+        pred_index: list[int] = []
+        target: list[int] = []
+        segment: list[int] = []
+        prompt_bounds, completion_bounds, completion_group, target_bounds = [], [], [], []
+        for g, group in enumerate(groups):
+            masks = _check_group(g, group)
+            prompt_start, prompt_end = len(tokens), len(tokens) + len(group.prompt)
+            tokens.extend(group.prompt)
+            positions.extend(range(prompt_end - prompt_start))
+            prompt_bounds.append((prompt_start, prompt_end))
+            for completion, mask in zip(group.completions, masks, strict=True):
+                start, first_target = len(tokens), len(target)
+                tokens.extend(completion)
+                positions.extend(range(prompt_end - prompt_start, prompt_end - prompt_start + len(completion)))
+                for offset, token in enumerate(completion):
+                    # With an empty prompt nothing precedes the first token, so nothing predicts it.
+                    predictor = start + offset - 1 if offset else prompt_end - 1
+                    if (mask is None or mask[offset]) and (offset or prompt_end > prompt_start):
+                        pred_index.append(predictor)
+                        target.append(token)
+                segment.extend([len(completion_bounds)] * (len(target) - first_target))
+                target_bounds.append((first_target, len(target)))
+                completion_bounds.append((start, len(tokens)))
+                completion_group.append(g)
+        input_ids = torch.tensor(tokens, dtype=torch.int64)
+        if int(input_ids.min()) < 0:
+            raise ValueError(f"negative token id {int(input_ids.min())} at row offset {int(input_ids.argmin())}")
+        packed = cls(
+            prompt_bounds=tuple(prompt_bounds),
+            completion_bounds=tuple(completion_bounds),
+            completion_group=tuple(completion_group),
+            target_bounds=tuple(target_bounds),
+            input_ids=input_ids,
+            position_ids=torch.tensor(positions, dtype=torch.int64),
+            pred_index=torch.tensor(pred_index, dtype=torch.int64),
+            target=torch.tensor(target, dtype=torch.int64),
+            target_segment=torch.tensor(segment, dtype=torch.int32),
+        )
+        return packed if device is None else packed.to(device)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.prompt_bounds)
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.completion_bounds)
+
+    @property
+    def num_targets(self) -> int:
+        return self.target.numel()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedGroups:
+        """The same layout with its tensors on `device`."""
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> PackedGroups:
+        """The same layout with its tensors in page-locked memory, so that `to(..., non_blocking=True)` overlaps."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+    def separate(self, pad_id: int = 0) -> SeparateRows:
+        """The same completions one a row, right-padded with `pad_id`, the prompt repeated before each."""
+        prompts = [self.prompt_bounds[g] for g in self.completion_group]
+        lengths = [pe - ps + ce - cs for (ps, pe), (cs, ce) in zip(prompts, self.completion_bounds, strict=True)]
+        width = max(lengths)
+        source = [
+            [*range(ps, pe), *range(cs, ce), *[-1] * (width - length)]
+            for (ps, pe), (cs, ce), length in zip(prompts, self.completion_bounds, lengths, strict=True)
+        ]
+        source = torch.tensor(source, dtype=torch.int64).to(self.input_ids.device)
+        real = source >= 0
+        input_ids = torch.where(real, self.input_ids[source.clamp_min(0)], pad_id)
+        columns = torch.arange(width, device=source.device).expand_as(source)
+        # A token's position in the packed row is its offset in a row of its own.
+        pred_index = self.target_segment.long() * width + self.position_ids[self.pred_index]
+        return SeparateRows(
+            input_ids=input_ids,
+            attention_mask=real.long(),
+            position_ids=columns.contiguous(),
+            pred_index=pred_index,
+            target=self.target,
+            target_segment=self.target_segment,
+            target_bounds=self.target_bounds,
+        )
+
+
+def _check_group(g: int, group: Group) -> Sequence[Sequence[bool] | None]:
+    """The group's loss masks, one entry a completion. Raises ValueError where the group is malformed."""
+    if len(group.completions) == 0:
+        raise ValueError(f"group {g} has no completions")
+    for c, completion in enumerate(group.completions):
+        if len(completion) == 0:
+            raise ValueError(f"group {g}, completion {c} is empty")
+    if group.loss_masks is None:
+        return [None] * len(group.completions)
+    if len(group.loss_masks) != len(group.completions):
+        raise ValueError(f"group {g} has {len(group.completions)} completions but {len(group.loss_masks)} loss masks")
+    for c, (completion, mask) in enumerate(zip(group.completions, group.loss_masks, strict=True)):
+        if len(mask) != len(completion):
+            raise ValueError(f"group {g}, completion {c} has {len(completion)} tokens but {len(mask)} mask entries")
+    return group.loss_masks

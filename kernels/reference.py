@@ -1,0 +1,86 @@
+"""Plain PyTorch truth of every op: written for reading, in the inputs' dtype or fp64, and never for speed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import PackedGroups
+
+
+def attention_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None = None) -> Tensor:
+    """[Q, K] bool, True where a query may see a key of the same sequence: causal, within the window of positions."""
+    distance = query_position[:, None] - key_position[None, :]
+    visible = distance >= 0
+    return visible if sliding_window is None else visible & (distance < sliding_window)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: PackedGroups,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """strop.kernels.prefix_attention with the whole [T, T] mask and scores written out."""
+    row_group = torch.empty(groups.num_tokens, dtype=torch.int64)
+    row_completion = torch.full((groups.num_tokens,), -1)
+    for g, (start, end) in enumerate(groups.prompt_bounds):
+        row_group[start:end] = g
+    for c, (start, end) in enumerate(groups.completion_bounds):
+        row_group[start:end] = groups.completion_group[c]
+        row_completion[start:end] = c
+    same_group = row_group[:, None] == row_group[None, :]
+    own = (row_completion[None, :] == -1) | (row_completion[:, None] == row_completion[None, :])
+    position = groups.position_ids
+    visible = same_group.to(q.device) & own.to(q.device) & attention_mask(position, position, sliding_window)
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+
+
+def linear_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """[N, V] logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def gather_logprob(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """log_softmax(logits)[..., target], 0 where the target is ignored."""
+    kept = target != ignore_index
+    logp = logits.log_softmax(-1).gather(-1, target.where(kept, 0).unsqueeze(-1)).squeeze(-1)
+    return logp.where(kept, 0.0)
+
+
+def logit_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
+    """Every statistic linear_logprob can emit, each [N], 0 where the target is ignored."""
+    kept = target != ignore_index
+    logp = logits.log_softmax(-1)
+    p = logp.exp()
+    stats = {
+        "lse": logits.logsumexp(-1),
+        "entropy": -(p * logp.where(p > 0, 0.0)).sum(-1),
+        "mean_logit": logits.mean(-1),
+        "top1": (logits.argmax(-1) == target).to(logits.dtype),
+        "log_sum_p2": (2 * logp).logsumexp(-1),
+    }
+    return {name: value.where(kept, 0.0) for name, value in stats.items()}
