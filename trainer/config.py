@@ -132,7 +132,6 @@ class Train(Section):
     snapshots: NotNegative = Field(0, description="weights kept on the way, evenly spaced, for merge")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="keeps an exponential average of the weights; 0 is off")
     dropout: bool = Field(False, description="leave the model's own dropout on")
-    freeze_head: bool = Field(False, description="train neither the head nor the embedding tied to it")
 
 
 class Sft(Train):

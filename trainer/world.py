@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -17,7 +17,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first(self) -> bool:
@@ -57,7 +57,7 @@ def die_with_parent() -> None:
 
 
 def join(device: str, threads: int) -> World:
-    """Joins the ranks that torchrun started. `device` is auto, cpu or cuda; `threads` is CPU threads a rank, 0 = share."""
+    """Joins the ranks that torchrun started. `device` is auto, cpu or cuda; `threads` a rank, 0 shares the cores."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,324 @@
+"""The run directory: immutable artifacts with manifests, atomic writes, resume, staleness.
+
+A stage writes into `<name>.partial/`, which survives a kill. When its function has returned, every file is hashed and
+fsynced, `manifest.json` is written, and one rename to `<name>/` makes the artifact exist. A stage is done when a
+directory of its name holds a manifest whose key equals the hash of its config and its inputs' contents.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from strop.trainer.world import World
+
+WORK = "work"  # a stage's scratch (step checkpoints); never part of the artifact
+DROPS = pa.schema([(c, pa.string()) for c in ("stage", "prompt_id")] + [("sample_index", pa.int32())]
+                  + [(c, pa.string()) for c in ("source", "reason", "detail")])
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, write) -> None:
+    """Calls `write(temporary_path)`, then puts the file in place of `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError if the file is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not readable as JSON ({e}); delete its folder to have it made again") from e
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes Parquet, atomically and with the same bytes for the same rows."""
+    write_atomic(path, lambda p: pq.write_table(table, p, compression="zstd"))
+
+
+def read_table(path: Path) -> pa.Table:
+    """Raises ValueError if the file is missing or not Parquet."""
+    try:
+        return pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowInvalid) as e:
+        raise ValueError(f"{path}: not readable as Parquet ({e}); delete its folder to have it made again") from e
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory and the hash of its content. `hash` is None where it is yet to be made (only while planning)."""
+
+    path: Path
+    hash: str | None
+    files: dict[str, dict] = field(default_factory=dict, repr=False, compare=False)
+
+    def sub(self, folder: str) -> "Artifact":
+        """The part below `folder`, with the hash of its own content: equal weights have equal hashes."""
+        files = {k.removeprefix(folder + "/"): v for k, v in self.files.items() if k.startswith(folder + "/")}
+        return Artifact(self.path / folder, content_hash(files) if self.hash else None, files)
+
+
+def content_hash(files: dict[str, dict]) -> str:
+    return hash_json({name: entry["hash"] for name, entry in files.items()})
+
+
+def external(path: str | Path) -> Artifact:
+    """A file or folder from outside the run directory, hashed by content."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    return Artifact(path, content_hash(files := list_files(path)), files)
+
+
+def list_files(top: Path) -> dict[str, dict]:
+    """Every file below `top` (or `top` itself) with its hash and size; scratch, hidden files and caches left out."""
+    if top.is_file():
+        return {top.name: {"hash": hash_file(top), "bytes": top.stat().st_size}}
+    found = {}
+    for path in sorted(p for p in top.rglob("*") if p.is_file()):
+        name = path.relative_to(top)
+        if name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts):
+            found[name.as_posix()] = {"hash": hash_file(path), "bytes": path.stat().st_size}
+    return found
+
+
+@dataclass
+class Stage:
+    """What a stage's entry function is handed."""
+
+    name: str
+    dir: Path
+    world: World
+    console: Any
+    metrics: Any
+    counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """Scratch that survives a kill and goes when the stage is done."""
+        path = self.dir / WORK
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Drops:
+    """Rows that a stage leaves out, each with its reason; written as drops.parquet and counted."""
+
+    def __init__(self, stage: Stage):
+        self.stage, self.rows = stage, []
+
+    def add(self, reason: str, *, prompt_id=None, sample_index=None, source=None, detail="") -> None:
+        self.rows.append({"stage": self.stage.name, "prompt_id": prompt_id, "sample_index": sample_index,
+                          "source": source, "reason": reason, "detail": str(detail)})
+
+    def write(self) -> None:
+        write_table(self.stage.dir / "drops.parquet", pa.Table.from_pylist(self.rows, schema=DROPS))
+        for row in self.rows:
+            name = f"dropped/{row['reason']}"
+            self.stage.counts[name] = self.stage.counts.get(name, 0) + 1
+
+
+def _walk(tree, leaf):
+    if isinstance(tree, Artifact):
+        return leaf(tree)
+    if isinstance(tree, dict):
+        return {k: _walk(v, leaf) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_walk(v, leaf) for v in tree)
+    return tree
+
+
+def _flat(tree, prefix="") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for name, t in tree.items() for k, v in _flat(t, f"{prefix}{name}.").items()}
+    if isinstance(tree, list | tuple):
+        return {k: v for i, t in enumerate(tree) for k, v in _flat(t, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    old, new = _flat(old), _flat(new)
+    missing = object()
+    return [f"{k}: {old.get(k, 'unset')} -> {new.get(k, 'unset')}" for k in sorted(old.keys() | new.keys())
+            if old.get(k, missing) != new.get(k, missing)]
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("strop", "torch", "transformers", "peft", "reasoning-gym"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Store:
+    """One run directory. With `plan=True` nothing is started and nothing is written: `plans` tells what would be."""
+
+    def __init__(self, run_dir: Path, world: World, console: Any, metrics: Any = None, plan: bool = False):
+        self.run_dir, self.world, self.console, self.metrics, self.plan = run_dir, world, console, metrics, plan
+        self.plans: list[tuple[str, str, str]] = []  # (stage, done | stale | to run, why)
+        self.manifests: dict[str, dict] = {}
+        self._checked: set[Path] = set()
+        self._lock = None
+
+    def lock(self) -> None:
+        """Takes the run directory for this process. Raises ValueError if another one holds it."""
+        if not self.world.first:
+            return
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held for the life of the process
+        except OSError as e:
+            raise ValueError(f"{self.run_dir}: cannot be written ({e.strerror}); choose another output_dir=") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "?"
+            raise ValueError(f"{self.run_dir}: process {holder} is running it; wait for it to end or choose another "
+                             "name=") from e
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def stage(self, name: str, function, recipe, config: dict, all_ranks: bool = False, **inputs) -> Artifact:
+        """The artifact of stage `name`: as it stands if it is done and fresh, else made by
+        `function(stage, recipe, **inputs)`.
+
+        `config` is all of the recipe that the stage depends on; `inputs` holds artifacts (in dicts and lists too, their
+        paths are handed to the function) and plain values. With `all_ranks` every rank calls the function, else rank 0.
+        """
+        config, hashes = json.loads(json.dumps(config)), _walk(inputs, lambda a: a.hash)
+        final, key = self.run_dir / name, hash_json({"stage": name, "config": config, "inputs": hashes})
+        state, why = self._state(final, key, config, hashes)
+        if self.plan:
+            self.plans.append((name, state, why))
+            return self._load(final, name) if state == "done" else Artifact(final, None)
+        self.world.barrier()  # all ranks have read the state before anything moves
+        if state != "done":
+            if state == "stale":
+                self.console.warn(f"{name}: made again, because {why}; the old one is kept in {self.run_dir / 'stale'}")
+            self._verify(inputs)
+            self._make(final, name, key, function, recipe, config, all_ranks, inputs, hashes)
+        elif self.world.first:
+            self.console.line(f"{name}: done before, kept")
+            shutil.rmtree(final / WORK, ignore_errors=True)
+        return self._load(final, name)
+
+    def _state(self, final: Path, key: str, config: dict, hashes: dict) -> tuple[str, str]:
+        upstream = [k for k, v in _flat(hashes).items() if v is None]
+        if not (final / "manifest.json").exists():
+            return "to run", "partly made" if (final.parent / f"{final.name}.partial").exists() else ""
+        manifest = read_json(final / "manifest.json")
+        if manifest["key"] == key:
+            return "done", ""
+        changed = _differences(manifest["config"], config) + [
+            f"input {k.split(':')[0]} changed" for k in _differences(manifest["inputs"], hashes)]
+        if upstream:
+            changed = [*_differences(manifest["config"], config), "what it is made from will be made again"]
+        return "stale", "; ".join(changed)
+
+    def _verify(self, inputs: dict) -> None:
+        """Re-hashes artifacts of earlier processes before they are used, once. Raises ValueError on corruption."""
+
+        def check(artifact: Artifact) -> None:
+            if not self.world.first or artifact.path in self._checked or not artifact.files:
+                return
+            self._checked.add(artifact.path)
+            for name, entry in artifact.files.items():
+                path = artifact.path / name if artifact.path.is_dir() else artifact.path
+                if not path.exists():
+                    raise ValueError(f"{path}: missing; delete the folder {artifact.path} to have it made again")
+                if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["hash"]:
+                    raise ValueError(f"{path}: damaged, its content is not what was written; delete the folder "
+                                     f"{artifact.path} to have it made again")
+
+        _walk(inputs, check)
+
+    def _make(self, final, name, key, function, recipe, config, all_ranks, inputs, hashes) -> None:
+        partial = final.parent / f"{final.name}.partial"
+        if self.world.first:
+            if final.exists():
+                self._set_aside(final)
+            if partial.exists() and (not (partial / ".key").exists() or (partial / ".key").read_text() != key):
+                self._set_aside(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            write_atomic(partial / ".key", lambda p: p.write_text(key))
+        self.world.barrier()
+        started = time.perf_counter()
+        stage = Stage(name, partial, self.world, self.console, self.metrics)
+        if all_ranks or self.world.first:
+            function(stage, recipe, **_walk(inputs, lambda a: a.path))
+        self.world.barrier()
+        if self.world.first:
+            files = {k: v for k, v in list_files(partial).items() if k != "manifest.json"}
+            for path in files:
+                _sync(partial / path)
+            manifest = {"stage": name, "key": key, "inputs": _flat(hashes), "config": config, "files": files,
+                        "counts": stage.counts, "seconds": round(time.perf_counter() - started, 3),
+                        "ranks": self.world.size, "versions": versions(),
+                        "created": datetime.now(UTC).isoformat(timespec="seconds")}
+            manifest["inputs"] = {k: v for k, v in manifest["inputs"].items() if v is not None}
+            write_json(partial / "manifest.json", manifest)
+            os.replace(partial, final)
+            _sync(final.parent)
+            shutil.rmtree(final / WORK, ignore_errors=True)
+            self._checked.add(final)
+            self._summary(manifest)
+        self.world.barrier()
+
+    def _summary(self, manifest: dict) -> None:
+        shown = [f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in manifest["counts"].items()]
+        self.console.line(f"{manifest['stage']}: {manifest['seconds']:.1f} s  {'  '.join(shown)}")
+
+    def _set_aside(self, path: Path) -> None:
+        """Moves a stale artifact away: data already made is never deleted by a run."""
+        target = self.run_dir / "stale"
+        target.mkdir(exist_ok=True)
+        name = path.relative_to(self.run_dir).as_posix().replace("/", "-")
+        n = sum(1 for _ in target.iterdir())
+        os.replace(path, target / f"{n:03}-{name}")
+
+    def _load(self, final: Path, name: str) -> Artifact:
+        manifest = read_json(final / "manifest.json")
+        self.manifests[name] = manifest
+        return Artifact(final, content_hash(manifest["files"]), manifest["files"])
