@@ -131,7 +131,6 @@ class Train(Section):
     checkpoint_steps: Positive = Field(50, description="steps between resume points")
     snapshots: NotNegative = Field(0, description="weights kept on the way, evenly spaced, for merge")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="keeps an exponential average of the weights; 0 is off")
-    dropout: bool = Field(False, description="leave the model's own dropout on")
 
 
 class Sft(Train):

