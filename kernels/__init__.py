@@ -19,10 +19,21 @@ if __name__ == "kernels":
 else:
     from .attention import prefix_attention
     from .layout import Group, PackedGroups, SeparateRows
+    from .logprob import gather_logprob, linear_logprob
+    from .preference import LOSS_TYPES, PREFERENCE_METRICS, preference_loss, preference_means
+    from .sampling import draw_key, sample_tokens
 
     __all__ = [
+        "LOSS_TYPES",
+        "PREFERENCE_METRICS",
         "Group",
         "PackedGroups",
         "SeparateRows",
+        "draw_key",
+        "gather_logprob",
+        "linear_logprob",
+        "preference_loss",
+        "preference_means",
         "prefix_attention",
+        "sample_tokens",
     ]

@@ -1,0 +1,340 @@
+"""Preference losses over packed token log-probs or sequence sums, without a host synchronisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .losses import LOSSES, Loss, Options, Pairs, kto_desirable, kto_undesirable
+
+LOSS_TYPES = tuple(LOSSES)
+NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+RPO_DIVERGENCES = ("target_first", "policy_first", "squared")
+
+# What each entry of the metrics sums over; counts come last, and every other entry is divided by one of them.
+PREFERENCE_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "loss",
+    "nll_loss",
+    "count",
+    "count/chosen",
+    "count/rejected",
+    "count/nll",
+)
+
+
+def preference_loss(
+    policy_logp: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
+    target_bounds: Sequence[tuple[int, int]] | None = None,
+    lengths: Tensor | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    nll_weight: float = 0.0,
+    nll_normalization: str = "batch_tokens",
+    pair_denominator: Tensor | float | None = None,
+    nll_denominator: Tensor | float | None = None,
+    length_normalization: bool = False,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+    ld_alpha: float | None = None,
+    log_sum_p2: Tensor | None = None,
+    simpo_gamma: float = 0.5,
+    dpop_lambda: float = 50.0,
+    discopop_tau: float = 0.05,
+    rpo_eta: float = 1.0,
+    rpo_divergence: str = "target_first",
+    reward_margin: Tensor | None = None,
+    desirable: Tensor | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    baseline: Tensor | float = 0.0,
+    batch: tuple[Tensor, Tensor] | None = None,
+    batch_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A preference loss and its metrics, on the device, without a host synchronisation.
+
+    S completions are ordered chosen, rejected, chosen, rejected ...: B = S / 2 pairs. policy_logp is either token
+    log-probs [M] with `segments` [M] (ascending completion ids, as PackedGroups.target_segment) and their number
+    num_segments = S, or with `target_bounds` on the host; or sequence sums [S], with `lengths` [S] where a loss or the
+    NLL divides by them. ref_logp is of the same shape, or sequence sums [S]; None for losses without a reference.
+
+    loss_type: one of LOSS_TYPES, or several with loss_weights. The loss is the sum over pairs over pair_denominator
+    (default B), plus nll_weight times the NLL of the chosen completions over nll_denominator: "batch_tokens" sums over
+    tokens (default denominator: the chosen tokens), "sequence_mean" and "sequence_sum" take a mean or a sum for each
+    completion (default B). "orpo" brings its NLL with weight 1.
+
+    Options: label_smoothing; length_normalization divides each score by its length (IPO as in TRL; "sigmoid_norm"
+    always does); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens beyond the
+    shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] turns on WPO's pair weights (arXiv 2406.11827);
+    reward_margin [B] is dr* of "rpo"; baseline is z of "kto" (log-ratio) or d of "bco_pair" (reward); desirable [S]
+    bool makes "kto" unpaired, completions in any order, default denominator S. batch holds no-grad sequence sums
+    (policy [2G], reference [2G]) of the whole global batch for "aot" and "aot_unpaired", and batch_offset this call's
+    first pair in it; without it the given pairs are the batch.
+
+    Returns (loss, metrics): loss 0-dim; metrics fp32 sums in the order of PREFERENCE_METRICS, to be added over
+    microbatches and ranks and divided by preference_means. Rewards are beta times the log-ratio. Raises ValueError on
+    what does not fit together, options that the loss would ignore included.
+    """
+    types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    weights = (1.0,) * len(types) if loss_weights is None else tuple(loss_weights)
+    o = Options(
+        beta=beta,
+        label_smoothing=label_smoothing,
+        simpo_gamma=simpo_gamma,
+        dpop_lambda=dpop_lambda,
+        discopop_tau=discopop_tau,
+        rpo_eta=rpo_eta,
+        rpo_divergence=rpo_divergence,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+    )
+    losses = _check_losses(types, weights, o)
+    _check_options(types, losses, o, ref_logp, length_normalization, f_divergence, ld_alpha, log_sum_p2, batch)
+    if nll_normalization not in NLL_NORMALIZATIONS:
+        raise ValueError(f"unknown nll_normalization {nll_normalization!r}; known are {NLL_NORMALIZATIONS}")
+    if "orpo" in types:
+        if nll_weight:
+            raise ValueError("orpo brings its NLL with weight 1; nll_weight must be 0")
+        nll_weight = weights[types.index("orpo")]
+    if ("rpo" in types) != (reward_margin is not None):
+        raise ValueError("rpo needs reward_margin, and no other loss does")
+    if desirable is not None and (types != ("kto",) or nll_weight or log_sum_p2 is not None or ld_alpha is not None):
+        raise ValueError("desirable is for kto alone, without nll_weight, ld_alpha and log_sum_p2")
+
+    dtype = torch.promote_types(policy_logp.dtype, torch.float32)
+    policy_logp = policy_logp.to(dtype)
+    ref_logp = None if ref_logp is None else ref_logp.detach().to(dtype)
+    offsets = _offsets(policy_logp, segments, num_segments, target_bounds)
+    if offsets is not None:
+        lengths = offsets.diff()
+    elif ld_alpha is not None or log_sum_p2 is not None:
+        raise ValueError("ld_alpha and log_sum_p2 need token log-probs with segments or target_bounds")
+    policy = policy_logp if offsets is None else segment_sum(policy_logp, offsets)
+    if desirable is None and (policy.shape[0] % 2 or policy.shape[0] == 0):
+        raise ValueError(f"{policy.shape[0]} completions are not pairs of chosen and rejected")
+    nll_needs_lengths = nll_weight != 0 and nll_normalization != "sequence_sum"
+    if lengths is None and (nll_needs_lengths or length_normalization or any(loss.mean for loss in losses)):
+        raise ValueError("this loss divides by completion lengths: give token log-probs, or lengths with sequence sums")
+    lengths = None if lengths is None else lengths.to(dtype)
+    nll = -policy[0::2]
+
+    per_token_ref = offsets is not None and ref_logp is not None and ref_logp.shape == policy_logp.shape
+    ref = segment_sum(ref_logp, offsets) if per_token_ref else ref_logp
+    if ld_alpha is not None:
+        if ref_logp is not None and not per_token_ref:
+            raise ValueError("ld_alpha needs the reference's token log-probs, not its sums")
+        cut = (1 - ld_alpha) * _beyond_shorter(offsets, policy_logp.shape[0]).to(dtype)
+        policy = policy - segment_sum(policy_logp * cut, offsets)
+        ref = None if ref is None else ref - segment_sum(ref_logp * cut, offsets)
+    if ref is not None and ref.shape != policy.shape:
+        raise ValueError(f"ref_logp has {list(ref.shape)} sequences, policy_logp {list(policy.shape)}")
+    ratio = policy if ref is None else policy - ref
+    if desirable is not None:
+        return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
+
+    if batch is None and any(loss.batchwide for loss in losses):
+        batch = (policy.detach(), ref)
+    score = _f_score(ratio, f_divergence, f_alpha)
+    per_pair = torch.zeros_like(ratio[0::2])
+    for loss, weight in zip(losses, weights, strict=True):
+        normalize = loss.scores and (loss.mean or length_normalization)
+        scaled = score / lengths.clamp_min(1) if normalize else score
+        pairs = Pairs(
+            c=ratio[0::2],
+            r=ratio[1::2],
+            chosen_score=scaled[0::2],
+            rejected_score=scaled[1::2],
+            policy=(policy[0::2], policy[1::2]),
+            lengths=None if lengths is None else (lengths[0::2], lengths[1::2]),
+            baseline=baseline,
+            reward_margin=reward_margin,
+            batch=batch,
+            batch_offset=batch_offset,
+        )
+        per_pair = per_pair + weight * loss.formula(pairs, o)
+    if log_sum_p2 is not None:
+        likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
+        per_pair = per_pair * (likelihood[0::2] + likelihood[1::2]).exp()
+
+    pair_sum = per_pair.sum()
+    loss = pair_sum / (per_pair.shape[0] if pair_denominator is None else pair_denominator)
+    nll_count = torch.full_like(nll, 1.0)
+    if lengths is not None and nll_normalization != "sequence_sum":
+        if nll_normalization == "batch_tokens":
+            nll_count = lengths[0::2]
+        else:
+            nll = nll / lengths[0::2].clamp_min(1)
+    nll_sum, nll_count = nll.sum(), nll_count.sum()
+    if nll_weight:
+        loss = loss + nll_weight * nll_sum / (nll_count.clamp_min(1) if nll_denominator is None else nll_denominator)
+    with torch.no_grad():
+        reward = beta * ratio
+        margin = reward[0::2] - reward[1::2]
+        count = torch.full_like(pair_sum, per_pair.shape[0])
+        entries = (reward[0::2].sum(), reward[1::2].sum(), (margin > 0).to(dtype).sum(), margin.sum())
+        entries += (policy[0::2].sum(), policy[1::2].sum(), pair_sum, nll_sum, count, count, count, nll_count)
+        metrics = torch.stack(entries).float()
+    return loss, metrics
+
+
+def preference_means(metrics: Tensor) -> dict[str, float]:
+    """The means behind (added-up) metrics of preference_loss, by name: the one place that synchronises.
+
+    Of unpaired data the accuracies are left out and rewards/margins is the difference of the two means.
+    """
+    sums = dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
+    both, chosen, rejected, nll = (max(value, 1.0) for value in metrics[8:].tolist())
+    means = {
+        "rewards/chosen": sums["rewards/chosen"] / chosen,
+        "rewards/rejected": sums["rewards/rejected"] / rejected,
+        "rewards/accuracies": sums["rewards/accuracies"] / both,
+        "logps/chosen": sums["logps/chosen"] / chosen,
+        "logps/rejected": sums["logps/rejected"] / rejected,
+        "loss": sums["loss"] / both,
+        "nll_loss": sums["nll_loss"] / nll,
+    }
+    means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    if sums["count"] != sums["count/chosen"]:
+        del means["rewards/accuracies"]
+    return means
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """[S] sums of values [M] between offsets [S + 1]; the same bits every time."""
+    # Not index_add: on CUDA it adds in an order that changes from run to run.
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+def _offsets(
+    policy_logp: Tensor,
+    segments: Tensor | None,
+    num_segments: int | None,
+    target_bounds: Sequence[tuple[int, int]] | None,
+) -> Tensor | None:
+    """[S + 1] int64 offsets of the completions in policy_logp, None when it holds sequence sums."""
+    if policy_logp.dim() != 1:
+        raise ValueError(f"policy_logp must have one dimension, got {list(policy_logp.shape)}")
+    if target_bounds is not None:
+        if segments is not None:
+            raise ValueError("give segments or target_bounds, not both")
+        offsets = torch.tensor([0, *(end for _, end in target_bounds)])
+        return offsets.to(policy_logp.device, non_blocking=True)
+    if segments is None:
+        return None
+    if num_segments is None or segments.shape != policy_logp.shape:
+        raise ValueError("segments need policy_logp's shape, and num_segments, known on the host")
+    edges = torch.arange(num_segments + 1, dtype=segments.dtype, device=segments.device)
+    return torch.searchsorted(segments, edges)
+
+
+def _beyond_shorter(offsets: Tensor, tokens: int) -> Tensor:
+    """[M] bool: the token lies beyond the length of the pair's shorter completion."""
+    index = torch.arange(tokens, device=offsets.device)
+    segment = torch.searchsorted(offsets, index, right=True) - 1
+    lengths = offsets.diff()
+    shorter = torch.minimum(lengths[0::2], lengths[1::2])
+    return index - offsets[segment] >= shorter[segment // 2]
+
+
+def _f_score(ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
+    """f'(exp(ratio)), arXiv 2309.16240 table 1."""
+    if f_divergence == "forward_kl":
+        return -torch.expm1(-ratio)
+    if f_divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(ratio)
+    if f_divergence == "alpha_divergence" and alpha != 1.0:
+        # 80 keeps exp within fp32: beyond it the pair's gradient is that of the clamp.
+        return torch.expm1(((alpha - 1) * ratio).clamp(max=80.0)) / (alpha - 1)
+    return ratio
+
+
+def _unpaired_kto(
+    ratio: Tensor,
+    policy: Tensor,
+    desirable: Tensor,
+    baseline: Tensor | float,
+    o: Options,
+    weight: float,
+    denominator: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """preference_loss for completions with a verdict each instead of a partner."""
+    if desirable.shape != ratio.shape or desirable.dtype != torch.bool:
+        raise ValueError(f"desirable must be bool [{ratio.shape[0]}], got {desirable.dtype} {list(desirable.shape)}")
+    each = weight * torch.where(desirable, kto_desirable(ratio, baseline, o), kto_undesirable(ratio, baseline, o))
+    total = each.sum()
+    with torch.no_grad():
+        chosen, rejected = desirable.to(ratio.dtype), (~desirable).to(ratio.dtype)
+        zero, reward = torch.zeros_like(total), o.beta * ratio
+        entries = ((reward * chosen).sum(), (reward * rejected).sum(), zero, zero)
+        entries += ((policy * chosen).sum(), (policy * rejected).sum(), total, zero)
+        entries += (zero + ratio.shape[0], chosen.sum(), rejected.sum(), zero)
+        metrics = torch.stack(entries).float()
+    return total / (max(ratio.shape[0], 1) if denominator is None else denominator), metrics
+
+
+def _check_losses(types: tuple[str, ...], weights: tuple[float, ...], o: Options) -> list[Loss]:
+    """The losses by name. Raises ValueError on unknown names and on numbers outside a formula's domain."""
+    if not types or len(types) != len(weights):
+        raise ValueError(f"{len(types)} loss types need as many loss_weights, got {len(weights)}")
+    if unknown := [name for name in types if name not in LOSSES]:
+        raise ValueError(f"unknown loss_type {unknown[0]!r}; known are {LOSS_TYPES}")
+    if not o.beta > 0:
+        raise ValueError(f"beta must be above 0, got {o.beta}")
+    if not 0 <= o.label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {o.label_smoothing}")
+    if "exo_pair" in types and o.label_smoothing == 0:
+        raise ValueError("exo_pair takes the log of label_smoothing, which must be above 0 (the paper uses 1e-3)")
+    if not o.discopop_tau > 0:
+        raise ValueError(f"discopop_tau must be above 0, got {o.discopop_tau}")
+    if o.rpo_divergence not in RPO_DIVERGENCES:
+        raise ValueError(f"unknown rpo_divergence {o.rpo_divergence!r}; known are {RPO_DIVERGENCES}")
+    return [LOSSES[name] for name in types]
+
+
+def _check_options(
+    types: tuple[str, ...],
+    losses: list[Loss],
+    o: Options,
+    ref_logp: Tensor | None,
+    length_normalization: bool,
+    f_divergence: str,
+    ld_alpha: float | None,
+    log_sum_p2: Tensor | None,
+    batch: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Raises ValueError on an option that some loss needs and lacks, or that all of them would ignore."""
+    for name, loss in zip(types, losses, strict=True):
+        if loss.reference == "needed" and ref_logp is None:
+            raise ValueError(f"{name} needs ref_logp")
+        if loss.reference == "none" and ref_logp is not None:
+            raise ValueError(f"{name} has no reference model; ref_logp must be None")
+        if ld_alpha is not None and (loss.mean or length_normalization):
+            raise ValueError(f"ld_alpha and {name}'s division by length undo each other")
+        if log_sum_p2 is not None and (loss.batchwide or name == "kto"):
+            raise ValueError(f"WPO weights (log_sum_p2) belong to pairs; {name} has none")
+    if f_divergence not in F_DIVERGENCES:
+        raise ValueError(f"unknown f_divergence {f_divergence!r}; known are {F_DIVERGENCES}")
+    if f_divergence != "reverse_kl" and (ref_logp is None or not any(loss.scores for loss in losses)):
+        raise ValueError(f"f_divergence {f_divergence!r} would be ignored by {types}")
+    if length_normalization and not any(loss.scores for loss in losses):
+        raise ValueError(f"length_normalization would be ignored by {types}")
+    if o.label_smoothing and not any(loss.smoothing for loss in losses):
+        raise ValueError(f"label_smoothing would be ignored by {types}")
+    if batch is not None and not any(loss.batchwide for loss in losses):
+        raise ValueError(f"batch would be ignored by {types}")
