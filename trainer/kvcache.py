@@ -1,0 +1,165 @@
+"""Keys and values of prompts and of the completions that continue them, and attention over both.
+
+A prompt's keys and values are stored once and read once a step for all its completions. The model runs on one row of
+tokens and reaches this cache through the keyword `kv_step`, which transformers hands down to the attention function.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+ATTENTION = "strop_generate"
+IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
+
+
+class PromptKV:
+    """A layer's buffers are made when it is first used: prompt_k and prompt_v [groups, kv heads, prompt length, head
+    dim], completion_k and completion_v [rows, kv heads, completion length, head dim]."""
+
+    def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int):
+        self.prompt_shape, self.completion_shape = (groups, prompt_length), (rows, completion_length)
+        self.prompt_k: dict[int, Tensor] = {}
+        self.prompt_v: dict[int, Tensor] = {}
+        self.completion_k: dict[int, Tensor] = {}
+        self.completion_v: dict[int, Tensor] = {}
+
+    def allocate(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k and v [Hkv, T, D] give the heads, the dtype and the device."""
+        for (n, length), k_buffers, v_buffers in ((self.prompt_shape, self.prompt_k, self.prompt_v),
+                                                  (self.completion_shape, self.completion_k, self.completion_v)):
+            k_buffers[layer] = k.new_zeros(n, k.shape[0], length, k.shape[2])
+            v_buffers[layer] = v.new_zeros(n, v.shape[0], length, v.shape[2])
+
+    def move(self, source: list[int], target: list[int], length: int) -> None:
+        """Copies the first `length` completion positions of the rows `source` to the rows `target`."""
+        for buffer in (*self.completion_k.values(), *self.completion_v.values()):
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+
+class Prefill:
+    """Prompts, packed end to end in one row of T tokens, go to the groups `groups` of the cache."""
+
+    def __init__(self, cache: PromptKV, prompts: list[list[int]], groups: list[int], device: torch.device):
+        lengths = torch.tensor([len(p) for p in prompts])
+        self.cache, self.longest = cache, int(lengths.max())
+        self.groups = torch.tensor(groups, device=device)
+        column = torch.arange(self.longest)
+        real = column < lengths[:, None]
+        self.tokens = torch.tensor([t for p in prompts for t in p], device=device)[None]
+        self.positions = column.expand_as(real)[real].to(device)[None]
+        self.last = (lengths.cumsum(0) - 1).to(device)
+        # packed row -> [prompts, longest]: the padding reads token 0, and no real query sees it under the causal mask
+        self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
+        self.unpack = self.unpack.to(device)
+        self.pack = real.flatten().nonzero()[:, 0].to(device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+               window: int | None) -> Tensor:
+        """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D]."""
+        if layer not in self.cache.prompt_k:
+            self.cache.allocate(layer, k, v)
+        q, k, v = (x.transpose(0, 1)[self.unpack].transpose(1, 2) for x in (q, k, v))  # [prompts, heads, longest, D]
+        self.cache.prompt_k[layer][self.groups, :, : self.longest] = k
+        self.cache.prompt_v[layer][self.groups, :, : self.longest] = v
+        mask = None
+        if softcap is not None or (window is not None and window < self.longest):
+            ahead = torch.arange(self.longest, device=q.device)
+            ahead = ahead[:, None] - ahead
+            mask = (ahead >= 0) & (ahead < (window or self.longest))
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                                 enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            rep = q.shape[1] // k.shape[1]
+            scores = q.unflatten(1, (-1, rep)) @ (k[:, :, None].transpose(-1, -2) * scaling)
+            scores = (torch.tanh(scores / softcap) * softcap).float().masked_fill(~mask, -math.inf)
+            out = (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+        return out.transpose(1, 2).flatten(0, 1)[self.pack]
+
+
+class Decode:
+    """One token for each of n rows: row r continues the prompt of group[r] as token number length[r], counted from 0.
+
+    members [G, M] int64: the rows of every group, padded with any row; place [n] int64: where row r stands in the
+    flattened members. prompt_length [G] int64.
+    """
+
+    def __init__(self, cache: PromptKV, tokens: Tensor, group: Tensor, length: Tensor, prompt_length: Tensor,
+                 members: Tensor, place: Tensor, longest_prompt: int, longest_completion: int):
+        self.cache, self.members, self.place = cache, members, place
+        self.longest_prompt, self.longest_completion = longest_prompt, longest_completion
+        self.prompt_length, self.length = prompt_length[group], length
+        self.tokens, self.positions = tokens[None], (self.prompt_length + length)[None]
+        self.masks: dict[int | None, Tensor] = {}
+        self.writes: dict[int, Tensor] = {}
+
+    def write(self, heads: int) -> Tensor:
+        """Where the new keys and values go in a layer's flattened completion buffer: [n * heads]."""
+        if heads not in self.writes:
+            capacity, n = self.cache.completion_shape[1], self.length.numel()
+            row_head = torch.arange(n * heads, device=self.length.device)
+            self.writes[heads] = row_head * capacity + self.length.repeat_interleave(heads)
+        return self.writes[heads]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive [n, 1, 1, longest prompt + longest completion]: 0 where the row's token may look, else -inf."""
+        if window not in self.masks:
+            device, n = self.tokens.device, self.tokens.numel()
+            prompt = torch.arange(self.longest_prompt, device=device).expand(n, -1)
+            completion = torch.arange(self.longest_completion, device=device).expand(n, -1)
+            seen = torch.cat((prompt < self.prompt_length[:, None], completion <= self.length[:, None]), 1)
+            if window is not None:
+                position = torch.cat((prompt, completion + self.prompt_length[:, None]), 1)
+                seen &= position > self.positions[0, :, None] - window
+            self.masks[window] = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
+            self.masks[window] = self.masks[window][:, None, None]
+        return self.masks[window]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+               window: int | None) -> Tensor:
+        """q [Hq, n, D], k and v [Hkv, n, D] -> [n, Hq, D]."""
+        cache, n, tp, tc = self.cache, q.shape[1], self.longest_prompt, self.longest_completion
+        heads, dim, groups = k.shape[0], q.shape[2], self.members.shape[0]
+        for buffer, new in ((cache.completion_k[layer], k), (cache.completion_v[layer], v)):
+            buffer.view(-1, dim).index_copy_(0, self.write(heads), new.transpose(0, 1).reshape(-1, dim))
+        prompt_k, prompt_v = cache.prompt_k[layer][:groups, :, :tp], cache.prompt_v[layer][:groups, :, :tp]
+        own_k, own_v = cache.completion_k[layer][:n, :, :tc], cache.completion_v[layer][:n, :, :tc]
+        q = (q * scaling).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
+        scores = torch.cat((self.by_row(self.by_group(q) @ prompt_k.transpose(-1, -2)),
+                            q @ own_k.transpose(-1, -2)), -1).float()
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        p = (scores + self.mask(window, torch.float32)).softmax(-1).to(v.dtype)
+        out = self.by_row(self.by_group(p[..., :tp]) @ prompt_v) + p[..., tp:] @ own_v
+        return out.flatten(1, 2)
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """[n, Hkv, rep, X] -> [G, Hkv, M * rep, X]"""
+        return x[self.members].transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """[G, Hkv, M * rep, X] -> [n, Hkv, rep, X]"""
+        return x.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
+
+
+def cached_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                     scaling: float, softcap: float | None = None, sliding_window: int | None = None,
+                     kv_step: Prefill | Decode | None = None, **other):
+    """transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None).
+
+    Raises ValueError on a missing step, on a mask, and on keywords it does not know (attention sinks and such).
+    """
+    unknown = sorted(k for k, v in other.items() if k not in IGNORED and v is not None)
+    if kv_step is None or attention_mask is not None or unknown:
+        why = f"uses {', '.join(unknown)}" if unknown else "does not hand keywords down to its attention"
+        raise ValueError(f"{type(module).__name__} {why}: the in-process sampler does not support this model")
+    out = kv_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, softcap, sliding_window)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, cached_attention)
