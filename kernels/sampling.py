@@ -146,12 +146,12 @@ def _draw_ranked(
 def _draw_nucleus(logits: Tensor, total: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
     """[B] tokens from the likeliest ones that hold top_p of the total weight [B, 1]."""
     if logits.is_cuda or logits.shape[-1] <= _NUCLEUS_GUESS:
-        return _draw_ranked(*logits.sort(-1, descending=True, stable=True), total, u, temperature, top_p)
+        return _draw_ranked(*logits.sort(dim=-1, descending=True, stable=True), total, u, temperature, top_p)
     kept, order = logits.topk(_NUCLEUS_GUESS, dim=-1)
     token = _draw_ranked(kept, order, total, u, temperature, top_p)
     held = ((kept.float() - kept[:, :1].float()) / temperature).exp_().sum(-1, keepdim=True, dtype=torch.float64)
     wide = (held < total * top_p).squeeze(-1).nonzero().squeeze(-1)
     if len(wide):
-        ranked = logits[wide].sort(-1, descending=True, stable=True)
+        ranked = logits[wide].sort(dim=-1, descending=True, stable=True)
         token[wide] = _draw_ranked(*ranked, total[wide], u[wide], temperature, top_p)
     return token
