@@ -1,0 +1,148 @@
+"""Packed rows against one completion a row, on tiny random models with transformers' own eager attention as truth."""
+
+import pytest
+import torch
+
+from strop.kernels import Group, PackedGroups, linear_logprob, preference_loss
+from strop.kernels.integrations.transformers import attention_forward, register
+
+transformers = pytest.importorskip("transformers")
+
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma2": transformers.Gemma2Config,
+    "gemma3": transformers.Gemma3TextConfig,
+    "olmo2": transformers.Olmo2Config,
+}
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def _model(name: str):
+    config = CONFIGS[name](
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+        attn_implementation="eager",
+    )
+    # Narrower than the rows, so that windows cut and must count positions.
+    config.sliding_window = 5
+    if "gemma" in name:
+        config.layer_types = ["sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).float().train()
+
+
+def _groups(loss_masks: bool = True) -> list[Group]:
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(3, 61, (n,), generator=generator).tolist()
+
+    masks = [[True] * 6 + [False], [False, *[True] * 3]] if loss_masks else None
+    return [
+        Group(tokens(6), [tokens(4), tokens(9)]),
+        Group([], [tokens(5), tokens(3)]),
+        Group(tokens(9), [tokens(7), tokens(4)], masks),
+        Group(tokens(1), [tokens(1), tokens(2)]),
+    ]
+
+
+def _logp(model, hidden: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return linear_logprob(hidden, head.weight, groups.target, head.bias, softcap=cap)
+
+
+def packed_logp(model, groups: PackedGroups) -> torch.Tensor:
+    model.set_attn_implementation(register())
+    ids, positions = groups.input_ids[None], groups.position_ids[None]
+    out = model.model(input_ids=ids, position_ids=positions, groups=groups, use_cache=False)
+    return _logp(model, out.last_hidden_state[0][groups.pred_index], groups)
+
+
+def separate_logp(model, groups: PackedGroups) -> torch.Tensor:
+    """transformers' logits, [completions, longest, vocab], without any of our code but the row layout."""
+    model.set_attn_implementation("eager")
+    rows = groups.separate()
+    out = model(rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids, use_cache=False)
+    logits = out.logits.flatten(0, 1)[rows.pred_index]
+    return logits.log_softmax(-1).gather(1, rows.target[:, None]).squeeze(1)
+
+
+def _loss_and_gradients(model, logp: torch.Tensor, groups: PackedGroups):
+    reference = torch.linspace(-4, -2, groups.num_targets)
+    loss, _ = preference_loss(
+        logp, reference, segments=groups.target_segment, num_segments=groups.num_completions, nll_weight=0.2
+    )
+    parameters = dict(model.named_parameters())
+    return loss, dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_separate_rows(name: str):
+    model, groups = _model(name), PackedGroups.pack(_groups())
+    packed, separate = packed_logp(model, groups), separate_logp(model, groups)
+    torch.testing.assert_close(packed, separate, **TOLERANCE)
+    loss, gradients = _loss_and_gradients(model, packed, groups)
+    expected_loss, expected = _loss_and_gradients(model, separate, groups)
+    torch.testing.assert_close(loss, expected_loss, **TOLERANCE)
+    for parameter, gradient in gradients.items():
+        scale = max(1.0, expected[parameter].abs().max().item())
+        torch.testing.assert_close(gradient / scale, expected[parameter] / scale, **TOLERANCE, msg=parameter)
+
+
+def test_shared_prompt_equals_repeated_prompt():
+    model, groups = _model("llama"), _groups(loss_masks=False)
+    repeated = [Group(group.prompt, [completion]) for group in groups for completion in group.completions]
+    shared_logp = packed_logp(model, PackedGroups.pack(groups))
+    torch.testing.assert_close(shared_logp, packed_logp(model, PackedGroups.pack(repeated)), **TOLERANCE)
+
+
+def test_masked_tokens_have_no_influence():
+    """A masked last token changes neither loss nor gradients, whatever it is."""
+    model, tokens = _model("llama"), [5, 6, 7]
+    results = []
+    for last in (8, 40):
+        completions = [[*tokens, last], [9, 10]]
+        groups = PackedGroups.pack([Group([3, 4], completions, [[True, True, True, False], [True, True]])])
+        results.append(_loss_and_gradients(model, packed_logp(model, groups), groups))
+    torch.testing.assert_close(*results)
+
+
+def test_gradient_checkpointing_carries_the_groups():
+    model, groups = _model("qwen3"), PackedGroups.pack(_groups())
+    expected = _loss_and_gradients(model, packed_logp(model, groups), groups)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(_loss_and_gradients(model, packed_logp(model, groups), groups), expected)
+
+
+def test_missing_groups_and_unknown_keywords_raise():
+    model, groups = _model("llama"), PackedGroups.pack(_groups())
+    model.set_attn_implementation(register())
+    ids = groups.input_ids[None]
+    with pytest.raises(ValueError, match="groups="):
+        model(input_ids=ids, use_cache=False)
+    mask = torch.ones(1, 1, groups.num_tokens, groups.num_tokens)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(input_ids=ids, attention_mask=mask, groups=groups, use_cache=False)
+    with pytest.raises(ValueError, match="surprise"):
+        model(input_ids=ids, groups=groups, surprise=1, use_cache=False)
+    q = torch.zeros(1, 4, groups.num_tokens, 8)
+    with pytest.raises(ValueError, match="dropout"):
+        attention_forward(model, q, q, q, None, dropout=0.1, groups=groups)
+    with pytest.raises(ValueError, match="s_aux"):
+        attention_forward(model, q, q, q, None, groups=groups, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="causal"):
+        attention_forward(model, q, q, q, None, groups=groups, is_causal=False)
+    with pytest.raises(ValueError, match="q must be"):
+        attention_forward(model, q[:, :, 1:], q, q, None, groups=groups)
