@@ -61,9 +61,13 @@ class Progress:
         return (self.clock() - self.start) * (self.total - self.done) / fresh if fresh > 0 else float("inf")
 
     def pace(self) -> str:
+        """Tokens a second; items a second where no tokens are counted and items have a name."""
         elapsed = self.clock() - self.start
-        unit = "tok" if self.unit == "tokens" else self.unit
-        return f"{self.tokens / elapsed:,.0f} {unit}/s" if self.tokens and elapsed > 0 else ""
+        if elapsed <= 0:
+            return ""
+        if self.tokens:
+            return f"{self.tokens / elapsed:,.0f} tok/s"
+        return f"{(self.done - self.resumed) / elapsed:,.1f} {self.unit}/s" if self.unit != "tokens" else ""
 
 
 class Console:
@@ -109,7 +113,8 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str = "tokens", done: int = 0):
-        """Yields a `Progress`: `advance(items, tokens)`. `done` items were finished by an earlier, killed process."""
+        """Yields a `Progress`: `advance(items, tokens)`. `unit` names the items where they are not tokens; `done` of
+        them were finished by an earlier, killed process."""
         bar = Progress(label, total, unit, done)
         if not self.enabled:
             yield bar

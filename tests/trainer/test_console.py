@@ -85,6 +85,16 @@ def test_resumed_items_do_not_count_as_pace():
     assert p.left() == 2.0 and p.pace() == "5 tok/s"
 
 
+@pytest.mark.parametrize(("unit", "tokens", "pace"), [("steps", 100, "50 tok/s"), ("rows", 0, "1.5 rows/s"),
+                                                      ("tokens", 0, "")])
+def test_pace_names_what_it_counts(unit, tokens, pace):
+    now = [0.0]
+    p = Progress("x", total=9, unit=unit, done=0, clock=lambda: now[0])
+    now[0] = 2.0
+    p.advance(3, tokens=tokens)
+    assert p.pace() == pace
+
+
 def test_terminal_shows_bars_also_nested_and_after_an_error(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     file = Terminal()

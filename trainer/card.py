@@ -1,0 +1,131 @@
+"""The model card of a run's final weights: what it is, what made it, what was measured."""
+
+import json
+import re
+
+import yaml
+
+GGUF_NOTE = (
+    "The start weights were dequantised from a GGUF file. Part of any gain over them may be repair of what the "
+    "quantisation lost, not something newly learned."
+)
+
+
+def model_card(info: dict) -> str:
+    """README.md of a model folder. Everything but `name` and `base_model` may be absent.
+
+    info:
+      name: the run's; base_model: name of the start weights; base_from_gguf: bool; license: the base's, as Hugging Face
+      spells it ("apache-2.0"); language: list of str; tags: list of str
+      recipe: the resolved recipe, a dict; seed: int
+      rounds: [{"round": "round-00", "promoted": "dpo", "stages": {"sft": {"hash": .., "counts": {..}, "seconds": ..}}}]
+      sources: [{"name", "origin", "verifier", "prompts"}], origin being a file's name or a dataset's
+      results: [{"candidate", "split", "source", "n", "pass_rate", "low", "high"}], rates in [0, 1]
+      gains: [{"candidate", "over", "split", "gain", "low", "high"}], rates in [-1, 1]
+      hashes: {what: content hash}; versions: {package: version}
+    """
+    front = {"base_model": one_line(info["base_model"]), "library_name": "transformers", "pipeline_tag": "text-generation",
+             "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
+    if info.get("license"):
+        front = {"license": info["license"]} | front
+    if info.get("language"):
+        front["language"] = info["language"]
+    parts = ["---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", f"# {text(info['name'])}",
+             f"Post-trained from {code(info['base_model'])} with Strop: "
+             f"{len(info.get('rounds', [])) or 'some'} round(s) of sampling, scoring, SFT, DPO and merging."]
+    parts += usage() + results(info) + lineage(info) + appendix(info)
+    return "\n\n".join(parts) + "\n"
+
+
+def usage() -> list[str]:
+    return ["## Use", "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n"
+            "```\n\n`folder` is the folder of this file. Prompts go through `tokenizer.apply_chat_template`."]
+
+
+def results(info: dict) -> list[str]:
+    parts = []
+    if info.get("results"):
+        rows = [[r["candidate"], r["split"], r.get("source") or "all", f"{r['n']:,}", percent(r["pass_rate"]),
+                 interval(r, percent)] for r in info["results"]]
+        parts += ["## Results", "Pass rate with greedy decoding: share of prompts whose completion stopped by itself "
+                  "with the right answer.",
+                  table(["weights", "split", "source", "prompts", "pass rate", "95 % interval"], rows)]
+    if info.get("gains"):
+        columns = ["weights", "over", "split", "gain (points)", "95 % interval"]
+        rows = [[g["candidate"], g["over"], g["split"], points(g["gain"]), interval(g, points)] for g in info["gains"]]
+        parts += ["Gains, paired by prompt:", table(columns, rows)]
+    if info.get("base_from_gguf"):
+        parts.append(GGUF_NOTE)
+    if parts:
+        parts.append("The validation split decided which weights were promoted; the test split decided nothing.")
+    return parts
+
+
+def lineage(info: dict) -> list[str]:
+    parts = []
+    if info.get("rounds"):
+        rows = [[r["round"], name, short(s.get("hash")), numbers(s.get("counts", {})),
+                 f"{s['seconds']:,.0f}" if "seconds" in s else "", "yes" if r.get("promoted") == name else ""]
+                for r in info["rounds"] for name, s in r.get("stages", {}).items()]
+        parts += ["## Lineage", table(["round", "stage", "hash", "counts", "seconds", "promoted"], rows)]
+    if info.get("sources"):
+        rows = [[s["name"], s.get("origin", ""), s.get("verifier", ""), f"{s.get('prompts', 0):,}"]
+                for s in info["sources"]]
+        parts += ["## Data", table(["source", "origin", "verifier", "prompts"], rows)]
+    return parts
+
+
+def appendix(info: dict) -> list[str]:
+    parts = []
+    if info.get("hashes"):
+        rows = [[name, code(value)] for name, value in info["hashes"].items()]
+        parts += ["## Hashes", table(["what", "content hash"], rows, raw=1)]
+    if info.get("recipe"):
+        recipe = yaml.safe_dump(json.loads(json.dumps(info["recipe"])), sort_keys=False, allow_unicode=True)
+        parts += ["## Recipe", f"```yaml\n{recipe.replace('```', '` ` `')}```"]
+    if info.get("versions"):
+        parts.append("Made with " + ", ".join(f"{k} {v}" for k, v in info["versions"].items()) + ".")
+    return parts
+
+
+def table(columns: list[str], rows: list[list], raw: int | None = None) -> str:
+    """A Markdown table; cells are escaped, but for column `raw`."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(c if i == raw else text(str(c)) for i, c in enumerate(row)) + " |")
+    return "\n".join(lines)
+
+
+def one_line(value: str) -> str:
+    return " ".join(str(value).split())
+
+
+def text(value: str) -> str:
+    """A value as Markdown shows it: no markup, one line."""
+    return re.sub(r"([\\|`*_\[\]#])", r"\\\1", one_line(value)).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def code(value: str) -> str:
+    return "`" + one_line(value).replace("`", "'") + "`"
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def points(rate: float) -> str:
+    return f"{100 * rate:+.1f}"
+
+
+def interval(row: dict, form) -> str:
+    return f"{form(row['low'])} to {form(row['high'])}" if row.get("low") is not None else ""
+
+
+def short(digest: str | None) -> str:
+    return (digest or "")[:12]
+
+
+def numbers(counts: dict) -> str:
+    return ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+                     for name, value in counts.items())
