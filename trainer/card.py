@@ -24,8 +24,8 @@ def model_card(info: dict) -> str:
       gains: [{"candidate", "over", "split", "gain", "low", "high"}], rates in [-1, 1]
       hashes: {what: content hash}; versions: {package: version}
     """
-    front = {"base_model": one_line(info["base_model"]), "library_name": "transformers", "pipeline_tag": "text-generation",
-             "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
+    front = {"base_model": one_line(info["base_model"]), "library_name": "transformers",
+             "pipeline_tag": "text-generation", "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
     if info.get("license"):
         front = {"license": info["license"]} | front
     if info.get("language"):
