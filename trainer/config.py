@@ -139,7 +139,8 @@ class Sft(Train):
 
 class Dpo(Train):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
-    loss: str = Field("sigmoid", description="preference loss, a name of strop.kernels.PREFERENCE_LOSSES")
+    loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
+                  "apo_down", "discopop", "sppo_hard"] = Field("sigmoid", description="preference loss")
     beta: PositiveFloat = Field(0.1, description="strength of the pull to the reference")
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="share of labels taken as flipped")
     nll_weight: float = Field(0.0, ge=0.0, description="weight of the chosen completion's NLL (Llama 3: 0.2)")

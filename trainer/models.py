@@ -30,8 +30,9 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
 
 
-def find_base(model: Model, console) -> Base:
-    """The folder that `model.path` names; a GGUF is converted into the cache, once. ValueError if absent."""
+def find_base(model: Model, console, convert: bool = True) -> Base:
+    """The folder that `model.path` names; a GGUF is converted into the cache, once (`convert`=False only says
+    where to). Raises ValueError if there is no such model."""
     if model.path.startswith("package:"):
         name = model.path.removeprefix("package:")
         spec = importlib.util.find_spec(name)
@@ -42,10 +43,10 @@ def find_base(model: Model, console) -> Base:
         files = sorted(folder.glob("*.gguf"))
         if len(files) != 1:
             raise ValueError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
-        return Base(_convert(files[0], console), files[0].stem, True)
+        return Base(_convert(files[0], console, convert), files[0].stem, True)
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Base(_convert(path, console), path.stem, True)
+        return Base(_convert(path, console, convert), path.stem, True)
     if not path.is_dir():
         raise ValueError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
                          "save_pretrained and name its folder)")
@@ -62,10 +63,10 @@ def check_folder(path: Path) -> None:
                          "never loaded)")
 
 
-def _convert(gguf: Path, console) -> Path:
+def _convert(gguf: Path, console, convert: bool) -> Path:
     """Dequantises to bf16 in a Hugging Face folder of the cache, once; the name holds the file's content hash."""
     target = cache_dir() / f"{gguf.stem}-{hash_file(gguf)[:12]}"
-    if (target / "config.json").exists():
+    if (target / "config.json").exists() or not convert:
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading a .gguf needs the package gguf: pip install gguf")

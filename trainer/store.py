@@ -220,14 +220,16 @@ class Store:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def stage(self, name: str, function, recipe, config: dict, all_ranks: bool = False, **inputs) -> Artifact:
+    def stage(self, name: str, function, recipe, config: dict, all_ranks: bool = False, depends: dict | None = None,
+              **inputs) -> Artifact:
         """The artifact of stage `name`: as it stands if it is done and fresh, else made by
         `function(stage, recipe, **inputs)`.
 
         `config` is all of the recipe that the stage depends on; `inputs` holds artifacts (in dicts and lists too, their
-        paths are handed to the function) and plain values. With `all_ranks` every rank calls the function, else rank 0.
+        paths are handed to the function) and plain values; `depends` holds artifacts that the function finds by itself.
+        With `all_ranks` every rank calls the function, else rank 0.
         """
-        config, hashes = json.loads(json.dumps(config)), _walk(inputs, lambda a: a.hash)
+        config, hashes = json.loads(json.dumps(config)), _walk(inputs | (depends or {}), lambda a: a.hash)
         final, key = self.run_dir / name, hash_json({"stage": name, "config": config, "inputs": hashes})
         state, why = self._state(final, key, config, hashes)
         if self.plan:
@@ -261,7 +263,8 @@ class Store:
         """Re-hashes artifacts of earlier processes before they are used, once. Raises ValueError on corruption."""
 
         def check(artifact: Artifact) -> None:
-            if not self.world.first or artifact.path in self._checked or not artifact.files:
+            own = self.run_dir in artifact.path.parents
+            if not self.world.first or not own or self._checked & {artifact.path, *artifact.path.parents}:
                 return
             self._checked.add(artifact.path)
             for name, entry in artifact.files.items():

@@ -1,0 +1,271 @@
+"""Command line and recipe files to a checked Recipe; every mistake is one line that names where it stands."""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from strop.trainer.config import Recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+USAGE = """\
+usage: torchrun trainer/main.py [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
+
+Runs rounds of rejection sampling, SFT and DPO. Without arguments it runs the recipe quickstart.
+
+  RECIPE      a recipe that ships with Strop: {recipes}
+  FILE.yaml   a recipe of your own
+  key=value   overrides a key, e.g. sample.k=16 dpo.beta=0.2 merge.members='[sft, dpo]' data.sources.0.size=500
+  --plan      print the resolved recipe and what each stage would do; start nothing
+  --debug     show the traceback of an error
+  --help      this text
+
+The same command resumes a run that stopped; a changed key runs again what depends on it.
+Several processes: torchrun --nproc-per-node=2 trainer/main.py ...
+
+Keys, with type, default and meaning:
+"""
+
+
+@dataclass
+class Command:
+    recipe: Recipe | None = None
+    plan: bool = False
+    debug: bool = False
+    help: bool = False
+
+
+@dataclass
+class _Read:
+    """A YAML tree and where each of its keys stands."""
+
+    data: dict = field(default_factory=dict)
+    lines: dict[tuple, str] = field(default_factory=dict)
+
+
+def parse(argv: list[str]) -> Command:
+    """Raises ValueError, one mistake a line."""
+    command, read, overrides, name = Command(), None, [], "quickstart"
+    for argument in argv:
+        if argument in ("--help", "-h"):
+            command.help = True
+        elif argument == "--plan":
+            command.plan = True
+        elif argument == "--debug":
+            command.debug = True
+        elif argument.startswith("-"):
+            raise ValueError(f"{argument}: no such option; --help lists what there is")
+        elif "=" in argument:
+            overrides.append(argument)
+        elif read is None:
+            path = find_recipe(argument)
+            name, read = path.stem, read_recipe(path)
+        else:
+            raise ValueError(f"{argument}: a second recipe; one is enough, override its keys with key=value")
+    if command.help:
+        return command
+    read = read or read_recipe(find_recipe(name))
+    read.data.setdefault("name", name)
+    for override in overrides:
+        apply_override(read, override)
+    command.recipe = check(read)
+    return command
+
+
+def find_recipe(argument: str) -> Path:
+    """A recipe file by its path or by the name it ships under. Raises ValueError if there is neither."""
+    path = Path(argument)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such recipe file")
+        return path
+    shipped = RECIPES / f"{argument}.yaml"
+    if not shipped.is_file():
+        raise ValueError(f"{argument}: no such recipe; there are {', '.join(shipped_recipes())}, or name a .yaml file")
+    return shipped
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(path: Path) -> _Read:
+    """The file as data with the line of every key. Raises ValueError on broken or doubled YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{where}: not YAML ({getattr(e, 'problem', None) or e})") from e
+    if root is None:
+        raise ValueError(f"{path}: the file is empty; a recipe is a mapping of keys, see --help")
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+    read = _Read(data)
+    _note_lines(root, (), path, read.lines)
+    return read
+
+
+def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
+    lines[at] = f"{path}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ValueError(f"{path}:{key.start_mark.line + 1}: {key.value}: the key stands here twice")
+            seen.add(key.value)
+            _note_lines(value, (*at, key.value), path, lines)
+            lines[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _note_lines(value, (*at, i), path, lines)
+
+
+def apply_override(read: _Read, override: str) -> None:
+    """Sets `a.b.0.c=value` in the tree. Raises ValueError where the path leads nowhere."""
+    key, _, text = override.partition("=")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as e:
+        raise ValueError(f"command line: {override}: the value is not YAML ({getattr(e, 'problem', e)})") from e
+    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    at: Any = read.data
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(at, list):
+            if not isinstance(part, int) or part >= len(at):
+                raise ValueError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a list of {len(at)}; "
+                                 "its entries are .0, .1, ...")
+        elif not isinstance(at, dict):
+            raise ValueError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a value, it has no keys")
+        elif not last and at.get(part) is None:
+            at[part] = {}
+        if last:
+            at[part] = value
+        else:
+            at = at[part]
+    read.lines = {k: v for k, v in read.lines.items() if k[:len(path)] != path} | {path: "command line"}
+
+
+def check(read: _Read) -> Recipe:
+    """Validates. Raises ValueError with a line for each mistake: where, key=value, what is wrong, the nearest name."""
+    try:
+        return Recipe.model_validate(read.data)
+    except ValidationError as e:
+        raise ValueError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
+
+
+def _explain(error: dict, read: _Read) -> str:
+    at, path = read.data, []
+    for part in error["loc"]:  # union branches put names of types into loc; they are no keys of ours
+        if isinstance(at, dict) and (part in at or error["type"] in ("missing", "extra_forbidden")):
+            at = at.get(part)
+        elif isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at = at[part]
+        else:
+            break
+        path.append(part)
+    where = next((read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines),
+                 "recipe")
+    key = ".".join(map(str, path))
+    if error["type"] == "extra_forbidden":
+        known = fields_at(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        prefix = "".join(f"{p}." for p in path[:-1])
+        hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(known)}"
+        return f"{where}: {key}={at}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: {key} is missing; {fields_meaning(path)}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:] if message.startswith("Input") else message
+    if not path or isinstance(at, dict | list):
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    return f"{where}: {key}={at}: {message}"
+
+
+def _model_at(path: list) -> type[BaseModel] | None:
+    model = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
+        model = _section(annotation)
+    return model
+
+
+def _section(annotation) -> type[BaseModel] | None:
+    """The section that a field holds, directly or as entries of a list."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def fields_at(path: list) -> list[str]:
+    model = _model_at(path)
+    return list(model.model_fields) if model else []
+
+
+def fields_meaning(path: list) -> str:
+    model = _model_at(path[:-1])
+    return (model.model_fields[path[-1]].description or "") if model and path[-1] in model.model_fields else ""
+
+
+def type_name(annotation) -> str:
+    """A field's type as a reader of recipes says it."""
+    if annotation is type(None):
+        return "null"
+    name = getattr(get_origin(annotation), "__name__", "")
+    if name == "Literal":
+        return " | ".join(map(str, get_args(annotation)))
+    if name == "Annotated":
+        return type_name(get_args(annotation)[0])
+    if name in ("Union", "UnionType"):
+        return " | ".join(type_name(a) for a in get_args(annotation))
+    if name in ("list", "tuple"):
+        inner = " | ".join(dict.fromkeys(type_name(a) for a in get_args(annotation)))
+        return f"list of {inner}"
+    return "mapping" if name == "dict" else getattr(annotation, "__name__", str(annotation))
+
+
+def help_text() -> str:
+    """Usage and every key."""
+    lines = [USAGE.format(recipes=", ".join(shipped_recipes()))]
+
+    def section(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            inner, key = _section(info.annotation), prefix + name
+            if inner is not None and info.annotation is inner:
+                lines.append(f"\n{key}: {info.description}")
+                section(inner, key + ".")
+            elif inner is not None:
+                lines.append(f"  {key}  (list, default empty)\n      {info.description}; each entry has")
+                section(inner, f"{key}.N.")
+            else:
+                default = "required" if info.is_required() else f"default {show(info.default)}"
+                lines.append(f"  {key}  ({type_name(info.annotation)}, {default}{limits(info)})\n      "
+                             f"{info.description}")
+
+    section(Recipe, "")
+    return "\n".join(lines)
+
+
+def show(value) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def limits(info) -> str:
+    """What a number may be, e.g. ', >= 0, < 1'."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [f", {signs[a]} {getattr(m, a)}" for m in info.metadata for a in signs if getattr(m, a, None) is not None]
+    for m in info.metadata:
+        found += [f", {signs[a]} {getattr(x, a)}" for x in getattr(m, "metadata", []) for a in signs
+                  if getattr(x, a, None) is not None]
+    return "".join(found)

@@ -1,0 +1,83 @@
+"""What torchrun starts: parse, set up, run, tear down. `--help` lists every key."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what it is given and fetches nothing
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+try:
+    from strop.trainer.cli import Command, help_text, parse
+except ModuleNotFoundError as e:
+    sys.exit(f"{e}: install Strop first, with `make run` or `pip install -e .` in the folder above trainer/")
+
+
+def run(command: Command) -> None:
+    import transformers
+    import yaml
+
+    from strop.trainer.console import Console
+    from strop.trainer.loop import run_recipe
+    from strop.trainer.metrics import Metrics
+    from strop.trainer.models import find_base
+    from strop.trainer.report import write_report
+    from strop.trainer.results import print_results
+    from strop.trainer.store import Store, write_atomic
+    from strop.trainer.world import die_with_parent, join
+
+    die_with_parent()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    recipe, started = command.recipe, time.perf_counter()
+    world = join(recipe.device, recipe.threads)
+    console = Console(enabled=world.first)
+    run_dir = Path(recipe.output_dir) / recipe.name
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    store = Store(run_dir, world, console, plan=command.plan)
+    if command.plan:
+        run_recipe(store, recipe, find_base(recipe.model, console, convert=False))
+        console.line(text)
+        console.table(f"plan of {run_dir}", ["stage", "state", "why"], [list(plan) for plan in store.plans])
+        return
+    store.lock()
+    world.barrier()
+    base = world.share(find_base(recipe.model, console) if world.first else None)
+    console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.device.type}   base {base.name}")
+    store.metrics = Metrics(run_dir, console, recipe.log.tensorboard, enabled=world.first)
+    if world.first:
+        write_atomic(run_dir / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
+    final = run_recipe(store, recipe, base)
+    store.metrics.close()
+    if world.first:
+        report = write_report(run_dir)
+        print_results(run_dir, console, recipe.evaluate.bootstrap)
+        console.line(f"{time.perf_counter() - started:.0f} s   weights {final.path}   report {report}")
+    world.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        command = parse(argv)
+        if command.help:
+            print(help_text() if first else "", end="\n" if first else "")
+        else:
+            run(command)
+    except ValueError as e:
+        if "--debug" in argv:
+            raise
+        if not first:
+            time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

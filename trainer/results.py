@@ -1,0 +1,70 @@
+"""What a run achieved: pass rates of base and of every round's weights, and paired gains between them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from strop.trainer.compare import paired_bootstrap
+from strop.trainer.store import read_json, read_table
+
+BASE = ("baseline", "base")  # (artifact, candidate in it) of the start weights
+STEPS = {"sft": "start", "dpo": "sft", "merge": "dpo"}  # what each stop is measured against
+
+
+def correct(run_dir: Path, where: tuple[str, str], split: str) -> dict[str, bool]:
+    """prompt_id -> correct, of one candidate of an evaluate artifact."""
+    artifact, candidate = where
+    rows = read_table(run_dir / artifact / "results.parquet").to_pylist()
+    return {r["prompt_id"]: r["correct"] for r in rows if r["candidate"] == candidate and r["split"] == split}
+
+
+def gain(run_dir: Path, new: tuple[str, str], old: tuple[str, str], split: str, resamples: int) -> dict:
+    """Pass rate of `new` less that of `old` on the same prompts, with a 95 % paired bootstrap interval."""
+    after, before = correct(run_dir, new, split), correct(run_dir, old, split)
+    ids = sorted(after.keys() & before.keys())
+    assert len(ids) == len(after) == len(before), (new, old, split)
+    a, b = (np.array([side[i] for i in ids], dtype=float) for side in (after, before))
+    value, low, high = paired_bootstrap(a, b, resamples, 0)
+    return {"split": split, "gain": value, "low": low, "high": high}
+
+
+def round_results(run_dir: Path, promotions: list[dict], resamples: int) -> list[dict]:
+    """A row for each stop of each round: `round`, `stop`, `promoted`, the splits' pass rates, `over_base` and `part`
+    (the gain over the stop before it), both on the test split."""
+    rows = [{"round": None, "stop": "base", "promoted": False, "where": BASE, **rates(run_dir, BASE)}]
+    for promotion in promotions:
+        stops = {stop: tuple(where) for stop, where in promotion["candidates"].items()}
+        for stop, where in stops.items():
+            if stop == "start":
+                continue
+            before = STEPS[stop]
+            while before not in stops:
+                before = STEPS[before]
+            rows.append({"round": promotion["round"], "stop": stop, "promoted": promotion["promoted"] == stop,
+                         "where": where, "before": before, **rates(run_dir, where),
+                         "over_base": gain(run_dir, where, BASE, "test", resamples),
+                         "part": gain(run_dir, where, stops[before], "test", resamples)})
+    return rows
+
+
+def rates(run_dir: Path, where: tuple[str, str]) -> dict:
+    summary = read_json(run_dir / where[0] / "summary.json")[where[1]]
+    return {split: summary[split] for split in ("validation", "test")}
+
+
+def print_results(run_dir: Path, console, resamples: int) -> None:
+    """The table of rounds at the end of a run."""
+    if not (run_dir / "baseline").exists():
+        return
+    rows = []
+    for r in round_results(run_dir, read_json(run_dir / "promotions.json"), resamples):
+        name = "base" if r["round"] is None else f"{r['round']:02} {r['stop']}{' *' if r['promoted'] else ''}"
+        rows.append([name, f"{r['validation']['pass_rate']:.1%}", f"{r['test']['pass_rate']:.1%}",
+                     points(r.get("over_base")), f"{points(r['part'])} over {r['before']}" if "part" in r else "",
+                     f"{r['test']['mean_length']:.1f}", f"{r['test']['cut_share']:.1%}"])
+    console.table("rounds (* promoted; points with 95 % paired bootstrap interval on the test split)",
+                  ["weights", "validation", "test", "gain over base", "part of it", "length", "cut"], rows)
+
+
+def points(g: dict | None) -> str:
+    return f"{100 * g['gain']:+.1f} [{100 * g['low']:+.1f}, {100 * g['high']:+.1f}]" if g else ""

@@ -1,0 +1,59 @@
+"""DPO: preference optimisation on packed pairs against a table of reference log-probs."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from strop.kernels import PREFERENCE_METRICS, preference_loss, preference_means
+from strop.trainer.batch import plan_steps
+from strop.trainer.config import Recipe
+from strop.trainer.engine import Engine, Scorer, train
+from strop.trainer.models import context_length
+from strop.trainer.pairs import ReferenceTable, load_pairs
+from strop.trainer.probe import TOLERANCE, probe
+from strop.trainer.store import Stage
+
+
+def dpo(stage: Stage, recipe: Recipe, *, select: Path, policy: Path, reference: Path, same_weights: bool) -> None:
+    """Trains `policy` on select/pairs.parquet; writes model/, and snapshots/ and ema/ if asked for.
+
+    same_weights: policy and reference are the same weights, so that step 0 can be checked: log-ratios of zero.
+    """
+    section = recipe.dpo
+    pairs = load_pairs(stage, select / "pairs.parquet", recipe, context_length(policy), record=True)
+    table = ReferenceTable(reference / "reference.parquet")
+    plan = plan_steps(pairs, section.epochs, section.batch_size, recipe.seed)
+    engine = Engine(policy, section, recipe, stage, len(plan))
+    scorer = Scorer(engine.model, probe(engine.model, stage.console))
+
+    def totals(rows):
+        return {"pairs": len(rows), "chosen_tokens": sum(pairs[i].targets()[0] for i in rows)}
+
+    def loss(groups, step):
+        logp = scorer(groups)
+        ref = table.of(pairs, step.rows, logp.device)
+        if step.index == 0 and same_weights:
+            check_step_zero(logp.detach(), ref, engine.model.dtype, stage.name)
+        denominator = step.totals["chosen_tokens" if section.nll_normalization == "batch_tokens" else "pairs"]
+        return preference_loss(
+            logp, ref, segments=groups.target_segment, num_segments=groups.num_completions, loss_type=section.loss,
+            beta=section.beta, label_smoothing=section.label_smoothing, nll_weight=section.nll_weight,
+            nll_normalization=section.nll_normalization, pair_denominator=step.totals["pairs"],
+            nll_denominator=denominator)
+
+    train(stage, engine, scorer, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means)
+    stage.counts |= {"pairs": len(pairs), "steps": len(plan)}
+
+
+def check_step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raises ValueError unless the policy's log-probs are the reference's, within what rounding explains."""
+    if logp.numel() == 0:
+        return
+    difference = (logp - ref).abs()
+    mean, worst = difference.mean().item(), difference.max().item()
+    bound = TOLERANCE[dtype]
+    if not (mean <= bound / 4 and worst <= 4 * bound) or not math.isfinite(mean):
+        raise ValueError(f"{name}: step 0: policy and reference are the same weights, but their per-token log-probs "
+                         f"differ by {mean:.2g} on average, {worst:.2g} at most; nothing was trained. Delete the "
+                         "reference folder beside it to have the table made again")

@@ -1,0 +1,91 @@
+"""Merge: averages weights in fp32 and rounds once."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from strop.trainer.config import Recipe
+from strop.trainer.models import finish_folder, weight_files
+from strop.trainer.store import Stage
+
+
+def merge(stage: Stage, recipe: Recipe, *, start: Path, sft: Path | None, dpo: Path | None) -> None:
+    """Writes model/: the round's last weights, an average or their EMA, then drawn towards `start`.
+
+    start is a model folder; sft and dpo are the artifacts of those stages, None where a stage was off.
+    """
+    section = recipe.merge
+    mixture = mixture_of(recipe, start, sft, dpo)
+    if section.interpolate < 1:
+        mixture = [(path, weight * section.interpolate) for path, weight in mixture]
+        mixture.append((start, 1 - section.interpolate))
+    average(mixture, stage.dir / "model")
+    stage.counts["checkpoints"] = len(mixture)
+
+
+def mixture_of(recipe: Recipe, start: Path, sft: Path | None, dpo: Path | None) -> list[tuple[Path, float]]:
+    """The folders to average and their weights, which add up to 1."""
+    section, last = recipe.merge, dpo or sft
+    if last is None:
+        return [(start, 1.0)]
+    if section.method == "last":
+        return [(last / "model", 1.0)]
+    if section.method == "ema":
+        if not (last / "ema").exists():
+            raise ValueError(f"merge.method=ema: {last} keeps no average; set {last.name}.ema_decay above 0")
+        return [(last / "ema", 1.0)]
+    mixture = []
+    weights = section.weights or [1.0] * len(section.members)
+    for name, weight in zip(section.members, weights, strict=True):
+        stage = {"sft": sft, "dpo": dpo}.get(name)
+        if name == "start":
+            checkpoints = [start]
+        elif stage is None:
+            raise ValueError(f"merge.members names {name}, but {name}.enabled=false")
+        else:
+            checkpoints = [*sorted((stage / "snapshots").glob("step-*")), stage / "model"]
+        if section.weights is None:  # uniform over checkpoints, not over stages
+            mixture += [(c, 1.0) for c in checkpoints]
+        else:
+            mixture += [(c, weight / len(checkpoints)) for c in checkpoints]
+    total = sum(weight for _, weight in mixture)
+    return [(path, weight / total) for path, weight in mixture]
+
+
+def average(mixture: list[tuple[Path, float]], target: Path) -> None:
+    """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32.
+
+    Raises ValueError where the folders do not hold the same tensors.
+    """
+    first, files = mixture[0][0], [weight_files(path) for path, _ in mixture]
+    for found in files:  # a head tied to the embedding may or may not be written out
+        if not all(name in f for name in ("lm_head.weight",) for f in files):
+            found.pop("lm_head.weight", None)
+    for (path, _), found in zip(mixture, files, strict=True):
+        if found.keys() != files[0].keys():
+            odd = sorted(found.keys() ^ files[0].keys())
+            raise ValueError(f"{path}: does not hold the tensors of {first} ({odd[0]}); they cannot be averaged")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    for file in sorted(first.glob("*.safetensors")):
+        tensors = {}
+        for name in (n for n, f in files[0].items() if f == file):
+            parts = [(_read(found[name], name), weight) for found, (_, weight) in zip(files, mixture, strict=True)]
+            total = torch.zeros_like(parts[0][0], dtype=torch.float32)
+            for tensor, weight in parts:
+                total.add_(tensor.float(), alpha=weight)
+            tensors[name] = total.to(parts[0][0].dtype) if len(parts) > 1 else parts[0][0]
+        save_file(tensors, temporary / file.name, metadata={"format": "pt"})
+    for name in ("config.json", "model.safetensors.index.json"):
+        if (first / name).exists():
+            shutil.copyfile(first / name, temporary / name)
+    finish_folder(temporary, first, target)
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(name)
