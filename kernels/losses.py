@@ -220,6 +220,7 @@ LOSSES: dict[str, Loss] = {
     "sigmoid_norm": Loss(_sigmoid, scores=True, smoothing=True, mean=True),
     "robust": Loss(_robust, scores=True, smoothing=True),
     "ipo": Loss(_ipo, scores=True, reference="optional"),
+    "ipo_norm": Loss(_ipo, scores=True, mean=True, reference="optional"),
     "hinge": Loss(_hinge, scores=True, reference="optional"),
     "simpo": Loss(_simpo, smoothing=True, mean=True, reference="none"),
     "orpo": Loss(_orpo, mean=True, reference="none"),

@@ -79,8 +79,8 @@ def preference_loss(
     tokens (default denominator: the chosen tokens), "sequence_mean" and "sequence_sum" take a mean or a sum for each
     completion (default B). "orpo" brings its NLL with weight 1.
 
-    Options: label_smoothing; length_normalization divides each score by its length (IPO as in TRL; "sigmoid_norm"
-    always does); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens beyond the
+    Options: label_smoothing; length_normalization divides each score by its length ("sigmoid_norm" and "ipo_norm",
+    TRL's IPO, always do); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens beyond the
     shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] turns on WPO's pair weights (arXiv 2406.11827);
     reward_margin [B] is dr* of "rpo"; baseline is z of "kto" (log-ratio) or d of "bco_pair" (reward); desirable [S]
     bool makes "kto" unpaired, completions in any order, default denominator S. batch holds no-grad sequence sums

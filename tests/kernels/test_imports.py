@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-FAKE = '''
+FAKE = """
 __version__ = "{version}"
 class _Anything:
     def __init__(self, *args, **kwargs): pass
@@ -18,7 +18,7 @@ def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
     return _Anything
-'''
+"""
 
 
 def _python(code: str, *paths: Path) -> str:
