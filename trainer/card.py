@@ -1,6 +1,7 @@
 """The model card of a run's final weights: what it is, what made it, what was measured."""
 
 import json
+import math
 import re
 
 import yaml
@@ -20,12 +21,13 @@ def model_card(info: dict) -> str:
       recipe: the resolved recipe, a dict; seed: int
       rounds: [{"round": "round-00", "promoted": "dpo", "stages": {"sft": {"hash": .., "counts": {..}, "seconds": ..}}}]
       sources: [{"name", "origin", "verifier", "prompts"}], origin being a file's name or a dataset's
-      results: [{"candidate", "split", "source", "n", "pass_rate", "low", "high"}], rates in [0, 1]
+      results: [{"candidate", "split", "source", "n", "pass_rate"}], rates in [0, 1], source None for all
       gains: [{"candidate", "over", "split", "gain", "low", "high"}], rates in [-1, 1]
       hashes: {what: content hash}; versions: {package: version}
     """
     front = {"base_model": one_line(info["base_model"]), "library_name": "transformers",
-             "pipeline_tag": "text-generation", "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
+             "pipeline_tag": "text-generation",
+             "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
     if info.get("license"):
         front = {"license": info["license"]} | front
     if info.get("language"):
@@ -47,13 +49,14 @@ def results(info: dict) -> list[str]:
     parts = []
     if info.get("results"):
         rows = [[r["candidate"], r["split"], r.get("source") or "all", f"{r['n']:,}", percent(r["pass_rate"]),
-                 interval(r, percent)] for r in info["results"]]
+                 interval(*wilson(r["pass_rate"], r["n"]), percent)] for r in info["results"]]
         parts += ["## Results", "Pass rate with greedy decoding: share of prompts whose completion stopped by itself "
                   "with the right answer.",
                   table(["weights", "split", "source", "prompts", "pass rate", "95 % interval"], rows)]
     if info.get("gains"):
         columns = ["weights", "over", "split", "gain (points)", "95 % interval"]
-        rows = [[g["candidate"], g["over"], g["split"], points(g["gain"]), interval(g, points)] for g in info["gains"]]
+        rows = [[g["candidate"], g["over"], g["split"], points(g["gain"]), interval(g["low"], g["high"], points)]
+                for g in info["gains"]]
         parts += ["Gains, paired by prompt:", table(columns, rows)]
     if info.get("base_from_gguf"):
         parts.append(GGUF_NOTE)
@@ -70,7 +73,7 @@ def lineage(info: dict) -> list[str]:
                 for r in info["rounds"] for name, s in r.get("stages", {}).items()]
         parts += ["## Lineage", table(["round", "stage", "hash", "counts", "seconds", "promoted"], rows)]
     if info.get("sources"):
-        rows = [[s["name"], s.get("origin", ""), s.get("verifier", ""), f"{s.get('prompts', 0):,}"]
+        rows = [[s["name"], s.get("origin", ""), s.get("verifier", ""), f"{s['prompts']:,}" if "prompts" in s else ""]
                 for s in info["sources"]]
         parts += ["## Data", table(["source", "origin", "verifier", "prompts"], rows)]
     return parts
@@ -110,6 +113,15 @@ def code(value: str) -> str:
     return "`" + one_line(value).replace("`", "'") + "`"
 
 
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share seen in n trials (Wilson's score interval)."""
+    z = 1.959964
+    if n == 0:
+        return 0.0, 1.0
+    centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
 def percent(rate: float) -> str:
     return f"{100 * rate:.1f} %"
 
@@ -118,8 +130,8 @@ def points(rate: float) -> str:
     return f"{100 * rate:+.1f}"
 
 
-def interval(row: dict, form) -> str:
-    return f"{form(row['low'])} to {form(row['high'])}" if row.get("low") is not None else ""
+def interval(low: float, high: float, form) -> str:
+    return f"{form(low)} to {form(high)}"
 
 
 def short(digest: str | None) -> str:

@@ -1,8 +1,9 @@
 import re
 
+import pytest
 import yaml
 
-from strop.trainer.card import GGUF_NOTE, model_card
+from strop.trainer.card import GGUF_NOTE, model_card, wilson
 
 INFO = {
     "name": "my_run", "base_model": "SmolLM2-135M-Instruct", "license": "apache-2.0", "base_from_gguf": True,
@@ -12,8 +13,7 @@ INFO = {
         "sft": {"hash": "c" * 32, "counts": {"rows": 1200, "share": 0.51234}, "seconds": 61.4},
         "dpo": {"hash": "d" * 32, "counts": {}, "seconds": 30}}}],
     "sources": [{"name": "sums|<b>", "origin": "chain_sum", "verifier": "number", "prompts": 2000}],
-    "results": [{"candidate": "base", "split": "test", "source": None, "n": 200, "pass_rate": 0.12,
-                 "low": 0.08, "high": 0.17}],
+    "results": [{"candidate": "base", "split": "test", "source": None, "n": 200, "pass_rate": 0.12}],
     "gains": [{"candidate": "dpo", "over": "base", "split": "test", "gain": 0.153, "low": 0.101, "high": 0.2}],
 }
 
@@ -36,7 +36,7 @@ def test_front_matter_survives_odd_names():
 
 def test_results_have_intervals_and_the_reservation():
     body = split(model_card(INFO))[1]
-    assert "| base | test | all | 200 | 12.0 % | 8.0 % to 17.0 % |" in body
+    assert "| base | test | all | 200 | 12.0 % | 8.2 % to 17.2 % |" in body
     assert "| dpo | base | test | +15.3 | +10.1 to +20.0 |" in body
     assert GGUF_NOTE in body
     assert GGUF_NOTE not in model_card(INFO | {"base_from_gguf": False})
@@ -56,3 +56,9 @@ def test_lineage_data_and_recipe_are_there_and_escaped():
 def test_the_least_it_needs():
     card = model_card({"name": "x", "base_model": "y"})
     assert "## Results" not in card and "## Lineage" not in card and "## Use" in card
+
+
+@pytest.mark.parametrize(("rate", "n", "low", "high"), [(0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0),
+                                                        (0.5, 100, 0.4038, 0.5962), (0.0, 0, 0.0, 1.0)])
+def test_wilson_against_printed_values(rate, n, low, high):
+    assert wilson(rate, n) == pytest.approx((low, high), abs=1e-4)
