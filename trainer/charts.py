@@ -1,0 +1,186 @@
+"""Small charts as inline SVG text: no script, no font and no file outside, so that a report stands alone and prints."""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = ("#2c6e9b", "#c4622d", "#3f8159", "#8a5a9e", "#b08d1e", "#5b6b78", "#b0466b", "#3b8f8f")
+INK, MUTED, GRID = "#2b2622", "#857b72", "#e7e1d9"
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 28
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve; a y that is None leaves a gap."""
+
+    name: str
+    xs: list[float]
+    ys: list[float | None]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A measured value with its interval. `strong` dots are filled and joined by a line."""
+
+    label: str
+    group: str
+    value: float
+    low: float
+    high: float
+    strong: bool = False
+    note: str = ""
+
+
+def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: bool = False) -> str:
+    """Curves over a shared number axis. `zero` puts 0 into the range. No finite point gives ""."""
+    points = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if finite(y)]
+    if not points:
+        return ""
+    x_ticks = [t for t in ticks(min(p[0] for p in points), max(p[0] for p in points), 5) if t == int(t)]
+    y_ticks = ticks(min([p[1] for p in points] + [0] * zero), max([p[1] for p in points] + [0] * zero), 4)
+    to_x = scale(min(p[0] for p in points), max(p[0] for p in points), LEFT, width - RIGHT)
+    to_y = scale(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)
+    body = y_axis(y_ticks, to_y, width, number)
+    body += [text(to_x(t), height - BOTTOM + 16, f"{t:g}", "middle") for t in x_ticks
+             if LEFT - 1 <= to_x(t) <= width - RIGHT + 1]
+    for i, line in enumerate(lines):
+        colour = COLOURS[i % len(COLOURS)]
+        for run in runs(line):
+            if len(run) == 1:
+                body.append(f'<circle cx="{to_x(run[0][0]):.1f}" cy="{to_y(run[0][1]):.1f}" r="2.5" fill="{colour}"/>')
+                continue
+            path = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in run)
+            body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6" '
+                        f'stroke-linejoin="round"><title>{escape(line.name)}</title></polyline>')
+    return svg(body, width, height, "line chart: " + ", ".join(line.name for line in lines))
+
+
+def dot_chart(dots: list[Dot], width: int = 1000, height: int = 260, colour: str = COLOURS[0]) -> str:
+    """Shares in [0, 1] with whiskers, one column a dot, in groups that stand apart."""
+    if not dots:
+        return ""
+    y_ticks = ticks(0.0, max(0.05, *(d.high for d in dots)), 4)
+    to_y = scale(0.0, y_ticks[-1], height - BOTTOM - 14, TOP)
+    body = y_axis(y_ticks, to_y, width, lambda v: f"{100 * v:g} %")
+    groups = list(dict.fromkeys(d.group for d in dots))
+    gap = 0.6
+    step = (width - LEFT - RIGHT) / (len(dots) + gap * len(groups))
+    at, previous, centres = LEFT + step * gap / 2, None, {}
+    for dot in dots:
+        if previous is not None and dot.group != previous:
+            at += step * gap
+            body.append(f'<line x1="{at - step * gap / 2:.1f}" x2="{at - step * gap / 2:.1f}" y1="{TOP}" '
+                        f'y2="{height - 4}" stroke="{GRID}"/>')
+        centres.setdefault(dot.group, []).append(at + step / 2)
+        at, previous = at + step, dot.group
+    xs = [x for group in groups for x in centres[group]]
+    strong = " ".join(f"{x:.1f},{to_y(d.value):.1f}" for x, d in zip(xs, dots, strict=True) if d.strong)
+    body.append(f'<polyline points="{strong}" fill="none" stroke="{colour}" stroke-width="1.2" stroke-dasharray="4 3" '
+                'opacity="0.6"/>')
+    for x, d in zip(xs, dots, strict=True):
+        tip = f"{d.group} {d.label}: {100 * d.value:.1f} % ({100 * d.low:.1f} to {100 * d.high:.1f}) {d.note}"
+        body.append(
+            f'<g><title>{escape(tip)}</title><line x1="{x:.1f}" x2="{x:.1f}" y1="{to_y(d.low):.1f}" '
+            f'y2="{to_y(d.high):.1f}" stroke="{colour}" stroke-width="2" opacity="0.45" stroke-linecap="round"/>'
+            f'<circle cx="{x:.1f}" cy="{to_y(d.value):.1f}" r="4.5" stroke="{colour}" stroke-width="1.8" '
+            f'fill="{colour if d.strong else "#fff"}"/></g>')
+        body.append(text(x + 8, to_y(d.value) - 6, f"{100 * d.value:.1f}", "start", INK))
+        body.append(text(x, height - BOTTOM, d.label, "middle"))
+    for group in groups:
+        body.append(text(sum(centres[group]) / len(centres[group]), height - 8, group, "middle", INK))
+    return svg(body, width, height, "pass rates with 95 % intervals")
+
+
+def bar_chart(bars: list[tuple[str, float, str]], width: int = 1000, label: int = 170, colour: str = COLOURS[0]) -> str:
+    """Horizontal bars from (label, value, text beside the bar)."""
+    if not bars:
+        return ""
+    row, most = 20, max(value for _, value, _ in bars) or 1.0
+    beside = 8 + 6.4 * max(len(note) for _, _, note in bars)
+    to_x = scale(0.0, most, label, max(label + 20, width - beside))
+    body = []
+    for i, (name, value, note) in enumerate(bars):
+        y = 4 + row * i
+        body.append(text(label - 8, y + 12, name, "end", INK))
+        wide = max(1.0, to_x(value) - label)
+        body.append(f'<rect x="{label}" y="{y + 2}" width="{wide:.1f}" height="{row - 7}" rx="2" fill="{colour}" '
+                    'opacity="0.85"/>')
+        body.append(text(max(label + 1.0, to_x(value)) + 6, y + 12, note, "start"))
+    return svg(body, width, row * len(bars) + 8, "bar chart")
+
+
+def column_chart(labels: list[str], series: list[tuple[str, list[float]]], width: int = 340, height: int = 190) -> str:
+    """Vertical bars, one colour a series, side by side at each label."""
+    values = [v for _, column in series for v in column]
+    if not values:
+        return ""
+    y_ticks = ticks(0.0, max(values) or 1.0, 4)
+    to_y = scale(0.0, y_ticks[-1], height - BOTTOM, TOP)
+    body = y_axis(y_ticks, to_y, width, number)
+    step = (width - LEFT - RIGHT) / len(labels)
+    thin = 0.8 * step / len(series)
+    for i, label in enumerate(labels):
+        x = LEFT + step * (i + 0.1)
+        body.append(text(x + 0.4 * step, height - BOTTOM + 16, label, "middle"))
+        for j, (name, column) in enumerate(series):
+            y = to_y(column[i])
+            body.append(f'<rect x="{x + j * thin:.1f}" y="{y:.1f}" width="{max(1.0, thin - 1):.1f}" '
+                        f'height="{max(0.0, height - BOTTOM - y):.1f}" fill="{COLOURS[j % len(COLOURS)]}">'
+                        f"<title>{escape(f'{name}, {label}: {column[i]:g}')}</title></rect>")
+    return svg(body, width, height, "column chart")
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers that enclose [low, high], about `count` steps apart."""
+    if high <= low:
+        low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def scale(low: float, high: float, start: float, end: float):
+    """The linear map of [low, high] to [start, end]; a range of one point goes to the middle."""
+    if high == low:
+        return lambda value: (start + end) / 2
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def runs(line: Line) -> list[list[tuple[float, float]]]:
+    """The stretches of a line without gaps."""
+    found, run = [], []
+    for x, y in zip(line.xs, line.ys, strict=True):
+        if finite(y):
+            run.append((x, y))
+        elif run:
+            found, run = [*found, run], []
+    return [*found, run] if run else found
+
+
+def number(value: float) -> str:
+    value = 0.0 if abs(value) < 1e-12 else value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def y_axis(at: list[float], to_y, width: int, form) -> list[str]:
+    body = []
+    for tick in at:
+        y = to_y(tick)
+        body.append(f'<line x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
+        body.append(text(LEFT - 6, y + 4, form(tick), "end"))
+    return body
+
+
+def text(x: float, y: float, content: str, anchor: str, colour: str = MUTED) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(content)}</text>'
+
+
+def svg(body: list[str], width: int, height: int, label: str) -> str:
+    return (f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(label)}" '
+            f'xmlns="http://www.w3.org/2000/svg" font-size="11">{"".join(body)}</svg>')
