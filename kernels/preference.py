@@ -80,12 +80,12 @@ def preference_loss(
     completion (default B). "orpo" brings its NLL with weight 1.
 
     Options: label_smoothing; length_normalization divides each score by its length ("sigmoid_norm" and "ipo_norm",
-    TRL's IPO, always do); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens beyond the
-    shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] turns on WPO's pair weights (arXiv 2406.11827);
-    reward_margin [B] is dr* of "rpo"; baseline is z of "kto" (log-ratio) or d of "bco_pair" (reward); desirable [S]
-    bool makes "kto" unpaired, completions in any order, default denominator S. batch holds no-grad sequence sums
-    (policy [2G], reference [2G]) of the whole global batch for "aot" and "aot_unpaired", and batch_offset this call's
-    first pair in it; without it the given pairs are the batch.
+    TRL's IPO, always do); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens
+    beyond the shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] turns on WPO's pair weights (arXiv
+    2406.11827); reward_margin [B] is dr* of "rpo"; baseline is z of "kto" (log-ratio) or d of "bco_pair" (reward);
+    desirable [S] bool makes "kto" unpaired, completions in any order, default denominator S. batch holds no-grad
+    sequence sums (policy [2G], reference [2G]) of the whole global batch for "aot" and "aot_unpaired", batch_offset
+    this call's first pair in it; without it the given pairs are the batch.
 
     Returns (loss, metrics): loss 0-dim; metrics fp32 sums in the order of PREFERENCE_METRICS, to be added over
     microbatches and ranks and divided by preference_means. Rewards are beta times the log-ratio. Raises ValueError on

@@ -76,11 +76,12 @@ def logit_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> dic
     kept = target != ignore_index
     logp = logits.log_softmax(-1)
     p = logp.exp()
+    target_logit = logits.gather(-1, target.where(kept, 0).unsqueeze(-1))
     stats = {
         "lse": logits.logsumexp(-1),
         "entropy": -(p * logp.where(p > 0, 0.0)).sum(-1),
         "mean_logit": logits.mean(-1),
-        "top1": (logits.argmax(-1) == target).to(logits.dtype),
+        "top1": (target_logit >= logits).all(-1).to(logits.dtype),
         "log_sum_p2": (2 * logp).logsumexp(-1),
     }
     return {name: value.where(kept, 0.0) for name, value in stats.items()}

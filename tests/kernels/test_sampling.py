@@ -23,7 +23,7 @@ def test_keys_are_stable_and_distinct():
 def test_uniform_is_uniform_over_keys_and_over_positions():
     key, position = _keys(4096), torch.arange(4096)
     for u in (uniform(key, torch.zeros_like(key)), uniform(key[:1].expand(4096), position)):
-        assert 0 < u.min() and u.max() < 1
+        assert u.min() > 0 and u.max() < 1
         counts = torch.histc(u.float(), 16, 0, 1)
         assert ((counts - 256).square() / 256).sum() < 37.7  # chi-square, 15 degrees, p = 0.001
         assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]) < 0.06
