@@ -1,0 +1,166 @@
+"""Ready-made SFT and preference data in TRL's columns, as rows of the tables that select writes.
+
+Conversational rows (lists of messages) go through the chat template, plain strings do not: they are tokenised as they
+stand, with the end-of-sequence token behind them. `tools` and `chat_template_kwargs` columns reach the template.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from strop.trainer.chat import Encoded, encode_completion, encode_conversation, encode_prompt, encode_text
+from strop.trainer.config import ReadyData
+from strop.trainer.rows import Quarantine, kind, read_rows, to_messages
+from strop.trainer.store import Drops
+
+
+class Unfit(Exception):
+    """A well-formed row that cannot be trained on; the argument is (reason, detail)."""
+
+
+def ready_sft(tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> list[dict]:
+    """Rows of sft.parquet from `messages`, or `prompt` + `completion`; exact duplicates are dropped.
+
+    Raises ValueError if the file cannot be read or has more malformed rows than the quarantine takes.
+    """
+    rows, seen = [], set()
+    for where, n, (prompt, completion) in _encoded(_sft_row, tokenizer, data, drops, quarantine):
+        key = (tuple(prompt), tuple(completion.tokens))
+        if key in seen:
+            drops.add("duplicate", source=data.name, detail=where)
+            continue
+        seen.add(key)
+        rows.append({"row_id": f"{data.name}/{n}", "source": data.name, "prompt_id": None, "sample_index": None,
+                     "prompt_tokens": prompt, "completion_tokens": completion.tokens,
+                     "loss_mask": completion.loss_mask, "score": None, "weight": data.weight, "origin": data.name})
+    return rows
+
+
+def ready_pairs(tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> list[dict]:
+    """Rows of pairs.parquet from `prompt` + `chosen` + `rejected`, or from `chosen` and `rejected` that both begin with
+    the prompt; pairs of equal completions and exact duplicates are dropped.
+
+    Raises ValueError as `ready_sft` does.
+    """
+    rows, seen = [], set()
+    for where, n, (prompt, chosen, rejected) in _encoded(_pair_row, tokenizer, data, drops, quarantine):
+        key = (tuple(prompt), tuple(chosen.tokens), tuple(rejected.tokens))
+        if key in seen:
+            drops.add("duplicate", source=data.name, detail=where)
+            continue
+        seen.add(key)
+        rows.append({"row_id": f"{data.name}/{n}", "source": data.name, "prompt_id": None, "prompt_tokens": prompt,
+                     "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens,
+                     "chosen_mask": chosen.loss_mask, "rejected_mask": rejected.loss_mask,
+                     "chosen_template": chosen.template_mask, "rejected_template": rejected.template_mask,
+                     "chosen_score": None, "rejected_score": None, "weight": data.weight, "origin": data.name})
+    return rows
+
+
+def _encoded(encode: Callable, tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> Iterator[tuple]:
+    for n, row in enumerate(read_rows(data.path), 1):
+        try:
+            if row.data is None:
+                raise ValueError(row.error)
+            yield row.where, n, encode(tokenizer, row.data)
+        except Unfit as e:
+            reason, detail = e.args
+            drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
+        except ValueError as e:
+            quarantine.add(data.path, row.where, str(e), row.text or json.dumps(row.data, default=str)[:500])
+            drops.add("malformed", source=data.name, detail=f"{row.where}: {e}")
+
+
+def _sft_row(tokenizer, row: dict) -> tuple[list[int], Encoded]:
+    kwargs = _template_kwargs(row)
+    if row.get("messages") is not None:
+        messages = to_messages(row["messages"], "messages")
+        _not_empty(messages, "messages")
+        return encode_conversation(tokenizer, messages, **kwargs)
+    prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion")
+    if isinstance(prompt, str):
+        if not completion.strip():
+            raise Unfit("empty", "completion is empty")
+        return encode_text(tokenizer, prompt, completion)
+    _not_empty(completion, "completion")
+    return encode_prompt(tokenizer, prompt, **kwargs), encode_completion(tokenizer, prompt, completion, **kwargs)
+
+
+def _pair_row(tokenizer, row: dict) -> tuple[list[int], Encoded, Encoded]:
+    kwargs = _template_kwargs(row)
+    implicit = row.get("prompt") is None
+    names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
+    values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt")
+    prompt, chosen, rejected = _split_prompt(*values) if implicit else values
+    if chosen == rejected:
+        raise Unfit("identical", "chosen equals rejected")
+    if isinstance(prompt, str):
+        if not chosen.strip() or not rejected.strip():
+            raise Unfit("empty", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
+        ids, one = encode_text(tokenizer, prompt, chosen)
+        other = encode_text(tokenizer, prompt, rejected)[1]
+    else:
+        _not_empty(chosen, "chosen")
+        _not_empty(rejected, "rejected")
+        ids = encode_prompt(tokenizer, prompt, **kwargs)
+        one, other = (encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
+    if one.tokens == other.tokens:
+        raise Unfit("identical", "chosen and rejected are the same tokens")
+    return ids, one, other
+
+
+def _columns(row: dict, names: tuple[str, ...], wanted: str) -> list:
+    """The named columns, all strings or all lists of messages."""
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        there = ", ".join(k for k, v in row.items() if v is not None) or "none"
+        raise ValueError(f"column {missing[0]!r} is missing (there are: {there}); give {wanted}")
+    values = [row[name] for name in names]
+    if all(isinstance(v, str) for v in values):
+        return values
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, list):
+            wanted = "a list of messages, as the others do" if isinstance(value, str) else "a string or messages"
+            raise ValueError(f"column {name!r} must hold {wanted}, is {kind(value)}")
+    return [to_messages(value, name) for name, value in zip(names, values, strict=True)]
+
+
+def _split_prompt(chosen: Any, rejected: Any) -> tuple:
+    """The prompt that both begin with: shared messages; of strings the shared characters, back to white space, which
+    goes to the completions."""
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    if isinstance(chosen, list):
+        if n == len(chosen) or n == len(rejected):
+            if chosen == rejected:
+                raise Unfit("identical", "chosen equals rejected")
+            raise Unfit("empty", "one of chosen and rejected is the beginning of the other")
+        if n == 0:
+            raise ValueError("columns 'chosen' and 'rejected' do not begin with the same messages; give a column "
+                             "'prompt'")
+        return chosen[:n], chosen[n:], rejected[n:]
+    if chosen == rejected:
+        raise Unfit("identical", "chosen equals rejected")
+    while n and not (n < len(chosen) and chosen[n].isspace() and n < len(rejected) and rejected[n].isspace()):
+        n -= 1
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _template_kwargs(row: dict) -> dict:
+    """What TRL's columns `tools` and `chat_template_kwargs` hand to the template."""
+    tools, extra = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"column 'tools' is not JSON ({e})") from e
+    if not isinstance(extra, dict):
+        raise ValueError(f"column 'chat_template_kwargs' must hold an object, is {kind(extra)}")
+    return ({"tools": tools} if tools else {}) | {k: v for k, v in extra.items() if v is not None}
+
+
+def _not_empty(messages: list[dict], name: str) -> None:
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls"):
+            raise Unfit("empty", f"{name}[{i}].content is empty")

@@ -1,0 +1,217 @@
+"""Select: best of K to SFT, best and worst of K to pairs, ready data beside them; the rest dropped with a reason.
+
+Every sample that is looked at stands in sft.parquet, in pairs.parquet or in drops.parquet.
+"""
+
+import hashlib
+from collections import defaultdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from strop.trainer.chat import load_tokenizer, stop_ids
+from strop.trainer.config import Recipe
+from strop.trainer.readydata import ready_pairs, ready_sft
+from strop.trainer.rows import Quarantine
+from strop.trainer.samples import read_scored
+from strop.trainer.store import Drops, Stage, read_table, write_table
+
+TOKENS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
+SFT = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id", pa.string()),
+                 ("sample_index", pa.int32()), ("prompt_tokens", TOKENS), ("completion_tokens", TOKENS),
+                 ("loss_mask", MASK), ("score", pa.float64()), ("weight", pa.float64()), ("origin", pa.string())])
+PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id", pa.string()),
+                   ("prompt_tokens", TOKENS), ("chosen_tokens", TOKENS), ("rejected_tokens", TOKENS),
+                   ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
+                   ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
+                   ("weight", pa.float64()), ("origin", pa.string())])
+
+
+def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, history: list[tuple[Path, Path]],
+           model: Path) -> None:
+    """Writes sft.parquet, pairs.parquet, drops.parquet and quarantine.jsonl.
+
+    `history` holds the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the
+    newest counts. `model` is the folder whose tokenizer encodes ready data. Raises ValueError if nothing is left.
+    """
+    tokenizer = load_tokenizer(model, recipe.model.chat_template, recipe.model.trust_remote_code)
+    stops = stop_ids(tokenizer, model)
+    drops, quarantine = Drops(stage), Quarantine(recipe.data.max_bad_rows)
+    sft_rows, pair_rows = [], []
+    for prompt_id, (source, samples) in _pool(recipe, prompts, history, stage.counts).items():
+        best, pairs = pick(prompt_id, source, samples, recipe, drops)
+        sft_rows += [_sft_row(s, source) for s in best]
+        pair_rows += [_pair_row(c, r, source, stops) for c, r in pairs]
+    for data in (d for d in recipe.data.sft if d.rounds == "all" or round in d.rounds):
+        sft_rows += ready_sft(tokenizer, data, drops, quarantine)
+    for data in (d for d in recipe.data.preferences if d.rounds == "all" or round in d.rounds):
+        pair_rows += ready_pairs(tokenizer, data, drops, quarantine)
+    for rows, key in ((sft_rows, "data.sft"), (pair_rows, "data.preferences")):
+        if len({row["row_id"] for row in rows}) < len(rows):
+            raise ValueError(f"{key}: two entries have the same name; give each its own")
+    write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
+    write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
+    stage.counts |= {"sft_rows": len(sft_rows), "pairs": len(pair_rows)}
+    drops.write()
+    quarantine.write(stage.dir / "quarantine.jsonl")
+    if quarantine.rows:
+        stage.console.warn(f"{len(quarantine.rows)} malformed rows set aside in {stage.name}/quarantine.jsonl; the "
+                           f"first is {quarantine.rows[0]['where']}: {quarantine.rows[0]['error']}")
+    if not sft_rows and not pair_rows:
+        reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in stage.counts.items() if "dropped/" in k)
+        raise ValueError(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise sample.k "
+                         "or sample.prompts, give easier prompts, or lower select.sft_min_score and select.pair_margin")
+
+
+def _pool(recipe: Recipe, prompts: Path | None, history: list, counts: dict) -> dict[str, tuple[str, list[dict]]]:
+    """{prompt_id: (source, its samples of every round that counts, each with its `round`)}, by prompt_id."""
+    if not history:
+        return {}
+    asked = {row["prompt_id"]: row for row in
+             read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split"]).to_pylist()}
+    newest, pool = len(history) - 1, defaultdict(list)
+    for r, (sample, scored) in enumerate(history):
+        if r != newest and not recipe.select.accumulate:
+            continue
+        rows = read_scored(sample, scored)
+        for row in rows:
+            if asked.get(row["prompt_id"], {}).get("split") != "train":
+                raise ValueError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
+                                 "delete the folder to have it sampled again")
+            pool[row["prompt_id"]].append(row | {"round": r})
+        if r == newest:
+            solved = {row["prompt_id"] for row in rows if row["correct"]}
+            counts |= {"prompts": len({row["prompt_id"] for row in rows}), "solved_prompts": len(solved),
+                       "pass_rate": sum(row["correct"] for row in rows) / len(rows)}
+    return {prompt_id: (asked[prompt_id]["source"], pool[prompt_id]) for prompt_id in sorted(pool)}
+
+
+def pick(prompt_id: str, source: str, samples: list[dict], recipe: Recipe,
+         drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]]]:
+    """One prompt's samples for SFT and its pairs (chosen, rejected).
+
+    The pass-rate window looks at the newest round in which the prompt was sampled. SFT takes the best so far over all
+    rounds; pairs are made within a round. Samples in neither are dropped, each with the first reason that applies.
+    """
+    told = {"prompt_id": prompt_id, "source": source}
+    last = max(s["round"] for s in samples)
+    newest = [s for s in samples if s["round"] == last]
+    rate = sum(s["correct"] for s in newest) / len(newest)
+    if not recipe.select.pass_rate_min <= rate <= recipe.select.pass_rate_max:
+        for s in samples:
+            drops.add("pass_rate", **told, sample_index=s["sample_index"], detail=f"{_origin(s)}: {rate:.3f}")
+        return [], []
+    fates: dict[tuple[int, int], str] = {}
+    best = _best(samples, recipe, fates)
+    if not best:
+        top = max(s["score"] for s in samples)
+        drops.add("unsolved", **told, detail=f"best score {top:g} of {len(samples)} samples")
+    pairs, seen = [], set()
+    for r in sorted({s["round"] for s in samples}):
+        found, reason, detail = _pairs([s for s in samples if s["round"] == r], recipe)
+        if not found:
+            drops.add(reason, **told, detail=f"round-{r:02}: no pair, {detail}")
+        for chosen, rejected in found:
+            key = tuple(chosen["completion_tokens"]), tuple(rejected["completion_tokens"])
+            if key in seen:
+                drops.add("duplicate", **told, detail=f"{_origin(chosen)}: the pair stands in an earlier round")
+            else:
+                seen.add(key)
+                pairs.append((chosen, rejected))
+    used = {_id(s) for s in best} | {_id(s) for pair in pairs for s in pair}
+    for s in samples:
+        if _id(s) not in used:
+            drops.add(fates[_id(s)], **told, sample_index=s["sample_index"],
+                      detail=f"{_origin(s)}: score {s['score']:g}, {s['finish']}")
+    return best, pairs
+
+
+def _best(samples: list[dict], recipe: Recipe, fates: dict) -> list[dict]:
+    """The sft_per_prompt best distinct samples; every other one's reason goes into `fates`."""
+    section, best, seen = recipe.select, [], set()
+    for s in sorted(samples, key=lambda s: (-s["score"], *_tie(s, recipe))):
+        tokens = tuple(s["completion_tokens"])
+        if not s["completion"].strip():
+            fates[_id(s)] = "empty"
+        elif tokens in seen:
+            fates[_id(s)] = "duplicate"
+        elif s["finish"] != "stop" and not section.sft_cut:
+            fates[_id(s)] = "cut"
+        elif s["score"] < section.sft_min_score:
+            fates[_id(s)] = "low_score"
+        elif len(best) == section.sft_per_prompt:
+            fates[_id(s)] = "not_best"
+        else:
+            best.append(s)
+        seen.add(tokens)
+    return best
+
+
+def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]], str, str]:
+    """(pairs, else the reason, its detail) of one prompt in one round.
+
+    Chosen must have stopped by itself: a cut completion would teach not to end. Rejected comes from the samples that
+    are at least pair_margin worse: stopped ones first (so that ending is not what tells them apart), the worst of
+    these, and by tie_break. No sample stands in two pairs, and equal scores make none.
+    """
+    section, distinct = recipe.select, {}
+    for s in sorted(samples, key=lambda s: _tie(s, recipe)):
+        if s["completion"].strip():
+            distinct.setdefault(tuple(s["completion_tokens"]), s)
+    left = list(distinct.values())  # by tie_break
+    chosen = sorted((s for s in left if s["finish"] == "stop"), key=lambda s: -s["score"])
+    if not chosen:
+        return [], "cut", "no completion stopped by itself"
+    gap = chosen[0]["score"] - min(s["score"] for s in left)
+    if gap <= 0:
+        return [], "tie", f"no score is below the best, {chosen[0]['score']:g}"
+    if gap < section.pair_margin:
+        return [], "margin", f"best minus worst is {gap:g}"
+    pairs: list[tuple[dict, dict]] = []
+    for best in chosen:
+        worse = [s for s in left if 0 < best["score"] - s["score"] >= section.pair_margin]
+        if best not in left or not worse or len(pairs) == section.pairs_per_prompt:
+            continue
+        worst = min(worse, key=lambda s: (s["finish"] != "stop", s["score"]))
+        pairs.append((best, worst))
+        left = [s for s in left if s is not best and s is not worst]
+    return pairs, "", ""
+
+
+def _tie(s: dict, recipe: Recipe) -> tuple:
+    """Orders samples of equal score."""
+    if recipe.select.tie_break == "shortest":
+        return len(s["completion_tokens"]), -s["round"], s["sample_index"]
+    if recipe.select.tie_break == "first":
+        return s["round"], s["sample_index"]
+    text = f"{recipe.seed}:tie:{s['prompt_id']}:{s['round']}:{s['sample_index']}"
+    return (hashlib.blake2b(text.encode(), digest_size=16).digest(),)
+
+
+def _id(s: dict) -> tuple[int, int]:
+    return s["round"], s["sample_index"]
+
+
+def _origin(s: dict) -> str:
+    return f"round-{s['round']:02}"
+
+
+def _sft_row(s: dict, source: str) -> dict:
+    return {"row_id": f"{_origin(s)}/{s['prompt_id']}/{s['sample_index']}", "source": source, "weight": 1.0,
+            "prompt_id": s["prompt_id"], "sample_index": s["sample_index"], "prompt_tokens": s["prompt_tokens"],
+            "completion_tokens": s["completion_tokens"], "loss_mask": [True] * len(s["completion_tokens"]),
+            "score": s["score"], "origin": _origin(s)}
+
+
+def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dict:
+    if chosen["prompt_tokens"] != rejected["prompt_tokens"]:
+        raise ValueError(f"prompt {chosen['prompt_id']}: its samples of {_origin(chosen)} have different prompt "
+                         "tokens; delete the folder of that sample stage to have it made again")
+    row = {"row_id": f"{_origin(chosen)}/{chosen['prompt_id']}/{chosen['sample_index']}-{rejected['sample_index']}",
+           "source": source, "prompt_id": chosen["prompt_id"], "prompt_tokens": chosen["prompt_tokens"], "weight": 1.0,
+           "origin": _origin(chosen)}
+    for side, s in (("chosen", chosen), ("rejected", rejected)):
+        tokens = s["completion_tokens"]
+        row |= {f"{side}_tokens": tokens, f"{side}_mask": [True] * len(tokens), f"{side}_score": s["score"],
+                f"{side}_template": [t in stops for t in tokens]}
+    return row
