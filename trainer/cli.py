@@ -172,8 +172,9 @@ def _explain(error: dict, read: _Read) -> str:
         else:
             break
         path.append(part)
-    where = next((read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines),
-                 "recipe")
+    below = [line for k, line in read.lines.items() if k[:len(path)] == tuple(path) != () and line == "command line"]
+    above = [read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines]
+    where = (below + above + ["recipe"])[0]
     key = ".".join(map(str, path))
     if error["type"] == "extra_forbidden":
         known = fields_at(path[:-1])
@@ -185,7 +186,7 @@ def _explain(error: dict, read: _Read) -> str:
         return f"{where}: {key} is missing; {fields_meaning(path)}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:] if message.startswith("Input") else message
-    if not path or isinstance(at, dict | list):
+    if not path or (isinstance(at, dict | list) and error["type"] == "value_error"):
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}={at}: {message}"
 

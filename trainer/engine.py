@@ -76,7 +76,9 @@ class Engine:
         dtype = DTYPES[recipe.dtype]
         model = load_model(model_dir, dtype, stage.world.device, trust_remote_code=recipe.model.trust_remote_code)
         if section.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # the older name serves transformers before 5.20
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         disable_dropout(model)
         if recipe.lora.rank:
             model = add_lora(model, recipe)
@@ -238,7 +240,7 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
 
     totals(rows) -> dict of counts over a global step; loss(groups, step) -> (scalar, fp32 vector of sums in the order
     of `names`) for one microbatch, already normalised by the step's totals, so that adding over microbatches and ranks
-    gives the step's loss. finish(sums dict) -> the values to log.
+    gives the step's loss. finish(sums [names] on the host) -> the values to log.
     """
     section, world, work = engine.section, engine.world, stage.work
     if engine.resume(work):
@@ -269,12 +271,12 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
                 count, seconds = engine.step_index - logged, time.perf_counter() - started
                 packed = torch.cat([sums, torch.tensor([float(flops)], device=world.device)])
                 world.sum_([packed])  # the one reduction of the interval
-                host = torch.cat([packed, norms]).tolist()
-                values = finish(dict(zip(names, host, strict=False)))
-                values |= {"grad_norm": host[-1] / count,
+                host = torch.cat([packed, norms]).cpu()
+                values = finish(host[:len(names)])
+                values |= {"grad_norm": host[-1].item() / count,
                            "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
                            "tokens_per_second": tokens / seconds,
-                           "mfu": host[-2] / seconds / peak / world.size}
+                           "mfu": host[-2].item() / seconds / peak / world.size}
                 if world.device.type == "cuda":
                     values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
                 if not all(math.isfinite(v) for v in (values["loss"], values["grad_norm"])):

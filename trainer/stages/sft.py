@@ -35,9 +35,8 @@ def sft(stage: Stage, recipe: Recipe, *, select: Path, start: Path) -> None:
         return nll / max(1, step.totals["tokens"]), vector
 
     def finish(sums):
-        tokens = max(1.0, sums["tokens"])
-        return {"loss": sums["nll"] / tokens, "mean_token_accuracy": sums["correct"] / tokens,
-                "entropy": sums["entropy"] / tokens}
+        nll, tokens, correct, entropy = sums.tolist()
+        return {"loss": nll / tokens, "mean_token_accuracy": correct / tokens, "entropy": entropy / tokens}
 
     train(stage, engine, scorer, examples, plan, totals, loss, NAMES, finish)
     stage.counts |= {"rows": len(examples), "steps": len(plan)}

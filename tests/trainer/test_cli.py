@@ -1,0 +1,102 @@
+import pytest
+
+from strop.trainer.cli import help_text, parse, shipped_recipes
+from strop.trainer.config import Recipe
+
+GOOD = "data:\n  sources:\n    - name: a\n      path: a.jsonl\n      verifier: exact\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+    return write
+
+
+def test_shipped_recipes_are_valid_and_named_after_their_file():
+    assert "quickstart" in shipped_recipes()
+    for name in shipped_recipes():
+        assert parse([name]).recipe.name == name
+
+
+def test_nothing_is_the_quickstart():
+    assert parse([]).recipe == parse(["quickstart"]).recipe
+
+
+def test_overrides_reach_every_depth(recipe):
+    path = recipe(GOOD + "sft: {lr: 1e-5}\n")
+    r = parse([path, "sft.lr=3e-4", "merge.members=[sft]", "data.sources.0.size=7", "dpo.enabled=false",
+               "data.sources.0.system_prompt=Be brief"]).recipe
+    assert (r.name, r.sft.lr, r.merge.members, r.data.sources[0].size, r.dpo.enabled) == ("mine", 3e-4, ["sft"], 7, False)
+    assert parse([path]).recipe.sft.lr == 1e-5
+
+
+@pytest.mark.parametrize("text, arguments, message", [
+    (GOOD + "sft: {lrr: 1}\n", [], "mine.yaml:6: sft.lrr=1: unknown key; did you mean sft.lr?"),
+    (GOOD + "sampel: {k: 1}\n", [], "mine.yaml:6: sampel={'k': 1}: unknown key; did you mean sample?"),
+    (GOOD + "sft:\n  lr: fast\n", [], "mine.yaml:7: sft.lr=fast: input should be a valid number"),
+    (GOOD + "sft:\n  lr: -1\n", [], "mine.yaml:7: sft.lr=-1: input should be greater than 0"),
+    (GOOD + "sft:\n  schedule: cos\n", [], "mine.yaml:7: sft.schedule=cos: input should be 'cosine', 'linear' or"),
+    (GOOD + "select: {pass_rate_min: 0.9, pass_rate_max: 0.1}\n", [], "mine.yaml:6: select: pass_rate_min=0.9 is above"),
+    (GOOD, ["sft.lr=abc"], "command line: sft.lr=abc: input should be a valid number"),
+    (GOOD, ["sft.x.y=1"], "command line: sft.x={'y': 1}: unknown key"),
+    (GOOD, ["data.sources.3.size=1"], "data.sources is a list of 1"),
+    (GOOD, ["seed.x=1"], "command line: seed"),
+    (GOOD, ["--paln"], "--paln: no such option"),
+    (GOOD, ["other.yaml"], "other.yaml: a second recipe"),
+    (GOOD, ["merge.method=ema"], "merge.method=ema needs sft.ema_decay or dpo.ema_decay"),
+    (GOOD, ["merge.weights=[1.0]"], "weights has 1 entries, members 2"),
+    ("data: {sources: [{name: a, path: x, verifier: exact}, {name: a, path: y, verifier: exact}]}", [],
+     "two sources share a name"),
+    ("data: {sources: [{name: a, path: x}]}", [], "mine.yaml:1: data.sources.0: verifier is missing"),
+    ("data: {sources: [{path: x, verifier: exact}]}", [], "data.sources.0.name is missing; name of the source"),
+    ("data: {sources: [{name: a, verifier: exact}]}", [], "name exactly one of path and reasoning_gym"),
+    ("rounds: 2\n", [], "data.sources is empty"),
+    (GOOD + "seed: 1\nseed: 2\n", [], "mine.yaml:7: seed: the key stands here twice"),
+    (GOOD + "  x: [\n", [], "not YAML"),
+    ("", [], "mine.yaml: the file is empty"),
+    ("- a\n", [], "mine.yaml:1: a recipe is a mapping of keys to values, this is a list"),
+    (GOOD + "name: ../up\n", [], "mine.yaml:6: name=../up: String should match pattern"),
+])
+def test_a_mistake_is_one_line_that_says_where(recipe, text, arguments, message):
+    path = recipe(text)
+    with pytest.raises(ValueError) as e:
+        parse([path, *arguments])
+    assert message.lower() in str(e.value).lower() and "\n" not in str(e.value), str(e.value)
+
+
+def test_several_mistakes_are_a_line_each(recipe):
+    with pytest.raises(ValueError) as e:
+        parse([recipe(GOOD + "sft: {lrr: 1}\ndpo: {beta: x}\n")])
+    assert len(str(e.value).splitlines()) == 2
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such recipe; there are"):
+        parse(["quickstrat"])
+    with pytest.raises(ValueError, match=r"gone\.yaml: no such recipe file"):
+        parse([str(tmp_path / "gone.yaml")])
+    (tmp_path / "latin.yaml").write_bytes("name: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.yaml: not UTF-8"):
+        parse([str(tmp_path / "latin.yaml")])
+
+
+def test_help_names_every_key_with_type_default_and_meaning():
+    text = help_text()
+
+    def keys(model, prefix):
+        for name, info in model.model_fields.items():
+            inner = [k for k in (info.annotation, *getattr(info.annotation, "__args__", ())) if hasattr(k, "model_fields")]
+            if inner:
+                yield from keys(inner[0], prefix + name + (".N." if inner[0] is not info.annotation else "."))
+            else:
+                assert info.description, prefix + name
+                yield prefix + name
+
+    for key in keys(Recipe, ""):
+        assert f"\n  {key}  (" in text, key
+    assert "  sft.lr  (float, default 1e-05, > 0" in text
+    assert "  dpo.lr  (float, default 1e-06" in text
+    assert "data.sources.N.name  (str, required)" in text

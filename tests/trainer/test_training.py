@@ -1,0 +1,228 @@
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from strop.kernels import Group, linear_logprob
+from strop.trainer.batch import Example, collate
+from strop.trainer.engine import Engine, Scorer, learning_rate
+from strop.trainer.models import load_model
+from strop.trainer.pairs import ReferenceTable, load_pairs
+from strop.trainer.stages.dpo import dpo
+from strop.trainer.stages.reference import reference
+from strop.trainer.stages.sft import load_examples, sft
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
+
+CPU = torch.device("cpu")
+
+
+def run_sft(tmp_path, name, model, log=None, n=12, **keys):
+    recipe = recipe_of(sft={"batch_size": 4, "lr": 1e-3, "epochs": 2} | keys)
+    stage = stage_in(tmp_path / name, "round-00/sft", log)
+    sft(stage, recipe, select=select_of(tmp_path / "select", n), start=model)
+    return stage
+
+
+def run_dpo(tmp_path, name, model, log=None, dtype="float32", ref=None, n=12, **keys):
+    recipe = recipe_of(dtype=dtype, dpo={"batch_size": 4, "lr": 1e-3} | keys)
+    select = select_of(tmp_path / "select", n)
+    table = stage_in(tmp_path / f"{name}-reference", "round-00/reference")
+    reference(table, recipe, select=select, model=ref or model)
+    stage = stage_in(tmp_path / name, "round-00/dpo", log or Log())
+    dpo(stage, recipe, select=select, policy=model, reference=table.dir, same_weights=ref is None)
+    return stage
+
+
+def gradients(tmp_path, model, rows, max_tokens):
+    """Gradients and loss of one SFT step of all rows, in microbatches of at most max_tokens."""
+    recipe = recipe_of(sft={"batch_size": rows, "max_tokens": max_tokens, "grad_clip": 0.0, "epochs": 1})
+    kept = {}
+
+    class Keeping(Engine):
+        def step(self):
+            kept.update({n: m.grad.clone() for n, m in zip(self.names, self.masters, strict=True)})
+            return super().step()
+
+    log = Log()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("strop.trainer.stages.sft.Engine", Keeping)
+        sft(stage_in(tmp_path / f"g{max_tokens}", "sft", log), recipe, select=select_of(tmp_path / "select", rows),
+            start=model)
+    return kept, log.rows[0]["loss"]
+
+
+def test_one_microbatch_of_all_rows_equals_rows_one_by_one(tmp_path, tiny_model):
+    together, loss = gradients(tmp_path, tiny_model, 8, 4096)
+    apart, loss_apart = gradients(tmp_path, tiny_model, 8, 21)
+    assert abs(loss - loss_apart) < 1e-5
+    for name in together:
+        torch.testing.assert_close(together[name], apart[name], rtol=1e-5, atol=1e-5)
+
+
+def test_sft_loss_is_the_mean_over_loss_tokens_of_separate_rows(tmp_path, tiny_model):
+    _, loss = gradients(tmp_path, tiny_model, 8, 4096)
+    model = load_model(tiny_model, torch.float32, CPU, "sdpa")
+    total = count = 0
+    for e in load_examples(stage_in(tmp_path / "x", "sft"), tmp_path / "select" / "sft.parquet", 4096):
+        row = torch.tensor([[*e.group.prompt, *e.group.completions[0]]])
+        logp = model(row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+        mask = torch.tensor([False] * (len(e.group.prompt) - 1) + list(e.group.loss_masks[0]))
+        total, count = total - logp[mask].sum().item(), count + int(mask.sum())
+    assert abs(loss - total / count) < 1e-5
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, tiny_model):
+    for kind in (run_sft, run_dpo):
+        whole = kind(tmp_path, f"{kind.__name__}-whole", tiny_model, checkpoint_steps=1, ema_decay=0.9, snapshots=1)
+        with pytest.raises(KeyboardInterrupt):
+            kind(tmp_path, f"{kind.__name__}-killed", tiny_model, Log(stop_at=2), checkpoint_steps=1, ema_decay=0.9,
+                 snapshots=1)
+        log = Log()
+        again = kind(tmp_path, f"{kind.__name__}-killed", tiny_model, log, checkpoint_steps=1, ema_decay=0.9,
+                     snapshots=1)
+        assert log.rewound_to == 1 and len(log.rows) == again.counts["steps"] - 1
+        for part in ("model", "ema"):
+            assert largest_difference(whole.dir / part, again.dir / part) == 0.0
+        assert [p.name for p in (whole.dir / "snapshots").iterdir()] == \
+            [p.name for p in (again.dir / "snapshots").iterdir()] != []
+        assert largest_difference(whole.dir / "model", tiny_model) > 1e-4
+
+
+def test_dpo_starts_at_ln_2_with_no_margin(tmp_path, tiny_model):
+    log = Log()
+    run_dpo(tmp_path, "dpo", tiny_model, log, epochs=6)
+    assert abs(log.rows[0]["loss"] - math.log(2)) < 1e-5 and abs(log.rows[0]["rewards/margins"]) < 1e-5
+    assert log.rows[-1]["loss"] < math.log(2) - 1e-3 and log.rows[-1]["rewards/margins"] > 0
+
+
+def test_step_zero_stops_on_a_reference_of_other_weights(tmp_path, tiny_model):
+    moved = run_sft(tmp_path, "moved", tiny_model, lr=1e-2).dir / "model"
+    select, recipe = tmp_path / "select", recipe_of(dpo={"batch_size": 4})
+    table = stage_in(tmp_path / "reference", "reference")
+    reference(table, recipe, select=select, model=moved)
+    with pytest.raises(ValueError, match="step 0: policy and reference are the same weights, but"):
+        dpo(stage_in(tmp_path / "dpo", "dpo"), recipe, select=select, policy=tiny_model, reference=table.dir,
+            same_weights=True)
+
+
+def test_cached_reference_equals_a_live_one(tmp_path, tiny_model):
+    moved = run_sft(tmp_path, "moved", tiny_model).dir / "model"
+    recipe = recipe_of(dpo={"max_tokens": 64})
+    table = stage_in(tmp_path / "reference", "reference")
+    reference(table, recipe, select=tmp_path / "select", model=moved)
+    pairs = load_pairs(table, tmp_path / "select" / "pairs.parquet", recipe, 512, record=True)
+    indices = list(range(len(pairs)))[::-1]  # another order and another packing than the table was made with
+    live = Scorer(load_model(moved, torch.float32, CPU))(collate(pairs, indices, CPU)).detach()
+    cached = ReferenceTable(table.dir / "reference.parquet").of(pairs, indices, CPU)
+    torch.testing.assert_close(cached, live, rtol=0, atol=1e-5)
+    other = [Example(p.row_id, Group([5, *p.group.prompt], p.group.completions, p.group.loss_masks)) for p in pairs]
+    with pytest.raises(ValueError, match="is not there with these tokens and masks"):
+        ReferenceTable(table.dir / "reference.parquet").of(other, [0], CPU)
+
+
+def test_template_tokens_have_no_influence_when_masked(tmp_path, tiny_model):
+    recipe, plain = recipe_of(), recipe_of(dpo={"mask_template_tokens": False})
+    stage = stage_in(tmp_path / "s", "dpo")
+    path = select_of(tmp_path / "select") / "pairs.parquet"
+    masked, whole = (load_pairs(stage, path, r, 512, record=False) for r in (recipe, plain))
+    longer = [p for p in whole if len(p.group.completions[0]) > 1]
+    assert all(p.targets()[0] == len(p.group.completions[0]) for p in whole) and longer
+    assert all(m.targets()[0] == len(m.group.completions[0]) - (len(m.group.completions[0]) > 1) for m in masked)
+
+
+def test_drops_are_counted_not_silent(tmp_path, tiny_model):
+    select = select_of(tmp_path / "select")
+    stage = stage_in(tmp_path / "s", "dpo")
+    kept = load_pairs(stage, select / "pairs.parquet", recipe_of(dpo={"max_length": 14}), 512, record=True)
+    assert stage.counts["dropped/overlong"] == 12 - len(kept) > 0
+    with pytest.raises(ValueError, match="no row is left to train on"):
+        load_examples(stage, select / "sft.parquet", 2)
+
+
+def test_bf16_moves_the_weights_as_fp32_does(tmp_path, tiny_model):
+    model = load_model(tiny_model, torch.bfloat16, CPU, "sdpa")
+    start = tmp_path / "bf16"
+    model.save_pretrained(start)
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, start)
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        kept = {}
+
+        class Keeping(Engine):
+            def save(self, target, kept=kept):
+                kept.update({n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("strop.trainer.stages.dpo.Engine", Keeping)
+            run_dpo(tmp_path, dtype, start, dtype=dtype, lr=5e-7, epochs=34, schedule="constant", warmup_ratio=0.0)
+        before = {k: v.float() for k, v in weights_of(start).items()}
+        moved[dtype] = math.sqrt(sum((kept[k] - before[k]).square().sum().item() for k in kept))
+    assert moved["float32"] > 0 and abs(moved["bfloat16"] / moved["float32"] - 1) < 0.05, moved
+
+
+def test_schedule():
+    section = recipe_of(sft={"lr": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}).sft
+    rates = [learning_rate(i, 100, section) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(55, 100, section.model_copy(update={"schedule": "linear"})) == pytest.approx(0.55)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, tiny_model):
+    plain = run_sft(tmp_path, "plain", tiny_model)
+    checkpointed = run_sft(tmp_path, "checkpointed", tiny_model, activation_checkpointing=True)
+    assert largest_difference(plain.dir / "model", checkpointed.dir / "model") < 1e-5
+
+
+def test_separate_rows_train_like_packed_ones(tmp_path, tiny_model, monkeypatch):
+    packed, apart = Log(), Log()
+    run_dpo(tmp_path, "packed", tiny_model, packed)
+
+    def refuses(model, console):
+        model.set_attn_implementation("sdpa")
+        return False
+
+    monkeypatch.setattr("strop.trainer.stages.dpo.probe", refuses)
+    run_dpo(tmp_path, "apart", tiny_model, apart)
+    for a, b in zip(packed.rows, apart.rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_norm", "robust", "ipo", "hinge", "dpop", "nca_pair", "apo_zero", "apo_down",
+                                  "discopop", "sppo_hard", "exo_pair"])
+def test_every_loss_of_the_recipe_trains(tmp_path, tiny_model, loss):
+    log = Log()
+    run_dpo(tmp_path, loss, tiny_model, log, loss=loss, n=4,
+            label_smoothing=0.1 if loss in ("robust", "exo_pair") else 0.0)
+    assert all(math.isfinite(r["loss"]) for r in log.rows)
+
+
+def test_lora_trains_adapters_only_and_hands_over_whole_weights(tmp_path, tiny_model):
+    pytest.importorskip("peft")
+    recipe = recipe_of(sft={"batch_size": 4, "lr": 1e-2}, lora={"rank": 4})
+    stage = stage_in(tmp_path / "lora", "sft")
+    sft(stage, recipe, select=select_of(tmp_path / "select"), start=tiny_model)
+    before, after = weights_of(tiny_model), weights_of(stage.dir / "model")
+    assert before.keys() == after.keys() and (stage.dir / "model" / "adapter" / "adapter_config.json").exists()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    assert changed and not any("embed" in k or "norm" in k for k in changed)
+    bad = recipe_of(lora={"rank": 4, "target_modules": ["lm_head"]})
+    with pytest.raises(ValueError, match="an adapter on the head is not supported"):
+        sft(stage_in(tmp_path / "bad", "sft"), bad, select=tmp_path / "select", start=tiny_model)
+
+
+def test_not_finite_stops_and_names_the_rows(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("strop.trainer.engine.linear_logprob", lambda *a, **k: _broken(linear_logprob(*a, **k)))
+    with pytest.raises(ValueError, match=r"step 1: loss=nan.*rows r0"):
+        run_sft(tmp_path, "nan", tiny_model)
+
+
+def _broken(result):
+    return (result[0] * float("nan"), result[1]) if isinstance(result, tuple) else result  # spares the probe
