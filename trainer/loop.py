@@ -36,7 +36,8 @@ def run_recipe(run: Store, recipe: Recipe, base: Base) -> Artifact:
     history, promotions = [], []
     for r in range(recipe.rounds):
         name = f"round-{r:02}"
-        run.console.heading(f"round {r + 1} of {recipe.rounds}")
+        if not run.plan:
+            run.console.heading(f"round {r + 1} of {recipe.rounds}")
         if recipe.data.sources:
             samples = run.stage(f"{name}/sample", sample, recipe, keys["sample"], True, round=r, model=weights,
                                 prompts=prompts)
