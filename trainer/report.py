@@ -1,0 +1,319 @@
+"""The report of a run: one self-contained HTML file made from what stands in the run directory, finished or not."""
+
+import base64
+import hashlib
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from strop.trainer.browse import held_out_rows, sampled_rows
+from strop.trainer.card import GGUF_NOTE, wilson
+from strop.trainer.charts import COLOURS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart
+from strop.trainer.console import duration
+from strop.trainer.metrics import RESERVED, read_metrics
+from strop.trainer.results import round_results
+from strop.trainer.store import content_hash, read_json, read_table, write_atomic
+
+TEMPLATES = Path(__file__).parent / "templates"
+ROUND_STAGES = ("sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate")
+PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond these gets a chart of its own
+    "loss": ("loss",), "token accuracy": ("mean_token_accuracy",), "reward margin": ("rewards/margins",),
+    "pairs ranked right": ("rewards/accuracies",), "rewards": ("rewards/chosen", "rewards/rejected"),
+    "log-probs of completions": ("logps/chosen", "logps/rejected"), "NLL of chosen": ("nll_loss",),
+    "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
+    "tokens per second": ("tokens_per_second",),
+}
+UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what a half-made or damaged artifact can cause
+
+
+@dataclass
+class Run:
+    """What a run directory holds. `problems` collects what could not be read; the report goes on without it."""
+
+    dir: Path
+    config: dict = field(default_factory=dict)
+    config_text: str = ""
+    manifests: dict[str, dict] = field(default_factory=dict)  # by stage, in the order they were made
+    partial: list[str] = field(default_factory=list)
+    promotions: list[dict] = field(default_factory=list)
+    metrics: dict[str, list[dict]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, function, *args, default=None):
+        try:
+            return function(*args)
+        except UNREADABLE as e:
+            self.problems.append(f"{what}: {type(e).__name__ if not str(e) else str(e).splitlines()[0]}")
+            return default
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes report.html into the run directory and returns its path. Raises ValueError if there is no such folder."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such run directory")
+    run = read_run(run_dir)
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.globals["colours"] = COLOURS
+    environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "points": lambda v: f"{100 * v:+.1f}",
+                            "duration": duration, "count": count}
+    html = environment.get_template("report.html.j2").render(
+        context(run), script=Markup(script), style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    path = run_dir / "report.html"
+    write_atomic(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
+    return path
+
+
+def read_run(run_dir: Path) -> Run:
+    run = Run(run_dir)
+    if (run_dir / "config.yaml").exists():
+        run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        try:
+            run.config = yaml.safe_load(run.config_text) or {}
+        except yaml.YAMLError:
+            run.problems.append("config.yaml: not YAML")
+    found = []
+    for path in sorted([*run_dir.glob("*/manifest.json"), *run_dir.glob("round-*/*/manifest.json")]):
+        stage = path.parent.relative_to(run_dir).as_posix()
+        manifest = run.attempt(f"{stage}/manifest.json", read_json, path)
+        if manifest and manifest.get("stage") == stage:  # what is partly made or set aside stands elsewhere
+            found.append(manifest)
+    found.sort(key=lambda m: (m["created"], stage_order(m["stage"])))
+    run.manifests = {m["stage"]: m for m in found}
+    run.partial = sorted(str(p.relative_to(run_dir)).removesuffix(".partial")
+                         for p in [*run_dir.glob("*.partial"), *run_dir.glob("round-*/*.partial")])
+    if (run_dir / "promotions.json").exists():
+        promotions = run.attempt("promotions.json", read_json, run_dir / "promotions.json", default=[])
+        # after a key has changed, promotions of rounds that are to be made again may point at what is set aside
+        run.promotions = [p for p in promotions if all(w[0] in run.manifests for w in p["candidates"].values())]
+    for row in read_metrics(run_dir / "metrics.jsonl"):
+        run.metrics.setdefault(row["stage"], []).append(row)
+    return run
+
+
+def stage_order(stage: str) -> tuple:
+    head, _, tail = stage.partition("/")
+    first = {"prompts": 0, "baseline": 1, "final": 3}.get(head, 2)
+    return first, head, ROUND_STAGES.index(tail) if tail in ROUND_STAGES else len(ROUND_STAGES)
+
+
+def context(run: Run) -> dict:
+    resamples = int(run.config.get("evaluate", {}).get("bootstrap", 10_000))
+    results = []
+    if "baseline" in run.manifests:
+        results = run.attempt("results", round_results, run.dir, run.promotions, resamples, default=[])
+    path = str(run.config.get("model", {}).get("path", ""))
+    sampling = run.attempt("samples", sampling_rows, run, default=[])
+    return {
+        "name": run.config.get("name", run.dir.name), "seed": run.config.get("seed"), "model": path,
+        "finished": "final" in run.manifests, "rounds_done": len(run.promotions), "rounds": number_of_rounds(run),
+        "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
+        "pipeline": pipeline(run), "headline": headline(results), "results": result_table(results),
+        "result_sources": sources_of(results), "pass_charts": pass_charts(results), "training": training(run),
+        "sampling": sampling, "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
+        "seconds": sum(m["seconds"] for m in run.manifests.values()),
+        "sampled_tokens": sum(row["tokens"] for row in sampling), "time_chart": Markup(time_chart(run)),
+        "drops": run.attempt("drops", drop_rows, run, default=[]), "config_text": run.config_text,
+        "sampled": run.attempt("sampled prompts", sampled_rows, run.dir, list(run.manifests), default=[]),
+        "held_out": run.attempt("held-out prompts", held_out_rows, run.dir, list(run.manifests), standing(run),
+                                default=[]),
+        "lineage": lineage(run), "problems": run.problems,
+        "versions": next((m["versions"] for m in reversed(run.manifests.values()) if m.get("versions")), {}),
+        "created": next((m["created"] for m in reversed(run.manifests.values())), ""),
+    }
+
+
+def number_of_rounds(run: Run) -> int:
+    seen = {s.split("/")[0] for s in [*run.manifests, *run.partial] if s.startswith("round-")}
+    return max(len(seen), int(run.config.get("rounds", 0)))
+
+
+def pipeline(run: Run) -> list[tuple[str, list[dict]]]:
+    """Rows of the progress picture: (row's name, its stages with state done, partly or open)."""
+    off = {s for s in ("sft", "dpo") if run.config.get(s, {}).get("enabled") is False}
+    off |= {"reference"} if "dpo" in off else set()
+    rows = [("start", ["prompts", "baseline"])]
+    rows += [(f"round {r}", [f"round-{r:02}/{s}" for s in ROUND_STAGES if s not in off])
+             for r in range(number_of_rounds(run))]
+    states = []
+    for name, stages in [*rows, ("end", ["final"])]:
+        states.append((name, [{
+            "name": s.split("/")[-1], "seconds": run.manifests.get(s, {}).get("seconds"),
+            "state": "done" if s in run.manifests else "partly" if s in run.partial else "open"} for s in stages]))
+    return states
+
+
+def standing(run: Run) -> list[str] | None:
+    """Where the newest promoted weights were evaluated: [artifact, candidate]."""
+    for promotion in reversed(run.promotions):
+        where = promotion["candidates"].get(promotion["promoted"])
+        if where:
+            return where
+    return None
+
+
+def label(row: dict) -> str:
+    return "base" if row["round"] is None else f"round {row['round']} {row['stop']}"
+
+
+def headline(results: list[dict]) -> dict | None:
+    """Base and newest promoted weights on the test split."""
+    promoted = [r for r in results if r["promoted"]]
+    if not results:
+        return None
+    return {"base": results[0]["test"]["pass_rate"], "n": results[0]["test"]["n"],
+            "now": promoted[-1]["test"]["pass_rate"] if promoted else None,
+            "label": label(promoted[-1]) if promoted else None, "gain": promoted[-1]["over_base"] if promoted else None}
+
+
+def result_table(results: list[dict]) -> list[dict]:
+    rows = []
+    for r in results:
+        splits = {s: r[s] | dict(zip(("low", "high"), wilson(r[s]["pass_rate"], r[s]["n"]), strict=True))
+                  for s in ("validation", "test")}
+        rows.append({"label": label(r), "promoted": r["promoted"], "over_base": r.get("over_base"),
+                     "part": r.get("part"), "before": r.get("before"), **splits})
+    return rows
+
+
+def sources_of(results: list[dict]) -> list[str]:
+    return list(results[0]["test"].get("by_source", {})) if results else []
+
+
+def pass_charts(results: list[dict]) -> dict:
+    """{"test", "validation": chart, "sources": [(source, chart)]}"""
+
+    def dots(pick) -> list[Dot]:
+        found = []
+        for r in results:
+            part = pick(r)
+            if part and part["n"]:
+                low, high = wilson(part["pass_rate"], part["n"])
+                group = "base" if r["round"] is None else f"round {r['round']}"
+                found.append(Dot(r["stop"] if r["round"] is not None else "start", group, part["pass_rate"], low, high,
+                                 r["promoted"] or r["round"] is None, f"of {part['n']} prompts"))
+        return found
+
+    charts = {s: Markup(dot_chart(dots(lambda r, s=s: r[s]), height=230)) for s in ("test", "validation")}
+    charts["sources"] = [(s, Markup(dot_chart(dots(lambda r, s=s: r["test"]["by_source"].get(s)), 490, 200)))
+                         for s in sources_of(results)]
+    return charts
+
+
+def training(run: Run) -> list[dict]:
+    """A block for SFT and one for DPO: charts with a curve per round."""
+    blocks = []
+    for kind, title in (("sft", "SFT"), ("dpo", "DPO")):
+        stages = {s: rows for s, rows in run.metrics.items() if s.endswith(f"/{kind}")}
+        logged = list(dict.fromkeys(n for rows in stages.values() for row in rows for n in row if n not in RESERVED))
+        known = {name for names in PANELS.values() for name in names}
+        panels = [(title, names) for title, names in PANELS.items() if set(names) & set(logged)]
+        panels += [(name, (name,)) for name in logged if name not in known]
+        charts = []
+        for panel, names in panels:
+            lines = [Line(" ".join([stage.split("/")[0], *([name.split("/")[-1]] if len(names) > 1 else [])]),
+                          [row["step"] for row in rows], [row.get(name) for row in rows])
+                     for stage, rows in stages.items() for name in names]
+            chart = line_chart(lines, zero=names[0] in ("rewards/margins", "grad_norm", "learning_rate"))
+            if chart:
+                charts.append({"title": panel, "svg": Markup(chart), "legend": [line.name for line in lines]})
+        if charts:
+            blocks.append({"title": title, "charts": charts})
+    return blocks
+
+
+def sampling_rows(run: Run) -> list[dict]:
+    """Per round: samples, tokens, mean length, shares cut and correct, prompts by how many of K were right."""
+    rows = []
+    for stage in (s for s in run.manifests if s.endswith("/sample")):
+        folder = run.dir / stage
+        length, cut, n = 0, 0, 0
+        for shard in sorted(folder.glob("shard-*.parquet")):
+            table = read_table(shard).select(["completion_tokens", "finish"])
+            n += table.num_rows
+            length += sum(map(len, table["completion_tokens"].to_pylist()))
+            cut += table["finish"].to_pylist().count("length")
+        row = {"round": stage.split("/")[0], "samples": n, "tokens": length, "mean_length": length / max(1, n),
+               "cut": cut / max(1, n), "correct": None, "solved": None, "histogram": None,
+               "seconds": run.manifests[stage]["seconds"]}
+        scores = folder.parent / "score" / "scores.parquet"
+        if scores.exists():
+            right = defaultdict(list)
+            for score in read_table(scores).select(["prompt_id", "correct"]).to_pylist():
+                right[score["prompt_id"]].append(score["correct"])
+            if right:
+                row |= {"correct": sum(map(sum, right.values())) / sum(map(len, right.values())),
+                        "solved": sum(map(any, right.values())) / len(right),
+                        "histogram": Counter(map(sum, right.values())), "k": max(map(len, right.values()))}
+        rows.append(row)
+    return rows
+
+
+def solved_chart(sampling: list[dict]) -> str:
+    scored = [row for row in sampling if row["histogram"]]
+    if not scored:
+        return ""
+    k = max(row["k"] for row in scored)
+    series = [(row["round"], [float(row["histogram"][i]) for i in range(k + 1)]) for row in scored]
+    return column_chart([f"{i}" for i in range(k + 1)], series, 490, 200)
+
+
+def time_chart(run: Run) -> str:
+    total = sum(m["seconds"] for m in run.manifests.values()) or 1.0
+    bars = []
+    for stage, m in run.manifests.items():
+        speeds = [r["tokens_per_second"] for r in run.metrics.get(stage, []) if r.get("tokens_per_second")]
+        speed = f"   {sorted(speeds)[len(speeds) // 2]:,.0f} tok/s" if speeds else ""
+        bars.append((stage, m["seconds"], f"{duration(m['seconds'])}   {100 * m['seconds'] / total:.0f} %{speed}"))
+    return bar_chart(bars)
+
+
+def drop_rows(run: Run) -> list[dict]:
+    """A row for each stage, reason and source: how many, and one example of the detail."""
+    rows, details = Counter(), {}
+    for stage in run.manifests:
+        path = run.dir / stage / "drops.parquet"
+        if path.exists():
+            for drop in read_table(path).to_pylist():
+                key = (stage, drop["reason"], drop["source"] or "")
+                rows[key] += 1
+                details.setdefault(key, drop["detail"] or "")
+    return [{"stage": s, "reason": r, "source": o, "n": n, "detail": details[s, r, o][:160]}
+            for (s, r, o), n in rows.items()]
+
+
+def stage_rows(run: Run) -> list[dict]:
+    return [{"stage": s, "seconds": m["seconds"], "counts": [(k, count(v)) for k, v in m["counts"].items()
+             if not k.startswith("dropped/")], "created": m["created"], "bytes": sum(
+             f["bytes"] for f in m["files"].values())} for s, m in run.manifests.items()]
+
+
+def lineage(run: Run) -> list[dict]:
+    """Which artifacts each artifact was made from, found by content hash; what no stage made came from outside."""
+    makers = {}
+    for stage, m in run.manifests.items():
+        makers[content_hash(m["files"])] = stage
+        for folder in {f.split("/")[0] for f in m["files"] if "/" in f}:
+            files = {k.removeprefix(f"{folder}/"): v for k, v in m["files"].items() if k.startswith(f"{folder}/")}
+            makers.setdefault(content_hash(files), f"{stage}/{folder}")
+    rows = []
+    for stage, m in run.manifests.items():
+        inputs = [{"name": name, "hash": value[:12], "maker": makers.get(value)} for name, value in m["inputs"].items()
+                  if isinstance(value, str) and len(value) == 32]
+        rows.append({"stage": stage, "hash": content_hash(m["files"])[:12], "inputs": inputs, "created": m["created"],
+                     "files": len(m["files"])})
+    return rows
+
+
+def count(value) -> str:
+    if isinstance(value, float) and value != int(value):
+        return f"{value:,.4g}"
+    return f"{int(value):,}" if isinstance(value, int | float) else json.dumps(value)

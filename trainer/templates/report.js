@@ -1,0 +1,19 @@
+for (const box of document.querySelectorAll("[data-browse]")) {
+  const rows = [...box.querySelectorAll("tbody tr")];
+  const inputs = [...box.querySelectorAll("input, select")];
+  const shown = box.querySelector("[data-shown]");
+  const filter = () => {
+    let n = 0;
+    for (const row of rows) {
+      row.hidden = !inputs.every((input) => {
+        const want = input.value.toLowerCase();
+        return !want || (input.name ? row.dataset[input.name] === input.value
+          : row.textContent.toLowerCase().includes(want));
+      });
+      n += !row.hidden;
+    }
+    shown.textContent = `${n} of ${rows.length} shown`;
+  };
+  for (const input of inputs) input.addEventListener("input", filter);
+  filter();
+}
