@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunked
-from .chunked import STATS, Head
+from . import chunked, passes
+from .passes import Head
+
+STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 
 
 def linear_logprob(
@@ -30,22 +33,35 @@ def linear_logprob(
 
     hidden [N, D], weight [V, D], bias [V]: one dtype of bf16, fp16, fp32, fp64, or autocast's. target [N] integer,
     ignore_index where a row has none. softcap None means no cap. byte_budget bounds the scratch for logits (default
-    64 MiB); when it holds all N*V of them they are kept for the backward, else they are computed again there.
+    64 MiB on the CPU, 512 MiB on a GPU); when it holds all N*V of them they are kept for the backward, else they are
+    computed again there. Where neither weight nor bias needs a gradient, the forward prepares that of hidden.
 
     Returns logp [N] in fp32 (fp64 for fp64), 0 for ignored rows; with stats also a dict of them, each [N] in the same
     dtype, 0 for ignored rows and without gradient: "lse" of x, "entropy" in nats, "mean_logit" the mean of x over the
     vocabulary, "top1" 1 where no x is above the target's, "log_sum_p2" = log sum p^2 (WPO, arXiv 2406.11827).
-    Differentiable once, in hidden, weight and bias. Raises ValueError on shapes, dtypes and values that do not fit.
+    Differentiable once, in hidden, weight and bias. Two runs give identical bits. On the CPU ignored rows and rows of
+    zero upstream gradient are left out of every product; on a GPU, where finding them would synchronise, only out of
+    the element-wise passes. Raises ValueError on shapes, dtypes and values that do not fit; on a GPU a target beyond
+    the vocabulary gives NaN instead.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     _check(hidden, weight, target, bias, temperature, softcap, stats)
-    head = Head(float(logit_scale), float(temperature), float(softcap or 0.0))
-    budget = chunked.DEFAULT_BYTE_BUDGET if byte_budget is None else byte_budget
-    logp, *values = _LinearLogprob.apply(hidden, weight, target, bias, head, ignore_index, tuple(stats), budget)
-    return (logp, dict(zip(stats, values, strict=True))) if stats else logp
+    budget = chunked.default_byte_budget(hidden.device) if byte_budget is None else byte_budget
+    mode = chunked.RECOMPUTE
+    if torch.is_grad_enabled():
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            all_bytes = hidden.shape[0] * weight.shape[0] * hidden.element_size()
+            mode = chunked.KEEP if all_bytes <= budget else chunked.RECOMPUTE
+        elif hidden.requires_grad:
+            mode = chunked.FROZEN
+    wanted = sum(1 << i for i, name in enumerate(STATS) if name in stats)
+    numbers = (float(logit_scale), float(temperature), float(softcap or 0.0))
+    logp, _, *values = _linear_logprob(hidden, weight, target, bias, *numbers, ignore_index, wanted, mode, budget)
+    found = dict(zip(STATS, values, strict=False))
+    return (logp, {name: found[name].detach() for name in stats}) if stats else logp
 
 
 def _check(
@@ -65,84 +81,196 @@ def _check(
         raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
     if weight.shape[0] == 0:
         raise ValueError("weight has no rows: the vocabulary is empty")
-    dtypes = {hidden.dtype, weight.dtype} | (set() if bias is None else {bias.dtype})
-    if len(dtypes) > 1 or not hidden.is_floating_point():
-        raise ValueError(f"hidden, weight and bias must share one floating dtype, got {sorted(map(str, dtypes))}")
+    if hidden.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        raise ValueError("hidden, weight and bias must share one dtype")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
     if target.is_floating_point() or target.dtype == torch.bool:
         raise ValueError(f"target must be an integer tensor, got {target.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0 or None, got {softcap}")
-    if unknown := set(stats) - set(STATS):
-        raise ValueError(f"unknown stats {sorted(unknown)}; known are {STATS}")
+    if unknown := [name for name in stats if name not in STATS]:
+        raise ValueError(f"unknown stats {unknown}; known are {STATS}")
 
 
-def _check_range(target: Tensor, vocab: int) -> None:
-    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocab:
-        raise ValueError(f"targets span {int(target.min())} to {int(target.max())}, the vocabulary has {vocab}")
+def _passes(x: Tensor) -> ModuleType:
+    """The element-wise passes for x's device."""
+    if not x.is_cuda:
+        return passes
+    from ._triton import logprob as triton_passes
+
+    return triton_passes
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, target, bias, head, ignore_index, stats, byte_budget):
-        rows = (target != ignore_index).nonzero().squeeze(1)
-        sub_hidden, sub_target = (hidden, target) if len(rows) == len(target) else (hidden[rows], target[rows])
-        _check_range(sub_target, weight.shape[0])
-        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-        frozen = need_hidden and not need_weight and not need_bias
-        all_bytes = sub_hidden.shape[0] * weight.shape[0] * hidden.element_size()
-        keep = (need_weight or need_bias) and all_bytes <= byte_budget
-        logp, lse, found, kept, bracket = chunked.forward(
-            sub_hidden, weight, sub_target, bias, head, stats, byte_budget, keep=keep, bracket=frozen
-        )
-        if frozen:
-            ctx.save_for_backward(rows, bracket)
-        else:
-            ctx.save_for_backward(rows, sub_hidden, weight, sub_target, bias, logp, lse, *kept)
-        ctx.shape, ctx.frozen, ctx.head, ctx.byte_budget = hidden.shape, frozen, head, byte_budget
-        outputs = [logp, *(found[name] for name in stats)]
-        if len(rows) != len(target):
-            outputs = [x.new_zeros(len(target)).index_copy_(0, rows, x) for x in outputs]
-        ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        rows, *saved = ctx.saved_tensors
-        grad = grad[rows]
-        if ctx.frozen:
-            (bracket,) = saved
-            grad_hidden = bracket * grad.to(chunked.compute_dtype(bracket.dtype)).unsqueeze(1)
-            return _spread(grad_hidden.to(bracket.dtype), rows, ctx.shape), *[None] * 7
-        hidden, weight, target, bias, logp, lse, *kept = saved
-        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-        live = grad.nonzero().squeeze(1)
-        if len(live) < len(grad):
-            rows, grad, hidden, target, logp, lse = (x[live] for x in (rows, grad, hidden, target, logp, lse))
-            kept = [chunk[live] for chunk in kept]
-        grad_hidden, grad_weight, grad_bias = chunked.backward(
-            grad,
-            hidden,
-            weight,
-            target,
-            bias,
-            logp,
-            lse,
-            kept,
-            ctx.head,
-            (need_hidden, need_weight, need_bias),
-            ctx.byte_budget,
-        )
-        if need_hidden:
-            grad_hidden = _spread(grad_hidden, rows, ctx.shape)
-        return grad_hidden, grad_weight, None, grad_bias, *[None] * 4
+def _live_target(target: Tensor, ignore_index: int, vocab: int) -> Tensor:
+    """target as int64 with -1 where ignored. Raises ValueError on the CPU when one is out of range."""
+    ignored = target == ignore_index
+    target = target.long().masked_fill(ignored, -1)
+    if target.device.type == "cpu" and target.numel():
+        beyond = (target >= vocab) | ((target < 0) & ~ignored)
+        if beyond.any():
+            raise ValueError(f"target {int(target[beyond][0])} is outside the vocabulary of {vocab}")
+    return target
 
 
-def _spread(values: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """values at rows of a zero tensor of `shape`; values itself where rows is all of them."""
-    return values if values.shape == shape else values.new_zeros(shape).index_copy_(0, rows, values)
+def _compact(live: Tensor) -> Tensor | None:
+    """Indices of the live rows, None where all are or where finding them would synchronise."""
+    if live.device.type != "cpu" or bool(live.all()):
+        return None
+    return live.nonzero().squeeze(1)
+
+
+def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """values at `rows` of zeros with `count` rows; values itself where rows is None."""
+    if rows is None:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
+
+
+# A custom op cannot return None: what was not asked for comes back empty, with numel 0.
+@torch.library.custom_op("strop::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    wanted: int,
+    mode: int,
+    byte_budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp, lse, the five STATS (bit i of `wanted` asks for the i-th), kept products, bracket."""
+    count, vocab = hidden.shape[0], weight.shape[0]
+    live = _live_target(target, ignore_index, vocab)
+    rows = _compact(live >= 0)
+    kept = hidden.new_empty(count * vocab if mode == chunked.KEEP else 0)
+    stats = tuple(name for i, name in enumerate(STATS) if wanted >> i & 1)
+    logp, lse, found, bracket = chunked.forward(
+        hidden if rows is None else hidden[rows],
+        weight,
+        live if rows is None else live[rows],
+        bias,
+        Head(logit_scale, temperature, softcap),
+        stats,
+        byte_budget,
+        kept=kept if mode == chunked.KEEP else None,
+        bracket=mode == chunked.FROZEN,
+        passes=_passes(hidden),
+    )
+    dead = live < 0
+
+    def whole(values: Tensor | None) -> Tensor:
+        if values is None:
+            return lse.new_empty(0)
+        return _spread(values, rows, count).masked_fill_(dead, 0.0)
+
+    # lse twice: once for the backward, once as a statistic, since outputs must not share memory.
+    statistics = [
+        whole(found[name].clone() if name == "lse" else found[name]) if name in found else whole(None) for name in STATS
+    ]
+    if bracket is None:
+        bracket = hidden.new_empty(0)
+    else:
+        bracket = _spread(bracket, rows, count).masked_fill_(dead.unsqueeze(1), 0.0)
+    return whole(logp), whole(lse), *statistics, kept, bracket
+
+
+@_linear_logprob.register_fake
+def _(hidden, weight, target, bias, logit_scale, temperature, softcap, ignore_index, wanted, mode, byte_budget):
+    count, dtype = hidden.shape[0], passes.compute_dtype(hidden.dtype)
+    row_results = [hidden.new_empty(count, dtype=dtype) for _ in range(2)]
+    stats = [hidden.new_empty(count if wanted >> i & 1 else 0, dtype=dtype) for i in range(len(STATS))]
+    kept = hidden.new_empty(count * weight.shape[0] if mode == chunked.KEEP else 0)
+    bracket = hidden.new_empty(hidden.shape if mode == chunked.FROZEN else (0,))
+    return *row_results, *stats, kept, bracket
+
+
+@torch.library.custom_op("strop::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logp: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    logit_scale: float,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    needs: list[bool],
+    byte_budget: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; empty where not needed."""
+    count, vocab = hidden.shape[0], weight.shape[0]
+    live = _live_target(target, ignore_index, vocab)
+    scored = live >= 0
+    live = live.masked_fill(grad == 0, -1)
+    rows = _compact(live >= 0)
+    kept_rows = None
+    if rows is not None:
+        # Forward kept the scored rows, one after the other; of these only those with a gradient are meant.
+        kept_rows = (scored.cumsum(0) - 1)[rows] if kept.numel() else None
+        kept = kept[: int(scored.sum()) * vocab]
+        hidden, grad, live, logp, lse = (x[rows] for x in (hidden, grad, live, logp, lse))
+    else:
+        grad = grad.masked_fill(live < 0, 0.0)
+    gradients = chunked.backward(
+        grad,
+        hidden,
+        weight,
+        live,
+        bias,
+        logp,
+        lse,
+        kept if kept.numel() else None,
+        kept_rows,
+        Head(logit_scale, temperature, softcap),
+        tuple(needs),
+        byte_budget,
+        passes=_passes(hidden),
+    )
+    grad_hidden, *others = gradients
+    grad_hidden = None if grad_hidden is None else _spread(grad_hidden, rows, count)
+    return tuple(hidden.new_empty(0) if x is None else x for x in (grad_hidden, *others))
+
+
+@_linear_logprob_backward.register_fake
+def _(grad, hidden, weight, target, bias, logp, lse, kept, scale, temperature, softcap, ignore, needs, byte_budget):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _linear_logprob_setup(ctx, inputs, output) -> None:
+    hidden, weight, target, bias, *numbers, _, mode, byte_budget = inputs
+    logp, lse, *_, kept, bracket = output
+    if mode == chunked.FROZEN:
+        ctx.save_for_backward(bracket)
+    else:
+        ctx.save_for_backward(hidden, weight, target, bias, logp, lse, kept)
+    ctx.mode, ctx.numbers, ctx.byte_budget = mode, numbers, byte_budget
+    ctx.set_materialize_grads(False)
+
+
+def _linear_logprob_autograd(ctx, grad: Tensor | None, *_):
+    if grad is None:
+        return (None,) * 11
+    if ctx.mode == chunked.FROZEN:
+        (bracket,) = ctx.saved_tensors
+        return (bracket * grad.unsqueeze(1)).to(bracket.dtype), *[None] * 10
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    gradients = _linear_logprob_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs, ctx.byte_budget)
+    hidden, weight, bias = (x if need else None for x, need in zip(gradients, needs, strict=True))
+    return hidden, weight, None, bias, *[None] * 7
+
+
+_linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linear_logprob_setup)
 
 
 def gather_logprob(
@@ -153,28 +281,79 @@ def gather_logprob(
 
     logits [..., V] bf16, fp16, fp32 or fp64; target [...] integer, ignore_index where there is none. Returns [...] in
     fp32 (fp64 for fp64), 0 where ignored. inplace_backward writes the gradient over the logits: only for logits that
-    nothing else reads after this. Raises ValueError on shapes and targets that do not fit.
+    nothing else reads after this. Raises ValueError on shapes and, on the CPU, targets that do not fit.
     """
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"target must be {list(logits.shape[:-1])}, got {list(target.shape)}")
-    flat = logits.reshape(-1, logits.shape[-1])
-    return _GatherLogprob.apply(flat, target.reshape(-1), ignore_index, inplace_backward).view(target.shape)
+    flat, flat_target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    if inplace_backward:
+        logp = _GatherInPlace.apply(flat, flat_target, ignore_index)
+    else:
+        logp, _ = _gather_logprob(flat, flat_target, ignore_index)
+    return logp.view(target.shape)
 
 
-class _GatherLogprob(torch.autograd.Function):
+@torch.library.custom_op("strop::gather_logprob", mutates_args=())
+def _gather_logprob(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """logp, lse"""
+    return _passes(logits).gather_forward(logits, _live_target(target, ignore_index, logits.shape[1]))
+
+
+@_gather_logprob.register_fake
+def _(logits, target, ignore_index):
+    return tuple(logits.new_empty(logits.shape[0], dtype=passes.compute_dtype(logits.dtype)) for _ in range(2))
+
+
+@torch.library.custom_op("strop::gather_logprob_backward", mutates_args=())
+def _gather_logprob_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    out = torch.empty_like(logits)
+    _gather_backward_into(out, grad, logits, target, logp, lse, ignore_index)
+    return out
+
+
+@_gather_logprob_backward.register_fake
+def _(grad, logits, target, logp, lse, ignore_index):
+    return torch.empty_like(logits)
+
+
+def _gather_backward_into(
+    out: Tensor, grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, lse: Tensor, ignore_index: int
+) -> None:
+    live = _live_target(target, ignore_index, logits.shape[1])
+    _passes(logits).gather_backward(grad, logits, live, torch.expm1(logp), lse, out)
+
+
+def _gather_setup(ctx, inputs, output) -> None:
+    logits, target, ctx.ignore_index = inputs
+    ctx.save_for_backward(logits, target, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gather_autograd(ctx, grad: Tensor | None, _):
+    if grad is None:
+        return None, None, None
+    return _gather_logprob_backward(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
+
+
+_gather_logprob.register_autograd(_gather_autograd, setup_context=_gather_setup)
+
+
+class _GatherInPlace(torch.autograd.Function):
+    """gather_logprob whose backward overwrites the logits: no custom op, which may not return what it was given."""
+
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, inplace_backward):
-        kept = target != ignore_index
-        safe = target.where(kept, 0)
-        _check_range(safe, logits.shape[1])
-        logp, lse = chunked.gather_forward(logits, safe)
-        ctx.save_for_backward(logits, safe, kept, lse)
-        ctx.inplace_backward = inplace_backward
-        return logp.where(kept, 0.0)
+    def forward(ctx, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+        logp, lse = _gather_logprob(logits, target, ignore_index)
+        ctx.save_for_backward(logits, target, logp, lse)
+        ctx.ignore_index = ignore_index
+        return logp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        logits, target, kept, lse = ctx.saved_tensors
-        out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
-        return chunked.gather_backward(grad.where(kept, 0.0), logits, target, lse, out), None, None, None
+    def backward(ctx, grad: Tensor):
+        logits, target, logp, lse = ctx.saved_tensors
+        logits = logits.detach()
+        _gather_backward_into(logits, grad, logits, target, logp, lse, ctx.ignore_index)
+        return logits, None, None

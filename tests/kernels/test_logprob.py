@@ -210,9 +210,9 @@ def test_gather_logprob(dtype: torch.dtype, inplace: bool):
     [
         ({"hidden": torch.zeros(4, 6)}, "do not fit"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "target must be"),
-        ({"target": torch.tensor([0, 1, 2, 9])}, "vocabulary has 9"),
+        ({"target": torch.tensor([0, 1, 2, 9])}, "vocabulary of 9"),
         ({"target": torch.zeros(4)}, "integer"),
-        ({"weight": torch.zeros(9, 5, dtype=torch.float16)}, "one floating dtype"),
+        ({"weight": torch.zeros(9, 5, dtype=torch.float16)}, "share one dtype"),
         ({"weight": torch.zeros(0, 5)}, "empty"),
         ({"bias": torch.zeros(5)}, "bias must be"),
         ({"temperature": 0.0}, "temperature"),

@@ -1,0 +1,305 @@
+"""The element-wise passes of kernels/passes.py as Triton kernels: one program a row, each element read once.
+
+Row offsets are int64: rows * columns passes 2^31 for real batches. Sums start anew in each chunk and are joined with
+the older ones by the online log-sum-exp of Milakov and Gimelshein 2018 (arXiv 1805.02867, algorithm 3).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..passes import RowState
+
+# Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
+_BLOCK = 4096
+_WARPS = 8
+
+
+def _launch_shape(columns: int) -> dict[str, int]:
+    block = min(_BLOCK, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, min(_WARPS, block // 256))}
+
+
+@triton.jit
+def _tanh(x):
+    # exp of a negative number only: it cannot overflow.
+    t = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - t) / (1.0 + t)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def scan_kernel(
+    product_ptr,
+    weights_ptr,
+    target_ptr,
+    highest_ptr,
+    total_ptr,
+    decay_ptr,
+    target_logit_ptr,
+    weighted_ptr,
+    plain_ptr,
+    squares_ptr,
+    product_stride,
+    weights_stride,
+    start,
+    columns,
+    cap,
+    CAP: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    SQUARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    product_ptr += row * product_stride
+    weights_ptr += row * weights_stride
+    target = tl.load(target_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    if target < 0:
+        if WEIGHTS:
+            for first in range(0, columns, BLOCK):
+                column = first + lanes
+                tl.store(weights_ptr + column, tl.zeros([BLOCK], tl.float32), mask=column < columns)
+        return
+    hit = target - start
+    old_highest = tl.load(highest_ptr + row)
+    highest = old_highest
+    total = 0.0
+    weighted = 0.0
+    plain = 0.0
+    squares = 0.0
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    for first in range(0, columns, BLOCK):
+        column = first + lanes
+        inside = column < columns
+        x = tl.load(product_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        if CAP:
+            x = tl.where(inside, _tanh(x) * cap, -float("inf"))
+        target_logit = tl.sum(tl.where(column == hit, x, 0.0), 0)
+        if (hit >= first) & (hit < first + BLOCK) & (hit < columns):
+            tl.store(target_logit_ptr + row, target_logit)
+        if PLAIN:
+            plain += tl.sum(tl.where(inside, x, 0.0), 0)
+        highest = tl.maximum(highest, tl.max(x, 0))
+        new_shift = tl.where(highest == -float("inf"), 0.0, highest)
+        # The lowest finite number stands in for -inf - shift: its exp is 0 too, and 0 times it is 0, not NaN.
+        moved = tl.maximum(shift - new_shift, -3.0e38)
+        decay = tl.exp(moved)
+        if WEIGHTED:
+            weighted = decay * (weighted + moved * total)
+        d = x - new_shift
+        e = tl.exp(d)
+        if WEIGHTED:
+            weighted += tl.sum(e * tl.maximum(d, -3.0e38), 0)
+        if SQUARES:
+            squares = squares * decay * decay + tl.sum(e * e, 0)
+        total = total * decay + tl.sum(e, 0)
+        shift = new_shift
+    moved = tl.maximum(old_highest - shift, -3.0e38)
+    decay = tl.exp(moved)
+    old_total = tl.load(total_ptr + row)
+    if WEIGHTED:
+        old_weighted = tl.load(weighted_ptr + row)
+        tl.store(weighted_ptr + row, weighted + decay * (old_weighted + moved * old_total))
+    if SQUARES:
+        tl.store(squares_ptr + row, squares + tl.load(squares_ptr + row) * decay * decay)
+    if PLAIN:
+        tl.store(plain_ptr + row, plain + tl.load(plain_ptr + row))
+    tl.store(total_ptr + row, total + old_total * decay)
+    tl.store(highest_ptr + row, highest)
+    tl.store(decay_ptr + row, decay)
+    if WEIGHTS:
+        for first in range(0, columns, BLOCK):
+            column = first + lanes
+            inside = column < columns
+            x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            if CAP:
+                t = _tanh(x)
+                e = tl.exp(t * cap - shift) * (1.0 - t * t)
+            else:
+                e = tl.exp(x - shift)
+            tl.store(weights_ptr + column, e, mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    product_ptr,
+    out_ptr,
+    target_ptr,
+    at_target_ptr,
+    lse_ptr,
+    product_stride,
+    out_stride,
+    start,
+    columns,
+    cap,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    product_ptr += row * product_stride
+    out_ptr += row * out_stride
+    target = tl.load(target_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    at_target = tl.load(at_target_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    for first in range(0, columns, BLOCK):
+        column = first + lanes
+        inside = column < columns
+        if target < 0:
+            tl.store(out_ptr + column, tl.zeros([BLOCK], tl.float32), mask=inside)
+        else:
+            x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            if CAP:
+                t = _tanh(x)
+                d = tl.where(column + start == target, at_target, tl.exp(t * cap - lse)) * (1.0 - t * t)
+            else:
+                d = tl.where(column + start == target, at_target, tl.exp(x - lse))
+            tl.store(out_ptr + column, d, mask=inside)
+
+
+@triton.jit
+def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stride, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    target = tl.load(target_ptr + row)
+    lanes = tl.arange(0, BLOCK)
+    highest = -float("inf")
+    total = 0.0
+    shift = 0.0
+    for first in range(0, columns, BLOCK):
+        column = first + lanes
+        x = tl.load(logits_ptr + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        highest = tl.maximum(highest, tl.max(x, 0))
+        new_shift = tl.where(highest == -float("inf"), 0.0, highest)
+        total = total * tl.exp(shift - new_shift) + tl.sum(tl.exp(x - new_shift), 0)
+        shift = new_shift
+    log_total = tl.log(total)
+    tl.store(lse_ptr + row, highest + log_total)
+    if target < 0:
+        tl.store(logp_ptr + row, 0.0)
+    elif target < columns:
+        tl.store(logp_ptr + row, tl.load(logits_ptr + target).to(tl.float32) - highest - log_total)
+    else:
+        tl.store(logp_ptr + row, float("nan"))
+
+
+@triton.jit
+def gather_backward_kernel(
+    grad_ptr,
+    logits_ptr,
+    out_ptr,
+    target_ptr,
+    at_target_ptr,
+    lse_ptr,
+    logits_stride,
+    out_stride,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    out_ptr += row * out_stride
+    target = tl.load(target_ptr + row)
+    grad = tl.load(grad_ptr + row).to(tl.float32)
+    lse = tl.load(lse_ptr + row)
+    at_target = tl.load(at_target_ptr + row)
+    dead = (target < 0) | (grad == 0.0)
+    lanes = tl.arange(0, BLOCK)
+    for first in range(0, columns, BLOCK):
+        column = first + lanes
+        inside = column < columns
+        if dead:
+            tl.store(out_ptr + column, tl.zeros([BLOCK], tl.float32), mask=inside)
+        else:
+            x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            d = tl.where(column == target, at_target, tl.exp(x - lse))
+            tl.store(out_ptr + column, -grad * d, mask=inside)
+
+
+def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
+    """As passes.scan_chunk; product [N, C] with columns side by side."""
+    rows, columns = product.shape
+    if rows == 0:
+        return
+    scan_kernel[(rows,)](
+        product,
+        product if weights is None else weights,
+        state.target,
+        state.highest,
+        state.total,
+        state.decay,
+        state.target_logit,
+        state.weighted,
+        state.plain,
+        state.squares,
+        product.stride(0),
+        product.stride(0) if weights is None else weights.stride(0),
+        start,
+        columns,
+        cap,
+        CAP=cap != 0,
+        WEIGHTS=weights is not None,
+        WEIGHTED=state.weighted.numel() > 0,
+        PLAIN=state.plain.numel() > 0,
+        SQUARES=state.squares.numel() > 0,
+        **_launch_shape(columns),
+    )
+
+
+def gradient_chunk(
+    product: Tensor, start: int, target: Tensor, at_target: Tensor, lse: Tensor, cap: float, out: Tensor
+) -> None:
+    """As passes.gradient_chunk."""
+    rows, columns = product.shape
+    if rows == 0:
+        return
+    gradient_kernel[(rows,)](
+        product,
+        out,
+        target,
+        at_target,
+        lse,
+        product.stride(0),
+        out.stride(0),
+        start,
+        columns,
+        cap,
+        CAP=cap != 0,
+        **_launch_shape(columns),
+    )
+
+
+def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """As passes.gather_forward."""
+    logits = logits.contiguous()
+    rows, columns = logits.shape
+    logp, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    if rows:
+        shape = _launch_shape(columns)
+        gather_forward_kernel[(rows,)](logits, target, logp, lse, logits.stride(0), columns, **shape)
+    return logp, lse
+
+
+def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
+    """As passes.gather_backward."""
+    rows, columns = logits.shape
+    if rows == 0:
+        return
+    gather_backward_kernel[(rows,)](
+        grad.contiguous(),
+        logits,
+        out,
+        target,
+        at_target,
+        lse,
+        logits.stride(0),
+        out.stride(0),
+        columns,
+        **_launch_shape(columns),
+    )

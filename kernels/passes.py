@@ -1,0 +1,203 @@
+"""Element-wise passes over logits in PyTorch operations, block by block within a core's cache.
+
+kernels/_triton/logprob.py holds the same functions as Triton kernels. A row with a negative target is dead: its
+results are undefined, and the passes write zeros for it wherever a matrix product would read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of the compute type that stay in a core's own cache.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of a matrix product: softcap * tanh(logit_scale * product / softcap) / temperature.
+
+    softcap 0 means none. The product is computed with product_scale, so that only tanh is left to the passes.
+    """
+
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    softcap: float = 0.0
+
+    @property
+    def product_scale(self) -> float:
+        return self.logit_scale / (self.softcap or self.temperature)
+
+    @property
+    def slope(self) -> float:
+        """d logit / d product of the unscaled product, tanh's own slope apart."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def cap(self) -> float:
+        """The largest logit a soft-capped head can give; 0 without a cap."""
+        return self.softcap / self.temperature
+
+
+@dataclass(frozen=True)
+class RowState:
+    """Running sums over the vocabulary, each [N] in the compute dtype: with m the highest logit so far and e the sum's
+    exp(x - m), total = sum e, weighted = sum e (x - m), squares = sum e^2, plain = sum x.
+
+    decay is what the last chunk scaled the older sums by. Sums that nobody asked for are empty.
+    """
+
+    target: Tensor
+    highest: Tensor
+    total: Tensor
+    decay: Tensor
+    target_logit: Tensor
+    weighted: Tensor
+    plain: Tensor
+    squares: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def new_state(hidden: Tensor, target: Tensor, weighted: bool, plain: bool, squares: bool) -> RowState:
+    rows, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
+
+    def sums(wanted: bool = True) -> Tensor:
+        return hidden.new_zeros(rows if wanted else 0, dtype=dtype)
+
+    return RowState(
+        target=target,
+        highest=hidden.new_full((rows,), -torch.inf, dtype=dtype),
+        total=sums(),
+        decay=sums(),
+        # A target that no chunk holds must not look like a log-prob.
+        target_logit=hidden.new_full((rows,), torch.nan, dtype=dtype),
+        weighted=sums(weighted),
+        plain=sums(plain),
+        squares=sums(squares),
+    )
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_ELEMENTS // width)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _scratch(like: Tensor, width: int) -> Tensor:
+    return like.new_empty(max(_BLOCK_ELEMENTS, width), dtype=compute_dtype(like.dtype))
+
+
+def _hits(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """(rows, columns within the chunk) of the targets that lie in it."""
+    rows = ((target >= start) & (target < start + columns)).nonzero().squeeze(1)
+    return rows, target[rows] - start
+
+
+def _logits(product: Tensor, cap: float) -> Tensor:
+    """In place: the scaled product to the logits."""
+    return product.tanh_().mul_(cap) if cap else product
+
+
+def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
+    """Take the chunk's scaled product [N, C], vocabulary columns from `start`, into the running sums.
+
+    weights [N, C], which may be product itself, receives exp(x - m), times tanh's slope under a soft-cap.
+    """
+    rows, columns = product.shape
+    dtype = state.total.dtype
+    lowest = torch.finfo(dtype).min
+    hit_rows, hit_columns = _hits(state.target, start, columns)
+    state.target_logit[hit_rows] = _logits(product[hit_rows, hit_columns].to(dtype), cap)
+    highest = torch.maximum(state.highest, _logits(product.amax(1).to(dtype), cap))
+    # Until a row has met a finite logit its shift is 0: -inf - -inf would make NaN of a legitimate bias.
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
+    moved = (state.highest - shift).clamp_(min=lowest)
+    torch.exp(moved, out=state.decay)
+    state.highest.copy_(highest)
+    part = torch.empty_like(shift)
+    scratch = _scratch(product, columns)
+    for block in _blocks(rows, columns):
+        x = scratch[: (block.stop - block.start) * columns].view(-1, columns)
+        _logits(x.copy_(product[block]), cap)
+        if state.plain.numel():
+            state.plain[block] += x.sum(1)
+        x.sub_(shift[block].unsqueeze(1))
+        e = x.exp() if state.weighted.numel() else x.exp_()
+        torch.sum(e, 1, out=part[block])
+        if state.weighted.numel():
+            x.clamp_(min=lowest).mul_(e)
+            older = state.weighted[block] + moved[block] * state.total[block]
+            state.weighted[block] = state.decay[block] * older + x.sum(1)
+        if state.squares.numel():
+            older = state.squares[block] * state.decay[block].square()
+            state.squares[block] = older + torch.linalg.vecdot(e, e)
+        if weights is not None:
+            if cap:
+                e.mul_(product[block].to(dtype).tanh_().square_().neg_().add_(1.0))
+            weights[block] = e
+    state.total.mul_(state.decay).add_(part)
+
+
+def gradient_chunk(
+    product: Tensor, start: int, target: Tensor, at_target: Tensor, lse: Tensor, cap: float, out: Tensor
+) -> None:
+    """Write (p - [v = target]) times tanh's slope to out [N, C], which may be product itself.
+
+    at_target [N] is p - 1 at the target, computed as expm1(logp): a difference of rounded numbers would lose it.
+    """
+    rows, columns = product.shape
+    hit_rows, hit_columns = _hits(target, start, columns)
+    d_target = at_target[hit_rows]
+    if cap:
+        d_target = d_target * (1 - product[hit_rows, hit_columns].to(lse.dtype).tanh().square())
+    scratch = _scratch(product, columns)
+    for block in _blocks(rows, columns):
+        x = scratch[: (block.stop - block.start) * columns].view(-1, columns)
+        x.copy_(product[block])
+        slopes = None
+        if cap:
+            x.tanh_()
+            slopes = x.square().neg_().add_(1.0)
+            x.mul_(cap)
+        x.sub_(lse[block].unsqueeze(1)).exp_()
+        if slopes is not None:
+            x.mul_(slopes)
+        out[block] = x
+    out[hit_rows, hit_columns] = d_target.to(out.dtype)
+
+
+def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, lse), each [N] in the compute dtype, from logits [N, V] and target [N]; logp 0 in dead rows."""
+    rows, vocab = logits.shape
+    highest = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))
+    total = torch.empty_like(highest)
+    scratch = _scratch(logits, vocab)
+    for block in _blocks(rows, vocab):
+        x = scratch[: (block.stop - block.start) * vocab].view(-1, vocab)
+        x.copy_(logits[block])
+        torch.amax(x, 1, out=highest[block])
+        torch.sum(x.sub_(highest[block].unsqueeze(1)).exp_(), 1, out=total[block])
+    log_total = total.log_()
+    target_logit = logits.gather(1, target.clamp_min(0).unsqueeze(1)).squeeze(1).to(highest.dtype)
+    logp = (target_logit - highest).sub_(log_total)
+    return logp.masked_fill_(target < 0, 0.0), highest + log_total
+
+
+def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
+    """Write the gradient of (grad * logp).sum() for logits to out, which may be logits itself; 0 in dead rows."""
+    rows, vocab = logits.shape
+    scratch = _scratch(logits, vocab)
+    scale = grad.to(lse.dtype).neg().masked_fill_(target < 0, 0.0)
+    column = target.clamp_min(0).unsqueeze(1)
+    for block in _blocks(rows, vocab):
+        x = scratch[: (block.stop - block.start) * vocab].view(-1, vocab)
+        x.copy_(logits[block]).sub_(lse[block].unsqueeze(1)).exp_()
+        x.scatter_(1, column[block], at_target[block].unsqueeze(1)).mul_(scale[block].unsqueeze(1))
+        out[block] = x
+    # 0 * NaN is NaN: what an ignored row holds must not reach its gradient.
+    out.masked_fill_((target < 0).unsqueeze(1), 0.0)
