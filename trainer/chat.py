@@ -5,8 +5,8 @@ end-of-turn token. The tokens of a prompt never depend on what follows it, so ch
 and they are the tokens that sampling starts from.
 """
 
-import inspect
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,9 +61,9 @@ def load_tokenizer(model_dir: str | Path, chat_template: str | Path | None = Non
 def encode_prompt(tokenizer, messages: Sequence[dict], **template_kwargs) -> list[int]:
     """Token ids of `messages` with the header of the assistant's turn open; a final assistant message is continued.
 
-    Raises ValueError if the template refuses the messages.
+    Special tokens spelt out in a message are encoded as text. Raises ValueError if the template refuses the messages.
     """
-    return _ids(tokenizer, messages, True, template_kwargs)
+    return _ids(tokenizer, _mark(tokenizer, messages), True, template_kwargs)
 
 
 def encode_completion(tokenizer, messages_prefix: Sequence[dict], completion_messages: Sequence[dict],
@@ -149,7 +149,7 @@ def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict) -> tu
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     if not turns or turns[0] != first:
         raise ValueError("a completion must begin with an assistant message")
-    turn = _turn(tokenizer)
+    turn, messages = _turn(tokenizer), _mark(tokenizer, messages)
     ids = prompt = _ids(tokenizer, messages[:first], True, kwargs) if first else []
     spans = []  # (begin, end, has loss): the assistant's turns in `ids`
     for i, after in zip(turns, [*turns[1:], None], strict=True):
@@ -219,10 +219,10 @@ def _piece(tokenizer, text: str) -> list[int]:
     for anchor, i in ((tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.bos_token, tokenizer.bos_token_id)):
         added = tokenizer.added_tokens_decoder.get(i)
         if anchor and added is not None and not added.rstrip:
-            ids = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+            ids = _tokens(tokenizer, anchor + text)
             if ids[:1] == [i]:
                 return ids[1:]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _tokens(tokenizer, text)
 
 
 def _plain(tokenizer, text: str) -> list[int]:
@@ -242,26 +242,14 @@ def _one_bos(tokenizer, ids: list[int]) -> list[int]:
 def _ids(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> list[int]:
     if not messages:
         raise ValueError("a prompt needs at least one message")
-    out = _apply(tokenizer, messages, kwargs, tokenize=True, return_dict=True, **_opened(messages, is_open),
-                 **_sanitize(type(tokenizer)))
-    return _one_bos(tokenizer, list(out["input_ids"]))
+    return _one_bos(tokenizer, _tokens(tokenizer, _text(tokenizer, messages, is_open, kwargs)))
 
 
 def _text(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> str:
-    return _apply(tokenizer, messages, kwargs, tokenize=False, **_opened(messages, is_open))
-
-
-def _opened(messages: Sequence[dict], is_open: bool) -> dict:
+    how = {"add_generation_prompt": is_open}
     if is_open and messages[-1]["role"] == "assistant":
-        return {"continue_final_message": True}
-    return {"add_generation_prompt": is_open}
-
-
-@lru_cache(maxsize=16)
-def _sanitize(tokenizer_class: type) -> dict:
-    """Control tokens spelt out in a message are text, not control tokens, where this transformers can do that."""
-    known = "sanitize_control_tokens" in inspect.signature(tokenizer_class.apply_chat_template).parameters
-    return {"sanitize_control_tokens": True} if known else {}
+        how = {"continue_final_message": True}
+    return _apply(tokenizer, messages, kwargs, tokenize=False, **how)
 
 
 def _apply(tokenizer, messages: Sequence[dict], kwargs: dict, **how):
@@ -273,6 +261,41 @@ def _apply(tokenizer, messages: Sequence[dict], kwargs: dict, **how):
         roles = ", ".join(str(m.get("role")) for m in messages)
         raise ValueError(f"the chat template refuses the messages (roles: {roles}): {reason}; change the messages or "
                          "set model.chat_template") from e
+
+
+# Special tokens that a message spells out must not become control tokens, or a user's text could end a turn. While a
+# chat is rendered each of them is one private character, which no template writes and every tokenizer can be kept from.
+
+PRIVATE = 0xF0000
+
+
+@lru_cache(maxsize=16)
+def _special(tokenizer) -> tuple[tuple[str, ...], re.Pattern | None]:
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    texts = added | set(tokenizer.all_special_tokens)
+    ordered = tuple(sorted(filter(str.strip, texts), key=lambda t: (-len(t), t)))
+    return ordered, re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _mark(tokenizer, messages: Sequence[dict]) -> Sequence[dict]:
+    texts, pattern = _special(tokenizer)
+    if pattern is None or not any(isinstance(m.get("content"), str) and pattern.search(m["content"]) for m in messages):
+        return messages
+    return [{**m, "content": pattern.sub(lambda found: chr(PRIVATE + texts.index(found[0])), m["content"])}
+            if isinstance(m.get("content"), str) else m for m in messages]
+
+
+def _tokens(tokenizer, text: str) -> list[int]:
+    """Token ids of rendered text; a private character is the spelling of its special token, as ordinary text."""
+    texts = _special(tokenizer)[0]
+    ids: list[int] = []
+    for part in re.split(f"([{chr(PRIVATE)}-{chr(PRIVATE + len(texts))}])", text):
+        if len(part) == 1 and PRIVATE <= ord(part) < PRIVATE + len(texts):
+            spelt = texts[ord(part) - PRIVATE]
+            ids += tokenizer(spelt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _keeps(text: str, content) -> bool:

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from strop.trainer.isolated import Child
 
-REGEX_SECONDS, MATH_SECONDS, GYM_SECONDS = 2.0, 15.0, 10.0
+REGEX_SECONDS, MATH_SECONDS, GYM_SECONDS = 2.0, 10.0, 5.0
 MAX_CHARS = 20_000  # the end of a completion that is looked at
 ARGUMENTS = {"reasoning_gym": {"dataset"}, "number": {"tolerance"}, "exact": set(), "choice": {"choices"},
              "regex": {"pattern"}, "math": set()}
@@ -66,7 +66,7 @@ def check(verifier: str, args: dict) -> None:
             raise ValueError(f"verifier {name} needs the package {module.replace('_', '-')}: pip install "
                              f"'strop[{extra}]'")
     if verifier == "reasoning_gym" and "dataset" in args:
-        _gym_scorer(args["dataset"])
+        gym_scorer(args["dataset"])
 
 
 def check_answer(verifier: str, answer: str | None, args: dict, metadata: dict) -> str | None:
@@ -136,8 +136,9 @@ def plain(text: str) -> str:
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]}}.%])[-+](?=[$€£]?[0-9.]))?[$€£]?(?<![A-Za-z_0-9])(?<![0-9]\.)"
-    rf"(?P<whole>{_DIGITS})?(?P<part>(?<=[0-9])\.[0-9]+|(?<![\w.])\.[0-9]+)?"
-    rf"(?:[eE](?P<e>[-+]?[0-9]{{1,4}})(?![\w])|\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{{?(?P<ten>[-+]?[0-9]{{1,4}})\}}?)?"
+    rf"(?P<value>(?:{_DIGITS})(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    rf"(?:[eE](?P<e>[-+]?[0-9]{{1,4}})(?!\w)"
+    rf"|\s{{0,3}}(?:\\times|\\cdot|×|\*)\s{{0,3}}10\s?\^\s?\{{?(?P<ten>[-+]?[0-9]{{1,4}})\}}?)?"
     rf"(?:\s?/\s?(?P<under>[0-9]{{1,20}})(?![0-9.,]*[0-9/]))?")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9]{1,40})\s*\}\s*\{\s*([0-9]{1,40})\s*\}")
 _SPACED = re.compile(r"(?<=[0-9])(?:\\[,!;]|\{,\}|[\u00a0\u2009\u202f'](?=[0-9]{3}(?![0-9])))(?=[0-9])")
@@ -154,14 +155,10 @@ def numbers(text: str) -> list[tuple[str, Fraction]]:
     text = _FRAC.sub(r" \1/\2 ", text)
     found = []
     for m in _NUMBER.finditer(text):
-        if m["whole"] is None and m["part"] is None:
-            continue
-        if len(m[0]) > 300:
-            continue
-        value = Fraction((m["whole"] or "0").replace(",", "") + (m["part"] or ""))
         power = int(m["e"] or m["ten"] or 0)
-        if abs(power) > 300:
+        if len(m[0]) > 300 or abs(power) > 300:
             continue
+        value = Fraction(m["value"].replace(",", ""))
         value *= Fraction(10) ** power * (-1 if m["sign"] == "-" else 1)
         under = int(m["under"]) if m["under"] else None
         if under is None:
@@ -237,12 +234,11 @@ def _which(text: str, options: dict[str, str]) -> str | None:
     named = "|".join(map(re.escape, sorted(options, key=len, reverse=True)))
     labels = set(re.findall(rf"(?<![\w'])(?:[(\[]({named})[)\]]|({named})(?=\s*(?:[).:,]|$|or\b|and\b)))", text))
     labels = {a or b for a, b in labels}
-    if not labels:
-        labels = {label for label, option in options.items()
-                  if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", words)}
-        # an option whose text lies inside a longer one that is named too is not meant
-        labels = {a for a in labels if not any(a != b and options[a] in options[b] for b in labels)}
-    return labels.pop() if len(labels) == 1 else None
+    texts = {label for label, option in options.items() if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", words)}
+    # an option whose text lies inside a longer one that is named too is not meant
+    texts = {a for a in texts if not any(a != b and options[a] in options[b] for b in texts)}
+    named = labels | texts
+    return named.pop() if len(named) == 1 else None
 
 
 # ---- reasoning-gym
@@ -270,7 +266,7 @@ def _reasoning_gym(text: str, answer: str | None, dataset: str | None, metadata:
             return 0.0, None
         said = answer if found[1] == truth[0][1] else found[0].replace(",", "")
         try:
-            score = float(_gym_scorer(dataset)(said, entry))
+            score = float(gym_scorer(dataset)(said, entry))
         except Exception:  # a scorer of the library that fails on what a model wrote
             score = 0.0
         return (1.0 if score >= 0.99 else 0.0), found[0]
@@ -279,7 +275,7 @@ def _reasoning_gym(text: str, answer: str | None, dataset: str | None, metadata:
 
 
 @lru_cache(maxsize=64)
-def _gym_scorer(dataset: str):
+def gym_scorer(dataset: str):
     import difflib
 
     import reasoning_gym
@@ -346,7 +342,7 @@ def _judge_gym(task: dict | None) -> dict:
     if task is None:
         return {}
     dataset, text, entry = task["dataset"], task["text"], task["entry"]
-    scorer, answer = _gym_scorer(dataset), entry.get("answer")
+    scorer, answer = gym_scorer(dataset), entry.get("answer")
     if dataset in EVALUATES:
         inner = entry.get("metadata") or {}
         if not all(map(_harmless, (text, answer, inner.get("problem"), inner.get("integrand")))):

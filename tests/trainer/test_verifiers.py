@@ -1,0 +1,265 @@
+import importlib.util
+import json
+import threading
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strop.trainer.isolated import Child
+from strop.trainer.verifiers import ARGUMENTS, check, check_answer, numbers, parse_number, verify
+
+
+def score(verifier, completion, answer, metadata=None, **args):
+    return verify(verifier, completion, answer, args, metadata or {})[0]
+
+
+# ---- numbers
+
+@pytest.mark.parametrize("text,value", [
+    ("The answer is 42.", 42), ("42.0", 42), ("7 and 35 make 42", 42), ("10-5", 5), ("10 - 5", 5), ("it is -5", -5),
+    ("= \u22125", -5), ("(-5)", -5), ("-$5", -5), ("$-5", -5), ("+5", 5), ("1,234.50 dollars", Fraction("1234.5")),
+    ("1,2345", 2345), ("1\\,234", 1234), ("1{,}234", 1234), (".5", Fraction(1, 2)), ("5%", 5), ("007", 7),
+    ("3/4", Fraction(3, 4)), ("-3/4", Fraction(-3, 4)), ("\\frac{3}{4}", Fraction(3, 4)), ("1e3", 1000),
+    ("1.5 \\times 10^{3}", 1500), ("2 × 10^-2", Fraction(1, 50)), ("the 5th", 5), ("10km", 10),
+    ("\\boxed{7} as 3 + 4 = 7, see page 9", 7), ("so \\boxed{\\frac{1}{2}}", Fraction(1, 2)),
+    ("The answer is 3 + 4 = 7, because 12 is more", 7), ("**Answer:** 12\n\nCheck: 12 - 3", 12),
+    ("final answer:\n18", 18), ("<answer>5</answer> not 6", 5), ("the answer is 1. No, the answer is 2.", 2),
+])
+def test_the_number_that_is_the_answer(text, value):
+    assert parse_number(text)[1] == value
+
+
+@pytest.mark.parametrize("text", ["", "none", "x2", "H2O_3", "\\boxed{1, 2, 3}", "<answer>1 2 3</answer>", "9" * 400,
+                                  "1e9999", "\u0663", "9" * 5000])
+def test_no_number(text):
+    assert parse_number(text) is None
+
+
+def test_a_problem_repeated_is_not_its_answer():
+    assert score("number", "10/2", "5") == 0
+    assert [v for _, v in numbers("10/2 = 5")] == [10, 2, 5]
+
+
+@pytest.mark.parametrize("listing", [
+    "1 2 3 4 5 6 7 8 9 10 11", "It could be 7, 8 or 9", "\\boxed{7} \\boxed{8}", "\\boxed{7, 8}",
+    "the answer is 7. The answer is 8.", "<answer>7</answer><answer>8</answer>", "<answer>7 8</answer>", "7 ... 0"])
+def test_listing_numbers_earns_nothing(listing):
+    gym = {"answer": "7", "metadata": {"source_dataset": "chain_sum"}}
+    assert score("number", listing, "7") == 0
+    assert score("reasoning_gym", listing, "7", gym) == 0
+
+
+def test_tolerance_is_absolute_and_exact_by_default():
+    assert score("number", "0.3333", "1/3") == 0
+    assert score("number", "0.3333", "1/3", tolerance=1e-3) == 1
+    assert score("number", "1001", "1000", tolerance=0.5) == 0
+
+
+# ---- exact, choice, regex, math
+
+@pytest.mark.parametrize("completion,good", [
+    ("Paris", 1), ("  **paris.** ", 1), ("The answer is Paris.", 1), ("\uff30aris", 1), ("\\boxed{Paris}", 1),
+    ("Paris or London", 0), ("Par", 0), ("", 0)])
+def test_exact(completion, good):
+    assert score("exact", completion, "Paris") == good
+
+
+CHOICES = ["red", "green", "dark green", "It rains"]
+
+
+@pytest.mark.parametrize("completion,answer,good", [
+    ("B", "B", 1), ("(B)", "green", 1), ("b", "B", 1), ("B) green", "B", 1), ("green", "B", 1),
+    ("The answer is B.", "B", 1),
+    ("The answer is (B) green", "B", 1), ("I think\nit is dark green", "C", 1), ("I think it is green", "B", 1),
+    ("A or B", "B", 0), ("A, B, C, D", "D", 0), ("(A) (B)", "B", 0), ("red or green", "B", 0), ("C", "B", 0),
+    ("A good day", "A", 0), ("B) red", "B", 0), ("E", "B", 0), ("", "B", 0), ("it rains!", "D", 1)])
+def test_choice(completion, answer, good):
+    assert score("choice", completion, answer, choices=CHOICES) == good
+    arc = {"choices": {"label": ["A", "B", "C", "D"], "text": CHOICES}}
+    assert score("choice", completion, answer, arc) == good
+
+
+def test_choice_by_numbered_label():
+    options = {"choices": {"label": ["1", "2"], "text": ["cat", "dog"]}}
+    assert score("choice", "2", "2", options) == 1 and score("choice", "dog", "2", options) == 1
+
+
+@pytest.mark.parametrize("completion,answer,pattern,good", [
+    ("def f(): pass", None, r"def \w+\(", 1), ("none", None, r"def \w+\(", 0),
+    ("ANSWER: Foo", "foo", r"ANSWER: (\w+)", 1), ("ANSWER: foo ANSWER: bar", "foo", r"ANSWER: (\w+)", 0)])
+def test_regex(completion, answer, pattern, good):
+    assert score("regex", completion, answer, pattern=pattern) == good
+
+
+math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
+
+
+@math_verify
+@pytest.mark.parametrize("completion,good", [
+    ("so $\\frac{1}{2}$", 1), ("0.5", 1), ("\\boxed{\\frac{2}{4}}", 1), ("1, 2, 0.5, 3", 0), ("$x$", 0), ("", 0),
+    ("\\boxed{" * 50, 0)])
+def test_math(completion, good):
+    assert score("math", completion, "\\frac{1}{2}") == good
+
+
+# ---- reasoning-gym
+
+gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
+
+
+@gym
+@pytest.mark.parametrize("dataset,answer,completion,good", [
+    ("chain_sum", "1", "10", 0),  # the library gives half a point
+    ("chain_sum", "1", "The answer is 1.", 1), ("chain_sum", "1234", "1,234.0", 1),
+    ("chain_sum", "-4", "5 - 9 = -4", 1),
+    ("gcd", "1", "11", 0), ("gcd", "12", "GCD(24, 36) = 12", 1), ("gcd", "12", "24, 36", 0), ("gcd", "12", "", 0),
+    ("caesar_cipher", "HELLO", "HELLO WORLD", 0),  # and so it does here
+    ("caesar_cipher", "HELLO", "The answer is: HELLO", 1)])
+def test_reasoning_gym(dataset, answer, completion, good):
+    entry = {"question": "?", "answer": answer, "metadata": {"source_dataset": dataset}}
+    assert score("reasoning_gym", completion, answer, entry) == good
+    assert score("reasoning_gym", completion, answer, {"metadata": {}}, dataset=dataset) == good
+
+
+@gym
+def test_graded_scores_of_a_generator_are_kept():
+    import reasoning_gym
+
+    entry = json.loads(json.dumps(reasoning_gym.create_dataset("mini_sudoku", size=1, seed=1)[0]))
+    half = entry["answer"][:-1] + str(int(entry["answer"][-1]) % 4 + 1)
+    assert score("reasoning_gym", entry["answer"], entry["answer"], entry) == 1
+    assert 0 < score("reasoning_gym", half, entry["answer"], entry) < 0.99
+
+
+@gym
+@pytest.mark.parametrize("dataset", [
+    "countdown", "chain_sum", "word_sorting", "knights_knaves", "sudoku", "simple_integration",
+    "polynomial_multiplication", "bitwise_arithmetic", "number_sorting", "n_queens"])
+def test_every_entry_passes_its_own_verifier_after_json(dataset):
+    import reasoning_gym
+
+    generated = reasoning_gym.create_dataset(dataset, size=3, seed=1)
+    for i in range(3):
+        entry = json.loads(json.dumps(generated[i]))
+        assert check_answer("reasoning_gym", entry["answer"], {}, entry) is None
+
+
+@gym
+@pytest.mark.parametrize("hostile", [
+    "__import__('os').mkdir({path!r})", "open({path!r}, 'w')", "().__class__.__base__.__subclasses__()",
+    "(lambda: exit())()", "[f for f in [print]][0](1)", "exec('1')", "9**9**9**9**9"])
+@pytest.mark.parametrize("dataset", ["countdown", "string_insertion", "polynomial_multiplication"])
+def test_what_a_model_writes_is_not_executed(dataset, hostile, tmp_path, monkeypatch):
+    import reasoning_gym
+
+    monkeypatch.setattr("strop.trainer.verifiers.GYM_SECONDS", 1.0)
+
+    entry = json.loads(json.dumps(reasoning_gym.create_dataset(dataset, size=1, seed=1)[0]))
+    began = time.perf_counter()
+    assert score("reasoning_gym", hostile.format(path=str(tmp_path / "made")), entry["answer"], entry) < 0.5
+    assert not (tmp_path / "made").exists() and time.perf_counter() - began < 10
+
+
+# ---- robustness
+
+HOSTILE = ["\\boxed{" * 5000, "{" * 20000, "<answer>" * 3000, "answer is " * 3000, " " * 50000, "1 " * 20000,
+           "-" * 20000,
+           "answer is" + " " * 30000 + "x", "1" + "," * 20000, "1,111" * 5000, "$" * 20000, "1/" * 10000, "\x00\ud800",
+           "\\frac{" * 5000, "1e" * 10000, "(" * 20000, "9" * 100000, "a" * 30 + "!", "\n" * 20000]
+
+
+@pytest.mark.parametrize("completion", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_completions_neither_crash_nor_hang(completion):
+    entry = {"metadata": {"source_dataset": "chain_sum"}}
+    began = time.perf_counter()
+    for verifier, args, metadata in (("number", {}, {}), ("exact", {}, {}), ("choice", {"choices": CHOICES}, {}),
+                                     ("reasoning_gym", {}, entry)):
+        assert 0 <= score(verifier, completion, "4", metadata, **args) <= 1
+    assert time.perf_counter() - began < 2
+
+
+@settings(max_examples=300, deadline=2000)
+@given(st.text(alphabet=st.sampled_from("0123456789.,-+/$eE^*= \n{}\\()abAB:"), max_size=60))
+def test_any_text_scores(text):
+    for verifier, args in (("number", {}), ("exact", {}), ("choice", {"choices": CHOICES})):
+        value, extracted = verify(verifier, text, "4", args, {})
+        assert value in (0.0, 1.0) and (extracted is None or isinstance(extracted, str))
+
+
+def test_catastrophic_pattern_is_stopped_and_the_next_one_works():
+    began = time.perf_counter()
+    assert score("regex", "a" * 40 + "!", None, pattern=r"(a+)+$") == 0
+    assert time.perf_counter() - began < 10
+    assert score("regex", "aaa", None, pattern=r"(a+)+$") == 1
+
+
+def test_child_answers_threads_one_at_a_time():
+    results = {}
+
+    def judge(i):
+        results[i] = verify("regex", f"ANSWER: {i}", None, {"pattern": r"ANSWER: (\d+)"}, {})
+
+    threads = [threading.Thread(target=judge, args=(i,)) for i in range(20)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert {i: extracted for i, (_, extracted) in results.items()} == {i: f"ANSWER: {i}" for i in range(20)}
+
+
+def test_child_starts_again_after_it_died():
+    child = Child()
+    task = {"pattern": "a", "text": "a", "answer": None}
+    assert child.ask("regex", task, 10)["score"] == 1
+    child._process.kill()
+    child._process.wait()
+    assert child.ask("regex", task, 10)["score"] == 1
+    child.close()
+
+
+def test_child_sees_no_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    child = Child()
+    child.ask("regex", {"pattern": "a", "text": "a", "answer": None}, 10)
+    with open(f"/proc/{child._process.pid}/environ", "rb") as f:
+        assert b"secret" not in f.read()
+    child.close()
+
+
+# ---- what a recipe or its data can get wrong
+
+@pytest.mark.parametrize("verifier,args,match", [
+    ("number", {"tolerence": 1}, "tolerence.*it takes: tolerance"), ("number", {"tolerance": -1}, "0 or more"),
+    ("number", {"tolerance": "x"}, "must be a number"), ("number", {"tolerance": True}, "must be a number"),
+    ("exact", {"case": 1}, "it takes: none"), ("regex", {}, "pattern is missing"), ("regex", {"pattern": "("}, "no re"),
+    ("choice", {"choices": ["a"]}, "at least two"), ("choice", {"choices": ["a", "A "]}, "at least two different"),
+    ("reasoning_gym", {"dataset": "chain_sums"}, "did you mean chain_sum")])
+def test_wrong_arguments(verifier, args, match):
+    with pytest.raises(ValueError, match=match):
+        check(verifier, args)
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package math-verify: pip install 'strop\[math\]'"):
+        check("math", {})
+
+
+@pytest.mark.parametrize("verifier,answer,args,why", [
+    ("number", None, {}, "needs an answer"), ("number", "four", {}, "no number"), ("number", "12 or 13", {}, None),
+    ("exact", " ", {}, "needs an answer"), ("exact", "x", {}, None), ("choice", "A", {}, "needs verifier_args.choices"),
+    ("choice", "F", {"choices": CHOICES}, "fails its own verifier"), ("choice", "red", {"choices": CHOICES}, None),
+    ("regex", None, {"pattern": "a"}, None), ("math", "\\frac{1}{2}", {}, None)])
+def test_answers_that_can_never_be_met(verifier, answer, args, why):
+    found = check_answer(verifier, answer, args, {})
+    assert found is None if why is None else why in found
+
+
+def test_every_verifier_of_the_recipe_is_known():
+    from typing import get_args
+
+    from strop.trainer.config import Verifier
+    assert set(get_args(Verifier)) == set(ARGUMENTS)
