@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what it is given and fetches nothing
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would break up our own
 
 try:
     from strop.trainer.cli import Command, help_text, parse

@@ -74,9 +74,12 @@ def _convert(gguf: Path, console, convert: bool) -> Path:
 
     console.line(f"converting {gguf.name} to {target}, once")
     target.parent.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)  # a model that does not think itself quantised, so that it saves
+    model.load_state_dict(loaded.state_dict())
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     model.to(torch.bfloat16).save_pretrained(temporary)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
