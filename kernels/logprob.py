@@ -149,6 +149,8 @@ def _linear_logprob(
     live = _live_target(target, ignore_index, vocab)
     rows = _compact(live >= 0)
     kept = hidden.new_empty(count * vocab if mode == chunked.KEEP else 0)
+    if rows is not None:
+        kept[len(rows) * vocab :].zero_()
     stats = tuple(name for i, name in enumerate(STATS) if wanted >> i & 1)
     logp, lse, found, bracket = chunked.forward(
         hidden if rows is None else hidden[rows],

@@ -147,6 +147,11 @@ def _apo_down(x: Pairs, o: Options) -> Tensor:
     return torch.sigmoid(o.beta * x.c) + torch.sigmoid(o.beta * (x.r - x.c))
 
 
+def by_turns(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), each [B], of values [2B] that hold them by turns."""
+    return values.view(-1, 2).unbind(1)
+
+
 def _ranks(values: Tensor) -> Tensor:
     return values.argsort(stable=True).argsort(stable=True)
 
@@ -157,7 +162,8 @@ def _aot(x: Pairs, o: Options) -> Tensor:
     The reference is constant, so a pair needs only the reference margin that sorting puts opposite its own.
     """
     policy, ref = x.batch
-    opposite = (ref[0::2] - ref[1::2]).sort().values[_ranks(policy[0::2] - policy[1::2])]
+    policy_margin, ref_margin = (chosen - rejected for chosen, rejected in map(by_turns, (policy, ref)))
+    opposite = ref_margin.sort().values.index_select(0, _ranks(policy_margin))
     opposite = opposite.narrow(0, x.batch_offset, x.c.shape[0])
     return _smoothed(o.beta * (x.policy[0] - x.policy[1] - opposite), o)
 
@@ -169,10 +175,9 @@ def _aot_unpaired(x: Pairs, o: Options) -> Tensor:
     value is counted with c, and r's term adds its gradient only.
     """
     policy, ref = x.batch
-    ratio = policy - ref
-    c, r = ratio[0::2], ratio[1::2]
-    opposite_c = r.sort().values[_ranks(c)].narrow(0, x.batch_offset, x.c.shape[0])
-    opposite_r = c.sort().values[_ranks(r)].narrow(0, x.batch_offset, x.r.shape[0])
+    c, r = by_turns(policy - ref)
+    opposite_c = r.sort().values.index_select(0, _ranks(c)).narrow(0, x.batch_offset, x.c.shape[0])
+    opposite_r = c.sort().values.index_select(0, _ranks(r)).narrow(0, x.batch_offset, x.r.shape[0])
     with_r = _smoothed(o.beta * (opposite_r - x.r), o)
     return _smoothed(o.beta * (x.c - opposite_c), o) + (with_r - with_r.detach())
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import LOSSES, Loss, Options, Pairs, kto_desirable, kto_undesirable
+from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
 
 LOSS_TYPES = tuple(LOSSES)
 NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
@@ -132,7 +132,7 @@ def preference_loss(
     if lengths is None and (nll_needs_lengths or length_normalization or any(loss.mean for loss in losses)):
         raise ValueError("this loss divides by completion lengths: give token log-probs, or lengths with sequence sums")
     lengths = None if lengths is None else lengths.to(dtype)
-    nll = -policy[0::2]
+    plain_policy = policy
 
     per_token_ref = offsets is not None and ref_logp is not None and ref_logp.shape == policy_logp.shape
     ref = segment_sum(ref_logp, offsets) if per_token_ref else ref_logp
@@ -151,17 +151,19 @@ def preference_loss(
     if batch is None and any(loss.batchwide for loss in losses):
         batch = (policy.detach(), ref)
     score = _f_score(ratio, f_divergence, f_alpha)
-    per_pair = torch.zeros_like(ratio[0::2])
+    c, r = by_turns(ratio)
+    pair_lengths = None if lengths is None else by_turns(lengths)
+    per_pair = torch.zeros_like(c)
     for loss, weight in zip(losses, weights, strict=True):
         normalize = loss.scores and (loss.mean or length_normalization)
-        scaled = score / lengths.clamp_min(1) if normalize else score
+        chosen_score, rejected_score = by_turns(score / lengths.clamp_min(1) if normalize else score)
         pairs = Pairs(
-            c=ratio[0::2],
-            r=ratio[1::2],
-            chosen_score=scaled[0::2],
-            rejected_score=scaled[1::2],
-            policy=(policy[0::2], policy[1::2]),
-            lengths=None if lengths is None else (lengths[0::2], lengths[1::2]),
+            c=c,
+            r=r,
+            chosen_score=chosen_score,
+            rejected_score=rejected_score,
+            policy=by_turns(policy),
+            lengths=pair_lengths,
             baseline=baseline,
             reward_margin=reward_margin,
             batch=batch,
@@ -170,25 +172,27 @@ def preference_loss(
         per_pair = per_pair + weight * loss.formula(pairs, o)
     if log_sum_p2 is not None:
         likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
-        per_pair = per_pair * (likelihood[0::2] + likelihood[1::2]).exp()
+        per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
 
     pair_sum = per_pair.sum()
     loss = pair_sum / (per_pair.shape[0] if pair_denominator is None else pair_denominator)
-    nll_count = torch.full_like(nll, 1.0)
+    nll = -by_turns(plain_policy)[0]
+    nll_count = torch.ones_like(nll)
     if lengths is not None and nll_normalization != "sequence_sum":
         if nll_normalization == "batch_tokens":
-            nll_count = lengths[0::2]
+            nll_count = pair_lengths[0]
         else:
-            nll = nll / lengths[0::2].clamp_min(1)
+            nll = nll / pair_lengths[0].clamp_min(1)
     nll_sum, nll_count = nll.sum(), nll_count.sum()
     if nll_weight:
         loss = loss + nll_weight * nll_sum / (nll_count.clamp_min(1) if nll_denominator is None else nll_denominator)
     with torch.no_grad():
-        reward = beta * ratio
-        margin = reward[0::2] - reward[1::2]
+        chosen, rejected = beta * c, beta * r
+        margin = chosen - rejected
+        chosen_logp, rejected_logp = by_turns(policy)
         count = torch.full_like(pair_sum, per_pair.shape[0])
-        entries = (reward[0::2].sum(), reward[1::2].sum(), (margin > 0).to(dtype).sum(), margin.sum())
-        entries += (policy[0::2].sum(), policy[1::2].sum(), pair_sum, nll_sum, count, count, count, nll_count)
+        entries = (chosen.sum(), rejected.sum(), (margin > 0).to(dtype).sum(), margin.sum())
+        entries += (chosen_logp.sum(), rejected_logp.sum(), pair_sum, nll_sum, count, count, count, nll_count)
         metrics = torch.stack(entries).float()
     return loss, metrics
 
@@ -215,10 +219,34 @@ def preference_means(metrics: Tensor) -> dict[str, float]:
     return means
 
 
+@torch.library.custom_op("strop::segment_sum", mutates_args=())
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """[S] sums of values [M] between offsets [S + 1]; the same bits every time."""
-    # Not index_add: on CUDA it adds in an order that changes from run to run.
+    """[S] sums of values [M] between offsets [S + 1]; the same bits every time, unlike index_add on CUDA."""
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+@segment_sum.register_fake
+def _(values, offsets):
+    return values.new_empty(offsets.shape[0] - 1)
+
+
+def _segment_sum_setup(ctx, inputs, output) -> None:
+    values, offsets = inputs
+    ctx.save_for_backward(offsets)
+    ctx.tokens = values.shape[0]
+
+
+def _segment_sum_autograd(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    (offsets,) = ctx.saved_tensors
+    return grad.index_select(0, _segment_of_token(offsets, ctx.tokens)), None
+
+
+segment_sum.register_autograd(_segment_sum_autograd, setup_context=_segment_sum_setup)
+
+
+def _segment_of_token(offsets: Tensor, tokens: int) -> Tensor:
+    """[M] int64 completion of each token."""
+    return torch.searchsorted(offsets, torch.arange(tokens, device=offsets.device), right=True) - 1
 
 
 def _offsets(
@@ -245,11 +273,11 @@ def _offsets(
 
 def _beyond_shorter(offsets: Tensor, tokens: int) -> Tensor:
     """[M] bool: the token lies beyond the length of the pair's shorter completion."""
-    index = torch.arange(tokens, device=offsets.device)
-    segment = torch.searchsorted(offsets, index, right=True) - 1
+    segment = _segment_of_token(offsets, tokens)
     lengths = offsets.diff()
-    shorter = torch.minimum(lengths[0::2], lengths[1::2])
-    return index - offsets[segment] >= shorter[segment // 2]
+    shorter = torch.minimum(*by_turns(lengths))
+    place = torch.arange(tokens, device=offsets.device) - offsets.index_select(0, segment)
+    return place >= shorter.index_select(0, segment // 2)
 
 
 def _f_score(ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
