@@ -1,0 +1,170 @@
+import json
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from strop.trainer.chat import encode_completion, encode_conversation, encode_prompt, encode_text
+from strop.trainer.config import ReadyData
+from strop.trainer.readydata import ready_pairs, ready_sft
+from strop.trainer.rows import Quarantine
+from strop.trainer.store import Drops
+
+sys.path.insert(0, str(Path(__file__).parent))
+from chats import tokenizer_of, turns
+from training import stage_in
+
+QUESTION = turns("what is 2+2?")
+
+
+def says(text):
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_of("chatml")
+
+
+def read(tmp_path, tokenizer, rows, make, max_bad_rows=0, weight=1.0):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    drops = Drops(stage_in(tmp_path, "select"))
+    quarantine = Quarantine(max_bad_rows)
+    found = make(tokenizer, ReadyData(name="mine", path=str(path), weight=weight), drops, quarantine)
+    return found, drops.rows
+
+
+# ---- SFT
+
+def test_messages_prompt_completion_and_plain_text(tmp_path, tokenizer):
+    rows = [{"messages": turns("2+2", "4", "3+3", "6")}, {"prompt": QUESTION, "completion": says("4")},
+            {"prompt": "the sky is", "completion": " blue"}]
+    found, drops = read(tmp_path, tokenizer, rows, ready_sft, weight=0.5)
+    wanted = [encode_conversation(tokenizer, rows[0]["messages"]),
+              (encode_prompt(tokenizer, QUESTION), encode_completion(tokenizer, QUESTION, says("4"))),
+              encode_text(tokenizer, "the sky is", " blue")]
+    assert not drops
+    for i, (row, (prompt, encoded)) in enumerate(zip(found, wanted, strict=True), 1):
+        assert row["prompt_tokens"] == prompt and row["completion_tokens"] == encoded.tokens
+        assert row["loss_mask"] == encoded.loss_mask and row["row_id"] == f"mine/{i}"
+        assert row["weight"] == 0.5 and row["origin"] == row["source"] == "mine"
+        assert row["prompt_id"] is None and row["score"] is None
+    assert not all(found[0]["loss_mask"])
+    assert tokenizer.decode(found[2]["prompt_tokens"] + found[2]["completion_tokens"]) == "the sky is blue<|im_end|>"
+
+
+def test_columns_of_tools_and_template_keywords_reach_the_template(tmp_path):
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{{ tools[0].name if tools else '' }}{{ mood }}" + tokenizer.chat_template
+    row = {"messages": turns("2+2", "4"), "tools": json.dumps([{"name": "calculator"}]),
+           "chat_template_kwargs": {"mood": "calm"}}
+    found, _ = read(tmp_path, tokenizer, [row], ready_sft)
+    assert tokenizer.decode(found[0]["prompt_tokens"]).startswith("calculatorcalm<|im_start|>")
+
+
+def test_parquet_that_pads_messages_with_nulls(tmp_path, tokenizer):
+    import pyarrow as pa
+
+    rows = [{"messages": turns("2+2", "4")}, {"messages": [{"role": "user", "content": "a", "name": "x"}, *says("b")]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    drops = Drops(stage_in(tmp_path, "select"))
+    found = ready_sft(tokenizer, ReadyData(name="p", path=str(tmp_path / "d.parquet")), drops, Quarantine(0))
+    assert (found[0]["prompt_tokens"], found[0]["completion_tokens"]) == (
+        encode_prompt(tokenizer, turns("2+2")), encode_completion(tokenizer, turns("2+2"), says("4")).tokens)
+
+
+@pytest.mark.parametrize("row,reason", [
+    ({"messages": turns("2+2", " ")}, "empty"), ({"prompt": "a", "completion": ""}, "empty"),
+    ({"prompt": QUESTION, "completion": says("")}, "empty")])
+def test_rows_without_an_answer_are_dropped(tmp_path, tokenizer, row, reason):
+    found, drops = read(tmp_path, tokenizer, [row, {"prompt": "a", "completion": "b"}], ready_sft)
+    assert len(found) == 1 and [d["reason"] for d in drops] == [reason] and ":1: " in drops[0]["detail"]
+
+
+def test_duplicates_are_dropped(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "completion": "b"}] * 2 + [{"prompt": "a", "completion": "c"}]
+    found, drops = read(tmp_path, tokenizer, rows, ready_sft)
+    assert [r["row_id"] for r in found] == ["mine/1", "mine/3"] and [d["reason"] for d in drops] == ["duplicate"]
+
+
+@pytest.mark.parametrize("row,match", [
+    ({"text": "x"}, r"column 'prompt' is missing \(there are: text\); give messages, or prompt and completion"),
+    ({"prompt": "x"}, "column 'completion' is missing"),
+    ({"prompt": QUESTION, "completion": "4"}, "'completion' must hold a list of messages, as the others do"),
+    ({"prompt": 1, "completion": "4"}, "'prompt' must hold a string or messages, is a number"),
+    ({"messages": "x"}, "'messages' must hold a list of messages, is a string"),
+    ({"messages": turns("2+2")}, "no assistant message"),
+    ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content must be a string, is a number"),
+    ({"messages": turns("2+2", "4"), "tools": "{"}, "'tools' is not JSON"),
+    ("{", "not JSON")])
+def test_malformed_rows(tmp_path, tokenizer, row, match):
+    good = {"prompt": "a", "completion": "b"}
+    with pytest.raises(ValueError, match=match) as e:
+        read(tmp_path, tokenizer, [good, row], ready_sft)
+    assert str(e.value).startswith(f"{tmp_path / 'data.jsonl'}:2: ")
+    found, drops = read(tmp_path, tokenizer, [good, row], ready_sft, max_bad_rows=1)
+    assert len(found) == 1 and [d["reason"] for d in drops] == ["malformed"]
+
+
+# ---- preferences
+
+def test_explicit_and_implicit_prompt_give_the_same_pair(tmp_path, tokenizer):
+    rows = [{"prompt": QUESTION, "chosen": says("4"), "rejected": says("5")}]
+    explicit, _ = read(tmp_path, tokenizer, rows, ready_pairs)
+    rows = [{"chosen": QUESTION + says("4"), "rejected": QUESTION + says("5")}]
+    implicit, _ = read(tmp_path, tokenizer, rows, ready_pairs)
+    assert explicit == implicit and len(explicit) == 1
+    row = explicit[0]
+    assert row["prompt_tokens"] == encode_prompt(tokenizer, QUESTION)
+    for side, text in (("chosen", "4"), ("rejected", "5")):
+        encoded = encode_completion(tokenizer, QUESTION, says(text))
+        assert row[f"{side}_tokens"] == encoded.tokens and row[f"{side}_mask"] == encoded.loss_mask
+        assert row[f"{side}_template"] == encoded.template_mask == [False] * (len(encoded.tokens) - 1) + [True]
+        assert row[f"{side}_score"] is None
+
+
+def test_plain_strings(tmp_path, tokenizer):
+    rows = [{"prompt": "the sky is", "chosen": " blue", "rejected": " black"}]
+    explicit, _ = read(tmp_path, tokenizer, rows, ready_pairs)
+    rows = [{"chosen": "the sky is blue", "rejected": "the sky is black"}]
+    implicit, _ = read(tmp_path, tokenizer, rows, ready_pairs)
+    assert explicit == implicit
+    assert tokenizer.decode(implicit[0]["prompt_tokens"]) == "the sky is"
+    assert tokenizer.decode(implicit[0]["rejected_tokens"]) == " black<|im_end|>"
+
+
+def test_boundary_is_the_same_for_chosen_and_rejected_although_one_merges(tmp_path):
+    tokenizer = tokenizer_of("merging")
+    rows = [{"prompt": QUESTION, "chosen": says("\n\n4"), "rejected": says("5")}]
+    row = read(tmp_path, tokenizer, rows, ready_pairs)[0][0]
+    assert row["prompt_tokens"] == encode_prompt(tokenizer, QUESTION)
+    for side, text in (("chosen", "\n\n4"), ("rejected", "5")):
+        whole = tokenizer.apply_chat_template(QUESTION + says(text), tokenize=False).rstrip("\n")
+        assert tokenizer.decode(row["prompt_tokens"] + row[f"{side}_tokens"]) == whole
+
+
+@pytest.mark.parametrize("row,reason", [
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "identical"),
+    ({"prompt": QUESTION, "chosen": says("4"), "rejected": says("4")}, "identical"),
+    ({"chosen": QUESTION + says("4"), "rejected": QUESTION + says("4")}, "identical"),
+    ({"chosen": "same text", "rejected": "same text"}, "identical"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b<|im_end|>"}, "identical"),  # equal only as tokens
+    ({"prompt": "a", "chosen": "b", "rejected": ""}, "empty"),
+    ({"prompt": QUESTION, "chosen": says(" "), "rejected": says("4")}, "empty"),
+    ({"chosen": QUESTION, "rejected": QUESTION + says("4")}, "empty")])
+def test_pairs_that_teach_nothing_are_dropped(tmp_path, tokenizer, row, reason):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    found, drops = read(tmp_path, tokenizer, [row, good], ready_pairs)
+    assert [r["row_id"] for r in found] == ["mine/2"] and [d["reason"] for d in drops] == [reason]
+
+
+@pytest.mark.parametrize("row,match", [
+    ({"chosen": "x"}, "column 'rejected' is missing"),
+    ({"chosen": turns("a", "b"), "rejected": turns("c", "d")}, "do not begin with the same messages"),
+    ({"prompt": "a", "chosen": says("b"), "rejected": says("c")}, "'prompt' must hold a list of messages"),
+])
+def test_malformed_pairs(tmp_path, tokenizer, row, match):
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path, tokenizer, [row], ready_pairs)
