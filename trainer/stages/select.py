@@ -179,9 +179,9 @@ def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]]
 
 
 def _tie(s: dict, recipe: Recipe) -> tuple:
-    """Orders samples of equal score."""
+    """Orders samples of equal score; the best so far gives way to a better one only, so the earlier round comes first."""
     if recipe.select.tie_break == "shortest":
-        return len(s["completion_tokens"]), -s["round"], s["sample_index"]
+        return len(s["completion_tokens"]), s["round"], s["sample_index"]
     if recipe.select.tie_break == "first":
         return s["round"], s["sample_index"]
     text = f"{recipe.seed}:tie:{s['prompt_id']}:{s['round']}:{s['sample_index']}"

@@ -1,0 +1,245 @@
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strop.trainer.config import Recipe
+from strop.trainer.stages.select import pick, select
+from strop.trainer.store import Drops, read_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from chats import tokenizer_of, turns
+from rounds import prompts_of, round_of
+from training import stage_in
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer_of("chatml").save_pretrained(folder)
+    return folder
+
+
+def recipe_of(rounds=3, data=None, seed=0, **keys):
+    data = {"sft": [{"name": "x", "path": "x", "rounds": []}]} | (data or {})
+    return Recipe.model_validate({"rounds": rounds, "seed": seed, "data": data, "select": keys})
+
+
+def run(tmp_path, model, *rounds, data=None, name="select", turned=False, seed=0, **keys):
+    """(sft rows, pairs, drops, stage) of a select over rounds of {prompt: [(text, score[, finish])]}."""
+    stage = stage_in(tmp_path / name, "round-00/select")
+    ids = sorted({p for r in rounds for p in r})
+    select(stage, recipe_of(data=data, seed=seed, **keys), round=max(0, len(rounds) - 1),
+           prompts=prompts_of(tmp_path / f"{name}-prompts", ids) if rounds else None, model=model,
+           history=[round_of(tmp_path / f"{name}-{i}", r, turned) for i, r in enumerate(rounds)])
+    return *(read_table(stage.dir / f"{t}.parquet").to_pylist() for t in ("sft", "pairs", "drops")), stage
+
+
+def text(tokens):
+    return "".join(chr(t) for t in tokens if t != 2)
+
+
+def chosen_and_rejected(pairs):
+    return [(p["prompt_id"], text(p["chosen_tokens"]), text(p["rejected_tokens"])) for p in pairs]
+
+
+def best(rows):
+    return [(r["prompt_id"], text(r["completion_tokens"])) for r in rows]
+
+
+def test_best_goes_to_sft_best_and_worst_to_pairs(tmp_path, model):
+    sft, pairs, drops, stage = run(tmp_path, model, {"p": [("bad", 0), ("good", 1), ("fair", 0.6), ("worse", 0.1)]})
+    assert best(sft) == [("p", "good")] and chosen_and_rejected(pairs) == [("p", "good", "bad")]
+    row, pair = sft[0], pairs[0]
+    assert row["loss_mask"] == [True] * 5 and row["completion_tokens"][-1] == 2 and text(row["prompt_tokens"]) == "p"
+    assert (row["score"], row["sample_index"], row["origin"], row["weight"]) == (1, 1, "round-00", 1)
+    assert (pair["chosen_score"], pair["rejected_score"]) == (1, 0)
+    assert [(d["sample_index"], d["reason"]) for d in drops] == [(2, "low_score"), (3, "low_score")]
+    assert stage.counts == {"prompts": 1, "solved_prompts": 1, "pass_rate": 0.25, "sft_rows": 1, "pairs": 1,
+                            "dropped/low_score": 2}
+
+
+def test_template_tokens_are_those_that_end_a_turn(tmp_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer_of("chatml").save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    _, pairs, _, _ = run(tmp_path, folder, {"p": [("good", 1), ("bad", 0), ("cut", 0, "length")]}, pairs_per_prompt=1)
+    assert pairs[0]["chosen_template"] == [False] * 4 + [True] and pairs[0]["rejected_template"] == [False] * 3 + [True]
+    assert pairs[0]["chosen_mask"] == [True] * 5  # a mask is its own: what is learned does not know what is template
+
+
+def test_scores_are_joined_by_id_not_by_position(tmp_path, model):
+    rounds = {f"p{i}": [("a", i % 2), ("b", 1 - i % 2), ("c", 0)] for i in range(5)}
+    one, two = (run(tmp_path, model, rounds, name=f"s{t}", turned=bool(t)) for t in (0, 1))
+    assert best(one[0]) == [(f"p{i}", "a" if i % 2 else "b") for i in range(5)]
+    for table in ("sft", "pairs", "drops"):
+        assert (tmp_path / f"s0/{table}.parquet").read_bytes() == (tmp_path / f"s1/{table}.parquet").read_bytes()
+    assert one[:3] == two[:3]
+
+
+@pytest.mark.parametrize("score", [0, 0.5, 1])
+def test_all_tied_makes_no_pair(tmp_path, model, score):
+    ready = tmp_path / "ready.jsonl"
+    ready.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    sft, pairs, drops, _ = run(tmp_path, model, {"p": [("a", score), ("b", score), ("c", score)]}, pair_margin=0.0,
+                               data={"sft": [{"name": "r", "path": str(ready)}]})
+    assert not pairs and "tie" in {d["reason"] for d in drops}
+    assert len(sft) == (2 if score == 1 else 1)
+    assert ("unsolved" in {d["reason"] for d in drops}) == (score < 1)
+
+
+def test_margin(tmp_path, model):
+    rounds = {"p": [("a", 1), ("b", 0.6)], "q": [("a", 1), ("b", 0.5)]}
+    _, pairs, drops, _ = run(tmp_path, model, rounds, pair_margin=0.5)
+    assert chosen_and_rejected(pairs) == [("q", "a", "b")]
+    assert ("p", "margin") in {(d["prompt_id"], d["reason"]) for d in drops}
+
+
+def test_cut_completions(tmp_path, model):
+    rounds = {"p": [("cut", 1, "length"), ("fine", 1), ("bad", 0, "length"), ("poor", 0.2)],
+              "q": [("cut", 1, "length"), ("poor", 0)], "r": [("cut", 1, "length"), ("lost", 0, "length")],
+              "s": [("fine", 1), ("lost", 0, "length")]}
+    sft, pairs, _, stage = run(tmp_path, model, rounds)
+    assert best(sft) == [("p", "fine"), ("s", "fine")]
+    # a rejected that stopped is preferred, a cut one taken where there is no other; chosen always stopped
+    assert chosen_and_rejected(pairs) == [("p", "fine", "poor"), ("s", "fine", "lost")]
+    assert stage.counts["dropped/cut"] == 6 and stage.counts["solved_prompts"] == 2
+    sft, _, _, _ = run(tmp_path, model, rounds, name="with", sft_cut=True)
+    assert best(sft) == [("p", "cut"), ("q", "cut"), ("r", "cut"), ("s", "fine")]
+
+
+def test_pass_rate_window(tmp_path, model):
+    rounds = {"all": [("a", 1), ("b", 1)], "half": [("a", 1), ("b", 0)], "none": [("a", 0), ("b", 0)]}
+    sft, pairs, drops, _ = run(tmp_path, model, rounds, pass_rate_min=0.1, pass_rate_max=0.9)
+    assert {r["prompt_id"] for r in sft} == {"half"} == {p["prompt_id"] for p in pairs}
+    assert Counter((d["prompt_id"], d["reason"]) for d in drops) == {("all", "pass_rate"): 2, ("none", "pass_rate"): 2}
+
+
+def test_window_looks_at_the_newest_round_of_the_prompt(tmp_path, model):
+    first = {"p": [("a", 1), ("b", 0)], "q": [("a", 1), ("b", 0)]}
+    sft, _, _, _ = run(tmp_path, model, first, {"p": [("c", 1), ("d", 1)]}, pass_rate_max=0.9)
+    assert best(sft) == [("q", "a")]
+
+
+def test_exact_duplicates(tmp_path, model):
+    rounds = {"p": [("good", 1), ("good", 1), ("bad", 0), ("bad", 0), ("good", 1, "length")]}
+    sft, pairs, drops, _ = run(tmp_path, model, rounds, sft_per_prompt=4, pairs_per_prompt=4)
+    assert best(sft) == [("p", "good")] and chosen_and_rejected(pairs) == [("p", "good", "bad")]
+    assert Counter(d["reason"] for d in drops) == {"duplicate": 2, "cut": 1}
+
+
+def test_empty_completions(tmp_path, model):
+    sft, pairs, drops, _ = run(tmp_path, model, {"p": [("", 1), (" ", 1), ("good", 1), ("bad", 0)]})
+    assert best(sft) == [("p", "good")] and chosen_and_rejected(pairs) == [("p", "good", "bad")]
+    assert [d["reason"] for d in drops] == ["empty", "empty"]
+
+
+def test_tie_break(tmp_path, model):
+    rounds = {"p": [("lengthy", 1), ("ok", 1), ("longest of all", 1), ("no no no", 0), ("no", 0)]}
+    for rule, wanted in (("shortest", ("ok", "no")), ("first", ("lengthy", "no no no"))):
+        sft, pairs, _, _ = run(tmp_path, model, rounds, name=rule, tie_break=rule)
+        assert best(sft) == [("p", wanted[0])] and chosen_and_rejected(pairs) == [("p", *wanted)]
+    drawn = [run(tmp_path, model, rounds, name=f"r{s}", tie_break="random", seed=s % 8)[:2] for s in range(9)]
+    assert drawn[0] == drawn[8] and len({best(sft)[0] for sft, _ in drawn}) > 1
+
+
+def test_several_a_prompt(tmp_path, model):
+    rounds = {"p": [("a", 1), ("bb", 1), ("ccc", 1), ("d", 0), ("ee", 0)]}
+    sft, pairs, drops, _ = run(tmp_path, model, rounds, sft_per_prompt=2, pairs_per_prompt=5)
+    assert best(sft) == [("p", "a"), ("p", "bb")]
+    assert chosen_and_rejected(pairs) == [("p", "a", "d"), ("p", "bb", "ee")]
+    assert [(d["sample_index"], d["reason"]) for d in drops] == [(2, "not_best")]
+
+
+def test_accumulate_keeps_the_best_so_far_with_its_origin(tmp_path, model):
+    first = {"p": [("early", 1), ("bad", 0)], "q": [("fair", 0.5), ("bad", 0)], "only": [("x", 1), ("y", 0)]}
+    second = {"p": [("late", 0), ("bad", 0)], "q": [("good", 1), ("bad", 0)]}
+    sft, pairs, _, stage = run(tmp_path, model, first, second)
+    assert {(r["prompt_id"], text(r["completion_tokens"]), r["origin"]) for r in sft} == {
+        ("p", "early", "round-00"), ("q", "good", "round-01"), ("only", "x", "round-00")}
+    assert {(*c, p["origin"]) for c, p in zip(chosen_and_rejected(pairs), pairs, strict=True)} == {
+        ("p", "early", "bad", "round-00"), ("q", "fair", "bad", "round-00"), ("q", "good", "bad", "round-01"),
+        ("only", "x", "y", "round-00")}
+    assert (stage.counts["prompts"], stage.counts["solved_prompts"], stage.counts["pass_rate"]) == (2, 1, 0.25)
+    sft, pairs, _, _ = run(tmp_path, model, first, second, name="newest", accumulate=False)
+    assert best(sft) == [("q", "good")] and chosen_and_rejected(pairs) == [("q", "good", "bad")]
+
+
+def test_a_pair_that_comes_again_stands_once(tmp_path, model):
+    rounds = {"p": [("good", 1), ("bad", 0)]}
+    sft, pairs, drops, _ = run(tmp_path, model, rounds, rounds)
+    assert len(sft) == 1 and [p["origin"] for p in pairs] == ["round-00"]
+    assert "duplicate" in {d["reason"] for d in drops}
+
+
+def test_held_out_prompts_are_refused(tmp_path, model):
+    stage = stage_in(tmp_path / "s", "select")
+    with pytest.raises(ValueError, match="prompt p is not among the training prompts"):
+        select(stage, recipe_of(), round=0, prompts=prompts_of(tmp_path / "p", ["p"], split="test"), model=model,
+               history=[round_of(tmp_path / "r", {"p": [("a", 1)]})])
+
+
+def test_nothing_left(tmp_path, model):
+    with pytest.raises(ValueError, match=r"nothing survives selection \(dropped: .*unsolved 1.*sample\.k"):
+        run(tmp_path, model, {"p": [("a", 0), ("b", 0)]})
+    assert read_table(tmp_path / "select" / "drops.parquet").num_rows == 4
+
+
+def test_ready_data_joins_its_rounds(tmp_path, model):
+    sft_path, pair_path = tmp_path / "sft.jsonl", tmp_path / "pairs.jsonl"
+    sft_path.write_text("\n".join(json.dumps({"messages": turns("2+2", a)}) for a in "45") + "\n{\n")
+    pair_path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
+    data = {"max_bad_rows": 1, "sft": [{"name": "mine", "path": str(sft_path), "weight": 0.5, "rounds": [0]}],
+            "preferences": [{"name": "prefs", "path": str(pair_path), "weight": 2.0}]}
+    sft, pairs, drops, stage = run(tmp_path, model, {"p": [("good", 1), ("bad", 0)]}, data=data)
+    assert [(r["row_id"], r["weight"]) for r in sft] == [("round-00/p/0", 1), ("mine/1", 0.5), ("mine/2", 0.5)]
+    assert [(p["source"], p["origin"], p["weight"]) for p in pairs] == [("s", "round-00", 1), ("prefs", "prefs", 2)]
+    assert [d["reason"] for d in drops] == ["malformed"] and stage.counts["sft_rows"] == 3
+    again = {"p": [("good", 1), ("bad", 0)]}
+    sft, pairs, _, _ = run(tmp_path, model, again, again, data=data, name="later")
+    assert {r["origin"] for r in sft} == {"round-00"} and {p["origin"] for p in pairs} == {"round-00", "prefs"}
+
+
+def test_ready_data_alone(tmp_path, model):
+    path = tmp_path / "sft.jsonl"
+    path.write_text(json.dumps({"messages": turns("2+2", "4")}))
+    sft, pairs, _, _ = run(tmp_path, model, data={"sft": [{"name": "mine", "path": str(path)}]})
+    assert len(sft) == 1 and not pairs
+
+
+def test_ready_data_of_one_name_is_refused(tmp_path, model):
+    path = tmp_path / "sft.jsonl"
+    path.write_text(json.dumps({"messages": turns("2+2", "4")}))
+    with pytest.raises(ValueError, match=r"data\.sft: two entries have the same name"):
+        run(tmp_path, model, data={"sft": [{"name": "mine", "path": str(path)}] * 2})
+
+
+SAMPLE = st.tuples(st.sampled_from(["a", "bb", "ccc", "", "dd"]), st.sampled_from([0.0, 0.4, 1.0]),
+                   st.sampled_from(["stop", "length"]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(SAMPLE, min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 3),
+       st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["shortest", "first", "random"]))
+def test_every_sample_is_used_or_dropped_and_pairs_are_sound(rounds, per_prompt, pair_count, cut, margin, tie):
+    recipe = recipe_of(sft_per_prompt=per_prompt, pairs_per_prompt=pair_count, sft_cut=cut, pair_margin=margin,
+                       tie_break=tie)
+    samples = [{"prompt_id": "p", "sample_index": i, "round": r, "completion": t, "score": s, "finish": f,
+                "completion_tokens": [*map(ord, t), *[2] * (f == "stop")], "correct": s == 1 and f == "stop"}
+               for r, drawn in enumerate(rounds) for i, (t, s, f) in enumerate(drawn)]
+    drops = Drops(None)
+    drops.add = lambda reason, **row: drops.rows.append({"reason": reason} | row)
+    found, pairs = pick("p", "s", samples, recipe, drops)
+    used = [(s["round"], s["sample_index"]) for s in [*found, *(s for pair in pairs for s in pair)]]
+    dropped = [(int(d["detail"][6:8]), d["sample_index"]) for d in drops.rows if d.get("sample_index") is not None]
+    assert set(used) | set(dropped) == {(s["round"], s["sample_index"]) for s in samples}
+    assert not set(used) & set(dropped) and len(set(dropped)) == len(dropped)
+    assert len({tuple(s["completion_tokens"]) for s in found}) == len(found) <= per_prompt
+    for chosen, rejected in pairs:
+        assert chosen["score"] - rejected["score"] >= margin and chosen["score"] > rejected["score"]
+        assert chosen["finish"] == "stop" and chosen["round"] == rejected["round"]
+        assert chosen["completion_tokens"] != rejected["completion_tokens"]
