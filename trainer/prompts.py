@@ -98,7 +98,8 @@ def _source_rows(source: Source, seed: int, drops: Drops, quarantine: Quarantine
 def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict]:
     """(messages, answer, metadata) of one row. Raises ValueError where a column is missing or mistyped."""
     if source.path is None:
-        return [{"role": "user", "content": data["question"]}], data["answer"], data
+        answer = data["answer"] if data["answer"] is None else str(data["answer"])
+        return [{"role": "user", "content": data["question"]}], answer, data
     if source.prompt_column not in data:
         there = ", ".join(map(str, data)) or "none"
         raise ValueError(f"column {source.prompt_column!r} is missing (there are: {there}); set prompt_column of "
@@ -148,7 +149,7 @@ def _generate(source: Source, seed: int) -> Iterator[Row]:
         for i in range(source.size):
             entry = json.loads(dumps(dataset[i]))
             yield Row(f"{name}:{i}", entry)
-    except (AssertionError, TypeError, ValueError, KeyError, AttributeError) as e:
+    except (AssertionError, TypeError, ValueError, LookupError, AttributeError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ValueError(f"{key}: reasoning_gym.{name} refuses reasoning_gym_config={source.reasoning_gym_config}: "
                          f"{reason}") from e

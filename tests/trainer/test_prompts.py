@@ -174,6 +174,7 @@ BAD = {
     "no role": ('{"prompt": [{"content": "x"}], "answer": "1"}', r"prompt\[0\]\.role must be a string, is null"),
     "no content": ('{"prompt": [{"role": "user"}], "answer": "1"}', r"prompt\[0\]\.content must be a string, is null"),
     "assistant last": ('{"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}', "must be the user's"),
+    "surrogate": (r'{"prompt": "\ud800", "answer": "1"}', "half of a surrogate pair"),
     "deep": ("[" * 100000, "not JSON"),
 }
 

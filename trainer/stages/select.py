@@ -179,7 +179,7 @@ def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]]
 
 
 def _tie(s: dict, recipe: Recipe) -> tuple:
-    """Orders samples of equal score; the best so far gives way to a better one only, so the earlier round comes first."""
+    """Orders samples of equal score; the earlier round first: the best so far gives way only to a better one."""
     if recipe.select.tie_break == "shortest":
         return len(s["completion_tokens"]), s["round"], s["sample_index"]
     if recipe.select.tie_break == "first":
