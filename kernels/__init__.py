@@ -20,7 +20,7 @@ else:
     from .attention import prefix_attention
     from .layout import Group, PackedGroups, SeparateRows
     from .logprob import gather_logprob, linear_logprob
-    from .preference import LOSS_TYPES, PREFERENCE_METRICS, preference_loss, preference_means
+    from .preference import LOSS_TYPES, PREFERENCE_METRICS, linear_preference_loss, preference_loss, preference_means
     from .sampling import draw_key, sample_tokens
 
     __all__ = [
@@ -32,6 +32,7 @@ else:
         "draw_key",
         "gather_logprob",
         "linear_logprob",
+        "linear_preference_loss",
         "preference_loss",
         "preference_means",
         "prefix_attention",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
+from .logprob import linear_logprob
 
 LOSS_TYPES = tuple(LOSSES)
 NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
@@ -195,6 +196,46 @@ def preference_loss(
         entries += (chosen_logp.sum(), rejected_logp.sum(), pair_sum, nll_sum, count, count, count, nll_count)
         metrics = torch.stack(entries).float()
     return loss, metrics
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    byte_budget: int | None = None,
+    wpo: bool = False,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """preference_loss of linear_logprob: from the hidden states that predict the completions' tokens to the loss.
+
+    hidden [M, D], weight [V, D], target [M], bias [V] and the keywords named here as in linear_logprob; segments,
+    num_segments or target_bounds, ref_logp and every other option as in preference_loss. wpo weights the pairs as WPO
+    does (arXiv 2406.11827). An ignored target counts as a token of log-prob 0: leave it out where lengths matter.
+    Returns and raises as preference_loss.
+    """
+    if "log_sum_p2" in options:
+        raise ValueError("log_sum_p2 is computed here: set wpo=True")
+    scored = linear_logprob(
+        hidden,
+        weight,
+        target,
+        bias,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        stats=("log_sum_p2",) if wpo else (),
+        byte_budget=byte_budget,
+    )
+    logp, log_sum_p2 = (scored[0], scored[1]["log_sum_p2"]) if wpo else (scored, None)
+    return preference_loss(logp, ref_logp, log_sum_p2=log_sum_p2, **options)
 
 
 def preference_means(metrics: Tensor) -> dict[str, float]:

@@ -4,7 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from strop.kernels import LOSS_TYPES, PREFERENCE_METRICS, preference_loss, preference_means
+from strop.kernels import (
+    LOSS_TYPES,
+    PREFERENCE_METRICS,
+    linear_preference_loss,
+    preference_loss,
+    preference_means,
+    reference,
+)
 
 # Loss, dL/dc and dL/dr of one pair at c = r = 0 with beta 0.1: the papers' formulas worked by hand.
 ANCHORS = {
@@ -188,6 +195,22 @@ def test_several_losses_are_weighted():
     both, _ = _loss(("sigmoid", "bco_pair"), policy, ref, segments, loss_weights=(0.7, 0.3))
     parts = [_loss(name, policy, ref, segments)[0] for name in ("sigmoid", "bco_pair")]
     torch.testing.assert_close(both, 0.7 * parts[0] + 0.3 * parts[1])
+
+
+@pytest.mark.parametrize("wpo", [False, True])
+def test_linear_preference_loss_is_the_composition(wpo: bool):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 5), (30, 5)))
+    target, ref = torch.arange(6), torch.full((6,), -3.0, dtype=torch.float64)
+    bounds = ((0, 2), (2, 3), (3, 5), (5, 6))
+    options = {"target_bounds": bounds, "loss_type": "hinge", "nll_weight": 0.3}
+    loss, metrics = linear_preference_loss(hidden, weight, target, ref, softcap=4.0, wpo=wpo, **options)
+    logits = reference.linear_logits(hidden, weight, softcap=4.0)
+    log_sum_p2 = reference.logit_stats(logits, target)["log_sum_p2"] if wpo else None
+    logp = reference.gather_logprob(logits, target)
+    torch.testing.assert_close((loss, metrics), preference_loss(logp, ref, log_sum_p2=log_sum_p2, **options))
+    with pytest.raises(ValueError, match="wpo=True"):
+        linear_preference_loss(hidden, weight, target, ref, log_sum_p2=ref, **options)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and check what the compiler made of it.
+
+    python -m benchmarks.aot [--targets 80,90,100,gfx942] [--json FILE]
+
+Prints per kernel, variant and target: registers and bytes of local memory per thread, spill instructions, shared
+memory against what one block may have, 16-byte global loads and stores, tensor-core instructions. Exits with 1 on a
+spill, on shared memory over the limit and on a kernel with a dot but without a tensor-core instruction. A compilation
+alone proves nothing of this: a kernel that asks for too much shared memory compiles and then cannot be launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from strop.kernels._triton import logprob
+
+# Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
+SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|UTC\w*MMA)\b")
+SPILL = re.compile(r"\b(?:STL|LDL)\b")
+WIDE_ACCESS = re.compile(r"\b(?:LDG|STG)\.\S*128\b")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the argument types, constants and warps that its launcher uses for some input."""
+
+    name: str
+    kernel: triton.JITFunction
+    types: dict[str, str]
+    constants: dict[str, int | bool]
+    num_warps: int
+    has_dot: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    target: str
+    registers: int | None
+    local_bytes: int | None
+    spills: int | None
+    shared: int
+    shared_limit: int
+    wide_accesses: int | None
+    tensor_core: int | None
+    failures: tuple[str, ...]
+
+
+def cases() -> list[Case]:
+    """Every kernel in the variants that real launches have."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for block in (logprob._BLOCK, 1024) if dtype == "bf16" else (logprob._BLOCK,):
+            launch = logprob._launch_shape(block)
+            warps = launch.pop("num_warps")
+            row = {"product_stride": "i32", "start": "i32", "columns": "i32", "cap": "fp32"}
+            pointers = {"product_ptr": f"*{dtype}", "target_ptr": "*i64"}
+            sums = ("highest", "total", "decay", "target_logit", "weighted", "plain", "squares")
+            scan = pointers | {"weights_ptr": f"*{dtype}"} | {f"{name}_ptr": "*fp32" for name in sums}
+            for label, on in {
+                "": (),
+                "bracket": ("WEIGHTS",),
+                "bracket cap": ("WEIGHTS", "CAP"),
+                "stats": ("WEIGHTED", "PLAIN", "SQUARES"),
+                "all": ("CAP", "WEIGHTS", "WEIGHTED", "PLAIN", "SQUARES"),
+            }.items():
+                flags = {flag: flag in on for flag in ("CAP", "WEIGHTS", "WEIGHTED", "PLAIN", "SQUARES")}
+                name = f"scan {dtype} {block} {label}".strip()
+                types = scan | row | {"weights_stride": "i32"}
+                found.append(Case(name, logprob.scan_kernel, types, flags | launch, warps))
+            out = pointers | {"out_ptr": f"*{dtype}", "at_target_ptr": "*fp32", "lse_ptr": "*fp32", "out_stride": "i32"}
+            for cap in (False, True):
+                name = f"gradient {dtype} {block}{' cap' if cap else ''}"
+                found.append(Case(name, logprob.gradient_kernel, out | row, {"CAP": cap} | launch, warps))
+            logits = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "lse_ptr": "*fp32"}
+            logits |= {"logits_stride": "i32", "columns": "i32"}
+            forward = logits | {"logp_ptr": "*fp32"}
+            found.append(Case(f"gather {dtype} {block}", logprob.gather_forward_kernel, forward, launch, warps))
+            backward = logits | {"out_ptr": f"*{dtype}", "grad_ptr": "*fp32", "at_target_ptr": "*fp32"}
+            backward |= {"out_stride": "i32"}
+            found.append(
+                Case(f"gather backward {dtype} {block}", logprob.gather_backward_kernel, backward, launch, warps)
+            )
+    return found
+
+
+def compile_case(case: Case, target: str) -> Row:
+    """Compile one case for one target, `80`, `90`, `100` or `gfx942`, and read the machine code."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(case.kernel.arg_names):
+        signature[name] = "constexpr" if name in case.constants else case.types[name]
+        # Launches specialise on what 16 divides, and chunk widths and allocations are such.
+        if signature[name].startswith("*") or name.endswith(("stride", "columns")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    cuda = target.isdigit()
+    gpu = GPUTarget("cuda", int(target), 32) if cuda else GPUTarget("hip", target, 64)
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps})
+    shared, limit = compiled.metadata.shared, SHARED_LIMIT[target]
+    failures = [f"shared memory {shared} over {limit}"] if shared > limit else []
+    if not cuda:
+        return Row(case.name, target, None, None, None, shared, limit, None, None, tuple(failures))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+    registers, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "LOCAL"))
+    spills, tensor_core = len(SPILL.findall(sass)), len(TENSOR_CORE.findall(sass))
+    if spills or local:
+        failures.append(f"{spills} spill instructions, {local} bytes of local memory")
+    if case.has_dot and not tensor_core:
+        failures.append("a dot without a tensor-core instruction")
+    wide = len(WIDE_ACCESS.findall(sass))
+    return Row(case.name, f"sm_{target}", registers, local, spills, shared, limit, wide, tensor_core, tuple(failures))
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    return subprocess.run([CUOBJDUMP, flag, path], check=True, capture_output=True, text=True).stdout
+
+
+def report(rows: Iterable[Row]) -> list[Row]:
+    """Print the rows as they come; return those that failed."""
+    print(f"{'kernel':44}{'target':>8}{'regs':>6}{'local':>7}{'spills':>8}{'shared':>16}{'wide':>6}{'mma':>5}")
+    failed = []
+    for row in rows:
+        shared = f"{row.shared}/{row.shared_limit}"
+        numbers = (row.registers, row.local_bytes, row.spills, shared, row.wide_accesses, row.tensor_core)
+        cells = zip(("-" if n is None else n for n in numbers), (6, 7, 8, 16, 6, 5), strict=True)
+        print(f"{row.name:44}{row.target:>8}" + "".join(f"{cell:>{width}}" for cell, width in cells), flush=True)
+        for failure in row.failures:
+            print(f"    FAILED: {failure}")
+        failed += [row] if row.failures else []
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default="80,90,100,gfx942", help="comma-separated, of 80, 90, 100, gfx942")
+    parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    targets = options.targets.split(",")
+    if unknown := set(targets) - set(SHARED_LIMIT):
+        parser.error(f"unknown targets {sorted(unknown)}")
+    rows = []
+    chosen = [(case, target) for case in cases() if options.only in case.name for target in targets]
+    failed = report(rows.append(row) or row for row in (compile_case(*pair) for pair in chosen))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(f"{len(rows)} compiled, {len(failed)} failed")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""The ahead-of-time check itself: it compiles without a GPU, and it fails where it must."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_a_kernel_compiles_for_every_target():
+    done = _python("-m", "benchmarks.aot", "--only", "gather bf16 4096")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 compiled, 0 failed" in done.stdout
+
+
+def test_it_fails_on_shared_memory_and_on_a_missing_tensor_core():
+    code = """
+import dataclasses
+from benchmarks import aot
+case = next(case for case in aot.cases() if case.name == "gather bf16 4096")
+aot.SHARED_LIMIT["90"] = 8
+aot.cases = lambda: [dataclasses.replace(case, has_dot=True)]
+raise SystemExit(aot.main(["--targets", "90"]))
+"""
+    done = _python("-c", code)
+    assert done.returncode == 1, done.stderr
+    assert "FAILED: shared memory 32 over 8" in done.stdout
+    assert "FAILED: a dot without a tensor-core instruction" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles():
+    done = _python("-m", "benchmarks.aot")
+    assert done.returncode == 0, done.stdout + done.stderr
