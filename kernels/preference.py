@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
 from .logprob import linear_logprob
+from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
 
 LOSS_TYPES = tuple(LOSSES)
 NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
