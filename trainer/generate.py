@@ -122,7 +122,7 @@ class Batch:
         self.ready: deque[Row] = deque()
         self.group_logits: Tensor | None = None
         longest = _bucket(max(map(len, prompts)))
-        self.cache = PromptKV(groups, longest, _bucket(batch_size), _bucket(max_new_tokens))
+        self.cache = PromptKV(groups, longest, _bucket(batch_size), _bucket(max_new_tokens), device)
 
     def queue(self, keys: list[list[int]]) -> None:
         """All prompts, longest first: neighbours are of like length, and the longest completions do not come last."""

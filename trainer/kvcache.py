@@ -14,15 +14,27 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 ATTENTION = "strop_generate"
+FIRST_CHUNK = 32  # positions
 IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
 
 
 class PromptKV:
-    """A layer's buffers are made when it is first used: prompt_k and prompt_v [groups, kv heads, prompt length, head
-    dim], completion_k and completion_v [rows, kv heads, completion length, head dim]."""
+    """Buffers a layer, made when it is first used. prompt_k, prompt_v: [groups, kv heads, prompt length, head dim].
 
-    def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int):
-        self.prompt_shape, self.completion_shape = (groups, prompt_length), (rows, completion_length)
+    completion_k, completion_v: all completions' positions in chunks [rows, kv heads, chunk size, head dim] that lie
+    one after another in flat memory. A product over whole chunks needs no copy, which one over a slice of a longer
+    buffer does; and a step reads only the chunks that its longest completion has reached.
+    """
+
+    def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int, device: torch.device):
+        self.prompt_shape, self.rows, self.completion_length = (groups, prompt_length), rows, completion_length
+        self.chunks: list[tuple[int, int]] = []  # (start, size), sizes doubling
+        start, size = 0, FIRST_CHUNK
+        while start < completion_length:
+            self.chunks.append((start, min(size, completion_length - start)))
+            start, size = start + size, max(start + size, FIRST_CHUNK)
+        self.chunk_start, self.chunk_size = (
+            torch.tensor([pair[i] for pair in self.chunks for _ in range(pair[1])], device=device) for i in (0, 1))
         self.prompt_k: dict[int, Tensor] = {}
         self.prompt_v: dict[int, Tensor] = {}
         self.completion_k: dict[int, Tensor] = {}
@@ -30,15 +42,26 @@ class PromptKV:
 
     def allocate(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k and v [Hkv, T, D] give the heads, the dtype and the device."""
-        for (n, length), k_buffers, v_buffers in ((self.prompt_shape, self.prompt_k, self.prompt_v),
-                                                  (self.completion_shape, self.completion_k, self.completion_v)):
-            k_buffers[layer] = k.new_zeros(n, k.shape[0], length, k.shape[2])
-            v_buffers[layer] = v.new_zeros(n, v.shape[0], length, v.shape[2])
+        for x, prompt, completion in ((k, self.prompt_k, self.completion_k), (v, self.prompt_v, self.completion_v)):
+            groups, length = self.prompt_shape
+            prompt[layer] = x.new_zeros(groups, x.shape[0], length, x.shape[2])
+            completion[layer] = x.new_zeros(self.rows * x.shape[0] * self.completion_length, x.shape[2])
 
-    def move(self, source: list[int], target: list[int], length: int) -> None:
-        """Copies the first `length` completion positions of the rows `source` to the rows `target`."""
-        for buffer in (*self.completion_k.values(), *self.completion_v.values()):
-            buffer[target, :, :length] = buffer[source, :, :length]
+    def reached(self, longest: int) -> list[tuple[int, int]]:
+        return [chunk for chunk in self.chunks if chunk[0] < longest]
+
+    def chunk(self, buffer: Tensor, heads: int, start: int, size: int) -> Tensor:
+        """View [rows, heads, size, D] of a completion buffer."""
+        first = self.rows * heads * start
+        return buffer[first : first + self.rows * heads * size].view(self.rows, heads, size, -1)
+
+    def move(self, source: list[int], target: list[int], longest: int) -> None:
+        """Copies what the rows `source` hold of completions up to `longest` tokens to the rows `target`."""
+        for layer, prompt in self.prompt_k.items():
+            for buffer in (self.completion_k[layer], self.completion_v[layer]):
+                for start, size in self.reached(longest):
+                    chunk = self.chunk(buffer, prompt.shape[1], start, size)
+                    chunk[target] = chunk[source]
 
 
 class Prefill:
@@ -92,50 +115,58 @@ class Decode:
     def __init__(self, cache: PromptKV, tokens: Tensor, group: Tensor, length: Tensor, prompt_length: Tensor,
                  members: Tensor, place: Tensor, longest_prompt: int, longest_completion: int):
         self.cache, self.members, self.place = cache, members, place
-        self.longest_prompt, self.longest_completion = longest_prompt, longest_completion
+        capacity = cache.prompt_shape[1]
+        self.prompt_width = longest_prompt if 2 * longest_prompt < capacity else capacity  # a slice costs a copy
+        self.chunks = cache.reached(longest_completion)
+        self.width = self.prompt_width + sum(self.chunks[-1])
         self.prompt_length, self.length = prompt_length[group], length
         self.tokens, self.positions = tokens[None], (self.prompt_length + length)[None]
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[tuple, Tensor] = {}
         self.writes: dict[int, Tensor] = {}
 
     def write(self, heads: int) -> Tensor:
-        """Where the new keys and values go in a layer's flattened completion buffer: [n * heads]."""
+        """Where the new keys and values go in a layer's completion buffer: [n * heads]."""
         if heads not in self.writes:
-            capacity, n = self.cache.completion_shape[1], self.length.numel()
-            row_head = torch.arange(n * heads, device=self.length.device)
-            self.writes[heads] = row_head * capacity + self.length.repeat_interleave(heads)
+            row_head = torch.arange(self.length.numel() * heads, device=self.length.device).view(-1, heads)
+            start, size = self.cache.chunk_start[self.length], self.cache.chunk_size[self.length]
+            first = self.cache.rows * heads * start + self.length - start
+            self.writes[heads] = (first[:, None] + row_head * size[:, None]).flatten()
         return self.writes[heads]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive [n, 1, 1, longest prompt + longest completion]: 0 where the row's token may look, else -inf."""
-        if window not in self.masks:
-            device, n = self.tokens.device, self.tokens.numel()
-            prompt = torch.arange(self.longest_prompt, device=device).expand(n, -1)
-            completion = torch.arange(self.longest_completion, device=device).expand(n, -1)
-            seen = torch.cat((prompt < self.prompt_length[:, None], completion <= self.length[:, None]), 1)
+        """Additive [n, 1, 1, width]: 0 where the row's token may look, else -inf."""
+        if (window, dtype) not in self.masks:
+            column = torch.arange(self.width, device=self.length.device)
+            completion = column - self.prompt_width
+            position = torch.where(completion < 0, column, completion + self.prompt_length[:, None])
+            seen = torch.where(completion < 0, column < self.prompt_length[:, None], completion <= self.length[:, None])
             if window is not None:
-                position = torch.cat((prompt, completion + self.prompt_length[:, None]), 1)
                 seen &= position > self.positions[0, :, None] - window
-            self.masks[window] = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -math.inf)
-            self.masks[window] = self.masks[window][:, None, None]
-        return self.masks[window]
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+            self.masks[window, dtype] = mask[:, None, None]
+        return self.masks[window, dtype]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                window: int | None) -> Tensor:
         """q [Hq, n, D], k and v [Hkv, n, D] -> [n, Hq, D]."""
-        cache, n, tp, tc = self.cache, q.shape[1], self.longest_prompt, self.longest_completion
-        heads, dim, groups = k.shape[0], q.shape[2], self.members.shape[0]
+        cache, n, heads, groups = self.cache, q.shape[1], k.shape[0], self.members.shape[0]
         for buffer, new in ((cache.completion_k[layer], k), (cache.completion_v[layer], v)):
-            buffer.view(-1, dim).index_copy_(0, self.write(heads), new.transpose(0, 1).reshape(-1, dim))
-        prompt_k, prompt_v = cache.prompt_k[layer][:groups, :, :tp], cache.prompt_v[layer][:groups, :, :tp]
-        own_k, own_v = cache.completion_k[layer][:n, :, :tc], cache.completion_v[layer][:n, :, :tc]
+            buffer.index_copy_(0, self.write(heads), new.transpose(0, 1).reshape(n * heads, -1))
+        prompt_k = cache.prompt_k[layer][:groups, :, : self.prompt_width]
+        prompt_v = cache.prompt_v[layer][:groups, :, : self.prompt_width]
+        own_k, own_v = ([cache.chunk(buffer, heads, *chunk)[:n] for chunk in self.chunks]
+                        for buffer in (cache.completion_k[layer], cache.completion_v[layer]))
         q = (q * scaling).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
+        q_column = q.transpose(-1, -2)
         scores = torch.cat((self.by_row(self.by_group(q) @ prompt_k.transpose(-1, -2)),
-                            q @ own_k.transpose(-1, -2)), -1).float()
+                            *((chunk @ q_column).transpose(-1, -2) for chunk in own_k)), -1)
         if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        p = (scores + self.mask(window, torch.float32)).softmax(-1).to(v.dtype)
-        out = self.by_row(self.by_group(p[..., :tp]) @ prompt_v) + p[..., tp:] @ own_v
+            scores = torch.tanh(scores.float() / softcap) * softcap
+        p = (scores + self.mask(window, scores.dtype)).softmax(-1, dtype=torch.float32).to(v.dtype)
+        p_prompt, *p_own = p.split([self.prompt_width, *(size for _, size in self.chunks)], -1)
+        out = self.by_row(self.by_group(p_prompt) @ prompt_v)
+        for p_chunk, chunk in zip(p_own, own_v, strict=True):
+            out += p_chunk @ chunk
         return out.flatten(1, 2)
 
     def by_group(self, x: Tensor) -> Tensor:
