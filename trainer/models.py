@@ -98,9 +98,14 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     from strop.kernels.integrations.transformers import register
 
     register()
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention,
-                                                     trust_remote_code=trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
+        except ValueError as e:
+            if "attention implementation" not in str(e):
+                raise
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{path}: transformers cannot load it: {str(e).splitlines()[0]}") from e
     return model.to(device).eval()

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from training import largest_difference
 
 from strop.trainer.store import read_json, read_table
@@ -15,8 +13,8 @@ REPO = Path(__file__).parents[2]
 
 
 def strop(recipe, *arguments, ranks=0):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks else [sys.executable]
-    return subprocess.run([*command, str(REPO / "trainer" / "main.py"), str(recipe), *arguments], text=True,
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks else []
+    return subprocess.run([sys.executable, *torchrun, str(REPO / "trainer" / "main.py"), str(recipe), *arguments], text=True,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 

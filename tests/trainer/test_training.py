@@ -1,10 +1,9 @@
 import math
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
 
 from strop.kernels import Group, linear_logprob
 from strop.trainer.batch import Example, collate
@@ -14,9 +13,6 @@ from strop.trainer.pairs import ReferenceTable, load_pairs
 from strop.trainer.stages.dpo import dpo
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.sft import load_examples, sft
-
-sys.path.insert(0, str(Path(__file__).parent))
-from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
 
 CPU = torch.device("cpu")
 
