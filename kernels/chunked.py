@@ -152,12 +152,15 @@ def backward(
     if hidden.dtype == torch.float16:
         # fp16 hidden states times a mean's 1/N would vanish: the largest gradient is multiplied in at the end.
         norm = grad_column.abs().amax().clamp_min(torch.finfo(dtype).tiny) if rows else None
-    scaled_hidden = None
-    if need_weight:
-        scaled_hidden = (hidden * (grad_column if norm is None else grad_column / norm)).to(hidden.dtype)
+    factor = (grad_column if norm is None else grad_column / norm) * -head.slope
+    scaled_hidden = (hidden * factor).to(hidden.dtype) if need_weight else None
+    if need_weight and hidden.device.type == "cpu":
+        # The CPU library is twice as fast at [D, N] @ [N, C] as at the transposed product.
+        scaled_hidden = scaled_hidden.t().contiguous()
+    factor_row = factor.to(hidden.dtype).t()
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
-    grad_bias = weight.new_empty(vocab, dtype=dtype) if need_bias else None
+    grad_bias = weight.new_empty(1, vocab) if need_bias else None
     at_target = torch.expm1(logp)
     scratch = hidden.new_empty(rows * width)
     for chunk in _chunks(vocab, width):
@@ -171,13 +174,18 @@ def backward(
         if need_hidden:
             _accumulate(grad_hidden, d, weight[chunk])
         if need_weight:
-            _product(d.t(), scaled_hidden.t(), None, -head.slope, grad_weight[chunk])
+            if hidden.device.type == "cpu":
+                grad_weight[chunk] = torch.mm(scaled_hidden, d).t()
+            else:
+                torch.mm(d.t(), scaled_hidden, out=grad_weight[chunk])
         if need_bias:
-            torch.mv(d.t().to(dtype), -head.slope * grad_column.squeeze(1), out=grad_bias[chunk])
-    if norm is not None and need_weight:
-        grad_weight.mul_(norm)
+            grad_bias[:, chunk] = torch.mm(factor_row, d)
+    if norm is not None:
+        for gradient in (grad_weight, grad_bias):
+            if gradient is not None:
+                gradient.mul_(norm)
     return (
         grad_hidden.mul_(-head.slope * grad_column).to(hidden.dtype) if need_hidden else None,
         grad_weight,
-        grad_bias.to(weight.dtype) if need_bias else None,
+        grad_bias.squeeze(0) if need_bias else None,
     )

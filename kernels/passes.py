@@ -72,7 +72,8 @@ def new_state(hidden: Tensor, target: Tensor, weighted: bool, plain: bool, squar
 
     return RowState(
         target=target,
-        highest=hidden.new_full((rows,), -torch.inf, dtype=dtype),
+        # The lowest finite number, not -inf: -inf - -inf would make NaN of a legitimate bias of -inf.
+        highest=hidden.new_full((rows,), torch.finfo(dtype).min, dtype=dtype),
         total=sums(),
         decay=sums(),
         # A target that no chunk holds must not look like a log-prob.
@@ -110,36 +111,34 @@ def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights
     """
     rows, columns = product.shape
     dtype = state.total.dtype
-    lowest = torch.finfo(dtype).min
     hit_rows, hit_columns = _hits(state.target, start, columns)
     state.target_logit[hit_rows] = _logits(product[hit_rows, hit_columns].to(dtype), cap)
-    highest = torch.maximum(state.highest, _logits(product.amax(1).to(dtype), cap))
-    # Until a row has met a finite logit its shift is 0: -inf - -inf would make NaN of a legitimate bias.
-    shift = highest.masked_fill(highest == -torch.inf, 0.0)
-    moved = (state.highest - shift).clamp_(min=lowest)
-    torch.exp(moved, out=state.decay)
-    state.highest.copy_(highest)
-    part = torch.empty_like(shift)
+    moved, part = torch.empty_like(state.total), torch.empty_like(state.total)
     scratch = _scratch(product, columns)
     for block in _blocks(rows, columns):
         x = scratch[: (block.stop - block.start) * columns].view(-1, columns)
         _logits(x.copy_(product[block]), cap)
         if state.plain.numel():
             state.plain[block] += x.sum(1)
-        x.sub_(shift[block].unsqueeze(1))
+        highest = torch.maximum(state.highest[block], x.amax(1))
+        torch.sub(state.highest[block], highest, out=moved[block])
+        state.highest[block] = highest
+        x.sub_(highest.unsqueeze(1))
         e = x.exp() if state.weighted.numel() else x.exp_()
         torch.sum(e, 1, out=part[block])
         if state.weighted.numel():
-            x.clamp_(min=lowest).mul_(e)
-            older = state.weighted[block] + moved[block] * state.total[block]
-            state.weighted[block] = state.decay[block] * older + x.sum(1)
+            # 0 * -inf would be NaN, 0 times the lowest finite number is 0.
+            state.weighted[block] += moved[block] * state.total[block]
+            state.weighted[block] *= moved[block].exp()
+            state.weighted[block] += x.clamp_(min=torch.finfo(dtype).min).mul_(e).sum(1)
         if state.squares.numel():
-            older = state.squares[block] * state.decay[block].square()
-            state.squares[block] = older + torch.linalg.vecdot(e, e)
+            state.squares[block] *= (2 * moved[block]).exp_()
+            state.squares[block] += torch.linalg.vecdot(e, e)
         if weights is not None:
             if cap:
                 e.mul_(product[block].to(dtype).tanh_().square_().neg_().add_(1.0))
             weights[block] = e
+    torch.exp(moved, out=state.decay)
     state.total.mul_(state.decay).add_(part)
 
 

@@ -73,7 +73,6 @@ def scan_kernel(
     weighted = 0.0
     plain = 0.0
     squares = 0.0
-    shift = tl.where(highest == -float("inf"), 0.0, highest)
     for first in range(0, columns, BLOCK):
         column = first + lanes
         inside = column < columns
@@ -85,22 +84,21 @@ def scan_kernel(
             tl.store(target_logit_ptr + row, target_logit)
         if PLAIN:
             plain += tl.sum(tl.where(inside, x, 0.0), 0)
-        highest = tl.maximum(highest, tl.max(x, 0))
-        new_shift = tl.where(highest == -float("inf"), 0.0, highest)
-        # The lowest finite number stands in for -inf - shift: its exp is 0 too, and 0 times it is 0, not NaN.
-        moved = tl.maximum(shift - new_shift, -3.0e38)
+        new_highest = tl.maximum(highest, tl.max(x, 0))
+        moved = highest - new_highest
+        highest = new_highest
         decay = tl.exp(moved)
         if WEIGHTED:
             weighted = decay * (weighted + moved * total)
-        d = x - new_shift
+        d = x - highest
         e = tl.exp(d)
         if WEIGHTED:
+            # 0 * -inf would be NaN, 0 times the lowest finite number is 0.
             weighted += tl.sum(e * tl.maximum(d, -3.0e38), 0)
         if SQUARES:
             squares = squares * decay * decay + tl.sum(e * e, 0)
         total = total * decay + tl.sum(e, 0)
-        shift = new_shift
-    moved = tl.maximum(old_highest - shift, -3.0e38)
+    moved = old_highest - highest
     decay = tl.exp(moved)
     old_total = tl.load(total_ptr + row)
     if WEIGHTED:
@@ -120,9 +118,9 @@ def scan_kernel(
             x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
             if CAP:
                 t = _tanh(x)
-                e = tl.exp(t * cap - shift) * (1.0 - t * t)
+                e = tl.exp(t * cap - highest) * (1.0 - t * t)
             else:
-                e = tl.exp(x - shift)
+                e = tl.exp(x - highest)
             tl.store(weights_ptr + column, e, mask=inside)
 
 
@@ -169,16 +167,15 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row)
     lanes = tl.arange(0, BLOCK)
-    highest = -float("inf")
+    # The lowest finite number, not -inf: -inf - -inf would make NaN of legitimate logits of -inf.
+    highest = -3.4028234663852886e38
     total = 0.0
-    shift = 0.0
     for first in range(0, columns, BLOCK):
         column = first + lanes
         x = tl.load(logits_ptr + column, mask=column < columns, other=-float("inf")).to(tl.float32)
-        highest = tl.maximum(highest, tl.max(x, 0))
-        new_shift = tl.where(highest == -float("inf"), 0.0, highest)
-        total = total * tl.exp(shift - new_shift) + tl.sum(tl.exp(x - new_shift), 0)
-        shift = new_shift
+        new_highest = tl.maximum(highest, tl.max(x, 0))
+        total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(x - new_highest), 0)
+        highest = new_highest
     log_total = tl.log(total)
     tl.store(lse_ptr + row, highest + log_total)
     if target < 0:

@@ -66,11 +66,12 @@ def _errors(values, truths) -> list[float]:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, frozen: bool, head: dict):
-    tensors, target = _inputs(64, 96, 3001, dtype)
+    tensors, target = _inputs(64, 96, 3001, dtype, bias=True)
     with torch.no_grad():
         tensors[1].mul_(0.2)
     inputs = tensors[:1] if frozen else tensors
-    tensors[1].requires_grad_(not frozen)
+    for x in tensors[1:]:
+        x.requires_grad_(not frozen)
     upstream = torch.randn(64, generator=torch.Generator().manual_seed(1)) / 64
     doubles = [x.detach().double().requires_grad_() for x in tensors]
     truth, _ = _reference(doubles, target, **head)
@@ -78,7 +79,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, frozen
     logits = reference.linear_logits(*tensors, **head)
     plain = logits.float().log_softmax(-1).gather(1, target[:, None]).squeeze(1)
     plain = [plain, *torch.autograd.grad(plain, inputs, upstream)]
-    logp = linear_logprob(tensors[0], tensors[1], target, **head)
+    logp = linear_logprob(tensors[0], tensors[1], target, tensors[2], **head)
     assert logp.dtype == torch.float32
     ours = [logp, *torch.autograd.grad(logp, inputs, upstream)]
     for mine, theirs in zip(_errors(ours, truths), _errors(plain, truths), strict=True):
@@ -102,6 +103,15 @@ def test_shapes(n: int, d: int, v: int, chunk: int, bias: bool, seed: int):
     upstream = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     gradients = torch.autograd.grad(logp, tensors, upstream)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, tensors, upstream), rtol=1e-9, atol=1e-11)
+
+
+def test_a_large_vocabulary_in_a_hidden_size_of_no_power_of_two():
+    tensors, target = _inputs(3, 7, 151_936)
+    logp = linear_logprob(*tensors, target, byte_budget=1 << 20)
+    expected, _ = _reference(tensors, target)
+    torch.testing.assert_close(logp, expected, rtol=1e-11, atol=1e-11)
+    gradients = torch.autograd.grad(logp.sum(), tensors)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), tensors), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
