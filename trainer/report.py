@@ -62,8 +62,8 @@ def write_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals["colours"] = COLOURS
-    environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "points": lambda v: f"{100 * v:+.1f}",
-                            "duration": duration, "count": count}
+    environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "duration": duration,
+                            "points": lambda v: f"{100 * v:+.1f}", "count": count}
     html = environment.get_template("report.html.j2").render(
         context(run), script=Markup(script), style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
