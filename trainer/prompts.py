@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split
                     ("messages", MESSAGES), ("answer", pa.string()), ("verifier", pa.string()),
                     ("verifier_args", pa.string()), ("metadata", pa.string())])
 HELD_OUT = ("test", "validation")
+REPORT_SECONDS = 10.0
 
 
 def prompts(stage: Stage, recipe: Recipe) -> None:
@@ -34,7 +36,11 @@ def prompts(stage: Stage, recipe: Recipe) -> None:
             verifiers.check(verifier, source.verifier_args)
         except ValueError as e:
             raise ValueError(f"data.sources, {source.name}: {e}") from e
+        shown = time.monotonic()
         for row in _source_rows(source, recipe.seed, drops, quarantine):
+            if time.monotonic() - shown > REPORT_SECONDS:
+                shown = time.monotonic()
+                stage.console.line(f"{stage.name}: {source.name}, read up to {row['where']}, {len(rows):,} prompts")
             first = seen.setdefault(row["prompt_id"], row)
             if first is not row:
                 detail = row.pop("where") + ("" if first["answer"] == row["answer"] else ", with another answer")

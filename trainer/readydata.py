@@ -92,8 +92,6 @@ def _pair_row(tokenizer, row: dict) -> tuple[list[int], Encoded, Encoded]:
     names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
     values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt")
     prompt, chosen, rejected = _split_prompt(*values) if implicit else values
-    if chosen == rejected:
-        raise Unfit("identical", "chosen equals rejected")
     if isinstance(prompt, str):
         if not chosen.strip() or not rejected.strip():
             raise Unfit("empty", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
@@ -105,7 +103,7 @@ def _pair_row(tokenizer, row: dict) -> tuple[list[int], Encoded, Encoded]:
         ids = encode_prompt(tokenizer, prompt, **kwargs)
         one, other = (encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
     if one.tokens == other.tokens:
-        raise Unfit("identical", "chosen and rejected are the same tokens")
+        raise Unfit("identical", "chosen equals rejected")
     return ids, one, other
 
 
