@@ -42,7 +42,26 @@ class Row:
 
 def load_for_generation(model_dir: Path, dtype: torch.dtype, device: torch.device,
                         trust_remote_code: bool = False) -> nn.Module:
-    return load_model(model_dir, dtype, device, attention="sdpa", trust_remote_code=trust_remote_code)
+    """A causal LM for a `Generator` only: on the CPU in bf16 its linear layers are rearranged and no longer train."""
+    model = load_model(model_dir, dtype, device, attention="sdpa", trust_remote_code=trust_remote_code)
+    if device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, PackedLinear(child))
+    return model
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in the layout of the CPU's matrix unit, so that no call rearranges it."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def context_of(model: nn.Module) -> int:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from strop.trainer.generate import Completion, Generator
+from strop.trainer.generate import Completion, Generator, load_for_generation
+from strop.trainer.models import load_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
@@ -163,3 +164,14 @@ def test_what_cannot_be_sampled_is_refused(llama):
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
     with pytest.raises(ValueError, match="MambaForCausalLM"):
         Generator(mamba).generate([[1, 2]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])  # Qwen2's projections have biases
+def test_rearranged_weights_compute_the_same(family, tmp_path):
+    tiny(family).save_pretrained(tmp_path)
+    tokens, cpu = torch.tensor(make_prompts(30)), torch.device("cpu")
+    with torch.no_grad():
+        exact = load_model(tmp_path, torch.float32, cpu, "sdpa")(tokens).logits
+        plain = load_model(tmp_path, torch.bfloat16, cpu, "sdpa")(tokens).logits
+        packed = load_for_generation(tmp_path, torch.bfloat16, cpu)(tokens).logits
+    assert (packed - exact).norm() <= 1.5 * (plain - exact).norm()
