@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strop.kernels._triton import logprob
+from strop.kernels._triton import logprob, preference
 
 # Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
@@ -63,6 +63,29 @@ class Row:
 
 def cases() -> list[Case]:
     """Every kernel in the variants that real launches have."""
+    return logprob_cases() + preference_cases()
+
+
+def preference_cases() -> list[Case]:
+    found = []
+    pointers = ("policy", "ref", "slope", "nll_slope", "metrics")
+    types = {f"{name}_ptr": "*fp32" for name in pointers} | {"offsets_ptr": "*i64", "pairs": "i32"}
+    types |= {name: "fp32" for name in ("beta", "smoothing", "gamma", "tau", "baseline", "dpop_lambda")}
+    tile = {"PAIRS": preference._PAIRS, "TOKENS": preference._TOKENS}
+    for loss in ("SIGMOID", "ROBUST", "IPO", "HINGE", "EXO", "DISCOPOP", "NCA", "BCO", "APO_ZERO", "APO_DOWN", "SPPO"):
+        constants = {"LOSS": getattr(preference, loss), "NORMALIZE": loss == "IPO", "NLL": 0} | tile
+        constants["REF"] = preference.REF_TOKENS
+        found.append(Case(f"pairwise {loss}", preference.pairwise_kernel, types, constants, 8))
+    # A launch with one pair makes a constant of it; the reference may come as sums or not at all.
+    for reference in (preference.REF_SUMS, preference.REF_NONE):
+        constants = {"LOSS": preference.DPOP, "NORMALIZE": False, "NLL": 1, "REF": reference, "pairs": 1} | tile
+        found.append(Case(f"pairwise DPOP one pair {reference}", preference.pairwise_kernel, types, constants, 8))
+    backward = {f"{name}_ptr": "*fp32" for name in ("grad", "slope", "nll_slope", "out")} | {"offsets_ptr": "*i64"}
+    found.append(Case("pairwise backward", preference.pairwise_backward_kernel, backward, {"BLOCK": 1024}, 4))
+    return found
+
+
+def logprob_cases() -> list[Case]:
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         for block in (logprob._BLOCK, 1024) if dtype == "bf16" else (logprob._BLOCK,):

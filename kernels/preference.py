@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .logprob import linear_logprob
 from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
+from .pairwise import NLL_NORMALIZATIONS, covers, pairwise_sums
 
 LOSS_TYPES = tuple(LOSSES)
-NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 RPO_DIVERGENCES = ("target_first", "policy_first", "squared")
 
@@ -122,80 +122,53 @@ def preference_loss(
     policy_logp = policy_logp.to(dtype)
     ref_logp = None if ref_logp is None else ref_logp.detach().to(dtype)
     offsets = _offsets(policy_logp, segments, num_segments, target_bounds)
+    completions = policy_logp.shape[0] if offsets is None else offsets.shape[0] - 1
+    if desirable is None and (completions % 2 or completions == 0):
+        raise ValueError(f"{completions} completions are not pairs of chosen and rejected")
     if offsets is not None:
         lengths = offsets.diff()
     elif ld_alpha is not None or log_sum_p2 is not None:
         raise ValueError("ld_alpha and log_sum_p2 need token log-probs with segments or target_bounds")
-    policy = policy_logp if offsets is None else segment_sum(policy_logp, offsets)
-    if desirable is None and (policy.shape[0] % 2 or policy.shape[0] == 0):
-        raise ValueError(f"{policy.shape[0]} completions are not pairs of chosen and rejected")
     nll_needs_lengths = nll_weight != 0 and nll_normalization != "sequence_sum"
     if lengths is None and (nll_needs_lengths or length_normalization or any(loss.mean for loss in losses)):
         raise ValueError("this loss divides by completion lengths: give token log-probs, or lengths with sequence sums")
-    lengths = None if lengths is None else lengths.to(dtype)
-    plain_policy = policy
+    if ref_logp is not None and ref_logp.shape not in ((completions,), policy_logp.shape):
+        raise ValueError(f"ref_logp {list(ref_logp.shape)} is neither {completions} sums nor one for each token")
 
-    per_token_ref = offsets is not None and ref_logp is not None and ref_logp.shape == policy_logp.shape
-    ref = segment_sum(ref_logp, offsets) if per_token_ref else ref_logp
-    if ld_alpha is not None:
-        if ref_logp is not None and not per_token_ref:
-            raise ValueError("ld_alpha needs the reference's token log-probs, not its sums")
-        cut = (1 - ld_alpha) * _beyond_shorter(offsets, policy_logp.shape[0]).to(dtype)
-        policy = policy - segment_sum(policy_logp * cut, offsets)
-        ref = None if ref is None else ref - segment_sum(ref_logp * cut, offsets)
-    if ref is not None and ref.shape != policy.shape:
-        raise ValueError(f"ref_logp has {list(ref.shape)} sequences, policy_logp {list(policy.shape)}")
-    ratio = policy if ref is None else policy - ref
-    if desirable is not None:
-        return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
-
-    if batch is None and any(loss.batchwide for loss in losses):
-        batch = (policy.detach(), ref)
-    score = _f_score(ratio, f_divergence, f_alpha)
-    c, r = by_turns(ratio)
-    pair_lengths = None if lengths is None else by_turns(lengths)
-    per_pair = torch.zeros_like(c)
-    for loss, weight in zip(losses, weights, strict=True):
-        normalize = loss.scores and (loss.mean or length_normalization)
-        chosen_score, rejected_score = by_turns(score / lengths.clamp_min(1) if normalize else score)
-        pairs = Pairs(
-            c=c,
-            r=r,
-            chosen_score=chosen_score,
-            rejected_score=rejected_score,
-            policy=by_turns(policy),
-            lengths=pair_lengths,
-            baseline=baseline,
-            reward_margin=reward_margin,
-            batch=batch,
-            batch_offset=batch_offset,
+    plain = f_divergence == "reverse_kl" and ld_alpha is None and log_sum_p2 is None and weights == (1.0,)
+    on_gpu = policy_logp.is_cuda and policy_logp.dtype == torch.float32 and offsets is not None
+    if on_gpu and plain and covers(types[0], baseline):
+        sums = pairwise_sums(
+            policy_logp, ref_logp, offsets, types[0], o, length_normalization, nll_normalization, baseline
         )
-        per_pair = per_pair + weight * loss.formula(pairs, o)
-    if log_sum_p2 is not None:
-        likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
-        per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
-
-    pair_sum = per_pair.sum()
-    loss = pair_sum / (per_pair.shape[0] if pair_denominator is None else pair_denominator)
-    nll = -by_turns(plain_policy)[0]
-    nll_count = torch.ones_like(nll)
-    if lengths is not None and nll_normalization != "sequence_sum":
-        if nll_normalization == "batch_tokens":
-            nll_count = pair_lengths[0]
-        else:
-            nll = nll / pair_lengths[0].clamp_min(1)
-    nll_sum, nll_count = nll.sum(), nll_count.sum()
+        pair_sum, nll_sum, nll_count, metrics = sums.select(0, 6), sums.select(0, 7), sums.select(0, 11), sums.detach()
+    else:
+        lengths = None if lengths is None else lengths.to(dtype)
+        policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, ld_alpha)
+        ratio = policy if ref is None else policy - ref
+        if desirable is not None:
+            return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
+        if batch is None and any(loss.batchwide for loss in losses):
+            batch = (policy.detach(), ref)
+        score = _f_score(ratio, f_divergence, f_alpha)
+        per_pair = torch.zeros_like(by_turns(ratio)[0])
+        for loss, weight in zip(losses, weights, strict=True):
+            normalize = loss.scores and (loss.mean or length_normalization)
+            scaled = score / lengths.clamp_min(1) if normalize else score
+            pairs = _pairs(ratio, scaled, policy, lengths, baseline, reward_margin, batch, batch_offset)
+            per_pair = per_pair + weight * loss.formula(pairs, o)
+        if log_sum_p2 is not None:
+            likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
+            per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
+        pair_sum = per_pair.sum()
+        # The NLL counts every token, whatever ld_alpha makes of the sums.
+        unweighted = policy if ld_alpha is None else segment_sum(policy_logp, offsets)
+        nll_sum, nll_count = _nll(unweighted, lengths, nll_normalization)
+        metrics = _metrics(ratio, policy, beta, pair_sum, nll_sum, nll_count)
+    total = pair_sum / (completions // 2 if pair_denominator is None else pair_denominator)
     if nll_weight:
-        loss = loss + nll_weight * nll_sum / (nll_count.clamp_min(1) if nll_denominator is None else nll_denominator)
-    with torch.no_grad():
-        chosen, rejected = beta * c, beta * r
-        margin = chosen - rejected
-        chosen_logp, rejected_logp = by_turns(policy)
-        count = torch.full_like(pair_sum, per_pair.shape[0])
-        entries = (chosen.sum(), rejected.sum(), (margin > 0).to(dtype).sum(), margin.sum())
-        entries += (chosen_logp.sum(), rejected_logp.sum(), pair_sum, nll_sum, count, count, count, nll_count)
-        metrics = torch.stack(entries).float()
-    return loss, metrics
+        total = total + nll_weight * nll_sum / (nll_count.clamp_min(1) if nll_denominator is None else nll_denominator)
+    return total, metrics
 
 
 def linear_preference_loss(
@@ -331,6 +304,71 @@ def _f_score(ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
         # 80 keeps exp within fp32: beyond it the pair's gradient is that of the clamp.
         return torch.expm1(((alpha - 1) * ratio).clamp(max=80.0)) / (alpha - 1)
     return ratio
+
+
+def _sequence_sums(
+    policy_logp: Tensor, ref_logp: Tensor | None, offsets: Tensor | None, ld_alpha: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """[S] sums of policy and reference, tokens beyond the pair's shorter completion weighted by ld_alpha."""
+    if offsets is None:
+        return policy_logp, ref_logp
+    per_token_ref = ref_logp is not None and ref_logp.shape == policy_logp.shape
+    if ld_alpha is not None:
+        if ref_logp is not None and not per_token_ref:
+            raise ValueError("ld_alpha needs the reference's token log-probs, not its sums")
+        token_weight = torch.where(_beyond_shorter(offsets, policy_logp.shape[0]), ld_alpha, 1.0)
+        policy_logp = policy_logp * token_weight
+        ref_logp = None if ref_logp is None else ref_logp * token_weight
+    return segment_sum(policy_logp, offsets), segment_sum(ref_logp, offsets) if per_token_ref else ref_logp
+
+
+def _pairs(
+    ratio: Tensor,
+    score: Tensor,
+    policy: Tensor,
+    lengths: Tensor | None,
+    baseline: Tensor | float,
+    reward_margin: Tensor | None,
+    batch: tuple[Tensor, Tensor] | None,
+    batch_offset: int,
+) -> Pairs:
+    (c, r), (chosen_score, rejected_score) = by_turns(ratio), by_turns(score)
+    return Pairs(
+        c=c,
+        r=r,
+        chosen_score=chosen_score,
+        rejected_score=rejected_score,
+        policy=by_turns(policy),
+        lengths=None if lengths is None else by_turns(lengths),
+        baseline=baseline,
+        reward_margin=reward_margin,
+        batch=batch,
+        batch_offset=batch_offset,
+    )
+
+
+def _nll(policy: Tensor, lengths: Tensor | None, normalization: str) -> tuple[Tensor, Tensor]:
+    """The sum of the chosen completions' NLL as the normalisation has it, and what there is of it to divide by."""
+    nll = -by_turns(policy)[0]
+    count = torch.ones_like(nll)
+    if lengths is not None and normalization == "batch_tokens":
+        count = by_turns(lengths)[0]
+    elif lengths is not None and normalization == "sequence_mean":
+        nll = nll / by_turns(lengths)[0].clamp_min(1)
+    return nll.sum(), count.sum()
+
+
+@torch.no_grad()
+def _metrics(
+    ratio: Tensor, policy: Tensor, beta: float, pair_sum: Tensor, nll_sum: Tensor, nll_count: Tensor
+) -> Tensor:
+    chosen, rejected = by_turns(beta * ratio)
+    chosen_logp, rejected_logp = by_turns(policy)
+    margin = chosen - rejected
+    count = torch.full_like(pair_sum, margin.shape[0])
+    entries = (chosen.sum(), rejected.sum(), (margin > 0).to(ratio.dtype).sum(), margin.sum())
+    entries += (chosen_logp.sum(), rejected_logp.sum(), pair_sum, nll_sum, count, count, count, nll_count)
+    return torch.stack(entries).float()
 
 
 def _unpaired_kto(

@@ -253,7 +253,7 @@ def test_inputs_that_do_not_fit_raise():
         preference_loss(torch.zeros(4), torch.zeros(4), segments=torch.arange(4))
     with pytest.raises(ValueError, match="token log-probs"):
         preference_loss(torch.zeros(4), torch.zeros(4), ld_alpha=0.5)
-    with pytest.raises(ValueError, match="sequences"):
+    with pytest.raises(ValueError, match="neither 4 sums"):
         preference_loss(torch.zeros(4), torch.zeros(2))
 
 

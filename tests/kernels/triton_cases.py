@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import chunked, passes, reference
+from strop.kernels import PREFERENCE_METRICS, chunked, passes, preference_loss, reference
 from strop.kernels._triton import logprob as kernels
+from strop.kernels.losses import Options
+from strop.kernels.pairwise import _FUSED, NLL_NORMALIZATIONS, pairwise_sums
 from strop.kernels.passes import Head
 
 HEADS = [Head(), Head(logit_scale=0.5, temperature=0.7), Head(logit_scale=2.0, temperature=1.3, softcap=3.0)]
@@ -133,3 +135,49 @@ def test_offsets_pass_two_to_the_31():
     expected = -logits.float().softmax(-1)
     expected[torch.arange(4), target] += 1
     torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def _options(**changes) -> Options:
+    numbers = {"beta": 0.3, "label_smoothing": 0.1, "simpo_gamma": 0.4, "dpop_lambda": 5.0, "discopop_tau": 0.2}
+    numbers |= {"rpo_eta": 1.0, "rpo_divergence": "squared", "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    return Options(**(numbers | changes))
+
+
+@pytest.mark.parametrize("name", _FUSED)
+@pytest.mark.parametrize("nll", NLL_NORMALIZATIONS)
+def test_pairwise_losses_equal_their_formulas(name: str, nll: str):
+    """Loss, metrics and token gradients; more pairs than a tile, an empty completion, one longer than a tile."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (34,), generator=generator)
+    lengths[3], lengths[8] = 0, 300
+    tokens = int(lengths.sum())
+    policy, ref = (-torch.rand(tokens, generator=generator) for _ in range(2))
+    policy.requires_grad_()
+    segments = torch.arange(34, dtype=torch.int32).repeat_interleave(lengths)
+    smoothed = name in ("sigmoid", "sigmoid_norm", "simpo", "robust", "exo_pair")
+    o = _options(label_smoothing=0.1 if smoothed else 0.0)
+    ref = None if name == "simpo" else ref
+    options = {"segments": segments, "num_segments": 34, "loss_type": name, "beta": 0.3, "dpop_lambda": 5.0}
+    options |= {"label_smoothing": o.label_smoothing, "simpo_gamma": 0.4, "discopop_tau": 0.2, "baseline": 0.1}
+    options |= {"nll_normalization": nll, "nll_weight": 0.7, "pair_denominator": 17, "nll_denominator": 5.0}
+    expected, expected_metrics = preference_loss(policy, ref, **options)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    for reference_logp in (ref,) if ref is None else (ref, torch.zeros(34).index_add(0, segments, ref)):
+        sums = pairwise_sums(policy, reference_logp, offsets, name, o, False, nll, 0.1)
+        torch.testing.assert_close(sums, expected_metrics, rtol=1e-4, atol=1e-4)
+        loss = sums[PREFERENCE_METRICS.index("loss")] / 17 + 0.7 * sums[PREFERENCE_METRICS.index("nll_loss")] / 5
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(x, policy, retain_graph=True)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_opcheck_of_pairwise_loss():
+    from torch.library import opcheck
+
+    from strop.kernels.pairwise import _pairwise, _pairwise_backward
+
+    offsets = torch.tensor([0, 2, 3, 3, 6])
+    numbers = [0.1, 0.0, 0.0, 0.05, 0.0, 50.0]
+    policy = torch.randn(6, requires_grad=True)
+    opcheck(_pairwise, (policy, torch.randn(6), offsets, "SIGMOID", False, 0, numbers))
+    opcheck(_pairwise_backward, (torch.ones(12), offsets, torch.randn(4), torch.randn(2), 6))
