@@ -28,13 +28,15 @@ def model_card(info: dict) -> str:
     front = {"base_model": one_line(info["base_model"]), "library_name": "transformers",
              "pipeline_tag": "text-generation",
              "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
+    n = len(info.get("rounds", []))
+    rounds = f"{n or 'some'} round{'' if n == 1 else 's'}"
     if info.get("license"):
         front = {"license": info["license"]} | front
     if info.get("language"):
         front["language"] = info["language"]
     parts = ["---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", f"# {text(info['name'])}",
              f"Post-trained from {code(info['base_model'])} with Strop: "
-             f"{len(info.get('rounds', [])) or 'some'} round(s) of sampling, scoring, SFT, DPO and merging."]
+             f"{rounds} of sampling, scoring, SFT, DPO and merging."]
     parts += usage() + results(info) + lineage(info) + appendix(info)
     return "\n\n".join(parts) + "\n"
 
