@@ -6,7 +6,7 @@ from html import escape
 
 COLOURS = ("#2c6e9b", "#c4622d", "#3f8159", "#8a5a9e", "#b08d1e", "#5b6b78", "#b0466b", "#3b8f8f")
 INK, MUTED, GRID = "#2b2622", "#857b72", "#e7e1d9"
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 28
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 18, 28
 
 
 @dataclass(frozen=True)
