@@ -15,6 +15,10 @@ _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+# Up to so many scores a head, writing them out in fp32 beats flash attention's 16-bit backward on the CPU.
+EXPLICIT_SCORES = 1 << 14
+
+
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -139,17 +143,11 @@ class _PrefixAttentionCPU(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
         def part(rows: slice, keys: slice, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return _flash_cpu_backward(
-                grad_out[:, :, rows],
-                q[:, :, rows],
-                k[:, :, keys],
-                v[:, :, keys],
-                out[:, :, rows],
-                lse[:, :, rows],
-                0.0,
-                is_causal,
-                scale=ctx.scale,
-            )
+            parts = (grad_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows])
+            scores = (rows.stop - rows.start) * (keys.stop - keys.start)
+            if q.element_size() == 2 and scores <= EXPLICIT_SCORES:
+                return _explicit_backward(*parts, is_causal, ctx.scale)
+            return _flash_cpu_backward(*parts, 0.0, is_causal, scale=ctx.scale)
 
         for start, end in _causal_parts(ctx.groups):
             rows = slice(start, end)
@@ -160,6 +158,26 @@ class _PrefixAttentionCPU(torch.autograd.Function):
             grad_k[:, :, prompt] += cross_k
             grad_v[:, :, prompt] += cross_v
         return grad_q, grad_k, grad_v, None, None
+
+
+def _explicit_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v with the scores written out, from the row's final output and log-sum-exp. Query heads of
+    a key head are stacked as rows, so that every product is one batched call."""
+    (heads, queries), keys, wide = q.shape[1:3], k.shape[2], lse.dtype
+    stacked = (k.shape[1], heads // k.shape[1] * queries, -1)
+    q_rows, grad_rows, out_rows = (x[0].to(wide).reshape(stacked) for x in (q, grad_out, out))
+    k_wide, v_wide = k[0].to(wide), v[0].to(wide)
+    weights = torch.bmm(q_rows, k_wide.mT).mul_(scale).sub_(lse[0].reshape(stacked)).exp_()
+    if is_causal:
+        weights.view(heads, queries, keys).tril_()
+    grad_v = torch.bmm(weights.mT, grad_rows)
+    delta = (grad_rows * out_rows).sum(-1, keepdim=True)
+    grad_scores = torch.bmm(grad_rows, v_wide.mT).sub_(delta).mul_(weights).mul_(scale)
+    grad_q = torch.bmm(grad_scores, k_wide).view(q.shape)
+    grad_k = torch.bmm(grad_scores.mT, q_rows)[None]
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v[None].to(v.dtype)
 
 
 def _causal_parts(groups: PackedGroups) -> list[tuple[int, int]]:

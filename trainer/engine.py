@@ -88,6 +88,8 @@ class Engine:
         self.params = [p for p in model.parameters() if p.requires_grad]
         # fp32 parameters are their own masters; bf16 ones get a copy that the optimizer sees
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
+        for master in self.masters:  # kept and zeroed, not freed: a rank without a microbatch adds zeros
+            master.grad = torch.zeros_like(master)
         self.optimizer = torch.optim.AdamW(self.masters, lr=section.lr, betas=section.betas, eps=section.eps,
                                            weight_decay=section.weight_decay, fused=True)
         self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
@@ -97,20 +99,13 @@ class Engine:
     def fold_gradients(self) -> None:
         """Adds the gradients of a backward pass to the masters' fp32 gradients."""
         for param, master in zip(self.params, self.masters, strict=True):
-            if master is param or param.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
+            if master is not param and param.grad is not None:
                 master.grad.add_(param.grad)
-            param.grad = None
+                param.grad = None
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         """Adds gradients over the ranks, clips, updates masters and weights. Returns the gradient norm, unclipped."""
-        for master in self.masters:
-            if master.grad is None:  # a rank without a microbatch in this step
-                master.grad = torch.zeros_like(master)
         self.world.sum_([m.grad for m in self.masters])
         norm = nn.utils.get_total_norm([m.grad for m in self.masters])
         if self.section.grad_clip:
@@ -118,7 +113,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_index, self.steps, self.section)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         self.copy_masters()
         if self.ema is not None:
             torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - self.section.ema_decay)
