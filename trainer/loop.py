@@ -78,7 +78,8 @@ def run_recipe(run: Store, recipe: Recipe, base: Base) -> Artifact:
         if not run.plan and run.world.first:
             write_json(run.run_dir / "promotions.json", promotions)
             run.console.line(f"{name}: promoted {chosen}")
-    return run.stage("final", final, recipe, keys["final"], weights=weights, baseline=first, base_name=base.name,
+    return run.stage("final", final, recipe, keys["final"], weights=weights, prompts=prompts,
+                     base_name=base.name, license=base.license,
                      base_hash=start.hash, from_gguf=base.from_gguf, promotions=promotions)
 
 

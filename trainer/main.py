@@ -43,7 +43,6 @@ def run(command: Command) -> None:
         console.table(f"plan of {run_dir}", ["stage", "state", "why"], [list(plan) for plan in store.plans])
         return
     store.lock()
-    world.barrier()
     base = world.share(find_base(recipe.model, console) if world.first else None)
     console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.device.type}   base {base.name}")
     store.metrics = Metrics(run_dir, console, recipe.log.tensorboard, enabled=world.first)
@@ -52,9 +51,8 @@ def run(command: Command) -> None:
     final = run_recipe(store, recipe, base)
     store.metrics.close()
     if world.first:
-        report = write_report(run_dir)
         print_results(run_dir, console, recipe.evaluate.bootstrap)
-        console.line(f"{time.perf_counter() - started:.0f} s   weights {final.path}   report {report}")
+        console.line(f"{time.perf_counter() - started:.0f} s   weights {final.path}   report {write_report(run_dir)}")
     world.close()
 
 
@@ -64,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(argv)
         if command.help:
-            print(help_text() if first else "", end="\n" if first else "")
+            print(help_text() * first, flush=True)
         else:
             run(command)
     except ValueError as e:
@@ -74,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
         print(f"error: {e}", file=sys.stderr, flush=True)
         return 1
+    except BrokenPipeError:  # the reader of --help or --plan has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 
 import torch
@@ -19,11 +21,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Base:
-    """The start weights: a Hugging Face folder, what to call it, and whether it was dequantised."""
+    """The start weights: a Hugging Face folder, what to call it, whether it was dequantised, and its licence as
+    Hugging Face spells it, where it says one."""
 
     path: Path
     name: str
     from_gguf: bool
+    license: str | None = None
 
 
 def cache_dir() -> Path:
@@ -43,7 +47,10 @@ def find_base(model: Model, console, convert: bool = True) -> Base:
         files = sorted(folder.glob("*.gguf"))
         if len(files) != 1:
             raise ValueError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
-        return Base(_convert(files[0], console, convert), files[0].stem, True)
+        meta = metadata(name)
+        license = (meta.get("License-Expression") or meta.get("License") or "").strip().lower()
+        known = license if re.fullmatch(r"[a-z0-9.-]+", license) else None
+        return Base(_convert(files[0], console, convert), files[0].stem, True, known)
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return Base(_convert(path, console, convert), path.stem, True)
@@ -51,7 +58,7 @@ def find_base(model: Model, console, convert: bool = True) -> Base:
         raise ValueError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
                          "save_pretrained and name its folder)")
     check_folder(path)
-    return Base(path, path.resolve().name, False)
+    return Base(path, path.resolve().name, False, card_license(path / "README.md"))
 
 
 def check_folder(path: Path) -> None:
@@ -61,6 +68,13 @@ def check_folder(path: Path) -> None:
     if not any(path.glob("*.safetensors")):
         raise ValueError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
                          "never loaded)")
+
+
+def card_license(card: Path) -> str | None:
+    """The `license` of a model card's front matter, if there is one."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    found = re.match(r"---\n(?:.*\n)*?license:\s*([A-Za-z0-9.-]+)\s*\n(?:.*\n)*?---", text)
+    return found.group(1).lower() if found else None
 
 
 def _convert(gguf: Path, console, convert: bool) -> Path:

@@ -14,8 +14,9 @@ REPO = Path(__file__).parents[2]
 
 def strop(recipe, *arguments, ranks=0):
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks else []
-    return subprocess.run([sys.executable, *torchrun, str(REPO / "trainer" / "main.py"), str(recipe), *arguments], text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [sys.executable, *torchrun, str(REPO / "trainer" / "main.py"), str(recipe), *arguments]
+    return subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          timeout=300)
 
 
 def test_two_rounds_resume_and_recompute(tiny_recipe, tmp_path):

@@ -21,8 +21,8 @@ from strop.trainer.engine import Scorer
 from strop.trainer.probe import probe
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2}
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+         "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def model_of(config, attention="strop"):
