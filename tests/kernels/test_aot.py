@@ -18,6 +18,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_kernel_compiles_for_every_target():
     done = _python("-m", "benchmarks.aot", "--only", "gather bf16 4096")
     assert done.returncode == 0, done.stdout + done.stderr
