@@ -143,8 +143,9 @@ class _PrefixAttentionCPU(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
         def part(rows: slice, keys: slice, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            parts = (grad_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows])
             scores = (rows.stop - rows.start) * (keys.stop - keys.start)
+            of_keys = k[:, :, keys], v[:, :, keys]
+            parts = (grad_out[:, :, rows], q[:, :, rows], *of_keys, out[:, :, rows], lse[:, :, rows])
             if q.element_size() == 2 and scores <= EXPLICIT_SCORES:
                 return _explicit_backward(*parts, is_causal, ctx.scale)
             return _flash_cpu_backward(*parts, 0.0, is_causal, scale=ctx.scale)

@@ -162,6 +162,11 @@ def check(read: _Read) -> Recipe:
         raise ValueError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
 
 
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as a file that `parse` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def _explain(error: dict, read: _Read) -> str:
     at, path = read.data, []
     for part in error["loc"]:  # union branches put names of types into loc; they are no keys of ours

@@ -5,20 +5,18 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a run reads what it is given and fetches nothing
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would break up our own
+# a run fetches nothing, and libraries' bars and warnings would break up its own lines
+for key, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+                   "TRANSFORMERS_VERBOSITY": "error"}.items():
+    os.environ.setdefault(key, value)
 
 try:
-    from strop.trainer.cli import Command, help_text, parse
+    from strop.trainer.cli import Command, help_text, parse, to_yaml
 except ModuleNotFoundError as e:
     sys.exit(f"{e}: install Strop first, with `make run` or `pip install -e .` in the folder above trainer/")
 
 
 def run(command: Command) -> None:
-    import transformers
-    import yaml
-
     from strop.trainer.console import Console
     from strop.trainer.loop import run_recipe
     from strop.trainer.metrics import Metrics
@@ -26,16 +24,13 @@ def run(command: Command) -> None:
     from strop.trainer.report import write_report
     from strop.trainer.results import print_results
     from strop.trainer.store import Store, write_atomic
-    from strop.trainer.world import die_with_parent, join
+    from strop.trainer.world import join
 
-    die_with_parent()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     recipe, started = command.recipe, time.perf_counter()
     world = join(recipe.device, recipe.threads)
     console = Console(enabled=world.first)
     run_dir = Path(recipe.output_dir) / recipe.name
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = to_yaml(recipe)
     store = Store(run_dir, world, console, plan=command.plan)
     if command.plan:
         run_recipe(store, recipe, find_base(recipe.model, console, convert=False))

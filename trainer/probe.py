@@ -10,8 +10,8 @@ from torch import nn
 from strop.kernels import Group, PackedGroups
 from strop.trainer.engine import Scorer
 
-# Largest difference of a per-token log-prob that rounding explains, by compute dtype.
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+# Mean difference of per-token log-probs that rounding explains, by compute dtype, before what a model shows by itself.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
 @torch.no_grad()
@@ -23,25 +23,27 @@ def probe(model: nn.Module, console) -> bool:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (24,), generator=draw).tolist()
     prompt, first, second, other = ids[:8], ids[8:14], ids[14:19], ids[19:24] + ids[:1]
-    tolerance = TOLERANCE[dtype]
     training = base.training
     base.eval()
     try:
         groups = PackedGroups.pack([Group(prompt, [first, second])]).to(device)
         attention = base.config._attn_implementation
+        base.set_attn_implementation("eager")
+        eager = by_logits(base, groups)
         run_separately(base)
-        truth = _by_logits(base, groups)
-        alone = _logps(base, groups)
-        _same(alone, truth, tolerance, f"{name}: our head and its logits differ (a logit scale, cap or bias that is "
-              "not known here); this model cannot be trained")
+        truth = by_logits(base, groups)
+        # two right ways to compute the same numbers tell how much rounding this model shows
+        tolerance = TOLERANCE[dtype] + 4 * (eager - truth).abs().mean().item()
+        same(Scorer(base, packed=False)(groups), truth, tolerance, f"{name}: our head and its logits differ (a logit "
+             "scale, cap or bias that is not known here); this model cannot be trained")
         base.set_attn_implementation(attention)
         try:
             packed = Scorer(base)(groups)
-            _same(packed, truth, tolerance, "packed rows differ from separate rows")
+            same(packed, truth, tolerance, "packed rows differ from separate rows")
             changed = PackedGroups.pack([Group(prompt, [other, second])]).to(device)
             # the same shapes and a sibling's other tokens: what differs now is a leak, not rounding
             leak = Scorer(base)(changed)[len(first):] - packed[len(first):]
-            if leak.abs().max().item() > tolerance * 1e-3:
+            if leak.abs().max().item() > TOLERANCE[dtype] * 1e-2:
                 raise ValueError("a completion sees its sibling")
             return True
         except (ValueError, TypeError, RuntimeError) as e:
@@ -60,11 +62,7 @@ def run_separately(base: nn.Module) -> None:
         base.set_attn_implementation("eager")
 
 
-def _logps(base: nn.Module, groups: PackedGroups) -> torch.Tensor:
-    return Scorer(base, packed=False)(groups)
-
-
-def _by_logits(base: nn.Module, groups: PackedGroups) -> torch.Tensor:
+def by_logits(base: nn.Module, groups: PackedGroups) -> torch.Tensor:
     """Log-probs by the model's own forward and log_softmax, separate rows."""
     parts = []
     for (start, end), g, (first, last) in zip(groups.completion_bounds, groups.completion_group, groups.target_bounds,
@@ -77,9 +75,9 @@ def _by_logits(base: nn.Module, groups: PackedGroups) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _same(ours: torch.Tensor, truth: torch.Tensor, tolerance: float, what: str) -> None:
-    worst = (ours - truth).abs().max().item()
-    if not worst <= tolerance:  # NaN fails too
-        raise ValueError(f"{what}: per-token log-probs differ by {worst:.2g}, {tolerance:g} is rounding")
+def same(ours: torch.Tensor, truth: torch.Tensor, tolerance: float, what: str) -> None:
+    mean = (ours - truth).abs().mean().item()
+    if not mean <= tolerance:  # NaN fails too
+        raise ValueError(f"{what}: per-token log-probs differ by {mean:.2g} on average, {tolerance:.2g} is rounding")
 
 

@@ -58,6 +58,7 @@ def die_with_parent() -> None:
 
 def join(device: str, threads: int) -> World:
     """Joins the ranks that torchrun started. `device` is auto, cpu or cuda; `threads` a rank, 0 shares the cores."""
+    die_with_parent()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda" and not torch.cuda.is_available():

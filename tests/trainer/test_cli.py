@@ -1,6 +1,6 @@
 import pytest
 
-from strop.trainer.cli import help_text, parse, shipped_recipes
+from strop.trainer.cli import help_text, parse, shipped_recipes, to_yaml
 from strop.trainer.config import Recipe
 
 GOOD = "data:\n  sources:\n    - name: a\n      path: a.jsonl\n      verifier: exact\n"
@@ -19,6 +19,11 @@ def test_shipped_recipes_are_valid_and_named_after_their_file():
     assert "quickstart" in shipped_recipes()
     for name in shipped_recipes():
         assert parse([name]).recipe.name == name
+
+
+def test_a_resolved_recipe_reads_back_as_itself(recipe):
+    resolved = parse(["quickstart", "seed=3"]).recipe
+    assert parse([recipe(to_yaml(resolved))]).recipe == resolved
 
 
 def test_nothing_is_the_quickstart():

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,27 @@ def test_two_ranks_do_what_one_does(tiny_recipe, tmp_path):
     for stage in ("sft", "dpo"):
         assert largest_difference(a / "round-00" / stage / "model", b / "round-00" / stage / "model") < 1e-5
     assert read_json(b / "round-00/sample/manifest.json")["ranks"] == 2
+
+
+def test_killed_runs_go_on_and_end_with_the_same_weights(tiny_recipe, tmp_path):
+    whole = strop(tiny_recipe, "name=whole", "rounds=1")
+    assert whole.returncode == 0, whole.stderr
+    run = tmp_path / "runs" / "killed"
+    # one kill inside sampling, one inside training: when the file is there, the stage is still at work
+    for seen in ("round-00/sample.partial/shard-00000.parquet", "round-00/sft.partial/work/step-000001"):
+        process = subprocess.Popen([sys.executable, str(REPO / "trainer" / "main.py"), str(tiny_recipe), "name=killed",
+                                    "rounds=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (run / seen).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        stage = seen.split("/")[1].removesuffix(".partial")
+        assert (run / seen).exists() and not (run / "round-00" / stage).exists(), seen
+    again = strop(tiny_recipe, "name=killed", "rounds=1")
+    assert again.returncode == 0, again.stderr
+    assert "round-00/sft: resumed at step" in again.stdout and "round-00/sample: done before, kept" in again.stdout
+    assert largest_difference(run / "final", tmp_path / "runs" / "whole" / "final") == 0.0
 
 
 @pytest.mark.parametrize("argument, message", [
