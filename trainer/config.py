@@ -120,7 +120,8 @@ class Train(Section):
     warmup_ratio: Share = Field(0.05, description="share of the steps that warm up linearly")
     min_lr_ratio: Share = Field(0.0, description="learning rate at the end, relative to lr")
     batch_size: Positive = Field(32, description="examples (SFT) or pairs (DPO) of an optimizer step, over all ranks")
-    max_tokens: Positive = Field(2048, description="tokens of a packed microbatch")
+    max_tokens: Positive = Field(8192, description="tokens of a packed microbatch; a longer row or pair is dropped and "
+                                "counted")
     max_length: Positive | None = Field(None, description="tokens of prompt + completion; longer rows are dropped and "
                                         "counted. Default: the model's context")
     weight_decay: float = Field(0.0, ge=0.0, description="AdamW's")

@@ -1,14 +1,17 @@
+import json
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from training import largest_difference
 
-from strop.trainer.store import read_json, read_table
+from strop.trainer.store import read_json, read_table, write_table
 
 REPO = Path(__file__).parents[2]
 
@@ -100,3 +103,76 @@ def test_a_users_mistake_is_a_line_and_no_traceback(tiny_recipe, argument, messa
     done = strop(tiny_recipe, argument, "rounds=1")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
+
+
+def test_a_job_of_ones_own(tiny_model, tmp_path):
+    """Two sources with their own verifiers and shares, ready data in TRL's columns, LoRA, an average, in one recipe."""
+    pytest.importorskip("peft")
+    write_table(tmp_path / "choice.parquet", pa.table({
+        "question": [[{"role": "user", "content": f"pick a or b, {i}"}] for i in range(60)],
+        "truth": ["a" if i % 2 else "b" for i in range(60)], "choices": [["a", "b"]] * 60}))
+    lines = {"digits": [{"prompt": f"say {i}", "answer": str(i % 10)} for i in range(60)],
+             "chats": [{"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "ho"},
+                                     {"role": "user", "content": "again"}, {"role": "assistant", "content": "ho ho"}]}
+                       for i in range(6)],
+             "pairs": [{"prompt": f"one or two, {i}? ", "chosen": "two", "rejected": "one"} for i in range(6)]
+             + [{"prompt": "same? ", "chosen": "x", "rejected": "x"}]}
+    for name, rows in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"""\
+output_dir: {tmp_path / 'runs'}
+dtype: float32
+rounds: 1
+threads: 1
+model: {{path: {tiny_model}}}
+lora: {{rank: 4}}
+data:
+  validation: 6
+  test: 10
+  sources:
+    - {{name: digits, path: {tmp_path / 'digits.jsonl'}, verifier: regex, verifier_args: {{pattern: "[0-9]"}},
+       system_prompt: Be brief., share: 3}}
+    - {{name: choice, path: {tmp_path / 'choice.parquet'}, prompt_column: question, answer_column: truth,
+       verifier: choice}}
+  sft: [{{name: chats, path: {tmp_path / 'chats.jsonl'}, weight: 0.5}}]
+  preferences: [{{name: pairs, path: {tmp_path / 'pairs.jsonl'}, rounds: [0], weight: 2}}]
+sample: {{prompts: 16, k: 6, max_new_tokens: 24}}
+sft: {{batch_size: 4, lr: 1.0e-2}}
+dpo: {{batch_size: 4, lr: 1.0e-2, ema_decay: 0.5, reference: base, nll_weight: 0.2}}
+merge: {{method: average, members: [start, dpo], promote: last}}
+evaluate: {{max_new_tokens: 8, bootstrap: 100}}
+""")
+    done = strop(recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "own"  # the run is named after its file
+    drawn = {r["prompt_id"] for r in read_table(run / "round-00/sample/shard-00000.parquet").to_pylist()}
+    prompts = {r["prompt_id"]: r for r in read_table(run / "prompts/prompts.parquet").to_pylist()}
+    by_source = Counter(prompts[i]["source"] for i in drawn)
+    assert by_source == {"digits": 12, "choice": 4}
+    assert {p["messages"][0]["role"] for p in prompts.values() if p["source"] == "digits"} == {"system"}
+    pairs = read_table(run / "round-00/select/pairs.parquet").to_pylist()
+    assert [p["weight"] for p in pairs if p["origin"] == "pairs"] == [2] * 6
+    drops = Counter(r["reason"] for r in read_table(run / "round-00/select/drops.parquet").to_pylist())
+    assert drops["identical"] == 1
+    assert sum(r["origin"] == "chats" for r in read_table(run / "round-00/select/sft.parquet").to_pylist()) == 6
+    assert (run / "round-00/dpo/ema/model.safetensors").exists()
+    moved = largest_difference(run / "round-00/dpo/model", tiny_model)
+    assert 0 < largest_difference(run / "final", tiny_model) < moved
+
+
+def test_ready_data_alone_needs_no_prompts(tiny_model, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"one or two, {i}? ", "chosen": "two", "rejected": "one"}) + "\n" for i in range(6)))
+    (tmp_path / "only.yaml").write_text(f"""\
+output_dir: {tmp_path / 'runs'}
+dtype: float32
+rounds: 1
+model: {{path: {tiny_model}}}
+data: {{preferences: [{{name: pairs, path: {tmp_path / 'pairs.jsonl'}}}]}}
+sft: {{enabled: false}}
+dpo: {{batch_size: 4, lr: 1.0e-3, epochs: 2}}
+""")
+    done = strop(tmp_path / "only.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert largest_difference(tmp_path / "runs/only/final", tiny_model) > 0

@@ -64,4 +64,5 @@ def test_dpo_trainer_computes_the_same_loss_metrics_and_gradients(tiny_model, tm
         assert means[name] == pytest.approx(logged[name], rel=1e-5, abs=1e-5), name
     assert abs(means["rewards/margins"]) > 1e-3  # the comparison is not one of zeros
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5,
+                                   msg=lambda m, name=name: f"{name}: {m}")
