@@ -10,7 +10,7 @@ from torch import nn
 from strop.kernels import Group, PackedGroups
 from strop.trainer.engine import Scorer
 
-# Mean difference of per-token log-probs that rounding explains, by compute dtype, on top of what a model shows itself.
+# Mean difference of per-token log-probs that rounding explains, by compute dtype, on top of what a model itself shows.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
