@@ -1,4 +1,4 @@
-"""The same model, reference and pairs in TRL's DPOTrainer and here: loss, metrics and gradients are the same numbers."""
+"""The same model, reference and pairs in TRL's DPOTrainer and here give the same loss, metrics and gradients."""
 
 import pytest
 import torch
