@@ -181,7 +181,7 @@ def assign_splits(rows: list[dict], recipe: Recipe) -> None:
                          "source, or rows) or lower data.test and data.validation")
     shares, quota = {s.name: s.share for s in data.sources}, {}
     for split in HELD_OUT:
-        quota[split] = share_out(getattr(data, split), shares, room)
+        quota[split] = allot(getattr(data, split), shares, room)
         room = {name: room[name] - quota[split][name] for name in room}
     order = sorted(groups, key=lambda c: hashlib.blake2b(f"{recipe.seed}:split:{c}".encode(), digest_size=16).digest())
     held: Counter = Counter()
@@ -202,7 +202,7 @@ def assign_splits(rows: list[dict], recipe: Recipe) -> None:
                          f"so many prompts that the splits hold {dict(splits)}; lower them or give more prompts")
 
 
-def share_out(total: int, shares: dict[str, float], room: dict[str, int]) -> dict[str, int]:
+def allot(total: int, shares: dict[str, float], room: dict[str, int]) -> dict[str, int]:
     """`total` in whole numbers proportional to `shares`, none above its `room`; the rest goes where room is."""
     given = dict.fromkeys(shares, 0)
     while (left := total - sum(given.values())) > 0:

@@ -79,6 +79,17 @@ def read_table(path: Path) -> pa.Table:
         raise ValueError(f"{path}: not readable as Parquet ({e}); delete its folder to have it made again") from e
 
 
+def read_part(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """A part that an earlier process may have written: None if it is not there, is torn or is of another kind."""
+    if not path.exists():
+        return None
+    try:
+        table = read_table(path)
+    except ValueError:
+        return None
+    return table if table.schema == schema else None
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A directory and the hash of its content. `hash` is None where it is yet to be made (only while planning)."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.trainer.config import Recipe
-from strop.trainer.prompts import normalise, prompts, share_out
+from strop.trainer.prompts import allot, normalise, prompts
 from strop.trainer.rows import read_rows
 from strop.trainer.store import read_table
 
@@ -148,11 +148,11 @@ def test_too_few_prompts(tmp_path):
 
 
 @given(st.integers(0, 60), st.lists(st.tuples(st.floats(0.01, 100), st.integers(0, 40)), min_size=1, max_size=6))
-def test_share_out_gives_all_and_never_more_than_there_is(total, sources):
+def test_allot_gives_all_and_never_more_than_there_is(total, sources):
     shares = {str(i): s for i, (s, _) in enumerate(sources)}
     room = {str(i): n for i, (_, n) in enumerate(sources)}
     total = min(total, sum(room.values()))
-    given_ = share_out(total, shares, room)
+    given_ = allot(total, shares, room)
     assert sum(given_.values()) == total and all(0 <= given_[k] <= room[k] for k in room)
 
 

@@ -11,8 +11,8 @@ import torch
 from strop.trainer import generate
 from strop.trainer.config import Recipe
 from strop.trainer.console import Console
-from strop.trainer.prompts import SCHEMA
-from strop.trainer.stages.sample import allot, draw_prompts, sample
+from strop.trainer.prompts import SCHEMA, allot
+from strop.trainer.stages.sample import draw_prompts, sample
 from strop.trainer.store import Stage, read_table, write_table
 from strop.trainer.world import World
 
@@ -139,8 +139,8 @@ def test_sources_are_drawn_by_share_and_fill_in_for_one_another():
     drawn = Counter(r["source"] for r in draw_prompts(rows, {"a": 3.0, "b": 1.0, "c": 1.0}, 40, seed=0, round=0))
     assert drawn == {"a": 28, "b": 9, "c": 3}
     assert len(draw_prompts(rows, {"a": 3.0, "b": 1.0, "c": 1.0}, 500, seed=0, round=0)) == 203
-    assert allot({"a": 5, "b": 5}, {"a": 1.0, "b": 1.0}, 3) == {"a": 2, "b": 1}
-    assert allot({"a": 0, "b": 5}, {"a": 9.0, "b": 1.0}, 3) == {"a": 0, "b": 3}
+    assert allot(3, {"a": 1.0, "b": 1.0}, {"a": 5, "b": 5}) == {"a": 2, "b": 1}
+    assert allot(3, {"a": 9.0, "b": 1.0}, {"a": 0, "b": 5}) == {"a": 0, "b": 3}
 
 
 @pytest.fixture(autouse=True)

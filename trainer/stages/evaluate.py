@@ -11,7 +11,7 @@ from strop.trainer.chat import encode_prompt, load_tokenizer, stop_ids
 from strop.trainer.config import Recipe
 from strop.trainer.generate import Generator, load_for_generation
 from strop.trainer.models import DTYPES, context_length
-from strop.trainer.store import Drops, Stage, read_table, write_json, write_table
+from strop.trainer.store import Drops, Stage, read_part, read_table, write_json, write_table
 from strop.trainer.verifiers import verify
 
 SPLITS = ("validation", "test")
@@ -74,13 +74,8 @@ def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[st
 
 def is_done(path: Path, candidate: str, shard: list[dict]) -> bool:
     """Whether `path` holds the candidate's results on `shard`; a file that does not is made again."""
-    if not path.exists():
-        return False
-    try:
-        table = read_table(path)
-    except ValueError:
-        return False
-    return (table.schema == SCHEMA and set(table["candidate"].to_pylist()) == {candidate}
+    table = read_part(path, SCHEMA)
+    return (table is not None and set(table["candidate"].to_pylist()) == {candidate}
             and table["prompt_id"].to_pylist() == [row["prompt_id"] for row in shard])
 
 

@@ -12,7 +12,8 @@ from strop.trainer.chat import encode_prompt, load_tokenizer, stop_ids
 from strop.trainer.config import Recipe
 from strop.trainer.generate import Generator, load_for_generation
 from strop.trainer.models import DTYPES, context_length
-from strop.trainer.store import Drops, Stage, read_table, write_table
+from strop.trainer.prompts import allot
+from strop.trainer.store import Drops, Stage, read_part, read_table, write_table
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
                     ("prompt_tokens", pa.list_(pa.int32())), ("completion_tokens", pa.list_(pa.int32())),
@@ -75,24 +76,10 @@ def draw_prompts(rows: list[dict], shares: dict[str, float], n: int, seed: int, 
     for row in rows:
         sources[row["source"]][row["prompt_id"]] = row
     chosen = []
-    for name, m in allot({s: len(of) for s, of in sources.items()}, shares, n).items():
+    room = {name: len(of) for name, of in sources.items()}
+    for name, m in allot(min(n, sum(room.values())), shares, room).items():
         chosen += [sources[name][i] for i in stream(sorted(sources[name]), m, seed, name, round)]
     return sorted(chosen, key=lambda row: hash_int(seed, "order", round, row["prompt_id"]))
-
-
-def allot(available: dict[str, int], shares: dict[str, float], n: int) -> dict[str, int]:
-    """How many of `n` each source gives: by largest remainder; what a source lacks goes to the others."""
-    given = dict.fromkeys(available, 0)
-    while (left := min(n, sum(available.values())) - sum(given.values())) > 0:
-        open_ = [s for s in available if given[s] < available[s]]
-        total = sum(shares[s] for s in open_)
-        exact = {s: left * shares[s] / total for s in open_}
-        whole = {s: int(exact[s]) for s in open_}
-        for s in sorted(open_, key=lambda s: whole[s] - exact[s])[: left - sum(whole.values())]:
-            whole[s] += 1
-        for s in open_:
-            given[s] = min(available[s], given[s] + whole[s])
-    return given
 
 
 def stream(ids: list[str], m: int, seed: int, source: str, round: int) -> list[str]:
@@ -127,14 +114,9 @@ def shard_path(folder: Path, i: int) -> Path:
 
 def is_done(path: Path, shard: list[dict], k: int) -> bool:
     """Whether `path` holds all samples of `shard`; a file that does not is made again."""
-    if not path.exists():
-        return False
-    try:
-        table = read_table(path)
-    except ValueError:
-        return False
+    table = read_part(path, SCHEMA)
     expected = [(row["prompt_id"], s) for row in shard for s in range(k)]
-    return table.schema == SCHEMA and expected == list(
+    return table is not None and expected == list(
         zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
 
 
