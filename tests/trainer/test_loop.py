@@ -11,7 +11,7 @@ import pytest
 import torch
 from training import largest_difference
 
-from strop.trainer.store import read_json, read_table, write_table
+from strop.trainer.store import WORK, read_json, read_table, write_table
 
 REPO = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def test_killed_runs_go_on_and_end_with_the_same_weights(tiny_recipe, tmp_path):
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "runs" / "killed"
     # one kill inside sampling, one inside training: when the file is there, the stage is still at work
-    for seen in ("round-00/sample.partial/shard-00000.parquet", "round-00/sft.partial/work/step-000001"):
+    for seen in ("round-00/sample.partial/shard-00000.parquet", f"round-00/sft.partial/{WORK}/step-000001"):
         process = subprocess.Popen([sys.executable, str(REPO / "trainer" / "main.py"), str(tiny_recipe), "name=killed",
                                     "rounds=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
