@@ -10,8 +10,12 @@ from strop.trainer.config import Recipe
 from strop.trainer.engine import Engine, Scorer, train
 from strop.trainer.models import context_length
 from strop.trainer.pairs import ReferenceTable, load_pairs
-from strop.trainer.probe import TOLERANCE, probe
+from strop.trainer.probe import probe
 from strop.trainer.store import Stage
+
+# (mean, largest) difference of per-token log-probs between two packings of the same rows under the same weights, by
+# dtype. On the quickstart's pairs in bf16 it is at most 0.007 and 0.26.
+STEP_ZERO = {torch.float32: (5e-5, 8e-4), torch.bfloat16: (0.03, 1.0)}
 
 
 def dpo(stage: Stage, recipe: Recipe, *, select: Path, policy: Path, reference: Path, same_weights: bool) -> None:
@@ -51,7 +55,7 @@ def check_step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, n
         return
     difference = (logp - ref).abs()
     mean, worst = difference.mean().item(), difference.max().item()
-    if not mean <= 2 * TOLERANCE[dtype]:  # NaN fails too
+    if not (mean <= STEP_ZERO[dtype][0] and worst <= STEP_ZERO[dtype][1]):  # NaN fails too
         raise ValueError(f"{name}: step 0: policy and reference are the same weights, but their per-token log-probs "
                          f"differ by {mean:.2g} on average, {worst:.2g} at most; nothing was trained. Delete the "
                          "reference folder beside it to have the table made again")
