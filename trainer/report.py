@@ -4,23 +4,21 @@ import base64
 import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from strop.trainer.browse import held_out_rows, sampled_rows
 from strop.trainer.card import GGUF_NOTE, wilson
 from strop.trainer.charts import COLOURS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart
 from strop.trainer.console import duration
-from strop.trainer.metrics import RESERVED, read_metrics
+from strop.trainer.metrics import RESERVED
 from strop.trainer.results import round_results
-from strop.trainer.store import content_hash, read_json, read_table, write_atomic
+from strop.trainer.rundir import Run, lineage, number_of_rounds, planned, read_run, standing
+from strop.trainer.store import read_table, write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
-ROUND_STAGES = ("sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate")
 PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond these gets a chart of its own
     "loss": ("loss",), "token accuracy": ("mean_token_accuracy",), "reward margin": ("rewards/margins",),
     "pairs ranked right": ("rewards/accuracies",), "rewards": ("rewards/chosen", "rewards/rejected"),
@@ -28,29 +26,6 @@ PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond
     "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",),
 }
-UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what a half-made or damaged artifact can cause
-
-
-@dataclass
-class Run:
-    """What a run directory holds. `problems` collects what could not be read; the report goes on without it."""
-
-    dir: Path
-    config: dict = field(default_factory=dict)
-    config_text: str = ""
-    manifests: dict[str, dict] = field(default_factory=dict)  # by stage, in the order they were made
-    partial: list[str] = field(default_factory=list)
-    promotions: list[dict] = field(default_factory=list)
-    metrics: dict[str, list[dict]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def attempt(self, what: str, function, *args, default=None):
-        try:
-            return function(*args)
-        except UNREADABLE as e:
-            self.problems.append(f"{what}: {type(e).__name__ if not str(e) else str(e).splitlines()[0]}")
-            return default
-
 
 def write_report(run_dir: Path) -> Path:
     """Writes report.html into the run directory and returns its path. Raises ValueError if there is no such folder."""
@@ -70,39 +45,6 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_atomic(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
     return path
-
-
-def read_run(run_dir: Path) -> Run:
-    run = Run(run_dir)
-    if (run_dir / "config.yaml").exists():
-        run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        try:
-            run.config = yaml.safe_load(run.config_text) or {}
-        except yaml.YAMLError:
-            run.problems.append("config.yaml: not YAML")
-    found = []
-    for path in sorted([*run_dir.glob("*/manifest.json"), *run_dir.glob("round-*/*/manifest.json")]):
-        stage = path.parent.relative_to(run_dir).as_posix()
-        manifest = run.attempt(f"{stage}/manifest.json", read_json, path)
-        if manifest and manifest.get("stage") == stage:  # what is partly made or set aside stands elsewhere
-            found.append(manifest)
-    found.sort(key=lambda m: (m["created"], stage_order(m["stage"])))
-    run.manifests = {m["stage"]: m for m in found}
-    run.partial = sorted(str(p.relative_to(run_dir)).removesuffix(".partial")
-                         for p in [*run_dir.glob("*.partial"), *run_dir.glob("round-*/*.partial")])
-    if (run_dir / "promotions.json").exists():
-        promotions = run.attempt("promotions.json", read_json, run_dir / "promotions.json", default=[])
-        # after a key has changed, promotions of rounds that are to be made again may point at what is set aside
-        run.promotions = [p for p in promotions if all(w[0] in run.manifests for w in p["candidates"].values())]
-    for row in read_metrics(run_dir / "metrics.jsonl"):
-        run.metrics.setdefault(row["stage"], []).append(row)
-    return run
-
-
-def stage_order(stage: str) -> tuple:
-    head, _, tail = stage.partition("/")
-    first = {"prompts": 0, "baseline": 1, "final": 3}.get(head, 2)
-    return first, head, ROUND_STAGES.index(tail) if tail in ROUND_STAGES else len(ROUND_STAGES)
 
 
 def context(run: Run) -> dict:
@@ -131,33 +73,14 @@ def context(run: Run) -> dict:
     }
 
 
-def number_of_rounds(run: Run) -> int:
-    seen = {s.split("/")[0] for s in [*run.manifests, *run.partial] if s.startswith("round-")}
-    return max(len(seen), int(run.config.get("rounds", 0)))
-
-
 def pipeline(run: Run) -> list[tuple[str, list[dict]]]:
     """Rows of the progress picture: (row's name, its stages with state done, partly or open)."""
-    off = {s for s in ("sft", "dpo") if run.config.get(s, {}).get("enabled") is False}
-    off |= {"reference"} if "dpo" in off else set()
-    rows = [("start", ["prompts", "baseline"])]
-    rows += [(f"round {r}", [f"round-{r:02}/{s}" for s in ROUND_STAGES if s not in off])
-             for r in range(number_of_rounds(run))]
     states = []
-    for name, stages in [*rows, ("end", ["final"])]:
+    for name, stages in planned(run):
         states.append((name, [{
             "name": s.split("/")[-1], "seconds": run.manifests.get(s, {}).get("seconds"),
             "state": "done" if s in run.manifests else "partly" if s in run.partial else "open"} for s in stages]))
     return states
-
-
-def standing(run: Run) -> list[str] | None:
-    """Where the newest promoted weights were evaluated: [artifact, candidate]."""
-    for promotion in reversed(run.promotions):
-        where = promotion["candidates"].get(promotion["promoted"])
-        if where:
-            return where
-    return None
 
 
 def label(row: dict) -> str:
@@ -294,23 +217,6 @@ def stage_rows(run: Run) -> list[dict]:
     return [{"stage": s, "seconds": m["seconds"], "counts": [(k, count(v)) for k, v in m["counts"].items()
              if not k.startswith("dropped/")], "created": m["created"], "bytes": sum(
              f["bytes"] for f in m["files"].values())} for s, m in run.manifests.items()]
-
-
-def lineage(run: Run) -> list[dict]:
-    """Which artifacts each artifact was made from, found by content hash; what no stage made came from outside."""
-    makers = {}
-    for stage, m in run.manifests.items():
-        makers[content_hash(m["files"])] = stage
-        for folder in {f.split("/")[0] for f in m["files"] if "/" in f}:
-            files = {k.removeprefix(f"{folder}/"): v for k, v in m["files"].items() if k.startswith(f"{folder}/")}
-            makers.setdefault(content_hash(files), f"{stage}/{folder}")
-    rows = []
-    for stage, m in run.manifests.items():
-        inputs = [{"name": name, "hash": value[:12], "maker": makers.get(value)} for name, value in m["inputs"].items()
-                  if isinstance(value, str) and len(value) == 32]
-        rows.append({"stage": stage, "hash": content_hash(m["files"])[:12], "inputs": inputs, "created": m["created"],
-                     "files": len(m["files"])})
-    return rows
 
 
 def count(value) -> str:

@@ -5,6 +5,8 @@ fsynced, `manifest.json` is written, and one rename to `<name>/` makes the artif
 directory of its name holds a manifest whose key equals the hash of its config and its inputs' contents.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json
@@ -15,12 +17,13 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from strop.trainer.world import World
+if TYPE_CHECKING:  # those who only read run directories need no torch
+    from strop.trainer.world import World
 
 WORK = "work"  # a stage's scratch (step checkpoints); never part of the artifact
 DROPS = pa.schema([(c, pa.string()) for c in ("stage", "prompt_id")] + [("sample_index", pa.int32())]
@@ -206,6 +209,7 @@ class Store:
 
     def __init__(self, run_dir: Path, world: World, console: Any, metrics: Any = None, plan: bool = False):
         self.run_dir, self.world, self.console, self.metrics, self.plan = run_dir, world, console, metrics, plan
+        self.after: Any = None  # called on the first rank with the manifest of each stage that was made
         self.plans: list[tuple[str, str, str]] = []  # (stage, done | stale | to run, why)
         self.manifests: dict[str, dict] = {}
         self._checked: set[Path] = set()
@@ -318,6 +322,8 @@ class Store:
             shutil.rmtree(final / WORK, ignore_errors=True)
             self._checked.add(final)
             self._summary(manifest)
+            if self.after:
+                self.after(manifest)
         self.world.barrier()
 
     def _summary(self, manifest: dict) -> None:
