@@ -1,10 +1,12 @@
 """What a person sees while a run goes on: progress bars on a terminal, whole plain lines everywhere else."""
 
+import json
 import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as RichConsole
@@ -14,6 +16,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
+NOTE_SECONDS = 1.0  # between two notes of how far a stage is
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data quoted in a message must not drive the terminal
 
 
@@ -49,11 +52,26 @@ class Progress:
         self.done, self.resumed, self.tokens = done, done, 0
         self.clock, self.start = clock, clock()
         self.show = lambda final: None
+        self.note: Path | None = None
+        self.noted = -NOTE_SECONDS
 
     def advance(self, items: int = 1, tokens: int = 0) -> None:
         self.done += items
         self.tokens += tokens
         self.show(False)
+        if self.note and self.clock() - self.noted >= NOTE_SECONDS:
+            self.noted = self.clock()
+            self.write_note()
+
+    def write_note(self) -> None:
+        """Replaces the file `note`, for those who watch from outside; a note that cannot be written is left out."""
+        left = self.left()
+        note = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit, "pace": self.pace(),
+                "left": left if left < 1e8 else None, "updated": time.time()}
+        temporary = self.note.with_name(f".{self.note.name}.tmp")
+        with suppress(OSError):
+            temporary.write_text(json.dumps(note) + "\n", encoding="utf-8")
+            temporary.replace(self.note)
 
     def left(self) -> float:
         """Seconds left at the pace so far; what an earlier process had done does not count as pace."""
@@ -74,7 +92,10 @@ class Console:
     """Prints for the first rank; on other ranks (`enabled=False`) every method is silent.
 
     `plain=None` decides itself: bars on a terminal, plain lines when stdout is a file, a pipe or a CI job's log.
+    `note`: a file that always says how far the stage at work is.
     """
+
+    note: Path | None = None
 
     def __init__(self, enabled: bool = True, plain: bool | None = None, file: TextIO | None = None):
         self.enabled, self.file = enabled, file
@@ -116,6 +137,9 @@ class Console:
         """Yields a `Progress`: `advance(items, tokens)`. `unit` names the items where they are not tokens; `done` of
         them were finished by an earlier, killed process."""
         bar = Progress(label, total, unit, done)
+        if self.enabled and self.note:
+            bar.note = self.note
+            bar.write_note()
         if not self.enabled:
             yield bar
         elif self.plain:

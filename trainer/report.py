@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -26,25 +27,48 @@ PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond
     "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",),
 }
+REST = 20  # a report that is refreshed during a run takes at most one part in so many of the run's time
+
 
 def write_report(run_dir: Path) -> Path:
     """Writes report.html into the run directory and returns its path. Raises ValueError if there is no such folder."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir}: no such run directory")
-    run = read_run(run_dir)
+    html = render(context(read_run(run_dir)))
+    path = run_dir / "report.html"
+    write_atomic(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
+    return path
+
+
+class Refresh:
+    """Keeps report.html in step with a run: call it after each stage. A report that fails only warns."""
+
+    def __init__(self, run_dir: Path, console, clock=time.monotonic):
+        self.run_dir, self.console, self.clock, self.not_before = run_dir, console, clock, clock()
+
+    def __call__(self) -> None:
+        started = self.clock()
+        if started < self.not_before:
+            return
+        try:
+            write_report(self.run_dir)
+        except Exception as e:  # whatever it is, the run is worth more than its picture
+            self.console.warn(f"{self.run_dir / 'report.html'}: not refreshed ({type(e).__name__}: {e})")
+        self.not_before = self.clock() + REST * (self.clock() - started)
+
+
+def render(values: dict) -> str:
+    """The page of a run, from its `context`."""
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals["colours"] = COLOURS
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "duration": duration,
                             "points": lambda v: f"{100 * v:+.1f}", "count": count}
-    html = environment.get_template("report.html.j2").render(
-        context(run), script=Markup(script), style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+    return environment.get_template("report.html.j2").render(
+        values, script=Markup(script), style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
-    path = run_dir / "report.html"
-    write_atomic(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
-    return path
 
 
 def context(run: Run) -> dict:
