@@ -3,8 +3,13 @@
 import json
 import math
 import re
+from collections import Counter
+from pathlib import Path
 
 import yaml
+
+from strop.trainer.config import Recipe
+from strop.trainer.store import read_json, read_table, versions
 
 GGUF_NOTE = (
     "The start weights were dequantised from a GGUF file. Part of any gain over them may be repair of what the "
@@ -39,6 +44,31 @@ def model_card(info: dict) -> str:
              f"{rounds} of sampling, scoring, SFT, DPO and merging."]
     parts += usage() + results(info) + lineage(info) + appendix(info)
     return "\n\n".join(parts) + "\n"
+
+
+def card_info(recipe: Recipe, run_dir: Path, results: list[dict], base_hash: str, prompts: Path | None,
+              promotions: list[dict]) -> dict:
+    """What `model_card` shows of a run, but for its base model. base_hash: content hash of the start weights."""
+    rounds = []
+    for p in promotions:
+        folder = run_dir / f"round-{p['round']:02}"
+        manifests = [read_json(m) for m in folder.glob("*/manifest.json")]
+        rounds.append({"round": folder.name, "promoted": p["promoted"], "stages": {
+            m["stage"].split("/")[1]: {"hash": m["key"], "counts": m["counts"], "seconds": m["seconds"]}
+            for m in sorted(manifests, key=lambda m: m["created"])}})
+    counts = Counter(read_table(prompts / "prompts.parquet")["source"].to_pylist()) if prompts else Counter()
+    named = [("base" if r["round"] is None else f"round {r['round']} {r['stop']}", r) for r in results]
+    return {
+        "name": recipe.name, "seed": recipe.seed,
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir"}), "rounds": rounds, "versions": versions(),
+        "results": [{"candidate": name, "split": split, "n": r[split]["n"], "pass_rate": r[split]["pass_rate"]}
+                    for name, r in named for split in ("validation", "test")],
+        "gains": [{"candidate": name, "over": over, **r[key]} for name, r in named if "part" in r
+                  for key, over in (("over_base", "base"), ("part", r["before"]))],
+        "sources": [{"name": s.name, "origin": s.reasoning_gym or Path(s.path).name, "prompts": counts[s.name],
+                     "verifier": s.verifier or "reasoning_gym"} for s in recipe.data.sources],
+        "hashes": {"base weights": base_hash} | {f"round {p['round']} promoted": p["hash"] for p in promotions},
+    }
 
 
 def usage() -> list[str]:

@@ -1,19 +1,138 @@
-"""The paired bootstrap: how sure is a gain that two candidates show on the same prompts."""
+"""Two or more runs side by side: what was asked of them, what they reached on the same prompts, and what it cost."""
+
+from collections import Counter
 
 import numpy as np
 
+from strop.trainer.card import percent, wilson
+from strop.trainer.console import duration
+from strop.trainer.results import BASE, correct, paired_bootstrap, points
+from strop.trainer.rundir import Run, find_run, read_run, standing
+from strop.trainer.store import read_table
 
-def paired_bootstrap(new: np.ndarray, old: np.ndarray, resamples: int, seed: int,
-                     level: float = 0.95) -> tuple[float, float, float]:
-    """(gain, low, high): the mean of `new` - `old` and its percentile interval over resampled prompts.
+ABSENT = "-"
+OWN = ("name", "output_dir")  # keys that always differ
+MEASURES = ("evaluate.max_new_tokens", "score.", "data.sources")  # keys on which a pass rate depends
+KINDS = {"sample": "sampling", "sft": "training", "reference": "training", "dpo": "training", "evaluate": "evaluation",
+         "baseline": "evaluation"}
 
-    new, old: [prompts], entry i of both belongs to the same prompt. Raises ValueError if they differ in length or are
-    empty.
+
+def compare(console, *arguments: str) -> None:
+    """Prints the tables of two or more runs; the first one is what the others are measured against.
+
+    Raises ValueError if one of them is no run directory or has no results yet.
     """
-    if new.shape != old.shape or new.ndim != 1 or not len(new):
-        raise ValueError(f"paired_bootstrap needs two arrays of the same prompts, got shapes {new.shape}, {old.shape}")
-    # prompts with equal differences are exchangeable, so how often each difference is drawn is multinomial
-    values, counts = np.unique(new.astype(np.float64) - old.astype(np.float64), return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(new), counts / len(new), size=resamples)
-    low, high = np.quantile(drawn @ values / len(new), [(1 - level) / 2, (1 + level) / 2])
-    return float(values @ counts / len(new)), float(low), float(high)
+    runs = [read_run(find_run(a)) for a in arguments]
+    if len({r.dir.resolve() for r in runs}) < len(runs):
+        raise ValueError(f"compare {' '.join(arguments)}: the same run stands there twice")
+    names = labels(runs)
+    differing = differences(runs)
+    console.table("what differs in their recipes", ["key", *names],
+                  [[key, *map(short, values)] for key, values in differing] or [["nothing", *[""] * len(runs)]])
+    if measured := [key for key, _ in differing if key.startswith(MEASURES)]:
+        console.warn(f"{', '.join(measured)} differ: the pass rates below are not measured alike")
+    results = [result(run) for run in runs]
+    console.table("test split, promoted weights (95 % intervals; differences are paired by prompt)",
+                  ["run", "weights", "prompts", "base", "pass rate", "over its base", f"over {names[0]}", "shared"],
+                  result_rows(names, results))
+    if sources := source_rows(results):
+        console.table("test split by source", ["source", *names], sources)
+    console.table("cost", ["run", "state", "ranks", "in stages", "sampling", "training", "evaluation", "other",
+                           "sampled tokens", "steps", "versions"],
+                  [cost_row(name, run) for name, run in zip(names, runs, strict=True)])
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """Names of the runs; their paths where two share a name."""
+    names = Counter(run.name for run in runs)
+    return [run.name if names[run.name] == 1 else str(run.dir) for run in runs]
+
+
+def differences(runs: list[Run]) -> list[tuple[str, list]]:
+    """(key, its value in each run) of every key of the recipes that is not the same in all."""
+    flat = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(k for f in flat for k in f if k not in OWN)
+    found = [(k, [f.get(k, ABSENT) for f in flat]) for k in keys]
+    return [(k, values) for k, values in found if any(v != values[0] for v in values)]
+
+
+def flatten(tree, prefix: str = "") -> dict:
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, t in tree.items() for k, v in flatten(t, f"{prefix}{name}.").items()}
+    if isinstance(tree, list) and any(isinstance(t, dict) for t in tree):
+        return {k: v for i, t in enumerate(tree) for k, v in flatten(t, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def short(value) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+def result(run: Run) -> dict | None:
+    """`label` and per prompt of the test split whether base and promoted weights were right; None without any yet."""
+    if "baseline" not in run.manifests:
+        return None
+    where = tuple(standing(run) or BASE)
+    label = "base" if where == BASE else " ".join([where[0].split("/")[0].replace("-0", " "), where[1]])
+    if where[0] == "baseline" and run.promotions:
+        label = "base (promoted)"
+    sources = {r["prompt_id"]: r["source"] for r in read_table(run.dir / where[0] / "results.parquet").to_pylist()}
+    return {"label": label, "base": correct(run.dir, BASE, "test"), "now": correct(run.dir, where, "test"),
+            "sources": sources, "resamples": int(run.config.get("evaluate", {}).get("bootstrap", 10_000))}
+
+
+def difference(new: dict[str, bool], old: dict[str, bool], resamples: int) -> dict | None:
+    """Gain of `new` over `old` on the prompts that both have: gain, low, high, n. None where they share none."""
+    ids = sorted(new.keys() & old.keys())
+    if not ids:
+        return None
+    a, b = (np.array([side[i] for i in ids], dtype=float) for side in (new, old))
+    gain, low, high = paired_bootstrap(a, b, resamples, 0)
+    return {"gain": gain, "low": low, "high": high, "n": len(ids)}
+
+
+def rate(right: dict[str, bool]) -> str:
+    if not right:
+        return ABSENT
+    share = sum(right.values()) / len(right)
+    low, high = wilson(share, len(right))
+    return f"{percent(share)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def result_rows(names: list[str], results: list[dict | None]) -> list[list[str]]:
+    rows, first = [], results[0]
+    for name, r in zip(names, results, strict=True):
+        if r is None:
+            rows.append([name, "not evaluated yet", *[ABSENT] * 6])
+            continue
+        over_first = difference(r["now"], first["now"], r["resamples"]) if first and r is not first else None
+        rows.append([name, r["label"], str(len(r["now"])), rate(r["base"]), rate(r["now"]),
+                     points(difference(r["now"], r["base"], r["resamples"])),
+                     ABSENT if r is first else points(over_first) or "no prompt in common",
+                     str(over_first["n"]) if over_first else ABSENT])
+    return rows
+
+
+def source_rows(results: list[dict | None]) -> list[list[str]]:
+    """A row a source with each run's pass rate, where there is more than one source."""
+    names = sorted({s for r in results if r for s in r["sources"].values()})
+    if len(names) < 2:
+        return []
+    return [[s, *(rate({i: ok for i, ok in r["now"].items() if r["sources"][i] == s}) if r else ABSENT
+                  for r in results)] for s in names]
+
+
+def cost_row(name: str, run: Run) -> list[str]:
+    seconds = Counter()
+    for stage, m in run.manifests.items():
+        seconds[KINDS.get(stage.split("/")[-1], "other")] += m["seconds"]
+    counts = [(s.split("/")[-1], m["counts"]) for s, m in run.manifests.items()]
+    tokens = sum(c.get("tokens", 0) for kind, c in counts if kind == "sample")
+    steps = sum(c.get("steps", 0) for kind, c in counts if kind in ("sft", "dpo"))
+    ranks = sorted({m.get("ranks", 1) for m in run.manifests.values()}) or [0]
+    versions = next((m["versions"] for m in reversed(run.manifests.values()) if m.get("versions")), {})
+    return [name, "finished" if run.finished else f"{len(run.promotions)} rounds done", "/".join(map(str, ranks)),
+            duration(sum(seconds.values())), *(duration(seconds[k]) for k in ("sampling", "training", "evaluation",
+                                                                             "other")),
+            f"{tokens:,}", f"{steps:,}", " ".join(f"{k} {v}" for k, v in versions.items() if k in ("strop", "torch"))]

@@ -101,7 +101,7 @@ class Artifact:
     hash: str | None
     files: dict[str, dict] = field(default_factory=dict, repr=False, compare=False)
 
-    def sub(self, folder: str) -> "Artifact":
+    def sub(self, folder: str) -> Artifact:
         """The part below `folder`, with the hash of its own content: equal weights have equal hashes."""
         files = {k.removeprefix(folder + "/"): v for k, v in self.files.items() if k.startswith(folder + "/")}
         return Artifact(self.path / folder, content_hash(files) if self.hash else None, files)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from strop.trainer import generate
-from strop.trainer.compare import paired_bootstrap
 from strop.trainer.config import Recipe
 from strop.trainer.console import Console
 from strop.trainer.prompts import SCHEMA
+from strop.trainer.results import paired_bootstrap
 from strop.trainer.stages import evaluate as module
 from strop.trainer.stages.evaluate import evaluate
 from strop.trainer.store import Stage, read_json, read_table, write_table
