@@ -8,12 +8,13 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from strop.trainer.commands import VERBS, run_verb
 from strop.trainer.config import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 USAGE = """\
-usage: torchrun trainer/main.py [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
-
+usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
+{verbs}
 Runs rounds of rejection sampling, SFT and DPO. Without arguments it runs the recipe quickstart.
 
   RECIPE      a recipe that ships with Strop: {recipes}
@@ -24,7 +25,8 @@ Runs rounds of rejection sampling, SFT and DPO. Without arguments it runs the re
   --help      this text
 
 The same command resumes a run that stopped; a changed key runs again what depends on it.
-Several processes: torchrun --nproc-per-node=2 trainer/main.py ...
+The other commands look at runs; `strop show --help` and so on say more.
+In a checkout `torchrun trainer/main.py` is `strop`; several processes: torchrun --nproc-per-node=2 trainer/main.py ...
 
 Keys, with type, default and meaning:
 """
@@ -36,6 +38,8 @@ class Command:
     plan: bool = False
     debug: bool = False
     help: bool = False
+    verb: str | None = None  # one of VERBS, with its arguments, instead of a recipe
+    arguments: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -48,6 +52,8 @@ class _Read:
 
 def parse(argv: list[str]) -> Command:
     """Raises ValueError, one mistake a line."""
+    if argv[:1] and argv[0] in VERBS:
+        return Command(verb=argv[0], arguments=[a for a in argv[1:] if a != "--debug"], debug="--debug" in argv)
     command, read, overrides, name = Command(), None, [], "quickstart"
     for argument in argv:
         if argument in ("--help", "-h"):
@@ -75,6 +81,14 @@ def parse(argv: list[str]) -> Command:
     return command
 
 
+def answer(command: Command) -> None:
+    """Carries out a command that runs no recipe: help, or one of VERBS."""
+    if command.verb:
+        run_verb(command.verb, command.arguments)
+    else:
+        print(help_text(), flush=True)
+
+
 def find_recipe(argument: str) -> Path:
     """A recipe file by its path or by the name it ships under. Raises ValueError if there is neither."""
     path = Path(argument)
@@ -84,7 +98,10 @@ def find_recipe(argument: str) -> Path:
         return path
     shipped = RECIPES / f"{argument}.yaml"
     if not shipped.is_file():
-        raise ValueError(f"{argument}: no such recipe; there are {', '.join(shipped_recipes())}, or name a .yaml file")
+        near = difflib.get_close_matches(argument, [*VERBS, *shipped_recipes()], n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{argument}: no such recipe; {hint}there are {', '.join(shipped_recipes())}, or name a .yaml "
+                         f"file (other commands: {', '.join(VERBS)})")
     return shipped
 
 
@@ -243,7 +260,8 @@ def type_name(annotation) -> str:
 
 def help_text() -> str:
     """Usage and every key."""
-    lines = [USAGE.format(recipes=", ".join(shipped_recipes()))]
+    verbs = "".join(f"       {verb.usage:<32} {verb.purpose}\n" for verb in VERBS.values())
+    lines = [USAGE.format(recipes=", ".join(shipped_recipes()), verbs=verbs)]
 
     def section(model: type[BaseModel], prefix: str) -> None:
         for name, info in model.model_fields.items():

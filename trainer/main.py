@@ -11,7 +11,7 @@ for key, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQ
     os.environ.setdefault(key, value)
 
 try:
-    from strop.trainer.cli import Command, help_text, parse, to_yaml
+    from strop.trainer.cli import Command, answer, parse, to_yaml
 except ModuleNotFoundError as e:
     sys.exit(f"{e}: install Strop first, with `make run` or `pip install -e .` in the folder above trainer/")
 
@@ -21,7 +21,7 @@ def run(command: Command) -> None:
     from strop.trainer.loop import run_recipe
     from strop.trainer.metrics import Metrics
     from strop.trainer.models import find_base
-    from strop.trainer.report import write_report
+    from strop.trainer.report import Refresh, write_report
     from strop.trainer.results import print_results
     from strop.trainer.store import Store, write_atomic
     from strop.trainer.world import join
@@ -29,8 +29,7 @@ def run(command: Command) -> None:
     recipe, started = command.recipe, time.perf_counter()
     world = join(recipe.device, recipe.threads)
     console = Console(enabled=world.first)
-    run_dir = Path(recipe.output_dir) / recipe.name
-    text = to_yaml(recipe)
+    run_dir, text = Path(recipe.output_dir) / recipe.name, to_yaml(recipe)
     store = Store(run_dir, world, console, plan=command.plan)
     if command.plan:
         run_recipe(store, recipe, find_base(recipe.model, console, convert=False))
@@ -38,6 +37,7 @@ def run(command: Command) -> None:
         console.table(f"plan of {run_dir}", ["stage", "state", "why"], [list(plan) for plan in store.plans])
         return
     store.lock()
+    console.note, store.after = run_dir / "progress.json", Refresh(run_dir, console)
     base = world.share(find_base(recipe.model, console) if world.first else None)
     console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.device.type}   base {base.name}")
     store.metrics = Metrics(run_dir, console, recipe.log.tensorboard, enabled=world.first)
@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         command = parse(argv)
-        if command.help:
-            print(help_text() * first, flush=True)
-        else:
+        if command.recipe is not None:
             run(command)
+        elif first:
+            answer(command)
     except ValueError as e:
         if "--debug" in argv:
             raise

@@ -16,7 +16,7 @@ from strop.trainer.charts import COLOURS, Dot, Line, bar_chart, column_chart, do
 from strop.trainer.console import duration
 from strop.trainer.metrics import RESERVED
 from strop.trainer.results import round_results
-from strop.trainer.rundir import Run, lineage, number_of_rounds, planned, read_run, standing
+from strop.trainer.rundir import Run, lineage, planned, read_run, standing
 from strop.trainer.store import read_table, write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,12 +42,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 class Refresh:
-    """Keeps report.html in step with a run: call it after each stage. A report that fails only warns."""
+    """Keeps report.html in step with a run: called with the manifest of each stage. A report that fails only warns."""
 
     def __init__(self, run_dir: Path, console, clock=time.monotonic):
         self.run_dir, self.console, self.clock, self.not_before = run_dir, console, clock, clock()
 
-    def __call__(self) -> None:
+    def __call__(self, manifest: dict) -> None:
         started = self.clock()
         if started < self.not_before:
             return
@@ -80,7 +80,7 @@ def context(run: Run) -> dict:
     sampling = run.attempt("samples", sampling_rows, run, default=[])
     return {
         "name": run.config.get("name", run.dir.name), "seed": run.config.get("seed"), "model": path,
-        "finished": "final" in run.manifests, "rounds_done": len(run.promotions), "rounds": number_of_rounds(run),
+        "finished": "final" in run.manifests, "rounds_done": len(run.promotions), "rounds": run.rounds,
         "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
         "pipeline": pipeline(run), "headline": headline(results), "results": result_table(results),
         "result_sources": sources_of(results), "pass_charts": pass_charts(results), "training": training(run),

@@ -41,6 +41,12 @@ class Run:
         return str(self.config.get("name", self.dir.name))
 
     @property
+    def rounds(self) -> int:
+        """As many as the recipe asks for, or more if more are there."""
+        seen = {s.split("/")[0] for s in [*self.manifests, *self.partial] if s.startswith("round-")}
+        return max(len(seen), int(self.config.get("rounds", 0)))
+
+    @property
     def finished(self) -> bool:
         return "final" in self.manifests
 
@@ -92,11 +98,6 @@ def stage_order(stage: str) -> tuple:
     return first, head, ROUND_STAGES.index(tail) if tail in ROUND_STAGES else len(ROUND_STAGES)
 
 
-def number_of_rounds(run: Run) -> int:
-    seen = {s.split("/")[0] for s in [*run.manifests, *run.partial] if s.startswith("round-")}
-    return max(len(seen), int(run.config.get("rounds", 0)))
-
-
 def planned(run: Run) -> list[tuple[str, list[str]]]:
     """(row's name, its stages) of all that the recipe asks for, in order: the start, each round, the end."""
     off = {s for s in ("sft", "dpo") if run.config.get(s, {}).get("enabled") is False}
@@ -105,7 +106,7 @@ def planned(run: Run) -> list[tuple[str, list[str]]]:
     off |= set() if sources else {"sample", "score", "evaluate"}
     rows = [("start", ["prompts", "baseline"])] if sources else []
     rows += [(f"round {r}", [f"round-{r:02}/{s}" for s in ROUND_STAGES if s not in off])
-             for r in range(number_of_rounds(run))]
+             for r in range(run.rounds)]
     return [*rows, ("end", ["final"])]
 
 
