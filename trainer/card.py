@@ -42,7 +42,7 @@ def model_card(info: dict) -> str:
     parts = ["---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", f"# {text(info['name'])}",
              f"Post-trained from {code(info['base_model'])} with Strop: "
              f"{rounds} of sampling, scoring, SFT, DPO and merging."]
-    parts += usage() + results(info) + lineage(info) + appendix(info)
+    parts += usage() + licence(info) + results(info) + lineage(info) + appendix(info)
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,6 +75,16 @@ def usage() -> list[str]:
     return ["## Use", "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n"
             "```\n\n`folder` is the folder of this file. Prompts go through `tokenizer.apply_chat_template`."]
+
+
+def licence(info: dict) -> list[str]:
+    """What the parents allow; the prompts and ready data have licences of their own."""
+    base = code(info["base_model"])
+    said = f"The licence of the start weights {base} is not known; look it up before you pass this model on."
+    if info.get("license"):
+        said = f"The start weights {base} are licensed under {text(info['license'])}; its terms apply to what derives " \
+               "from them."
+    return ["## Licence", said + " Prompts and other training data keep licences of their own."]
 
 
 def results(info: dict) -> list[str]:
