@@ -82,8 +82,8 @@ def licence(info: dict) -> list[str]:
     base = code(info["base_model"])
     said = f"The licence of the start weights {base} is not known; look it up before you pass this model on."
     if info.get("license"):
-        said = f"The start weights {base} are licensed under {text(info['license'])}; its terms apply to what derives " \
-               "from them."
+        said = f"The start weights {base} are licensed under {text(info['license'])}; its terms apply to what " \
+               "derives from them."
     return ["## Licence", said + " Prompts and other training data keep licences of their own."]
 
 
