@@ -68,9 +68,9 @@ def run_recipe(run: Store, recipe: Recipe, base: Base) -> Artifact:
             fresh = {a.hash or stop: stop for stop, a in reversed(stops.items())}  # equal weights: the first name stays
             fresh = {stop: stops[stop] for key, stop in fresh.items() if key not in standing}
             evaluated = run.stage(f"{name}/evaluate", evaluate, recipe, keys["evaluate"], True, prompts=prompts,
-                                  candidates=dict(sorted(fresh.items())))
+                                  candidates=dict(sorted(fresh.items())), start=start)
             standing |= {artifact.hash: (evaluated, stop) for stop, artifact in fresh.items()}
-        chosen = promote(recipe, stops, standing)
+        chosen = promote(run, recipe, stops, standing)
         weights = stops[chosen]
         promotions.append({"round": r, "promoted": chosen, "hash": weights.hash, "candidates": {
             stop: [str(standing[a.hash][0].path.relative_to(run.run_dir)), standing[a.hash][1]]
@@ -78,18 +78,22 @@ def run_recipe(run: Store, recipe: Recipe, base: Base) -> Artifact:
         if not run.plan and run.world.first:
             write_json(run.run_dir / "promotions.json", promotions)
             run.console.line(f"{name}: promoted {chosen}")
-    return run.stage("final", final, recipe, keys["final"], weights=weights, prompts=prompts,
+    run.verify([evaluated for evaluated, _ in standing.values()])
+    last = run.stage("final", final, recipe, keys["final"], weights=weights, prompts=prompts,
                      base_name=base.name, license=base.license,
                      base_hash=start.hash, from_gguf=base.from_gguf, promotions=promotions)
+    run.verify(last)
+    return last
 
 
-def promote(recipe: Recipe, stops: dict[str, Artifact], standing: dict) -> str:
+def promote(run: Store, recipe: Recipe, stops: dict[str, Artifact], standing: dict) -> str:
     """The name of the weights that go on: the best pass rate on the validation split, later ones winning ties."""
     if recipe.merge.promote == "last" or any(a.hash not in standing or a.hash is None for a in stops.values()):
         return "merge"
 
     def rate(stop: str) -> float:
         artifact, candidate = standing[stops[stop].hash]
+        run.verify(artifact)
         return read_json(artifact.path / "summary.json")[candidate]["validation"]["pass_rate"]
 
     return max(reversed(stops), key=rate)

@@ -5,10 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-# a run fetches nothing, and libraries' bars and warnings would break up its own lines
-for key, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
-                   "TRANSFORMERS_VERBOSITY": "error"}.items():
-    os.environ.setdefault(key, value)
+# libraries' bars and warnings would break up a run's own lines, and whatever the environment says, it fetches nothing
+os.environ.update({"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error",
+                   **os.environ, "HF_HUB_OFFLINE": "1"})
 
 try:
     from strop.trainer.cli import Command, answer, parse, to_yaml
@@ -60,15 +59,16 @@ def main(argv: list[str] | None = None) -> int:
             run(command)
         elif first:
             answer(command)
-    except ValueError as e:
+    except BrokenPipeError:  # the reader of --help or --plan has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (ValueError, OSError) as e:
         if "--debug" in argv:
             raise
         if not first:
             time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
-    except BrokenPipeError:  # the reader of --help or --plan has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

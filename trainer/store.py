@@ -7,13 +7,16 @@ directory of its name holds a manifest whose key equals the hash of its config a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:  # those who only read run directories need no torch
     from strop.trainer.world import World
@@ -48,13 +52,45 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def writing(path: Path, *temporary: Path):
+    """Around what writes `path`: an error of the file system becomes one line that names it (ValueError), and the
+    `temporary` files or folders go, so that a full disk gets its space back."""
+    try:
+        yield
+    except (OSError, SafetensorError, pa.ArrowException) as e:
+        for part in temporary:
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({reason_of(e)}); {remedy_of(e)}; the same command then goes on "
+                         "from here, what was finished stands") from e
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def remedy_of(error: Exception) -> str:
+    """What to do about an error of the file system; Rust and C++ say its number in the text only."""
+    told = re.search(r"(?:os error|errno) (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(told[1]) if told else None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make it writable or choose another output_dir="
+    return "see to that or choose another output_dir="
+
+
 def write_atomic(path: Path, write) -> None:
-    """Calls `write(temporary_path)`, then puts the file in place of `path` in one step."""
+    """Calls `write(temporary_path)`, then puts the file in place of `path` in one step.
+
+    Raises ValueError, naming the file, where the disk is full or the folder cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with writing(path, temporary):
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -62,24 +98,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError if the file is not JSON."""
+    """Raises ValueError if the file is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:
         raise ValueError(f"{path}: not readable as JSON ({e}); delete its folder to have it made again") from e
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes Parquet, atomically and with the same bytes for the same rows."""
-    write_atomic(path, lambda p: pq.write_table(table, p, compression="zstd"))
+    """Writes Parquet, atomically, with the same bytes for the same rows and a checksum in every page."""
+    write_atomic(path, lambda p: pq.write_table(table, p, compression="zstd", write_page_checksum=True))
 
 
 def read_table(path: Path) -> pa.Table:
-    """Raises ValueError if the file is missing or not Parquet."""
+    """Raises ValueError if the file is missing, not Parquet or damaged."""
     try:
-        return pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowInvalid) as e:
-        raise ValueError(f"{path}: not readable as Parquet ({e}); delete its folder to have it made again") from e
+        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as e:
+        raise ValueError(f"{path}: not readable as Parquet ({reason_of(e)}); delete its folder to have it made "
+                         "again") from e
 
 
 def read_part(path: Path, schema: pa.Schema) -> pa.Table | None:
@@ -113,7 +150,7 @@ def content_hash(files: dict[str, dict]) -> str:
 
 def external(path: str | Path) -> Artifact:
     """A file or folder from outside the run directory, hashed by content."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     return Artifact(path, content_hash(files := list_files(path)), files)
@@ -129,6 +166,29 @@ def list_files(top: Path) -> dict[str, dict]:
         if name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts):
             found[name.as_posix()] = {"hash": hash_file(path), "bytes": path.stat().st_size}
     return found
+
+
+def read_manifest(folder: Path) -> dict:
+    """Raises ValueError if the folder's manifest is missing or is none."""
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or not {"key", "config", "inputs", "files"} <= manifest.keys():
+        raise ValueError(f"{folder / 'manifest.json'}: damaged, it is no manifest; delete its folder to have it made "
+                         "again")
+    return manifest
+
+
+def check_file(path: Path, entry: dict, remedy: str) -> None:
+    """Raises ValueError unless the file's content is what `entry`, as `list_files` made it, says."""
+    if not path.exists():
+        raise ValueError(f"{path}: missing; {remedy}")
+    if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["hash"]:
+        raise ValueError(f"{path}: damaged, its content is not what was written; {remedy}")
+
+
+def remove_leftovers(paths) -> None:
+    """Removes files and folders that a killed process had not finished."""
+    for path in list(paths):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -223,7 +283,7 @@ class Store:
             self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held for the life of the process
         except OSError as e:
-            raise ValueError(f"{self.run_dir}: cannot be written ({e.strerror}); choose another output_dir=") from e
+            raise ValueError(f"{self.run_dir}: cannot be written ({e.strerror}); {remedy_of(e)}") from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -231,9 +291,11 @@ class Store:
             holder = self._lock.read().strip() or "?"
             raise ValueError(f"{self.run_dir}: process {holder} is running it; wait for it to end or choose another "
                              "name=") from e
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        with writing(self.run_dir / ".lock"):
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+        remove_leftovers(self.run_dir.glob(".*.tmp"))
 
     def stage(self, name: str, function, recipe, config: dict, all_ranks: bool = False, depends: dict | None = None,
               **inputs) -> Artifact:
@@ -253,8 +315,9 @@ class Store:
         self.world.barrier()  # all ranks have read the state before anything moves
         if state != "done":
             if state == "stale":
-                self.console.warn(f"{name}: made again, because {why}; the old one is kept in {self.run_dir / 'stale'}")
-            self._verify(inputs)
+                self.console.warn(f"{name}: made again, because {why or 'its manifest changed'}; the old one is kept "
+                                  f"in {self.run_dir / 'stale'}")
+            self.verify(inputs)
             self._make(final, name, key, function, recipe, config, all_ranks, inputs, hashes)
         elif self.world.first:
             self.console.line(f"{name}: done before, kept")
@@ -265,7 +328,7 @@ class Store:
         upstream = [k for k, v in _flat(hashes).items() if v is None]
         if not (final / "manifest.json").exists():
             return "to run", "partly made" if (final.parent / f"{final.name}.partial").exists() else ""
-        manifest = read_json(final / "manifest.json")
+        manifest = read_manifest(final)
         if manifest["key"] == key:
             return "done", ""
         changed = _differences(manifest["config"], config) + [
@@ -274,23 +337,22 @@ class Store:
             changed = [*_differences(manifest["config"], config), "what it is made from will be made again"]
         return "stale", "; ".join(changed)
 
-    def _verify(self, inputs: dict) -> None:
-        """Re-hashes artifacts of earlier processes before they are used, once. Raises ValueError on corruption."""
+    def verify(self, artifacts: Any) -> None:
+        """Re-hashes artifacts of earlier processes before they are used, once. Raises ValueError on corruption.
+
+        `artifacts` is an Artifact, or dicts and lists of them; a plan reads none."""
 
         def check(artifact: Artifact) -> None:
             own = self.run_dir in artifact.path.parents
-            if not self.world.first or not own or self._checked & {artifact.path, *artifact.path.parents}:
+            if self.plan or not self.world.first or not own or self._checked & {artifact.path, *artifact.path.parents}:
                 return
             self._checked.add(artifact.path)
+            parts = artifact.path.relative_to(self.run_dir).parts
+            stage = self.run_dir.joinpath(*parts[:2 if parts[0].startswith("round-") else 1])
             for name, entry in artifact.files.items():
-                path = artifact.path / name if artifact.path.is_dir() else artifact.path
-                if not path.exists():
-                    raise ValueError(f"{path}: missing; delete the folder {artifact.path} to have it made again")
-                if path.stat().st_size != entry["bytes"] or hash_file(path) != entry["hash"]:
-                    raise ValueError(f"{path}: damaged, its content is not what was written; delete the folder "
-                                     f"{artifact.path} to have it made again")
+                check_file(artifact.path / name, entry, f"delete the folder {stage} to have it made again")
 
-        _walk(inputs, check)
+        _walk(artifacts, check)
 
     def _make(self, final, name, key, function, recipe, config, all_ranks, inputs, hashes) -> None:
         partial = final.parent / f"{final.name}.partial"
@@ -299,7 +361,9 @@ class Store:
                 self._set_aside(final)
             if partial.exists() and (not (partial / ".key").exists() or (partial / ".key").read_text() != key):
                 self._set_aside(partial)
-            partial.mkdir(parents=True, exist_ok=True)
+            with writing(partial):
+                partial.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(p for p in partial.rglob(".*") if p != partial / ".key")
             write_atomic(partial / ".key", lambda p: p.write_text(key))
         self.world.barrier()
         started = time.perf_counter()
@@ -309,16 +373,18 @@ class Store:
         self.world.barrier()
         if self.world.first:
             files = {k: v for k, v in list_files(partial).items() if k != "manifest.json"}
-            for path in files:
-                _sync(partial / path)
+            with writing(partial):
+                for folder in {partial / path for path in files} | {(partial / path).parent for path in files}:
+                    _sync(folder)
             manifest = {"stage": name, "key": key, "inputs": _flat(hashes), "config": config, "files": files,
                         "counts": stage.counts, "seconds": round(time.perf_counter() - started, 3),
                         "ranks": self.world.size, "versions": versions(),
                         "created": datetime.now(UTC).isoformat(timespec="seconds")}
             manifest["inputs"] = {k: v for k, v in manifest["inputs"].items() if v is not None}
             write_json(partial / "manifest.json", manifest)
-            os.replace(partial, final)
-            _sync(final.parent)
+            with writing(final):
+                os.replace(partial, final)
+                _sync(final.parent)
             shutil.rmtree(final / WORK, ignore_errors=True)
             self._checked.add(final)
             self._summary(manifest)
@@ -333,12 +399,13 @@ class Store:
     def _set_aside(self, path: Path) -> None:
         """Moves a stale artifact away: data already made is never deleted by a run."""
         target = self.run_dir / "stale"
-        target.mkdir(exist_ok=True)
         name = path.relative_to(self.run_dir).as_posix().replace("/", "-")
-        n = sum(1 for _ in target.iterdir())
-        os.replace(path, target / f"{n:03}-{name}")
+        with writing(target):
+            target.mkdir(exist_ok=True)
+            n = 1 + max((int(p.name[:3]) for p in target.iterdir() if p.name[:3].isdigit()), default=-1)
+            os.replace(path, target / f"{n:03}-{name}")
 
     def _load(self, final: Path, name: str) -> Artifact:
-        manifest = read_json(final / "manifest.json")
+        manifest = read_manifest(final)
         self.manifests[name] = manifest
         return Artifact(final, content_hash(manifest["files"]), manifest["files"])
