@@ -172,6 +172,8 @@ class Evaluate(Section):
     max_new_tokens: Positive = Field(64, description="tokens a completion may have")
     batch_size: Positive = Field(128, description="completions decoded together, on each rank")
     bootstrap: Positive = Field(10_000, description="resamples of the paired bootstrap interval")
+    kl_prompts: NotNegative = Field(16, description="held-out prompts on which KL to the start weights is measured; "
+                                    "0 is off")
 
 
 class Log(Section):

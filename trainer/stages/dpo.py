@@ -46,7 +46,8 @@ def dpo(stage: Stage, recipe: Recipe, *, select: Path, policy: Path, reference: 
             nll_denominator=denominator)
 
     train(stage, engine, scorer, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means)
-    stage.counts |= {"pairs": len(pairs), "steps": len(plan)}
+    tokens = sum(pairs[i].tokens for rows in plan for i in rows)
+    stage.counts |= {"pairs": len(pairs), "steps": len(plan), "tokens": tokens}
 
 
 def check_step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, name: str) -> None:

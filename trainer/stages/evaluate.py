@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from strop.trainer.chat import encode_prompt, load_tokenizer, stop_ids
 from strop.trainer.config import Recipe
+from strop.trainer.drift import drift
 from strop.trainer.generate import Generator, load_for_generation
 from strop.trainer.models import DTYPES, context_length
 from strop.trainer.store import Drops, Stage, read_part, read_table, write_json, write_table
@@ -17,11 +18,14 @@ from strop.trainer.verifiers import verify
 SPLITS = ("validation", "test")
 SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source", pa.string()),
                     ("prompt_id", pa.string()), ("completion", pa.string()), ("completion_tokens", pa.int32()),
-                    ("finish", pa.string()), ("score", pa.float64()), ("correct", pa.bool_())])
+                    ("finish", pa.string()), ("score", pa.float64()), ("correct", pa.bool_()),
+                    ("tokens", pa.list_(pa.int32()))])
 
 
-def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[str, Path]) -> None:
-    """Writes results.parquet (a row for each candidate and prompt), summary.json and drops.parquet.
+def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[str, Path],
+             start: Path | None = None) -> None:
+    """Writes results.parquet (a row for each candidate and prompt), summary.json and drops.parquet; with `start`, the
+    weights the run began with, also kl.json: how far each candidate is from them.
 
     Runs on every rank; shards of prompts are the unit of resume. Raises ValueError if no held-out prompt fits.
     """
@@ -29,6 +33,7 @@ def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[st
     rows = [r for r in read_table(prompts / "prompts.parquet").to_pylist() if r["split"] in SPLITS]
     rows.sort(key=lambda r: (SPLITS.index(r["split"]), r["prompt_id"]))
     parts: list[Path] = []
+    asked: dict[str, list[dict]] = {}  # of each candidate, the first prompts, on which the KL is measured
     drops = Drops(stage)
     for c, (name, model) in enumerate(candidates.items()):
         tokenizer = load_tokenizer(model, recipe.model.chat_template, recipe.model.trust_remote_code)
@@ -61,15 +66,25 @@ def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[st
                     write_table(paths[i], judge(tokenizer, name, shards[i], completions, recipe.score.correct_at))
             del generator
         parts += paths
+        asked[name] = fitting[:how.kl_prompts]
     world.barrier()
     if world.first:
         results = pa.concat_tables([SCHEMA.empty_table(), *map(read_table, parts)])
         write_table(stage.dir / "results.parquet", results)
-        summary = summarize(results.to_pylist())
+        rows = results.to_pylist()
+        summary = summarize(rows)
         write_json(stage.dir / "summary.json", summary)
         drops.write()
         stage.counts |= {f"{name}/{split}": found["pass_rate"] for name, splits in summary.items()
                          for split, found in splits.items()}
+        stage.counts["tokens"] = sum(row["completion_tokens"] for row in rows)
+        if start and candidates and how.kl_prompts:
+            tokens = {(row["candidate"], row["prompt_id"]): row["tokens"] for row in rows}
+            own = {name: [(row["tokens"], tokens[name, row["prompt_id"]]) for row in first]
+                   for name, first in asked.items()}
+            moved = drift(candidates, own, start, DTYPES[recipe.dtype], world.device, recipe.model.trust_remote_code)
+            write_json(stage.dir / "kl.json", moved)
+            stage.counts |= {f"{name}/kl": found["kl"] for name, found in moved.items()}
 
 
 def is_done(path: Path, candidate: str, shard: list[dict]) -> bool:
@@ -89,7 +104,7 @@ def judge(tokenizer, candidate: str, shard: list[dict], completions: list, corre
         found.append({"candidate": candidate, "split": row["split"], "source": row["source"],
                       "prompt_id": row["prompt_id"], "completion": text, "completion_tokens": len(completion.tokens),
                       "finish": completion.finish, "score": score,
-                      "correct": completion.finish == "stop" and score >= correct_at})
+                      "correct": completion.finish == "stop" and score >= correct_at, "tokens": completion.tokens})
     return pa.Table.from_pylist(found, schema=SCHEMA)
 
 

@@ -41,7 +41,7 @@ def reference(stage: Stage, recipe: Recipe, *, select: Path, model: Path) -> Non
         table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         assert table.num_rows == len(pairs), (table.num_rows, len(pairs))
         write_table(stage.dir / "reference.parquet", table.sort_by("row_id"))
-        stage.counts |= {"pairs": len(pairs)}
+        stage.counts |= {"pairs": len(pairs), "tokens": sum(p.tokens for p in pairs)}
 
 
 def score_chunk(scorer: Scorer, pairs, bins: list[list[int]], device: torch.device, bar) -> pa.Table:

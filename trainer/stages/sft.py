@@ -39,7 +39,8 @@ def sft(stage: Stage, recipe: Recipe, *, select: Path, start: Path) -> None:
         return {"loss": nll / tokens, "mean_token_accuracy": correct / tokens, "entropy": entropy / tokens}
 
     train(stage, engine, scorer, examples, plan, totals, loss, NAMES, finish)
-    stage.counts |= {"rows": len(examples), "steps": len(plan)}
+    tokens = sum(examples[i].tokens for rows in plan for i in rows)
+    stage.counts |= {"rows": len(examples), "steps": len(plan), "tokens": tokens}
 
 
 def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:

@@ -1,0 +1,81 @@
+"""How far weights have moved: the KL of their next-token distribution from that of the start weights."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from strop.kernels.reference import linear_logits
+from strop.trainer.models import Head, head_of, load_model
+
+CHUNK = 256  # positions whose whole distributions are held at once
+BUDGET = 4096  # tokens that run together, filling included
+
+Row = tuple[list[int], list[int]]  # prompt and completion, as tokens
+
+
+@torch.no_grad()
+def drift(candidates: dict[str, Path], rows: dict[str, list[Row]], start: Path, dtype: torch.dtype,
+          device: torch.device, trust_remote_code: bool = False) -> dict[str, dict]:
+    """For each candidate: `kl` in nats a token with its `stderr`, over so many `prompts` and `tokens`.
+
+    rows: each candidate's own completions. At every token of a completion KL(candidate || start) is exact: summed over
+    the whole vocabulary, untempered. `kl` is its mean over tokens; `stderr` that of a ratio of means, with prompts as
+    the units that were drawn, None for a single one. One model is in memory at a time.
+    """
+    model = load_model(start, dtype, device, "sdpa", trust_remote_code)
+    head, before = head_of(model), {name: hidden_states(model, rows[name]) for name in candidates}
+    head, found = Head(head.weight.detach(), head.bias, head.scale, head.softcap), {}
+    del model
+    for name, path in candidates.items():
+        model = load_model(path, dtype, device, "sdpa", trust_remote_code)
+        after, own = hidden_states(model, rows[name]), head_of(model)
+        sums = [token_kl(a, own, b, head).sum().item() for a, b in zip(after, before[name], strict=True)]
+        found[name] = ratio(sums, [len(completion) for _, completion in rows[name]])
+        del model, own
+    return found
+
+
+def hidden_states(model: nn.Module, rows: list[Row]) -> list[Tensor]:
+    """Per row the hidden states [completion tokens, D] that predict its completion.
+
+    Rows are filled up at their right end, which changes nothing in a causal model, and needs no mask.
+    """
+    found, body = {}, model.get_decoder()
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    left = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    while left:
+        longest = lengths[left[0]]
+        n = max(1, BUDGET // longest)
+        indices, left = left[:n], left[n:]
+        tokens = torch.zeros(len(indices), longest, dtype=torch.int64)
+        for line, i in enumerate(indices):
+            row = [*rows[i][0], *rows[i][1]]
+            tokens[line, :len(row)] = torch.tensor(row)
+        states = body(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+        for line, i in enumerate(indices):
+            found[i] = states[line, len(rows[i][0]) - 1:lengths[i] - 1].clone()
+    return [found[i] for i in range(len(rows))]
+
+
+def token_kl(hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head) -> Tensor:
+    """fp32 [N]: KL(p || q) of the distributions that two heads [V, D] give to hidden states [N, D]."""
+    parts = [torch.zeros(0, device=hidden.device)]
+    for a, b in zip(hidden.split(CHUNK), other_hidden.split(CHUNK), strict=True):
+        p, q = log_probs(a, head), log_probs(b, other_head)
+        parts.append(torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts)
+
+
+def log_probs(hidden: Tensor, head: Head) -> Tensor:
+    logits = linear_logits(hidden, head.weight, head.bias, logit_scale=head.scale, softcap=head.softcap)
+    return logits.float().log_softmax(-1)
+
+
+def ratio(sums: list[float], counts: list[int]) -> dict:
+    """Mean a token from each completion's sum and number of tokens."""
+    n, tokens = len(sums), sum(counts)
+    mean = sum(sums) / max(1, tokens)
+    spread = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    stderr = (spread / (n * (n - 1))) ** 0.5 / (tokens / n) if n > 1 and tokens else None
+    return {"kl": mean, "stderr": stderr, "prompts": n, "tokens": tokens}
