@@ -3,11 +3,11 @@
 import math
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,7 +17,7 @@ from strop.trainer.batch import Example, collate, microbatches
 from strop.trainer.config import Recipe, Train
 from strop.trainer.models import DTYPES, head_of, load_model, save_model
 from strop.trainer.perf import peak_flops, training_flops
-from strop.trainer.store import Stage, read_json, write_json
+from strop.trainer.store import Stage, check_file, list_files, read_json, write_json, write_table, writing
 
 
 class Scorer:
@@ -94,6 +94,7 @@ class Engine:
                                            weight_decay=section.weight_decay, fused=True)
         self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
         self.step_index = 0
+        self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, as the resume point knows them
 
     @torch.no_grad()
     def fold_gradients(self) -> None:
@@ -152,7 +153,9 @@ class Engine:
         self.copy_masters(own)
 
     def save_checkpoint(self, work: Path) -> None:
-        """A resume point: masters, moments, average and step. The one before goes when this one is complete."""
+        """A resume point: masters, moments, average, step, and hashes. The one before goes when this is complete.
+
+        Raises ValueError where it cannot be written; the one before then stands."""
         if not self.world.first:
             return
         tensors = {}
@@ -162,26 +165,40 @@ class Engine:
                 tensors[f"{key}/{name}"] = value
         for name, value in zip(self.names, self.ema or [], strict=self.ema is not None):
             tensors[f"ema/{name}"] = value
-        temporary = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=work))
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
-        with open(temporary / "state.safetensors", "rb") as f:
-            os.fsync(f.fileno())
-        write_json(temporary / "state.json", {"step": self.step_index, "steps": self.steps})
+        for folder in (work.parent / "snapshots").glob("step-*"):
+            if not any(name.startswith(f"snapshots/{folder.name}/") for name in self.kept):
+                self.kept |= {f"snapshots/{folder.name}/{n}": entry for n, entry in list_files(folder).items()}
         target = work / f"step-{self.step_index:06}"
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
+        temporary = work / f".checkpoint-{self.step_index:06}"
+        with writing(target, temporary):
+            temporary.mkdir()
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+            with open(temporary / "state.safetensors", "rb") as f:
+                os.fsync(f.fileno())
+            write_json(temporary / "state.json", {"step": self.step_index, "steps": self.steps, "kept": self.kept,
+                                                  "files": list_files(temporary / "state.safetensors")})
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
         for old in work.glob("step-*"):
             if old != target:
                 shutil.rmtree(old)
 
     @torch.no_grad()
     def resume(self, work: Path) -> bool:
-        """Loads the newest resume point, if there is one."""
+        """Loads the newest resume point, if there is one. Raises ValueError if it is damaged."""
         self.world.barrier()
         points = sorted(work.glob("step-*"))
         if not points:
             return False
         state = read_json(points[-1] / "state.json")
+        if self.world.first:
+            remedy = f"delete the folder {work} to have the stage trained anew from its start"
+            for name, entry in state["files"].items():
+                check_file(points[-1] / name, entry, remedy)
+            for name, entry in state["kept"].items():
+                check_file(work.parent / name, entry, remedy)
+        self.world.barrier()
+        self.kept = state["kept"]
         tensors = load_file(points[-1] / "state.safetensors", device=str(self.world.device))
         for name, master in zip(self.names, self.masters, strict=True):
             master.copy_(tensors[f"master/{name}"])
@@ -244,50 +261,76 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
     keep = {round(len(plan) * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {0, len(plan)}
     peak = peak_flops(world.device, DTYPES[engine.recipe.dtype])
     flops = tokens = 0
-    sums, norms = torch.zeros(len(names), device=world.device), torch.zeros(1, device=world.device)
-    logged, started = engine.step_index, time.perf_counter()
+    sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
+    started = time.perf_counter()
     with stage.console.progress(stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
         while engine.step_index < len(plan):
             rows = plan[engine.step_index]
             if engine.recipe.lora.dropout:
                 torch.manual_seed(hash((engine.recipe.seed, engine.step_index, world.rank)))
-            step = Step(engine.step_index, [], totals(rows))
+            step, value_sum = Step(engine.step_index, [], totals(rows)), torch.zeros((), device=world.device)
             for step.rows in microbatches(examples, rows, section.max_tokens, world.rank, world.size):
                 groups = collate(examples, step.rows, world.device)
                 value, vector = loss(groups, step)
                 value.backward()
                 engine.fold_gradients()
                 sums += vector
+                value_sum += value.detach()
                 flops += training_flops(engine.model, groups)
-            norms += engine.step()
+            seen.append(torch.stack([value_sum, engine.step()]))
             distinct = sum(examples[i].tokens for i in rows)
             tokens += distinct
             if engine.step_index % engine.recipe.log.interval == 0 or engine.step_index == len(plan):
-                count, seconds = engine.step_index - logged, time.perf_counter() - started
-                packed = torch.cat([sums, torch.tensor([float(flops)], device=world.device)])
+                seconds = time.perf_counter() - started
+                packed = torch.cat([sums, torch.tensor([float(flops)], device=world.device), *seen])
                 world.sum_([packed])  # the one reduction of the interval
-                host = torch.cat([packed, norms]).cpu()
+                host = packed.cpu()
+                stop_if_not_finite(stage, engine, examples, plan, host[len(names) + 1:])
                 values = finish(host[:len(names)])
-                values |= {"grad_norm": host[-1].item() / count,
+                values |= {"grad_norm": host[len(names) + 2::2].mean().item() / world.size,
                            "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
                            "tokens_per_second": tokens / seconds,
-                           "mfu": host[-2].item() / seconds / peak / world.size}
+                           "mfu": host[len(names)].item() / seconds / peak / world.size}
                 if world.device.type == "cuda":
                     values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
-                if not all(math.isfinite(v) for v in (values["loss"], values["grad_norm"])):
-                    ids = ", ".join(examples[i].row_id for i in rows[:8])
-                    raise ValueError(f"{stage.name}: step {engine.step_index}: loss={values['loss']} "
-                                     f"grad_norm={values['grad_norm']} is not finite (rows {ids}...); lower the lr or "
-                                     "look at these rows")
                 stage.metrics.log(stage.name, engine.step_index, values, total=len(plan))
                 sums.zero_()
-                norms.zero_()
+                seen.clear()
                 flops = tokens = 0
-                logged, started = engine.step_index, time.perf_counter()
+                started = time.perf_counter()
             bar.advance(1, tokens=distinct)
+            is_point = engine.step_index % section.checkpoint_steps == 0 and engine.step_index < len(plan)
+            if seen and (is_point or engine.step_index in keep):  # what is not finite is never written
+                packed = torch.cat(seen)
+                world.sum_([packed])
+                stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
-            if engine.step_index % section.checkpoint_steps == 0 and engine.step_index < len(plan):
+            if is_point:
                 engine.save_checkpoint(work)
     engine.save(stage.dir / "model")
     engine.save_ema(stage.dir / "ema")
+
+
+def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]],
+                       seen: torch.Tensor) -> None:
+    """Raises ValueError at the first of the last steps whose loss or gradient norm is not finite, and writes its batch
+    beside the resume point. seen [2 * steps] on the host: loss and gradient norm of each, added over the ranks."""
+    bad = (~seen.view(-1, 2).isfinite()).any(1).nonzero()
+    if not len(bad):
+        return
+    first = int(bad[0])
+    index = engine.step_index - len(seen) // 2 + first
+    loss, norm = seen[2 * first:2 * first + 2].tolist()
+    rows = [examples[i] for i in plan[index]]
+    path, points = stage.work / f"bad-step-{index + 1:06}.parquet", sorted(stage.work.glob("step-*"))
+    if engine.world.first:
+        write_table(path, pa.Table.from_pylist([{
+            "row_id": e.row_id, "prompt_tokens": list(e.group.prompt), "weight": e.weight,
+            "completion_tokens": [list(c) for c in e.group.completions],
+            "loss_masks": [list(m) for m in e.group.loss_masks] if e.group.loss_masks else None} for e in rows]))
+    ids = ", ".join(e.row_id for e in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    raise ValueError(f"{stage.name}: step {index + 1}: loss={loss:g} and grad_norm={norm / engine.world.size:g} must "
+                     f"be finite; its batch (rows {ids}) is in {path}, the last good checkpoint is "
+                     f"{points[-1] if points else 'the start of the stage'}; lower {stage.name.split('/')[-1]}.lr or "
+                     "look at these rows")
