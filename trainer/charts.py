@@ -55,13 +55,19 @@ def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: boo
     return svg(body, width, height, "line chart: " + ", ".join(line.name for line in lines))
 
 
-def dot_chart(dots: list[Dot], width: int = 1000, height: int = 260, colour: str = COLOURS[0]) -> str:
-    """Shares in [0, 1] with whiskers, one column a dot, in groups that stand apart."""
+def share(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def dot_chart(dots: list[Dot], width: int = 1000, height: int = 260, colour: str = COLOURS[0], form=None,
+              label: str = "pass rates with 95 % intervals") -> str:
+    """Values from 0 with whiskers, one column a dot, in groups that stand apart: shares, or whatever `form` writes."""
     if not dots:
         return ""
-    y_ticks = ticks(0.0, max(0.05, *(d.high for d in dots)), 4)
+    y_ticks = ticks(0.0, max(0.0 if form else 0.05, *(d.high for d in dots)), 4)
+    write, unit = form or share, "" if form else " %"
     to_y = scale(0.0, y_ticks[-1], height - BOTTOM - 14, TOP)
-    body = y_axis(y_ticks, to_y, width, lambda v: f"{100 * v:g} %")
+    body = y_axis(y_ticks, to_y, width, form or (lambda v: f"{100 * v:g} %"))
     groups = list(dict.fromkeys(d.group for d in dots))
     gap = 0.6
     step = (width - LEFT - RIGHT) / (len(dots) + gap * len(groups))
@@ -78,17 +84,17 @@ def dot_chart(dots: list[Dot], width: int = 1000, height: int = 260, colour: str
     body.append(f'<polyline points="{strong}" fill="none" stroke="{colour}" stroke-width="1.2" stroke-dasharray="4 3" '
                 'opacity="0.6"/>')
     for x, d in zip(xs, dots, strict=True):
-        tip = f"{d.group} {d.label}: {100 * d.value:.1f} % ({100 * d.low:.1f} to {100 * d.high:.1f}) {d.note}"
+        tip = f"{d.group} {d.label}: {write(d.value)}{unit} ({write(d.low)} to {write(d.high)}) {d.note}"
         body.append(
             f'<g><title>{escape(tip)}</title><line x1="{x:.1f}" x2="{x:.1f}" y1="{to_y(d.low):.1f}" '
             f'y2="{to_y(d.high):.1f}" stroke="{colour}" stroke-width="2" opacity="0.45" stroke-linecap="round"/>'
             f'<circle cx="{x:.1f}" cy="{to_y(d.value):.1f}" r="4.5" stroke="{colour}" stroke-width="1.8" '
             f'fill="{colour if d.strong else "#fff"}"/></g>')
-        body.append(text(x + 8, to_y(d.value) - 6, f"{100 * d.value:.1f}", "start", INK))
+        body.append(text(x + 8, to_y(d.value) - 6, write(d.value), "start", INK))
         body.append(text(x, height - BOTTOM, d.label, "middle"))
     for group in groups:
         body.append(text(sum(centres[group]) / len(centres[group]), height - 8, group, "middle", INK))
-    return svg(body, width, height, "pass rates with 95 % intervals")
+    return svg(body, width, height, label)
 
 
 def bar_chart(bars: list[tuple[str, float, str]], width: int = 1000, label: int = 170, colour: str = COLOURS[0]) -> str:

@@ -8,16 +8,17 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import jinja2
+import pyarrow.compute as compute
 from markupsafe import Markup
 
 from strop.trainer.browse import held_out_rows, sampled_rows
 from strop.trainer.card import GGUF_NOTE, wilson
-from strop.trainer.charts import COLOURS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart
+from strop.trainer.charts import COLOURS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
 from strop.trainer.console import duration
 from strop.trainer.metrics import RESERVED
 from strop.trainer.results import round_results
 from strop.trainer.rundir import Run, lineage, planned, read_run, standing
-from strop.trainer.store import read_table, write_atomic
+from strop.trainer.store import read_json, read_table, write_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond these gets a chart of its own
@@ -60,7 +61,8 @@ class Refresh:
 
 def render(values: dict) -> str:
     """The page of a run, from its `context`."""
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    parts = ("report.js", "watch.js") if values["live"] else ("report.js",)
+    script = "".join((TEMPLATES / part).read_text(encoding="utf-8") for part in parts)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals["colours"] = COLOURS
@@ -72,22 +74,37 @@ def render(values: dict) -> str:
 
 
 def context(run: Run) -> dict:
+    return settled(run) | moving(run)
+
+
+def moving(run: Run) -> dict:
+    """What changes while a stage is at work, and costs little."""
+    return {
+        "name": run.name, "seed": run.config.get("seed"), "finished": run.finished, "rounds": run.rounds,
+        "rounds_done": len(run.promotions), "pipeline": pipeline(run), "training": training(run),
+        "time_chart": Markup(time_chart(run)), "config_text": run.config_text, "live": None,
+    }
+
+
+def settled(run: Run) -> dict:
+    """What changes only when a stage is made."""
     resamples = int(run.config.get("evaluate", {}).get("bootstrap", 10_000))
     results = []
     if "baseline" in run.manifests:
         results = run.attempt("results", round_results, run.dir, run.promotions, resamples, default=[])
     path = str(run.config.get("model", {}).get("path", ""))
     sampling = run.attempt("samples", sampling_rows, run, default=[])
+    moved = run.attempt("kl.json", kl_of, run, default={})
     return {
-        "name": run.config.get("name", run.dir.name), "seed": run.config.get("seed"), "model": path,
-        "finished": "final" in run.manifests, "rounds_done": len(run.promotions), "rounds": run.rounds,
+        "model": path,
         "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
-        "pipeline": pipeline(run), "headline": headline(results), "results": result_table(results),
-        "result_sources": sources_of(results), "pass_charts": pass_charts(results), "training": training(run),
+        "headline": headline(results), "results": result_table(results, moved),
+        "result_sources": sources_of(results), "pass_charts": pass_charts(results),
+        "change_charts": change_charts(results, moved),
         "sampling": sampling, "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
         "seconds": sum(m["seconds"] for m in run.manifests.values()),
-        "sampled_tokens": sum(row["tokens"] for row in sampling), "time_chart": Markup(time_chart(run)),
-        "drops": run.attempt("drops", drop_rows, run, default=[]), "config_text": run.config_text,
+        "sampled_tokens": sum(row["tokens"] for row in sampling),
+        "drops": run.attempt("drops", drop_rows, run, default=[]),
         "sampled": run.attempt("sampled prompts", sampled_rows, run.dir, list(run.manifests), default=[]),
         "held_out": run.attempt("held-out prompts", held_out_rows, run.dir, list(run.manifests), standing(run),
                                 default=[]),
@@ -121,13 +138,19 @@ def headline(results: list[dict]) -> dict | None:
             "label": label(promoted[-1]) if promoted else None, "gain": promoted[-1]["over_base"] if promoted else None}
 
 
-def result_table(results: list[dict]) -> list[dict]:
+def kl_of(run: Run) -> dict[tuple[str, str], dict]:
+    """(evaluate artifact, candidate) -> its distance from the start weights."""
+    return {(stage, name): found for stage in run.manifests if (run.dir / stage / "kl.json").exists()
+            for name, found in read_json(run.dir / stage / "kl.json").items()}
+
+
+def result_table(results: list[dict], moved: dict) -> list[dict]:
     rows = []
     for r in results:
         splits = {s: r[s] | dict(zip(("low", "high"), wilson(r[s]["pass_rate"], r[s]["n"]), strict=True))
                   for s in ("validation", "test")}
         rows.append({"label": label(r), "promoted": r["promoted"], "over_base": r.get("over_base"),
-                     "part": r.get("part"), "before": r.get("before"), **splits})
+                     "part": r.get("part"), "before": r.get("before"), "kl": moved.get(tuple(r["where"])), **splits})
     return rows
 
 
@@ -153,6 +176,25 @@ def pass_charts(results: list[dict]) -> dict:
     charts["sources"] = [(s, Markup(dot_chart(dots(lambda r, s=s: r["test"]["by_source"].get(s)), 490, 200)))
                          for s in sources_of(results)]
     return charts
+
+
+def change_charts(results: list[dict], moved: dict) -> list[tuple[str, Markup]]:
+    """(title, chart) of what changes from weights to weights beside the pass rate."""
+    kl, length, cut = [], [], []
+    for r in results:
+        at = (r["stop"], f"round {r['round']}") if r["round"] is not None else ("start", "base")
+        strong, test = r["promoted"] or r["round"] is None, r["test"]
+        found = moved.get(tuple(r["where"]))
+        if found:
+            half = 1.96 * (found["stderr"] or 0.0)
+            kl.append(Dot(*at, found["kl"], max(0.0, found["kl"] - half), found["kl"] + half, strong,
+                          f"over {found['tokens']} tokens of {found['prompts']} prompts"))
+        length.append(Dot(*at, test["mean_length"], test["mean_length"], test["mean_length"], strong))
+        cut.append(Dot(*at, test["cut_share"], *wilson(test["cut_share"], test["n"]), strong))
+    charts = [("KL to the start weights, nats a token", dot_chart(kl, 490, 190, form=number, label="KL by round")),
+              ("tokens a completion, test split", dot_chart(length, 490, 190, form=number, label="length by round")),
+              ("completions cut by length, test split", dot_chart(cut, 490, 190, label="share cut by round"))]
+    return [(title, Markup(chart)) for title, chart in charts if chart]
 
 
 def training(run: Run) -> list[dict]:
@@ -186,7 +228,7 @@ def sampling_rows(run: Run) -> list[dict]:
         for shard in sorted(folder.glob("shard-*.parquet")):
             table = read_table(shard).select(["completion_tokens", "finish"])
             n += table.num_rows
-            length += sum(map(len, table["completion_tokens"].to_pylist()))
+            length += compute.sum(compute.list_value_length(table["completion_tokens"])).as_py() or 0
             cut += table["finish"].to_pylist().count("length")
         row = {"round": stage.split("/")[0], "samples": n, "tokens": length, "mean_length": length / max(1, n),
                "cut": cut / max(1, n), "correct": None, "solved": None, "histogram": None,
@@ -238,9 +280,15 @@ def drop_rows(run: Run) -> list[dict]:
 
 
 def stage_rows(run: Run) -> list[dict]:
-    return [{"stage": s, "seconds": m["seconds"], "counts": [(k, count(v)) for k, v in m["counts"].items()
-             if not k.startswith("dropped/")], "created": m["created"], "bytes": sum(
-             f["bytes"] for f in m["files"].values())} for s, m in run.manifests.items()]
+    rows = []
+    for stage, m in run.manifests.items():
+        tokens = m["counts"].get("tokens")
+        rows.append({"stage": stage, "seconds": m["seconds"], "created": m["created"], "tokens": tokens,
+                     "speed": tokens / m["seconds"] if tokens and m["seconds"] else None,
+                     "bytes": sum(f["bytes"] for f in m["files"].values()),
+                     "counts": [(k, count(v)) for k, v in m["counts"].items()
+                                if k != "tokens" and not k.startswith("dropped/")]})
+    return rows
 
 
 def count(value) -> str:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pyarrow as pa
 import pytest
 import yaml
+from browser import BINARY, DRIVER, chromium
 
 from strop.trainer.charts import Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
 from strop.trainer.report import write_report
@@ -100,7 +101,8 @@ def make_run(run_dir, rounds=2, until=None):
                 {"prompt_id": p["prompt_id"], "sample_index": k, "completion_tokens": [1] * rng.randint(4, 40),
                  "completion": (f"It is {p['answer']}." if ok else EVIL), "finish": "stop" if ok else "length"}
                 for p, k, ok in samples])
-            finish(f"{name}/sample", {"prompts": "prompts", "model": weights}, 75.0, {"samples": len(samples)})
+            finish(f"{name}/sample", {"prompts": "prompts", "model": weights}, 75.0,
+                   {"samples": len(samples), "tokens": 27000})
             table(f"{name}/score", "scores.parquet", [
                 {"prompt_id": p["prompt_id"], "sample_index": k, "score": float(ok), "correct": ok}
                 for p, k, ok in samples])
@@ -110,7 +112,8 @@ def make_run(run_dir, rounds=2, until=None):
             train(f"{name}/sft", {"loss": lambda s: 1.5 * math.exp(-s / 15) + 0.4, "mean_token_accuracy":
                                   lambda s: 0.9 - 0.4 * math.exp(-s / 12), "grad_norm": lambda s: 1 + 2 / s,
                                   "learning_rate": lambda s: 0})
-            finish(f"{name}/sft", {"select": f"{name}/select", "start": weights}, 85.0, {"rows": 50, "steps": 40})
+            finish(f"{name}/sft", {"select": f"{name}/select", "start": weights}, 85.0,
+                   {"rows": 50, "steps": 40, "tokens": 5000})
             table(f"{name}/reference", "reference.parquet", [{"row_id": "a"}])
             finish(f"{name}/reference", {"select": f"{name}/select"}, 9.0)
             train(f"{name}/dpo", {"loss": lambda s: 0.69 * math.exp(-s / 60), "rewards/margins": lambda s: s / 50,
@@ -120,6 +123,10 @@ def make_run(run_dir, rounds=2, until=None):
             finish(f"{name}/dpo", {"select": f"{name}/select"}, 60.0, {"pairs": 44})
             train(f"{name}/merge", {})
             finish(f"{name}/merge", {"start": weights}, 2.0)
+            (run_dir / name / "evaluate").mkdir(parents=True)
+            write_json(run_dir / name / "evaluate" / "kl.json", {s: {
+                "kl": 0.05 * (r + 1) * (i + 1), "stderr": 0.01, "prompts": 16, "tokens": 320}
+                for i, s in enumerate(("sft", "dpo", "merge"))})
             evaluate(f"{name}/evaluate", {"sft": 0.25 + 0.1 * r, "dpo": 0.3 + 0.12 * r, "merge": 0.29 + 0.1 * r})
             stops = {"start": at} | {s: [f"{name}/evaluate", s] for s in ("sft", "dpo", "merge")}
             promotions.append({"round": r, "promoted": "dpo", "hash": "c", "candidates": stops})
@@ -200,6 +207,15 @@ def test_results_are_those_of_the_artifacts(finished, tmp_path):
     assert "quantisation lost" in page.text
 
 
+def test_kl_length_and_throughput_are_those_of_the_artifacts(finished):
+    html, _ = finished
+    assert {"KL to the start weights, nats a token", "tokens a completion, test split",
+            "completions cut by length, test split"} <= set(re.findall(r"<h3>([^<]*)</h3>", html))
+    assert "round 1 dpo: 0.2 (0.18 to 0.22) over 320 tokens of 16 prompts" in html  # 0.2 with 1.96 x 0.01 either way
+    row = re.search(r">round-01/sample</td>(.*?)</tr>", html).group(1)
+    assert re.findall(r'class="n">([^<]*)<', row)[:3] == ["75.0", "27,000", "360"]
+
+
 def test_drops_stages_and_panels_are_listed(finished):
     html, page = finished
     assert re.search(r"round-00/select</td><td class=\"k\">tie</td><td class=\"k\">sums</td><td class=\"n\">12<", html)
@@ -257,3 +273,28 @@ def test_charts_draw_to_scale():
 def test_ticks_enclose_the_range(low, high):
     found = ticks(low, high, 4)
     assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+
+
+@pytest.mark.skipif(not (BINARY and DRIVER), reason="chromium and chromedriver are not installed")
+def test_in_a_browser(tmp_path):
+    """Filters work by click, nothing overflows a laptop's screen, no script or policy complains, and it prints."""
+    path = write_report(make_run(tmp_path / "demo"))
+    with chromium(tmp_path) as page:
+        page.open(path.as_uri())
+        assert page.text("#sampled [data-shown]") == "120 of 120 shown"
+        page.type("#sampled input", "What is 117 ")
+        assert page.text("#sampled [data-shown]") == "4 of 120 shown"  # two sources, two rounds
+        page.click("#sampled select[name=source] option:nth-child(2)")
+        assert page.text("#sampled [data-shown]") == "2 of 120 shown"
+        rows = page.run("return [...document.querySelectorAll('#sampled tbody tr')].filter(r => r.offsetParent)"
+                        ".map(r => r.innerText)")
+        assert len(rows) == 2 and all("What is 117 " in r for r in rows)
+        page.click("#held-out select[name=state] option:nth-child(2)")
+        states = page.run("return [...new Set([...document.querySelectorAll('#held-out tbody tr')]"
+                          ".filter(r => r.offsetParent).map(r => r.dataset.state))]")
+        assert len(states) == 1
+        page.click("nav a[href='#lineage']")
+        assert page.run("return document.querySelector('#lineage').getBoundingClientRect().top < innerHeight")
+        assert page.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert page.call("se/log", {"type": "browser"}) == []
+        assert page.pdf().startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", page.pdf())) < 25

@@ -1,4 +1,5 @@
-for (const box of document.querySelectorAll("[data-browse]")) {
+// filters of the tables of prompts
+function browse(box) {
   const rows = [...box.querySelectorAll("tbody tr")];
   const inputs = [...box.querySelectorAll("input, select")];
   const shown = box.querySelector("[data-shown]");
@@ -14,6 +15,7 @@ for (const box of document.querySelectorAll("[data-browse]")) {
     }
     shown.textContent = `${n} of ${rows.length} shown`;
   };
-  for (const input of inputs) input.addEventListener("input", filter);
+  for (const kind of ["input", "change"]) box.addEventListener(kind, filter);
   filter();
 }
+document.querySelectorAll("[data-browse]").forEach(browse);

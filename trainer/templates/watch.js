@@ -1,0 +1,58 @@
+// the live page: asks for what changed, and puts it in place without losing filters, scrolling or open details
+const EVERY = 2000;
+const page = document.querySelector("main");
+const written = new Map();  // name of a part -> the text it was made from
+const nameOf = (part) => part.dataset.part || part.id;
+
+function carryOver(before, after) {
+  const pairs = (selector) => {
+    const old = [...before.querySelectorAll(selector)];
+    return [...after.querySelectorAll(selector)].map((node, i) => [old[i], node]).filter(([a]) => a);
+  };
+  for (const [a, b] of pairs("input, select")) b.value = a.value;
+  for (const [a, b] of pairs("details")) b.open = a.open;
+  const scrolled = pairs(".tall").map(([a, b]) => [b, a.scrollTop]);
+  if (after.matches("[data-browse]")) browse(after);
+  return () => scrolled.forEach(([node, top]) => { node.scrollTop = top; });
+}
+
+function put(fresh) {
+  const parts = [...fresh.children];
+  const present = new Map([...page.children].map((part) => [nameOf(part), part]));
+  const same = parts.map(nameOf).join() === [...page.children].map(nameOf).join();
+  const restore = [];
+  const nodes = parts.map((part) => {
+    const name = nameOf(part), old = present.get(name), text = part.outerHTML;
+    if (old && (written.get(name) === text || old.contains(document.activeElement) && old.matches("[data-browse]"))) {
+      return old;
+    }
+    written.set(name, text);
+    if (old) restore.push(carryOver(old, part));
+    else if (part.matches("[data-browse]")) browse(part);
+    if (same) old.replaceWith(part);
+    return part;
+  });
+  if (!same) page.replaceChildren(...nodes);
+  restore.forEach((again) => again());
+}
+
+async function refresh() {
+  if (!document.hidden) {
+    try {
+      const answer = await fetch(`page?stamp=${encodeURIComponent(page.dataset.stamp)}`);
+      if (answer.status === 200) {
+        const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main");
+        page.dataset.stamp = fresh.dataset.stamp;
+        put(fresh);
+      }
+    } catch {
+      const live = page.querySelector(".live");
+      live.className = "live lost";
+      live.querySelector("b").textContent = "no answer";
+      written.delete("live");
+      page.dataset.stamp = "";  // so that the next answer is a whole page
+    }
+  }
+  setTimeout(refresh, EVERY);
+}
+setTimeout(refresh, EVERY);
