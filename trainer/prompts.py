@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from strop.trainer import verifiers
+from strop.trainer.chat import encode_prompt
 from strop.trainer.config import Recipe, Source
 from strop.trainer.rows import Quarantine, Row, kind, read_rows, to_messages
 from strop.trainer.store import Drops, Stage, write_table
@@ -57,6 +58,14 @@ def prompts(stage: Stage, recipe: Recipe) -> None:
         worst = quarantine.rows[0]
         stage.console.warn(f"{len(quarantine.rows)} malformed rows set aside in {stage.name}/quarantine.jsonl; the "
                            f"first is {worst['where']}: {worst['error']}")
+
+
+def prompt_tokens(tokenizer, row: dict) -> list[int]:
+    """Token ids of a row of prompts.parquet. Raises ValueError, naming the prompt, if the chat template refuses it."""
+    try:
+        return encode_prompt(tokenizer, row["messages"])
+    except ValueError as e:
+        raise ValueError(f"prompt {row['prompt_id']} of source {row['source']}: {e}") from e
 
 
 def normalise(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from strop.trainer.store import write_atomic
+from strop.trainer.store import reason_of, write_atomic
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,12 @@ def _tables(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
             for data in batch.to_pylist():
                 n += 1
                 yield Row(f"{path}:{n}", data)
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ValueError(f"{path}: not readable after row {n} ({reason}); write the file again") from e
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not readable after row {n} ({reason_of(e)}); write the file again") from e
 
 
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
         yield from file.iter_batches(1024)
 
 

@@ -24,7 +24,8 @@ def dpo(stage: Stage, recipe: Recipe, *, select: Path, policy: Path, reference: 
     same_weights: policy and reference are the same weights, so that step 0 can be checked: log-ratios of zero.
     """
     section = recipe.dpo
-    pairs = load_pairs(stage, select / "pairs.parquet", recipe, context_length(policy), record=True)
+    context = context_length(policy, recipe.model.trust_remote_code)
+    pairs = load_pairs(stage, select / "pairs.parquet", recipe, context, record=True)
     table = ReferenceTable(reference / "reference.parquet")
     plan = plan_steps(pairs, section.epochs, section.batch_size, recipe.seed)
     engine = Engine(policy, section, recipe, stage, len(plan))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from strop.trainer.chat import encode_prompt, load_tokenizer, stop_ids
+from strop.trainer.chat import load_tokenizer, stop_ids
 from strop.trainer.config import Recipe
 from strop.trainer.drift import drift
 from strop.trainer.generate import Generator, load_for_generation
 from strop.trainer.models import DTYPES, context_length
+from strop.trainer.prompts import prompt_tokens
 from strop.trainer.store import Drops, Stage, read_part, read_table, write_json, write_table
 from strop.trainer.verifiers import verify
 
@@ -37,9 +38,9 @@ def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[st
     drops = Drops(stage)
     for c, (name, model) in enumerate(candidates.items()):
         tokenizer = load_tokenizer(model, recipe.model.chat_template, recipe.model.trust_remote_code)
-        room, fitting = context_length(model) - how.max_new_tokens, []
+        room, fitting = context_length(model, recipe.model.trust_remote_code) - how.max_new_tokens, []
         for row in rows:
-            tokens = encode_prompt(tokenizer, row["messages"])
+            tokens = prompt_tokens(tokenizer, row)
             if len(tokens) <= room:
                 fitting.append(row | {"tokens": tokens})
             else:

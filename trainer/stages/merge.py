@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from strop.trainer.config import Recipe
 from strop.trainer.models import finish_folder, weight_files
-from strop.trainer.store import Stage
+from strop.trainer.store import Stage, writing
 
 
 def merge(stage: Stage, recipe: Recipe, *, start: Path, sft: Path | None, dpo: Path | None) -> None:
@@ -69,8 +69,15 @@ def average(mixture: list[tuple[Path, float]], target: Path) -> None:
         if found.keys() != files[0].keys():
             odd = sorted(found.keys() ^ files[0].keys())
             raise ValueError(f"{path}: does not hold the tensors of {first} ({odd[0]}); they cannot be averaged")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with writing(target, temporary):
+        write_average(mixture, files, first, temporary)
+        finish_folder(temporary, first, target)
+
+
+def write_average(mixture: list[tuple[Path, float]], files: list[dict[str, Path]], first: Path, target: Path) -> None:
     for file in sorted(first.glob("*.safetensors")):
         tensors = {}
         for name in (n for n, f in files[0].items() if f == file):
@@ -79,11 +86,10 @@ def average(mixture: list[tuple[Path, float]], target: Path) -> None:
             for tensor, weight in parts:
                 total.add_(tensor.float(), alpha=weight)
             tensors[name] = total.to(parts[0][0].dtype) if len(parts) > 1 else parts[0][0]
-        save_file(tensors, temporary / file.name, metadata={"format": "pt"})
+        save_file(tensors, target / file.name, metadata={"format": "pt"})
     for name in ("config.json", "model.safetensors.index.json"):
         if (first / name).exists():
-            shutil.copyfile(first / name, temporary / name)
-    finish_folder(temporary, first, target)
+            shutil.copyfile(first / name, target / name)
 
 
 def _read(file: Path, name: str) -> torch.Tensor:

@@ -23,7 +23,8 @@ def reference(stage: Stage, recipe: Recipe, *, select: Path, model: Path) -> Non
     """Writes reference.parquet: per pair the fp32 log-probs of its loss tokens under `model`, with a fingerprint of the
     tokens and masks that they belong to."""
     world = stage.world
-    pairs = load_pairs(stage, select / "pairs.parquet", recipe, context_length(model), record=False)
+    context = context_length(model, recipe.model.trust_remote_code)
+    pairs = load_pairs(stage, select / "pairs.parquet", recipe, context, record=False)
     bins = pack([p.tokens for p in pairs], recipe.dpo.max_tokens)
     mine = share_out([float(sum(pairs[i].tokens for i in b)) for b in bins], world.size)[world.rank]
     todo = [mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)]

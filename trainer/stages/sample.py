@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from strop.trainer.chat import encode_prompt, load_tokenizer, stop_ids
+from strop.trainer.chat import load_tokenizer, stop_ids
 from strop.trainer.config import Recipe
 from strop.trainer.generate import Generator, load_for_generation
 from strop.trainer.models import DTYPES, context_length
-from strop.trainer.prompts import allot
+from strop.trainer.prompts import allot, prompt_tokens
 from strop.trainer.store import Drops, Stage, read_part, read_table, write_table
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
@@ -33,11 +33,12 @@ def sample(stage: Stage, recipe: Recipe, *, round: int, model: Path, prompts: Pa
     if len(drawn) < how.prompts:
         stage.console.warn(f"sample.prompts={how.prompts}, but there are only {len(drawn)} prompts to draw from")
     for row in drawn:
-        row["tokens"] = encode_prompt(tokenizer, row["messages"])
-    fitting, overlong = fit(drawn, context_length(model) - how.max_new_tokens)
+        row["tokens"] = prompt_tokens(tokenizer, row)
+    context = context_length(model, recipe.model.trust_remote_code)
+    fitting, overlong = fit(drawn, context - how.max_new_tokens)
     if not fitting:
         raise ValueError(f"{stage.name}: none of {len(drawn)} prompts leaves room for sample.max_new_tokens="
-                         f"{how.max_new_tokens} in the model's context of {context_length(model)} tokens")
+                         f"{how.max_new_tokens} in the model's context of {context} tokens")
     shards = list(enumerate(fitting[i : i + how.shard_prompts] for i in range(0, len(fitting), how.shard_prompts)))
     mine = [(i, shard) for i, shard in shards if i % world.size == world.rank]
     todo = [(i, shard) for i, shard in mine if not is_done(shard_path(stage.dir, i), shard, how.k)]

@@ -18,7 +18,8 @@ NAMES = ("nll", "tokens", "correct", "entropy")
 def sft(stage: Stage, recipe: Recipe, *, select: Path, start: Path) -> None:
     """Trains `start` on select/sft.parquet; writes model/, and snapshots/ and ema/ if asked for."""
     section = recipe.sft
-    limit = min(section.max_length or 1 << 30, context_length(start), section.max_tokens)
+    context = context_length(start, recipe.model.trust_remote_code)
+    limit = min(section.max_length or 1 << 30, context, section.max_tokens)
     examples = load_examples(stage, select / "sft.parquet", limit)
     plan = plan_steps(examples, section.epochs, section.batch_size, recipe.seed)
     engine = Engine(start, section, recipe, stage, len(plan))
