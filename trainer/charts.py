@@ -7,6 +7,7 @@ from html import escape
 COLOURS = ("#2c6e9b", "#c4622d", "#3f8159", "#8a5a9e", "#b08d1e", "#5b6b78", "#b0466b", "#3b8f8f")
 INK, MUTED, GRID = "#2b2622", "#857b72", "#e7e1d9"
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 18, 28
+WIDE = 32  # a dot's share of the width from which on its own label fits
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,13 @@ def dot_chart(dots: list[Dot], width: int = 1000, height: int = 260, colour: str
             f'y2="{to_y(d.high):.1f}" stroke="{colour}" stroke-width="2" opacity="0.45" stroke-linecap="round"/>'
             f'<circle cx="{x:.1f}" cy="{to_y(d.value):.1f}" r="4.5" stroke="{colour}" stroke-width="1.8" '
             f'fill="{colour if d.strong else "#fff"}"/></g>')
-        body.append(text(x + 8, to_y(d.value) - 6, write(d.value), "start", INK))
-        body.append(text(x, height - BOTTOM, d.label, "middle"))
+        if d.strong or step > WIDE:  # what has no room is in the tip
+            body.append(text(x + 7, to_y(d.value) - 6, write(d.value), "start", INK))
+        if step > WIDE:
+            body.append(text(x, height - BOTTOM, d.label, "middle"))
     for group in groups:
-        body.append(text(sum(centres[group]) / len(centres[group]), height - 8, group, "middle", INK))
+        name = group if step * len(centres[group]) > 1.4 * WIDE else group.removeprefix("round ")
+        body.append(text(sum(centres[group]) / len(centres[group]), height - 8, name, "middle", INK))
     return svg(body, width, height, label)
 
 

@@ -191,9 +191,9 @@ def change_charts(results: list[dict], moved: dict) -> list[tuple[str, Markup]]:
                           f"over {found['tokens']} tokens of {found['prompts']} prompts"))
         length.append(Dot(*at, test["mean_length"], test["mean_length"], test["mean_length"], strong))
         cut.append(Dot(*at, test["cut_share"], *wilson(test["cut_share"], test["n"]), strong))
-    charts = [("KL to the start weights, nats a token", dot_chart(kl, 490, 190, form=number, label="KL by round")),
-              ("tokens a completion, test split", dot_chart(length, 490, 190, form=number, label="length by round")),
-              ("completions cut by length, test split", dot_chart(cut, 490, 190, label="share cut by round"))]
+    charts = [("KL to the start weights, nats a token", dot_chart(kl, 340, 190, form=number, label="KL by round")),
+              ("tokens a completion, test split", dot_chart(length, 340, 190, form=number, label="length by round")),
+              ("completions cut by length, test split", dot_chart(cut, 340, 190, label="share cut by round"))]
     return [(title, Markup(chart)) for title, chart in charts if chart]
 
 
