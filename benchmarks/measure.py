@@ -1,0 +1,217 @@
+"""Time, peak memory, and the rates of this machine that both are held against."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "torch",
+    "triton",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "quack-kernels",
+    "transformers",
+    "flash-attn",
+)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A sample shorter than this is made of several calls: the clock and the launch of an event cost microseconds.
+_SHORTEST_SAMPLE = 2e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median over rounds, the distance between the quartiles, the fastest."""
+
+    seconds: float
+    iqr: float
+    fastest: float
+    rounds: int
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds per call: on a GPU between two events of its stream, on a CPU by the clock."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+    seconds: float | None = None,
+) -> dict[str, Timing]:
+    """Times the contenders by turns, so that what slows the machine for a while slows them all.
+
+    Each contender is called `warmup` times first; compilation happens there. `seconds` bounds the time of all rounds
+    together: fewer are run, never under three, when the calls are too slow for all of them.
+    """
+    calls, estimate = {}, 0.0
+    for name, call in contenders.items():
+        for _ in range(warmup):
+            call()
+        once = sample(call, device)
+        calls[name] = max(1, round(_SHORTEST_SAMPLE / max(once, 1e-7))) if once < _SHORTEST_SAMPLE else 1
+        estimate += once * calls[name]
+    if seconds is not None:
+        rounds = max(3, min(rounds, int(seconds / max(estimate, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            # Every other round backwards: nobody always follows the same neighbour.
+            for name in names if turn % 2 == 0 else reversed(names):
+                samples[name].append(sample(contenders[name], device, calls[name]))
+    finally:
+        gc.enable()
+    return {name: summary(found) for name, found in samples.items()}
+
+
+def summary(samples: list[float]) -> Timing:
+    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
+    return Timing(statistics.median(samples), high - low, min(samples), len(samples))
+
+
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE).group(1)) << 10
+
+
+def start_peak(device: torch.device) -> int:
+    """Forgets the peak so far; returns the bytes that are in use now, to be given to `peak_since`."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    # Freed memory that the allocator still holds would hide new use of it.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_since(start: int, device: torch.device) -> int:
+    """Bytes in use at the highest point since `start_peak`, over those in use then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - start
+    return max(0, _status_bytes("VmHWM") - start)
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that one call needs beyond what was there before it, its results included. Warm it up first."""
+    start = start_peak(device)
+    results = call()
+    peak = peak_since(start, device)
+    del results
+    return peak
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]] = ()) -> float:
+    """FLOP/s of the fastest [m, k] @ [k, n] among a large square product and `shapes` (m, k, n)."""
+    size = 8192 if device.type == "cuda" else 2048
+    best = 0.0
+    for m, k, n in ((size, size, size), *shapes):
+        a, b = (torch.randn(rows, columns, device=device).to(dtype) for rows, columns in ((m, k), (n, k)))
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        timing = interleaved({"mm": lambda a=a, b=b, out=out: torch.mm(a, b.t(), out=out)}, device, warmup=2)["mm"]
+        best = max(best, 2 * m * k * n / timing.fastest)
+    return best
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a copy much larger than any cache, read and written bytes both counted."""
+    count = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
+    source = torch.ones(count, device=device)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, device, rounds=9, warmup=2)["copy"]
+    return 2 * 4 * count / timing.fastest
+
+
+def rates(device: torch.device, dtypes: Iterable[str] = ("bf16", "fp32")) -> dict[str, float]:
+    """{"copy": bytes/s, "bf16": FLOP/s, ...}, measured now."""
+    return {"copy": copy_rate(device)} | {name: matmul_rate(device, _DTYPES[name]) for name in dtypes}
+
+
+def floor_seconds(rates: dict[str, float], *, flops: float = 0.0, bytes: float = 0.0, dtype: str = "bf16") -> float:
+    """The least time for that many FLOPs of matrix products in dtype and bytes moved, whichever takes longer."""
+    return max(flops / rates[dtype] if flops else 0.0, bytes / rates["copy"])
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    name = re.sub(r"\((?:R|TM|tm)\)", "", found.group(1)) if found else platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def results_folder(device: torch.device) -> Path:
+    """benchmarks/results/<device>, the name in letters, digits and dashes."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What the numbers depend on: machine, versions, commit."""
+    found: dict[str, str | int] = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+        found["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        found["device_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"commit": commit()}
+
+
+def commit() -> str:
+    """The checked-out commit, with a plus sign where tracked files differ from it; "unknown" without git."""
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    tracked = ["git", "status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../csrc", "."]
+    changed = subprocess.run(tracked, cwd=here, capture_output=True, text=True).stdout
+    return head.stdout.strip() + ("+" if changed.strip() else "")
