@@ -1,12 +1,14 @@
-"""Prefix attention on the CPU: flash attention per part, merged by log-sum-exp.
+"""Prefix attention on the CPU: flash attention forward, the backward with the scores written out block by block.
 
 Two parts: prompts and completions attend causally to themselves; completions 2..K of a group also attend, together in
-one call, to their prompt, and the two parts merge by log-sum-exp. The backward of flash attention needs only the row's
-final output and log-sum-exp, so handing the merged ones to each part's backward gives each part's exact share of the
-gradient.
+one call, to their prompt, and the two parts merge by log-sum-exp. The backward needs only the row's final output and
+log-sum-exp, so each part's share of the gradient is exact on its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,10 +16,11 @@ from torch import Tensor
 from .layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Up to so many scores a head, writing them out in fp32 beats flash attention's 16-bit backward on the CPU.
-EXPLICIT_SCORES = 1 << 14
+# Queries of a block of written-out scores: the block of a few heads by a few hundred keys stays in a core's cache.
+_BLOCK = 192
+# From so many scores a head on, the matrix unit gains more than its set-up costs.
+_LARGE = 1 << 13
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
@@ -43,45 +46,85 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from what attention_forward took and returned."""
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grads = tuple(torch.empty_like(x) for x in (q, k, v))
+    delta = torch.linalg.vecdot(grad_out.to(lse.dtype), out.to(lse.dtype))
+    causal, crossing = _causal_parts(groups), _cross_parts(groups)
+    blocks = [min(end - start, _BLOCK) * (end - start) for start, end in causal]
+    blocks += [min(rows.stop - rows.start, _BLOCK) * (prompt.stop - prompt.start) for rows, prompt in crossing]
+    scratch = lse.new_empty(2, q.shape[1] * max(blocks))
 
     def part(rows: slice, keys: slice, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        scores = (rows.stop - rows.start) * (keys.stop - keys.start)
-        of_keys = k[:, :, keys], v[:, :, keys]
-        parts = (grad_out[:, :, rows], q[:, :, rows], *of_keys, out[:, :, rows], lse[:, :, rows])
-        if q.element_size() == 2 and scores <= EXPLICIT_SCORES:
-            return _explicit_backward(*parts, is_causal, scale)
-        return _flash_cpu_backward(*parts, 0.0, is_causal, scale=scale)
+        of_rows = (grad_out[0, :, rows], q[0, :, rows], lse[0, :, rows], delta[0, :, rows])
+        large = (rows.stop - rows.start) * (keys.stop - keys.start) >= _LARGE
+        with _matrix_unit(large and q.dtype == torch.bfloat16):
+            return _part_backward(*of_rows, k[0, :, keys], v[0, :, keys], is_causal, scale, scratch)
 
-    for start, end in _causal_parts(groups):
+    for start, end in causal:
         rows = slice(start, end)
-        grad_q[:, :, rows], grad_k[:, :, rows], grad_v[:, :, rows] = part(rows, rows, True)
-    for rows, prompt in _cross_parts(groups):
-        cross_q, cross_k, cross_v = part(rows, prompt, False)
-        grad_q[:, :, rows] += cross_q
-        grad_k[:, :, prompt] += cross_k
-        grad_v[:, :, prompt] += cross_v
-    return grad_q, grad_k, grad_v
+        for grad, share in zip(grads, part(rows, rows, True), strict=True):
+            grad[0, :, rows] = share
+    for rows, prompt in crossing:
+        for grad, at, share in zip(grads, (rows, prompt, prompt), part(rows, prompt, False), strict=True):
+            grad[0, :, at] += share
+    return grads
 
 
-def _explicit_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+@contextmanager
+def _matrix_unit(use: bool) -> Iterator[None]:
+    """While it lasts, if asked, fp32 products run on the CPU's bf16 matrix unit, with fp32 sums and results.
+
+    Operands that were bf16 lose nothing by it; the softmax weights and their gradient are rounded to bf16 as flash
+    attention rounds them. The switch is the process's: products of other threads meanwhile round likewise.
+    """
+    switch = torch.backends.mkldnn.matmul
+    if not use or not hasattr(switch, "fp32_precision"):
+        yield
+        return
+    before, switch.fp32_precision = switch.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _part_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    scale: float,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v with the scores written out, from the row's final output and log-sum-exp. Query heads of
-    a key head are stacked as rows, so that every product is one batched call."""
-    (heads, queries), keys, wide = q.shape[1:3], k.shape[2], lse.dtype
-    stacked = (k.shape[1], heads // k.shape[1] * queries, -1)
-    q_rows, grad_rows, out_rows = (x[0].to(wide).reshape(stacked) for x in (q, grad_out, out))
-    k_wide, v_wide = k[0].to(wide), v[0].to(wide)
-    weights = torch.bmm(q_rows, k_wide.mT).mul_(scale).sub_(lse[0].reshape(stacked)).exp_()
-    if is_causal:
-        weights.view(heads, queries, keys).tril_()
-    grad_v = torch.bmm(weights.mT, grad_rows)
-    delta = (grad_rows * out_rows).sum(-1, keepdim=True)
-    grad_scores = torch.bmm(grad_rows, v_wide.mT).sub_(delta).mul_(weights).mul_(scale)
-    grad_q = torch.bmm(grad_scores, k_wide).view(q.shape)
-    grad_k = torch.bmm(grad_scores.mT, q_rows)[None]
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v[None].to(v.dtype)
+    """Gradients of q [H, N, D] and of k, v [Hkv, M, D], from the rows' lse and delta [H, N].
+
+    The query heads of a key head are stacked as rows, [Hkv, r * N, D], so that every product is one batched call and
+    sums over them.
+    """
+    wide, (heads, queries), (key_heads, keys) = lse.dtype, q.shape[:2], k.shape[:2]
+    k, v = k.to(wide).contiguous(), v.to(wide).contiguous()
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+    for start in range(0, queries, _BLOCK):
+        block = slice(start, min(start + _BLOCK, queries))
+        rows, seen = block.stop - block.start, block.stop if is_causal else keys
+        stacked = (key_heads, heads // key_heads * rows, -1)
+        q_rows, grad_rows, lse_rows, delta_rows = (
+            x[:, block].to(wide).reshape(stacked) for x in (q, grad_out, lse, delta)
+        )
+        weights, grad_scores = (x[: heads * rows * seen].view(*stacked[:2], seen) for x in scratch)
+        torch.bmm(q_rows, k[:, :seen].mT, out=weights)
+        torch.sub(weights.mul_(scale), lse_rows, out=weights).exp_()
+        if is_causal:
+            weights.view(heads, rows, seen).tril_(seen - rows)
+        torch.bmm(grad_rows, v[:, :seen].mT, out=grad_scores)
+        grad_scores.sub_(delta_rows).mul_(weights)
+        grad_v[:, :seen] += torch.bmm(weights.mT, grad_rows)
+        grad_k[:, :seen] += torch.bmm(grad_scores.mT, q_rows)
+        grad_q[:, block] = torch.bmm(grad_scores, k[:, :seen]).mul_(scale).view(heads, rows, -1)
+    return grad_q, grad_k.mul_(scale), grad_v
 
 
 def _causal_parts(groups: PackedGroups) -> list[tuple[int, int]]:
