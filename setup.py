@@ -1,8 +1,19 @@
-"""Maps the top-level folders to the import package `strop` (see docs/decisions.md for why they are top level)."""
+"""Maps the top-level folders to the import package `strop` (see docs/decisions.md for why they are top level) and
+compiles csrc/ where that can be of use: with nvcc and a PyTorch of the same CUDA. STROP_BUILD_CSRC=0 never compiles,
+STROP_BUILD_CSRC=1 always, and fails where it cannot.
+"""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FOLDERS = {"strop.kernels": "kernels", "strop.trainer": "trainer"}
 HERE = Path(__file__).parent
@@ -14,8 +25,86 @@ PACKAGE_DIR = {
     for init in sorted((HERE / folder).rglob("__init__.py"))
 }
 
-setup(
-    packages=list(PACKAGE_DIR),
-    package_dir=PACKAGE_DIR,
-    package_data={"strop.trainer": ["recipes/*.yaml", "templates/*"]},
-)
+# sm_80 also runs on 8.6 and 8.9; what ends in "a" runs on that very architecture
+ARCHITECTURES = ("80", "90a", "100a")
+SOURCES = ("csrc/gather.cu", "csrc/ops.cpp")
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = os.pathsep.join([*(os.path.join(home, "bin") for home in homes), os.environ.get("PATH", "")])
+    return shutil.which("nvcc", path=os.pathsep.join([folders, "/usr/local/cuda/bin"]))
+
+
+def find_torch() -> Path | None:
+    """The folder of the installed PyTorch, which is not imported. pip builds in an environment of its own, without
+    PyTorch, but with the Python that the package is meant for; so look where that one keeps its packages, too."""
+    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    return next(
+        (found for place in places if (found := Path(place, "torch")) and (found / "version.py").is_file()), None
+    )
+
+
+def cuda_major(nvcc: str, torch: Path) -> tuple[str | None, str | None]:
+    """The major versions of CUDA that nvcc and PyTorch are of; None for a PyTorch without CUDA."""
+    of_nvcc = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    of_torch = re.search(r"^cuda\b[^=]*= *['\"](\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    return of_nvcc and of_nvcc[1], of_torch and of_torch[1]
+
+
+def extensions() -> list[Extension]:
+    wish = os.environ.get("STROP_BUILD_CSRC", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"STROP_BUILD_CSRC must be 0 or 1, got {wish!r}")
+    nvcc, torch = find_nvcc(), find_torch()
+    if wish == "1" and not nvcc:
+        sys.exit("STROP_BUILD_CSRC=1: no nvcc on PATH or in CUDA_HOME")
+    if wish == "1" and not torch:
+        sys.exit("STROP_BUILD_CSRC=1: no PyTorch to compile against; install it first")
+    if wish == "0" or not nvcc or not torch:
+        return []
+    of_nvcc, of_torch = cuda_major(nvcc, torch)
+    if wish == "" and (of_torch is None or of_nvcc != of_torch):
+        return []
+    # optional: an install that did not ask for it goes on without it when the compiler fails
+    return [Extension("strop.kernels._csrc", list(SOURCES), optional=wish == "")]
+
+
+def compile_csrc(out: Path) -> None:
+    """One call of nvcc makes the library. Raises CompileError with what it said."""
+    torch = find_torch()
+    command = [find_nvcc(), "-shared", "-O3", "-std=c++17", "--threads", "2"]
+    command += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+    # the interface of PyTorch 2.11, which later ones keep; a CPU build's libtorch has no CUDA part, so only libtorch is
+    # named, and what it links to holds all symbols wherever the library is loaded
+    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    command += [f"-I{torch / 'include'}", *(str(HERE / source) for source in SOURCES), f"-L{torch / 'lib'}"]
+    command += ["-Xlinker=--no-as-needed,--exclude-libs,ALL", "-ltorch", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"csrc does not compile: {' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+class BuildCsrc(build_ext):
+    """compile_csrc in place of setuptools' compiler."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # no Python module: torch.ops.load_library takes it, whatever the version of Python
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        out = Path(self.get_ext_fullpath(extension.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        compile_csrc(out)
+
+
+if __name__ == "__main__":
+    setup(
+        packages=list(PACKAGE_DIR),
+        package_dir=PACKAGE_DIR,
+        package_data={"strop.trainer": ["recipes/*.yaml", "templates/*"]},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildCsrc},
+        # a wheel with the library serves every Python from 3.11 on
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _cuda
 from ..passes import RowState
 
 # Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
@@ -274,6 +275,8 @@ def gradient_chunk(
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """As passes.gather_forward."""
+    if _cuda.takes("gather_forward", logits):
+        return _cuda.gather_forward(logits, target)
     logits = logits.contiguous()
     rows, columns = logits.shape
     logp, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -287,6 +290,14 @@ def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Ten
     """As passes.gather_backward."""
     rows, columns = logits.shape
     if rows == 0:
+        return
+    if logits.stride(1) != 1 or out.stride(1) != 1:
+        dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        gather_backward(grad, logits.contiguous(), target, at_target, lse, dense)
+        out.copy_(dense)
+        return
+    if _cuda.takes("gather_backward", logits):
+        _cuda.gather_backward(grad, logits, target, at_target, lse, out)
         return
     gather_backward_kernel[(rows,)](
         grad.contiguous(),

@@ -88,6 +88,16 @@ def test_gather(dtype: torch.dtype, inplace: bool):
     assert (out[2:4] == 0).all()
 
 
+def test_gather_with_columns_apart():
+    """A transposed matrix, as a caller may hold it; its gradient has its strides."""
+    logits, target, grad = torch.randn(40, 3).t(), torch.tensor([4, -1, 39]), torch.tensor([1.0, 1.0, -0.5])
+    logp, lse = kernels.gather_forward(logits, target)
+    out, expected = torch.empty_like(logits), torch.empty_like(logits)
+    kernels.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
+    passes.gather_backward(grad, logits, target, torch.expm1(logp), lse, expected)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("kind", ["huge", "equal", "-inf", "nan"])
 def test_extreme_logits(kind: str):
     logits = torch.randn(2, 5000)

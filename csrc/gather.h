@@ -1,0 +1,21 @@
+// gather_logprob's launches, free of CUDA's and PyTorch's types: the kernels compile without PyTorch's headers.
+#pragma once
+
+#include <cstdint>
+
+namespace strop {
+
+enum class Element { bf16, fp16, fp32 };
+
+// logits [rows, columns] with neighbouring columns side by side and row_stride elements between rows; target [rows],
+// negative where ignored; logp, lse [rows]. Returns nullptr or what went wrong.
+const char* gather_forward(Element element, const void* logits, const int64_t* target, float* logp, float* lse,
+                           int64_t rows, int64_t columns, int64_t row_stride, void* stream);
+
+// out [rows, columns], which may be logits, = -grad * (exp(logits - lse), at_target in the target's column); zeros
+// where the target is negative or grad is 0.
+const char* gather_backward(Element element, const float* grad, const void* logits, const int64_t* target,
+                            const float* at_target, const float* lse, void* out, int64_t rows, int64_t columns,
+                            int64_t row_stride, int64_t out_stride, void* stream);
+
+}  // namespace strop
