@@ -5,7 +5,7 @@ A recipe is a YAML file; `key=value` on the command line overrides it. What is h
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -179,6 +179,13 @@ class Evaluate(Section):
 class Log(Section):
     interval: Positive = Field(1, description="steps between log lines and metric reductions")
     tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
+    report_to: list[Literal["wandb", "trackio"]] = Field([], description="send metrics there as well, e.g. [wandb]; it "
+                                                         "may use the network, with keys from the environment only")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def one_or_several(cls, value):
+        return [value] if isinstance(value, str) else value
 
 
 class Recipe(Section):

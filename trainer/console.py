@@ -66,8 +66,9 @@ class Progress:
     def write_note(self) -> None:
         """Replaces the file `note`, for those who watch from outside; a note that cannot be written is left out."""
         left = self.left()
-        note = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit, "pace": self.pace(),
-                "left": left if left < 1e8 else None, "updated": time.time()}
+        known = left < 1e8
+        note = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit,
+                "pace": self.pace() if known else "", "left": left if known else None, "updated": time.time()}
         temporary = self.note.with_name(f".{self.note.name}.tmp")
         with suppress(OSError):
             temporary.write_text(json.dumps(note) + "\n", encoding="utf-8")

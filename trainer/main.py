@@ -18,7 +18,7 @@ except ModuleNotFoundError as e:
 def run(command: Command) -> None:
     from strop.trainer.console import Console
     from strop.trainer.loop import run_recipe
-    from strop.trainer.metrics import Metrics
+    from strop.trainer.metrics import open_metrics
     from strop.trainer.models import find_base
     from strop.trainer.report import Refresh, write_report
     from strop.trainer.results import print_results
@@ -36,10 +36,10 @@ def run(command: Command) -> None:
         console.table(f"plan of {run_dir}", ["stage", "state", "why"], [list(plan) for plan in store.plans])
         return
     store.lock()
-    console.note, store.after = run_dir / "progress.json", Refresh(run_dir, console)
     base = world.share(find_base(recipe.model, console) if world.first else None)
     console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.device.type}   base {base.name}")
-    store.metrics = Metrics(run_dir, console, recipe.log.tensorboard, enabled=world.first)
+    store.metrics = open_metrics(recipe, run_dir, console, world.first)
+    console.note, store.after = run_dir / "progress.json", [store.metrics.stage_done, Refresh(run_dir, console)]
     if world.first:
         write_atomic(run_dir / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
     final = run_recipe(store, recipe, base)

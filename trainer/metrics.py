@@ -8,10 +8,12 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from strop.trainer.console import Console
 from strop.trainer.store import writing
+from strop.trainer.trackers import Tracker, open_trackers
 
 RESERVED = ("stage", "step", "time")
 SHOWN = {  # what a console line has room for: name -> (label, format); the rest is in the files
@@ -50,6 +52,12 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def open_metrics(recipe, run_dir: Path, console: Console, enabled: bool) -> "Metrics":
+    """The metrics of a run as its recipe asks for them. Raises ValueError if a tracker cannot be had."""
+    trackers = open_trackers(recipe, run_dir, console) if enabled and recipe.log.report_to else ()
+    return Metrics(run_dir, console, recipe.log.tensorboard, enabled, trackers)
+
+
 class Metrics:
     """Logs steps; one writer a run (`enabled` on the first rank only, elsewhere every method does nothing).
 
@@ -57,8 +65,9 @@ class Metrics:
     that step and the later ones of that stage are taken out first.
     """
 
-    def __init__(self, run_dir: Path, console: Console, tensorboard: bool = True, enabled: bool = True):
-        self.enabled, self.console = enabled, console
+    def __init__(self, run_dir: Path, console: Console, tensorboard: bool = True, enabled: bool = True,
+                 trackers: Sequence[Tracker] = ()):
+        self.enabled, self.console, self.trackers = enabled, console, trackers
         self.writer = None
         if not enabled:
             return
@@ -83,7 +92,14 @@ class Metrics:
             self.file.flush()
         self.last[stage] = step
         self._to_tensorboard(row)
+        for tracker in self.trackers:
+            tracker.log(stage, {"step": step} | values)
         self.console.line(step_line(stage, step, values, total))
+
+    def stage_done(self, manifest: dict) -> None:
+        """Sends a stage's counts (pass rates, KL, tokens, drops, ...) to the trackers; the manifest is their record."""
+        for tracker in self.trackers:
+            tracker.log(f"stages/{manifest['stage']}", manifest["counts"] | {"seconds": manifest["seconds"]})
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what `stage` logged after `step`: a stage calls it when it starts (0) or resumes (its checkpoint)."""
@@ -96,6 +112,8 @@ class Metrics:
             self.file.close()
             if self.writer:
                 self.writer.close()
+            for tracker in self.trackers:
+                tracker.close()
 
     def _rewrite(self, rows: list[dict]) -> None:
         if getattr(self, "file", None):

@@ -17,7 +17,7 @@ def show(console, argument: str) -> None:
     if run.config.get("model"):
         console.line(f"from {run.config['model'].get('path')}   seed {run.config.get('seed')}   "
                      f"{sum(m['seconds'] for m in run.manifests.values()):,.1f} s in stages")
-    console.table("lineage", ["stage", "state", "seconds", "hash", "made from"], lineage_rows(run))
+    console.table("lineage", ["stage", "state", "seconds", "hash", "made from"], lineage_rows(run, pid))
     if gained := gains(run):
         console.line("")
         console.line(gained)
@@ -41,20 +41,21 @@ def state(run: Run, pid: int | None) -> str:
 
 
 def how_far(at: dict) -> str:
-    """`round-00/sample 640/1,152  550 tok/s  1:20 left`"""
+    """`round-00/sample 640/1,152, 550 tok/s, 1:20 left`"""
     left = at.get("left")
     parts = [f"{at['label']} {at['done']:,}/{at['total']:,}", at.get("pace") or "",
              f"{duration(left)} left" if left is not None and at["done"] < at["total"] else ""]
     ago = time.time() - at["updated"]
-    return "  ".join(filter(None, parts)) + (f"  ({duration(ago)} ago)" if ago > 60 else "")
+    return ", ".join(filter(None, parts)) + (f"  ({duration(ago)} ago)" if ago > 60 else "")
 
 
-def lineage_rows(run: Run) -> list[list[str]]:
+def lineage_rows(run: Run, pid: int | None) -> list[list[str]]:
     made = {row["stage"]: row for row in lineage(run)}
     rows, listed = [], [s for _, stages in planned(run) for s in stages]
     for stage in [*listed, *(s for s in made if s not in listed)]:
         if stage not in made:
-            rows.append([stage, "partly made" if stage in run.partial else "to run", "", "", ""])
+            partly = "at work" if pid else "partly made"
+            rows.append([stage, partly if stage in run.partial else "to run", "", "", ""])
             continue
         inputs = dict.fromkeys(i["maker"] or f"{i['name'].split('.')[-1]} from outside" for i in made[stage]["inputs"])
         rows.append([stage, "done", f"{run.manifests[stage]['seconds']:.1f}", made[stage]["hash"], ", ".join(inputs)])

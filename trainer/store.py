@@ -269,7 +269,7 @@ class Store:
 
     def __init__(self, run_dir: Path, world: World, console: Any, metrics: Any = None, plan: bool = False):
         self.run_dir, self.world, self.console, self.metrics, self.plan = run_dir, world, console, metrics, plan
-        self.after: Any = None  # called on the first rank with the manifest of each stage that was made
+        self.after: list = []  # called in turn, on the first rank, with the manifest of each stage that was made
         self.plans: list[tuple[str, str, str]] = []  # (stage, done | stale | to run, why)
         self.manifests: dict[str, dict] = {}
         self._checked: set[Path] = set()
@@ -359,12 +359,14 @@ class Store:
         if self.world.first:
             if final.exists():
                 self._set_aside(final)
-            if partial.exists() and (not (partial / ".key").exists() or (partial / ".key").read_text() != key):
-                self._set_aside(partial)
+            owner = partial / ".key"
+            if partial.exists():
+                remove_leftovers(p for p in partial.rglob(".*") if p != owner)
+                if (owner.read_text() if owner.exists() else "") != key and any(p != owner for p in partial.iterdir()):
+                    self._set_aside(partial)
             with writing(partial):
                 partial.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(p for p in partial.rglob(".*") if p != partial / ".key")
-            write_atomic(partial / ".key", lambda p: p.write_text(key))
+            write_atomic(owner, lambda p: p.write_text(key))
         self.world.barrier()
         started = time.perf_counter()
         stage = Stage(name, partial, self.world, self.console, self.metrics)
@@ -388,8 +390,8 @@ class Store:
             shutil.rmtree(final / WORK, ignore_errors=True)
             self._checked.add(final)
             self._summary(manifest)
-            if self.after:
-                self.after(manifest)
+            for call in self.after:
+                call(manifest)
         self.world.barrier()
 
     def _summary(self, manifest: dict) -> None:

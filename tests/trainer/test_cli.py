@@ -81,7 +81,7 @@ def test_several_mistakes_are_a_line_each(recipe):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no such recipe; there are"):
+    with pytest.raises(ValueError, match="no such recipe; did you mean quickstart"):
         parse(["quickstrat"])
     with pytest.raises(ValueError, match=r"gone\.yaml: no such recipe file"):
         parse([str(tmp_path / "gone.yaml")])

@@ -72,7 +72,7 @@ def test_it_serves_the_report_with_what_is_going_on(tmp_path):
         assert "stopped" in page.text and "before round-00/sft" in page.text
         with at_work(run) as pid:
             page = Html(ask(port, "/")[1])
-            assert "running" in page.text and "round-00/sft 12/40  321 tok/s  1:15 left" in page.text
+            assert "running" in page.text and "round-00/sft 12/40, 321 tok/s, 1:15 left" in page.text
             assert f"process {pid}" not in page.text and page.tags["progress"] == 1
 
 
