@@ -1,0 +1,390 @@
+"""TRL's DPOTrainer and selective_log_softmax on Strop's head and losses; needs trl 1.16 or later.
+
+TRL's trainer gives its models a forward that, called with `fused_lm_head=True`, returns log-probs of the completions'
+tokens instead of logits. StropDPOTrainer puts its own head there and computes loss and metrics with preference_loss.
+All else, such as data, reference model, adapters and precomputed reference log-probs, is TRL's.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..logprob import gather_logprob, linear_logprob
+from ..preference import PREFERENCE_METRICS, preference_loss, preference_means
+
+try:
+    import trl
+    from accelerate.utils import is_peft_model
+    from trl.trainer import dpo_trainer
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError as e:
+    raise ImportError("strop.kernels.integrations.trl needs trl 1.16 or later: pip install 'strop[trl]'") from e
+
+_SEAM = {
+    dpo_trainer: ("add_fused_lm_head",),
+    trl.DPOTrainer: ("_compute_loss", "_precompute_ref_logps", "compute_ref_log_probs", "log"),
+}
+# A method that TRL renamed would be overridden no longer, and TRL's own would run without a word.
+if _missing := [name for owner, names in _SEAM.items() for name in names if not hasattr(owner, name)]:
+    raise ImportError(f"trl {trl.__version__} has no {', '.join(_missing)} in dpo_trainer; trl 1.16 is known to work")
+
+# TRL's loss types; "ipo" is "ipo_norm" here, and "sft" the NLL of the chosen completions.
+_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot")
+_LOSSES += ("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")
+
+# TRL's names of linear_logprob's stats.
+_STATS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "mean_logits": "mean_logit", "is_top1": "top1"}
+
+# What a row of metrics holds after those of preference_loss: sums over the batch, or over ranks.
+_COUNTED = ("entropy", "logits/chosen", "logits/rejected", "top1", "chosen", "rejected", "seen", "aux", "ranks")
+
+# Mean difference of log-probs that rounding explains, by the dtype of the weights.
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
+
+# Fits the index dtypes, and no vocabulary has it.
+_NO_TARGET = -(2**31)
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """trl.trainer.utils.selective_log_softmax over gather_logprob: log softmax(logits / temperature) at index.
+
+    logits [..., V] bf16, fp16, fp32 or fp64; index [...] or [..., K] integer; row_mask of index's shape, 0 where the
+    result is to be 0, whatever the logits there hold. Returns index's shape in fp32 (fp64 for fp64), where TRL's keeps
+    low precision on the CPU. Differentiable in logits. Raises ValueError on shapes and a temperature that is not
+    positive; on the CPU also on an index outside the vocabulary.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if index.shape != logits.shape[:-1] and index.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(f"index {list(index.shape)} has neither the rows of logits {list(logits.shape)} nor [rows, K]")
+    if row_mask is not None and row_mask.shape != index.shape:
+        raise ValueError(f"row_mask must have index's shape {list(index.shape)}, got {list(row_mask.shape)}")
+    if temperature != 1.0:
+        logits = logits / temperature
+    masked = None if row_mask is None else row_mask == 0
+    if index.shape == logits.shape[:-1]:
+        target = index if masked is None else index.masked_fill(masked, _NO_TARGET)
+        return gather_logprob(logits, target, ignore_index=_NO_TARGET)
+    if not index.shape[-1]:
+        return logits.new_zeros(index.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    # One log-sum-exp for all K: the likeliest of them by gather_logprob, the others by their distance from it, which
+    # is of the same sign, so that nothing cancels.
+    picked = logits.gather(-1, index.long())
+    picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
+    best = picked.argmax(-1, keepdim=True)
+    target = index.gather(-1, best).squeeze(-1)
+    if masked is not None:
+        target = target.masked_fill(masked.all(-1), _NO_TARGET)
+    highest = picked.gather(-1, best)
+    below = torch.where(picked == highest, 0.0, picked - highest)  # -inf - -inf is NaN
+    logp = gather_logprob(logits, target, ignore_index=_NO_TARGET).unsqueeze(-1) + below
+    return logp if masked is None else logp.masked_fill(masked, 0.0)
+
+
+class StropDPOTrainer(trl.DPOTrainer):
+    """trl.DPOTrainer, same arguments, that trains with linear_logprob and preference_loss.
+
+    Loss, gradients, metrics and their names are TRL's. Logits exist for the completions' tokens only, a chunk of the
+    vocabulary at a time; a frozen head (LoRA) costs two matrix products. Metrics stay on the device until they are
+    logged. Precomputed reference log-probs come from the same head.
+
+    Raises ValueError at construction on what it cannot do exactly: adapters on the head other than modules_to_save,
+    prompt learning, vision and encoder-decoder models, weights sharded or split over devices (FSDP, ZeRO-3, tensor,
+    context and sequence parallelism, device_map), label_smoothing with "sigmoid" or "sigmoid_norm", which TRL ignores,
+    options that preference_loss refuses, and any model whose own logits give other log-probs than this head.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._pending: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        # TRL adds its head in the middle of its constructor, before it wraps the reference model and precomputes.
+        theirs = dpo_trainer.add_fused_lm_head
+        dpo_trainer.add_fused_lm_head = self._add_head
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            dpo_trainer.add_fused_lm_head = theirs
+
+    def _add_head(self, model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+        """What TRL's constructor calls in place of its add_fused_lm_head: the policy first, then the reference."""
+        if not hasattr(self, "_loss_options"):
+            self._loss_options = _loss_options(self)
+            _check_setup(self)
+        _check_model(model)
+        _add_head(model, tuple(name for name in outputs if name in _STATS))
+        if model.device == self.accelerator.device:  # not yet under DeepSpeed, which moves the weights later
+            _compare_with_logits(model)
+
+    def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
+        # TRL's cache file is named by the dataset and this hash alone.
+        weights = self._precompute_model_hash
+        of_batch = (self.ld_alpha, self.args.max_length, self.args.truncation_mode)
+        self._precompute_model_hash = ("strop", weights, *of_batch)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        completion = inputs["completion_mask"]
+        segments, scored = _scored(completion)
+        inputs = {**inputs, "scored": scored}
+        for_model = {k: v for k, v in inputs.items() if k not in ("completion_mask", *_REFERENCE)}
+        for_model["use_cache"] = False
+        if self.aux_loss_enabled:
+            for_model["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(completion == 0, -100)
+        outputs = model(**for_model, labels=labels, fused_lm_head=True)
+        if self.precompute_ref_logps:
+            ref = [inputs[name] for name in _REFERENCE]
+        else:
+            ref = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+
+        ref_logp = torch.stack(tuple(ref), 1).flatten()
+        if self.ld_alpha is not None:
+            ref_logp = _sums_as_tokens(ref_logp, segments, self.ld_alpha)
+        squares = outputs.log_sum_sq_probs
+        loss, metrics = preference_loss(
+            outputs.log_probs.flatten().index_select(0, scored),
+            ref_logp,
+            segments=segments,
+            num_segments=completion.shape[0],
+            log_sum_p2=None if squares is None else squares.flatten().index_select(0, scored),
+            **self._loss_options,
+        )
+        if outputs.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        self._remember(metrics, outputs, completion, inputs["attention_mask"])
+        if return_outputs:
+            with torch.no_grad():
+                del for_model["scored"]
+                return loss, model(**for_model)
+        return loss
+
+    @torch.no_grad()
+    def _remember(self, metrics: Tensor, outputs: FusedCausalLMOutput, completion: Tensor, attention: Tensor) -> None:
+        """Keeps the batch's metrics, added over ranks, on the device until log."""
+        chosen_tokens, rejected_tokens = completion[:, 1:].unflatten(0, (2, -1)).sum((1, 2))
+        chosen_logits, rejected_logits = outputs.mean_logits.unflatten(0, (2, -1)).sum((1, 2))
+        top1 = outputs.is_top1.chunk(2)[0].sum()
+        aux = torch.zeros_like(top1) if outputs.aux_loss is None else outputs.aux_loss
+        counted = (outputs.entropy.sum(), chosen_logits, rejected_logits, top1, chosen_tokens, rejected_tokens)
+        counted += (attention.sum(), aux, torch.ones_like(aux))
+        row = torch.cat([metrics, torch.stack([x.float() for x in counted])])
+        self._pending["train" if self.model.training else "eval"].append(self.accelerator.reduce(row, "sum"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """trl.DPOTrainer.log, with the metrics of all batches since the last one: where they leave the device."""
+        for mode, rows in self._pending.items():
+            for row in torch.stack(rows).cpu() if rows else ():
+                self._take(mode, row)
+            rows.clear()
+        super().log(logs, start_time)
+
+    def _take(self, mode: str, row: Tensor) -> None:
+        means = preference_means(row[: len(PREFERENCE_METRICS)])
+        sums = dict(zip(_COUNTED, row[len(PREFERENCE_METRICS) :].tolist(), strict=True))
+        if mode == "train":
+            self._total_train_tokens += int(sums["seen"])
+        chosen, rejected = max(sums["chosen"], 1.0), max(sums["rejected"], 1.0)
+        means |= {
+            "entropy": sums["entropy"] / max(sums["chosen"] + sums["rejected"], 1.0),
+            "logits/chosen": sums["logits/chosen"] / chosen,
+            "logits/rejected": sums["logits/rejected"] / rejected,
+            "mean_token_accuracy": sums["top1"] / chosen,
+        }
+        if self.aux_loss_enabled:
+            means["aux_loss"] = sums["aux"] / sums["ranks"]
+        for name in means.keys() - {"loss", "nll_loss"}:
+            self._metrics[mode][name].append(means[name])
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+def _scored(completion: Tensor) -> tuple[Tensor, Tensor]:
+    """(segments, scored), each [M] int64, over the M completion tokens of TRL's batch, pair after pair.
+
+    completion [2B, T] is the batch's mask, the chosen rows before the rejected. segments number the completions as
+    chosen, rejected, chosen, rejected ...; scored are places in the flattened [2B, T - 1] of predicted tokens.
+    """
+    by_turns = completion[:, 1:].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+    # On a GPU this waits for the device, here, where the trainer's check of the last loss for NaN has just done so,
+    # and not between the policy's layers and its head.
+    segments, place = by_turns.nonzero(as_tuple=True)
+    row = segments % 2 * (completion.shape[0] // 2) + segments // 2
+    return segments, row * by_turns.shape[1] + place
+
+
+def _sums_as_tokens(sums: Tensor, segments: Tensor, ld_alpha: float) -> Tensor:
+    """[M] token log-probs whose sums under ld_alpha's weights are `sums` [S], which hold those weights already.
+
+    A completion's first token carries its sum: its weight is 1, unless the other completion of the pair is empty.
+    """
+    edges = torch.arange(sums.shape[0] + 1, device=segments.device)
+    offsets = torch.searchsorted(segments, edges)
+    shorter = offsets.diff().view(-1, 2).amin(1).repeat_interleave(2)
+    sums = torch.where(shorter > 0, sums, sums / (ld_alpha or 1.0))
+    tokens = sums.new_zeros(segments.shape[0] + 1)  # the last place is that of an empty completion at the end
+    return tokens.index_add_(0, offsets[:-1], sums)[:-1]
+
+
+def _add_head(model: nn.Module, stats: tuple[str, ...]) -> None:
+    """Gives `model` a forward that, with `fused_lm_head=True`, returns a FusedCausalLMOutput as TRL's does.
+
+    stats: fields of it beside log_probs. With `scored` (see _scored) it does not look for the labels itself.
+    """
+    theirs, config = model.forward, model.config.get_text_config()
+    numbers = {"logit_scale": _logit_scale(config), "softcap": getattr(config, "final_logit_softcapping", None)}
+
+    @functools.wraps(type(model).forward)  # generate checks its arguments against this signature
+    def forward(self, *args, fused_lm_head=False, labels=None, scored=None, **kwargs):
+        if not fused_lm_head:
+            return theirs(*args, **kwargs if labels is None else {**kwargs, "labels": labels})
+        if scored is None:
+            scored = (labels[:, 1:] != -100).flatten().nonzero().squeeze(1)
+        kwargs["use_cache"] = False
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        base = self.base_model(*args, **kwargs)
+        rows, length = labels.shape
+        place = scored + scored // (length - 1)
+        hidden = base.last_hidden_state.flatten(0, 1).index_select(0, place)
+        target = labels.flatten().index_select(0, place + 1)
+        weight, bias = _weight_and_bias(self)
+        wanted = tuple(_STATS[name] for name in stats)
+        found = linear_logprob(hidden, weight, target, bias, stats=wanted, **numbers)
+        logp, values = found if stats else (found, {})
+
+        def padded(x: Tensor) -> Tensor:
+            return x.new_zeros(rows * (length - 1)).index_copy(0, scored, x).view(rows, length - 1)
+
+        fields = {name: padded(values[_STATS[name]]) for name in stats}
+        if kwargs.get("output_router_logits"):
+            fields["aux_loss"] = _balance(base.router_logits, config, kwargs.get("attention_mask"))
+        return FusedCausalLMOutput(log_probs=padded(logp), **fields)
+
+    model.forward = MethodType(forward, model)
+
+
+def _balance(router_logits, config, attention_mask: Tensor | None) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+
+
+def _logit_scale(config) -> float:
+    """What a model multiplies its logits by: Cohere, Falcon-H1 and kin; Granite and MiniCPM divide."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
+
+
+def _weight_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Those of the head, the trained copy's under PEFT's modules_to_save. Raises ValueError if a product of hidden
+    states and weight is not what the head computes."""
+    head = layer = model.get_output_embeddings()
+    if type(head).__name__ == "ModulesToSaveWrapper":
+        layer = head.original_module  # the wrapper's own attributes are those of the copy that is active
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{type(model).__name__}: its head is a {type(layer).__name__}, not a plain linear layer; an adapter on it "
+            "would be ignored: take 'lm_head' out of target_modules, or train it whole with modules_to_save"
+        )
+    if isinstance(head.weight, DTensor) or not head.weight.numel() or head.weight.is_meta:
+        raise ValueError(f"{type(model).__name__}: its head's weight is sharded or offloaded, which is not supported")
+    return head.weight, head.bias
+
+
+def _loss_options(trainer: trl.DPOTrainer) -> dict:
+    """preference_loss's options of what DPOConfig says. Raises ValueError on what they do not fit."""
+    types, weights = trainer.loss_types, trainer.loss_weights
+    if unknown := [name for name in types if name not in _LOSSES]:
+        raise ValueError(f"unknown loss_type {unknown[0]!r}; known are {sorted(_LOSSES)}")
+    if trainer.label_smoothing and (smooth := {"sigmoid", "sigmoid_norm"}.intersection(types)):
+        raise ValueError(
+            f"label_smoothing={trainer.label_smoothing}: TRL ignores it for {sorted(smooth)[0]!r}; use "
+            "loss_type='robust', or set it to 0"
+        )
+    if trainer.use_weighting and "sft" in types:
+        raise ValueError("use_weighting weights pairs, and loss_type 'sft' has none")
+    weighted = list(zip(types, weights, strict=True))
+    pairs = [(name, weight) for name, weight in weighted if name != "sft"] or [("sigmoid", 0.0)]
+    options = {
+        "loss_type": ["ipo_norm" if name == "ipo" else name for name, _ in pairs],
+        "loss_weights": [weight for _, weight in pairs],
+        "nll_weight": sum(weight for name, weight in weighted if name == "sft"),
+        "beta": trainer.beta,
+        "label_smoothing": trainer.label_smoothing,
+        "f_divergence": trainer.f_divergence_type,
+        "f_alpha": trainer.f_alpha_divergence_coef,
+        "ld_alpha": trainer.ld_alpha,
+        "discopop_tau": trainer.args.discopop_tau,
+    }
+    # On one pair of nothing, for preference_loss to raise now rather than at the first step.
+    pair = torch.zeros(2)
+    squares = pair if trainer.use_weighting else None
+    preference_loss(pair, pair, target_bounds=((0, 1), (1, 2)), log_sum_p2=squares, **options)
+    return options
+
+
+def _check_setup(trainer: trl.DPOTrainer) -> None:
+    """Raises ValueError where the head's weight or the batch would be in pieces when the loss wants them."""
+    plugin, parallel = trainer.accelerator.state.deepspeed_plugin, trainer.accelerator.parallelism_config
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError("StropDPOTrainer needs the head's weight whole on each rank: not FSDP or DeepSpeed ZeRO-3")
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ValueError(f"StropDPOTrainer does not know parallelism_config.{name}={getattr(parallel, name)}")
+    if trainer._is_vlm or trainer._is_vision_dataset:
+        raise ValueError("StropDPOTrainer is for text; pass a tokenizer, not a processor, and a dataset without images")
+    if is_peft_model(trainer.model):
+        for name, config in trainer.model.peft_config.items():
+            if config.is_prompt_learning:
+                raise ValueError(f"adapter {name!r}: {config.peft_type} adds virtual tokens, which is not supported")
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raises ValueError on a model whose parts are not where the head looks for them."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or model.base_model is model:
+        raise ValueError(f"{name} is no decoder with a head: it needs hidden states of its base model")
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise ValueError(f"{name} is split over devices by its device_map, which is not supported")
+
+
+@torch.no_grad()
+def _compare_with_logits(model: nn.Module) -> None:
+    """Raises ValueError if the head's log-probs are not those of the model's own logits, as where a model scales, caps
+    or transforms what its config does not tell."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (1, 16), generator=draw).to(model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    training = model.training
+    model.eval()
+    try:
+        ours = model(**inputs, labels=ids, fused_lm_head=True).log_probs
+        logits = model(**inputs).logits[:, :-1].float()
+    finally:
+        model.train(training)
+    truth = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    tolerance = _ROUNDING.get(torch.float16 if tf32 and model.dtype == torch.float32 else model.dtype, 1e-4)
+    mean = (ours - truth).abs().mean().item()
+    if not mean <= tolerance:  # NaN fails too
+        raise ValueError(
+            f"{type(model).__name__}: our head and its logits differ (a logit scale, cap or layer that is not known "
+            f"here): log-probs by {mean:.2g} on average, {tolerance:.2g} is rounding; this model cannot be trained"
+        )
