@@ -92,11 +92,15 @@ def _simpo(x: Pairs, o: Options) -> Tensor:
     return _smoothed(o.beta * (chosen - rejected) - o.simpo_gamma, o)
 
 
+def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """log odds_w - log odds_l of mean token log-probs, odds = p / (1 - p)."""
+    chosen, rejected = (p.clamp(max=-torch.finfo(p.dtype).eps) for p in (chosen, rejected))
+    return (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+
+
 def _orpo(x: Pairs, o: Options) -> Tensor:
     """-b S(log odds_w - log odds_l) of the mean token log-probs, arXiv 2403.07691; its NLL is added by the caller."""
-    chosen, rejected = (p.clamp(max=-torch.finfo(p.dtype).eps) for p in x.mean_logps())
-    odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
-    return -o.beta * F.logsigmoid(odds)
+    return -o.beta * F.logsigmoid(log_odds(*x.mean_logps()))
 
 
 def kto_desirable(c: Tensor, baseline: Tensor | float, o: Options) -> Tensor:
