@@ -24,12 +24,11 @@ def drift(candidates: dict[str, Path], rows: dict[str, list[Row]], start: Path, 
     the units that were drawn, None for a single one. One model is in memory at a time.
     """
     model = load_model(start, dtype, device, "sdpa", trust_remote_code)
-    head, before = head_of(model), {name: hidden_states(model, rows[name]) for name in candidates}
-    head, found = Head(head.weight.detach(), head.bias, head.scale, head.softcap), {}
+    before, head, found = {name: hidden_states(model, rows[name]) for name in candidates}, exact(head_of(model)), {}
     del model
     for name, path in candidates.items():
         model = load_model(path, dtype, device, "sdpa", trust_remote_code)
-        after, own = hidden_states(model, rows[name]), head_of(model)
+        after, own = hidden_states(model, rows[name]), exact(head_of(model))
         sums = [token_kl(a, own, b, head).sum().item() for a, b in zip(after, before[name], strict=True)]
         found[name] = ratio(sums, [len(completion) for _, completion in rows[name]])
         del model, own
@@ -58,8 +57,13 @@ def hidden_states(model: nn.Module, rows: list[Row]) -> list[Tensor]:
     return [found[i] for i in range(len(rows))]
 
 
+def exact(head: Head) -> Head:
+    """In fp32: logits rounded to bf16 alone would look like a KL of about a thousandth of a nat."""
+    return Head(head.weight.float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap)
+
+
 def token_kl(hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head) -> Tensor:
-    """fp32 [N]: KL(p || q) of the distributions that two heads [V, D] give to hidden states [N, D]."""
+    """fp32 [N]: KL(p || q) of the distributions that two fp32 heads [V, D] give to hidden states [N, D]."""
     parts = [torch.zeros(0, device=hidden.device)]
     for a, b in zip(hidden.split(CHUNK), other_hidden.split(CHUNK), strict=True):
         p, q = log_probs(a, head), log_probs(b, other_head)
@@ -68,8 +72,8 @@ def token_kl(hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head)
 
 
 def log_probs(hidden: Tensor, head: Head) -> Tensor:
-    logits = linear_logits(hidden, head.weight, head.bias, logit_scale=head.scale, softcap=head.softcap)
-    return logits.float().log_softmax(-1)
+    logits = linear_logits(hidden.float(), head.weight, head.bias, logit_scale=head.scale, softcap=head.softcap)
+    return logits.log_softmax(-1)
 
 
 def ratio(sums: list[float], counts: list[int]) -> dict:
