@@ -33,9 +33,11 @@ def takes(name: str, logits: Tensor) -> bool:
     """Whether the pass `name` over these logits is the library's. Raises RuntimeError where it should be and is not."""
     if prefer is False or not logits.is_cuda or logits.dtype not in DTYPES:
         return False
-    if prefer and not load():
-        raise RuntimeError("csrc was not built: install with STROP_BUILD_CSRC=1 where nvcc is")
-    return bool(prefer) or (name in FASTER.get(torch.cuda.get_device_capability(logits.device), ()) and load())
+    if prefer:
+        if not load():
+            raise RuntimeError("csrc was not built: install with STROP_BUILD_CSRC=1 where nvcc is")
+        return True
+    return bool(FASTER) and name in FASTER.get(torch.cuda.get_device_capability(logits.device), ()) and load()
 
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
