@@ -26,7 +26,8 @@ PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond
     "pairs ranked right": ("rewards/accuracies",), "rewards": ("rewards/chosen", "rewards/rejected"),
     "log-probs of completions": ("logps/chosen", "logps/rejected"), "NLL of chosen": ("nll_loss",),
     "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
-    "tokens per second": ("tokens_per_second",),
+    "tokens per second": ("tokens_per_second",), "share of the peak speed (MFU)": ("mfu",),
+    "packing and balance": ("packing_efficiency", "packing_fill", "rank_balance"),
 }
 REST = 20  # a report that is refreshed during a run takes at most one part in so many of the run's time
 
@@ -260,8 +261,8 @@ def time_chart(run: Run) -> str:
     bars = []
     for stage, m in run.manifests.items():
         speeds = [r["tokens_per_second"] for r in run.metrics.get(stage, []) if r.get("tokens_per_second")]
-        speed = f"   {sorted(speeds)[len(speeds) // 2]:,.0f} tok/s" if speeds else ""
-        bars.append((stage, m["seconds"], f"{duration(m['seconds'])}   {100 * m['seconds'] / total:.0f} %{speed}"))
+        speed = f" · {sorted(speeds)[len(speeds) // 2]:,.0f} tok/s" if speeds else ""
+        bars.append((stage, m["seconds"], f"{duration(m['seconds'])} · {100 * m['seconds'] / total:.0f} %{speed}"))
     return bar_chart(bars)
 
 

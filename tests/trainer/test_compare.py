@@ -1,0 +1,94 @@
+"""`strop compare`: what differs, pass rates paired by prompt, and cost."""
+
+import io
+import re
+import shutil
+
+import pyarrow as pa
+import pytest
+import yaml
+from test_report import make_run
+
+from strop.trainer.compare import compare, difference, differences
+from strop.trainer.console import Console
+from strop.trainer.rundir import read_run
+from strop.trainer.store import read_json, read_table, write_json, write_table
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run, and another one with other keys whose final weights are right where the first one's were wrong."""
+    a = make_run(tmp_path / "a")
+    b = tmp_path / "b"
+    shutil.copytree(a, b)
+    config = yaml.safe_load((b / "config.yaml").read_text())
+    config |= {"name": "other", "seed": 4, "dpo": {"enabled": True, "beta": 0.3}}
+    (b / "config.yaml").write_text(yaml.safe_dump(config))
+    path = b / "round-01/evaluate/results.parquet"
+    rows = read_table(path).to_pylist()
+    for row in rows:
+        row["correct"] = row["correct"] or row["candidate"] == "dpo"
+    write_table(path, pa.Table.from_pylist(rows))
+    manifest = read_json(b / "round-01/sft/manifest.json")
+    write_json(b / "round-01/sft/manifest.json", manifest | {"seconds": 385.0})
+    return a, b
+
+
+def table(runs):
+    console = Console(file=io.StringIO(), plain=True)
+    compare(console, *map(str, runs))
+    return console.file.getvalue()
+
+
+def row(text, *start):
+    """Cells of the first line that starts with these cells."""
+    lines = [re.split(r"\s{2,}", line) for line in text.splitlines()]
+    return next(cells for cells in lines if cells[:len(start)] == list(start))
+
+
+def test_keys_that_differ_and_no_others(two):
+    text = table(two)
+    assert row(text, "seed") == ["seed", "3", "4"] and row(text, "dpo.beta") == ["dpo.beta", "-", "0.3"]
+    assert differences([read_run(p) for p in two]) == [("seed", [3, 4]), ("dpo.beta", ["-", 0.3])]
+    assert "warning" not in text
+
+
+def test_pass_rates_are_paired_by_prompt(two):
+    text = table(two)
+    mine, other = row(text, "demo", "round 1 dpo"), row(text, "other", "round 1 dpo")
+    before = read_json(two[0] / "round-01/evaluate/summary.json")["dpo"]["test"]["pass_rate"]
+    assert mine[2] == other[2] == "160" and mine[4].startswith(f"{100 * before:.1f} %")
+    assert other[4].startswith("100.0 %") and other[-1] == "160"
+    assert other[-2].startswith(f"{100 * (1 - before):+.1f} [")
+    assert mine[-2:] == ["-", "-"]
+    assert row(text, "sums")[1:] != row(text, "products")[1:]
+
+
+def test_cost_is_that_of_the_manifests(two):
+    text = table(two)
+    mine, other = row(text, "demo", "finished"), row(text, "other", "finished")
+    assert mine[3] == "10:24" and other[3] == "15:24"  # 300 s more of SFT
+    assert mine[5] == "5:08" and other[5] == "10:08" and mine[8] == "54,000"
+
+
+def test_prompts_that_only_one_run_has_are_left_out_of_the_difference():
+    old = {"p1": True, "p2": False, "p3": False, "gone": True}
+    new = {"p1": True, "p2": True, "p3": False, "new": False}
+    found = difference(new, old, 2000)
+    assert found["n"] == 3 and found["gain"] == pytest.approx(1 / 3) and found["low"] == 0.0 < found["high"] <= 1.0
+    assert difference(new, {"x": True}, 10) is None
+
+
+def test_keys_that_change_the_measure_are_said(two):
+    config = yaml.safe_load((two[1] / "config.yaml").read_text())
+    config["evaluate"]["max_new_tokens"] = 8
+    (two[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "warning: evaluate.max_new_tokens differ: the pass rates below are not measured alike" in table(two)
+
+
+def test_a_run_without_results_and_the_same_run_twice(two, tmp_path):
+    young = make_run(tmp_path / "young", until="prompts")
+    text = table([two[0], young])
+    assert str(young) in text and "not evaluated yet" in text  # both are called demo: told apart by their paths
+    with pytest.raises(ValueError, match="the same run stands there twice"):
+        table([two[0], two[0]])

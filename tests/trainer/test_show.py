@@ -1,0 +1,132 @@
+"""`strop show`: state, lineage and next step of runs that are finished, under way, stopped or damaged."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+from test_report import make_run
+from test_watch import at_work, note
+
+from strop.trainer.console import Console
+from strop.trainer.main import main
+from strop.trainer.rundir import find_run, holder, next_stage, read_run
+from strop.trainer.show import show
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "demo")
+
+
+def shown(run_dir):
+    console = Console(file=io.StringIO(), plain=True)
+    show(console, str(run_dir))
+    return console.file.getvalue()
+
+
+def line(text, start):
+    return next(found for found in text.splitlines() if found.startswith(start))
+
+
+def test_a_finished_run(finished):
+    text = shown(finished)
+    assert line(text, "state:") == "state: finished, 2 of 2 rounds done"
+    assert line(text, "next: strop export")
+    assert line(text, "round-01/dpo").split()[:3] == ["round-01/dpo", "done", "60.0"]
+    assert line(text, "final").endswith("round-01/dpo") and "base from outside" in line(text, "baseline")
+    promotion = json.loads((finished / "round-01/evaluate/summary.json").read_text())["dpo"]["test"]["pass_rate"]
+    assert f"round 1 dpo {promotion:.1%}, gain +" in line(text, "test split: base")
+
+
+def test_a_run_that_stopped_says_where_and_how_to_go_on(tmp_path):
+    run = make_run(tmp_path / "demo", until="round-00/select")
+    (run / "round-00" / "sft.partial").mkdir()
+    text = shown(run)
+    assert line(text, "state:") == "state: stopped before round-00/sft, partly made, 0 of 2 rounds done"
+    assert line(text, "round-00/sft").split() == ["round-00/sft", "partly", "made"]
+    assert line(text, "round-01/dpo").split() == ["round-01/dpo", "to", "run"]
+    assert f"next: strop {run}/config.yaml" in text and "--plan" in text
+
+
+def test_a_run_at_work(tmp_path):
+    run = make_run(tmp_path / "demo", until="round-00/select")
+    (run / "round-00" / "sft.partial").mkdir()
+    note(run, 12)
+    assert holder(run) is None
+    with at_work(run) as pid:
+        text = shown(run)
+        assert f"running (process {pid}), 0 of 2 rounds done; round-00/sft 12/40, 321 tok/s, 1:15 left" in text
+        assert line(text, "round-00/sft").split() == ["round-00/sft", "at", "work"]
+        assert line(text, "next: strop watch")
+    assert holder(run) is None  # its id stands there still, the process is gone
+
+
+def test_what_the_recipe_leaves_out_is_not_waited_for(finished, tmp_path):
+    run = tmp_path / "demo"
+    shutil.copytree(finished, run)
+    for r in (0, 1):
+        shutil.rmtree(run / f"round-0{r}" / "sft")
+    assert next_stage(read_run(run)) == "round-00/sft"
+    text = (run / "config.yaml").read_text().replace("sft:\n  enabled: true", "sft:\n  enabled: false")
+    (run / "config.yaml").write_text(text)
+    assert next_stage(read_run(run)) is None
+
+
+def test_damage_is_named(finished, tmp_path):
+    run = tmp_path / "demo"
+    shutil.copytree(finished, run)
+    (run / "round-00/merge/manifest.json").write_text("{")
+    text = shown(run)
+    assert "warning: round-00/merge/manifest.json" in text and "stopped before round-00/merge" in text
+
+
+def test_a_run_is_found_by_path_and_by_name(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished.parent.parent)
+    assert find_run(str(finished)) == finished
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "mine", until="prompts")
+    assert find_run("mine").resolve() == tmp_path / "runs" / "mine"
+    with pytest.raises(ValueError, match=r"mind: no such run directory; did you mean mine\?"):
+        find_run("mind")
+    with pytest.raises(ValueError, match="it has no config"):
+        find_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["show"], "show takes 1 argument, 0 given; usage: strop show RUN"),
+    (["show", "a", "b"], "show takes 1 argument, 2 given"),
+    (["compare", "a"], "compare takes at least 2 arguments, 1 given"),
+    (["export", "a", "b", "--force"], "--force: no such option of export"),
+    (["watch", "a", "--port", "x"], "--port x: a number from 1 to 65535 is needed"),
+    (["watch", "a", "--port=99999"], "--port 99999: a number"),
+    (["show", "nowhere"], "nowhere: no such run directory"),
+    (["shwo"], "did you mean show?"),
+])
+def test_a_mistake_on_the_command_line_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_commands_explain_themselves(capsys, monkeypatch):
+    for verb in ("show", "watch", "compare", "export"):
+        assert main([verb, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: strop {verb} RUN")
+    assert main(["--help"]) == 0
+    assert "strop compare RUN RUN ..." in capsys.readouterr().out
+
+
+def test_looking_at_runs_needs_no_torch(finished):
+    import subprocess
+
+    code = ("import sys\nfrom strop.trainer.main import main\n"
+            "assert main(['show', sys.argv[1]]) == 0 and main(['compare', sys.argv[1], sys.argv[2]]) == 0\n"
+            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n")
+    other = finished.parent / "other"
+    if not other.exists():
+        shutil.copytree(finished, other)
+    done = subprocess.run([sys.executable, "-c", code, str(finished), str(other)], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
