@@ -42,18 +42,33 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture
 def tiny_recipe(tiny_model, tmp_path):
-    """A recipe file of two rounds on made-up prompts that a random model sometimes solves; returns (path, keys)."""
-    prompts = tmp_path / "prompts.jsonl"
+    """A recipe file of two rounds on made-up prompts that a random model sometimes solves."""
+    return write_recipe(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model, tmp_path_factory):
+    """The directory of a finished run of that recipe, one round; not to be changed."""
+    from strop.trainer.main import main
+
+    folder, threads = tmp_path_factory.mktemp("tiny"), torch.get_num_threads()
+    assert main([str(write_recipe(folder, tiny_model)), "rounds=1", "sft.snapshots=1", "sft.ema_decay=0.5"]) == 0
+    torch.set_num_threads(threads)
+    return folder / "runs" / "tiny"
+
+
+def write_recipe(folder, model):
+    prompts = folder / "prompts.jsonl"
     rows = [{"prompt": f"say {a} or {b}", "answer": str(a)} for a in range(10) for b in range(10)]
     prompts.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recipe = tmp_path / "tiny.yaml"
+    recipe = folder / "tiny.yaml"
     recipe.write_text(f"""\
 name: tiny
-output_dir: {tmp_path / 'runs'}
+output_dir: {folder / 'runs'}
 dtype: float32
 rounds: 2
 threads: 1
-model: {{path: {tiny_model}}}
+model: {{path: {model}}}
 data:
   validation: 10
   test: 10
