@@ -38,12 +38,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     return;
   }
   logits += row * row_stride;
-  __shared__ Running parts[kWarps];
+  __shared__ float highest[kWarps], total[kWarps];  // not Running: its initial values would race with the results
   Running sum = merge_warp(scan_part(logits, columns, thread, kThreads), 32);
-  if (thread % 32 == 0) parts[thread / 32] = sum;
+  if (thread % 32 == 0) highest[thread / 32] = sum.highest, total[thread / 32] = sum.total;
   __syncthreads();
   if (thread >= 32) return;
-  sum = merge_warp(parts[thread % kWarps], kWarps);
+  sum.highest = highest[thread % kWarps], sum.total = total[thread % kWarps];
+  sum = merge_warp(sum, kWarps);
   if (thread == 0) {
     const RowResult result = finish_row(logits, columns, target, sum);
     logp[row] = result.logp;
