@@ -4,7 +4,9 @@ All of it is host arithmetic that every rank repeats, so the counts that normali
 a word between the ranks.
 """
 
+import bisect
 import hashlib
+import heapq
 import math
 import random
 from dataclasses import dataclass
@@ -63,35 +65,97 @@ def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: in
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
     """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens. No length may exceed it."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens that still fit, bin), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [b for b in range(len(bins)) if room[b] >= lengths[i]]
-        if fits:
-            best = min(fits, key=lambda b: room[b])
-            bins[best].append(i)
-            room[best] -= lengths[i]
+        assert lengths[i] <= budget, (lengths[i], budget)
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        if at < len(room):
+            left, best = room.pop(at)
         else:
-            assert lengths[i] <= budget, (lengths[i], budget)
-            bins.append([i])
-            room.append(budget - lengths[i])
+            left, best = budget, len(bins)
+            bins.append([])
+        bins[best].append(i)
+        bisect.insort(room, (left - lengths[i], best))
+    return bins
+
+
+def pack_evenly(lengths: list[int], budget: int) -> list[list[int]]:
+    """As many bins as best-fit decreasing needs within `budget`, but filled evenly instead of all but the last.
+
+    The bins are those of the smallest budget that needs no more of them: the largest bin sets the memory, and a small
+    one left over would be a pass at low speed.
+    """
+    if not lengths:
+        return []
+    bins = pack(lengths, budget)
+    low, high = max(max(lengths), -(-sum(lengths) // len(bins))), budget
+    while low < high:
+        middle = (low + high) // 2
+        tighter = pack(lengths, middle)
+        if len(tighter) <= len(bins):
+            bins, high = tighter, middle
+        else:
+            low = middle + 1
     return bins
 
 
 def share_out(costs: list[float], ranks: int) -> list[list[int]]:
     """For each rank the indices of its work: heaviest first to the rank with least so far."""
-    loads, shares = [0.0] * ranks, [[] for _ in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0.0, rank) for rank in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (loads[r], r))
-        loads[rank] += costs[i]
+        load, rank = loads[0]
         shares[rank].append(i)
+        heapq.heapreplace(loads, (load + costs[i], rank))
     return shares
 
 
-def microbatches(examples: list[Example], indices: list[int], budget: int, rank: int, ranks: int) -> list[list[int]]:
-    """This rank's microbatches of a step, each a list of indices into `examples`."""
-    bins = pack([examples[i].tokens for i in indices], budget)
-    costs = [float(sum(examples[indices[j]].tokens for j in b)) for b in bins]
-    return [[indices[j] for j in bins[b]] for b in share_out(costs, ranks)[rank]]
+def microbatches(examples: list[Example], rows: list[int], costs: list[int], budget: int,
+                 ranks: int) -> list[list[list[int]]]:
+    """For each rank its microbatches of a step that takes `rows`; a microbatch is a list of indices into `examples`.
+
+    costs: FLOPs of every example. Ranks get examples of equal FLOPs, since they wait for one another once a step, and
+    pack them into as few microbatches of at most `budget` tokens as best-fit decreasing finds.
+    """
+    shares = [[rows[j] for j in share] for share in share_out([costs[i] for i in rows], ranks)]
+    return [[[own[j] for j in b] for b in pack_evenly([examples[i].tokens for i in own], budget)] for own in shares]
+
+
+@dataclass
+class Packing:
+    """How well steps are packed, over those that were added. No token of a packed row is padding.
+
+    packing_efficiency: real tokens by room, a rank's room being its microbatches times the largest of them. The largest
+    microbatch sets the memory, and what the others leave of it is unused.
+    packing_fill: real tokens by microbatches times budget. A step has as few microbatches as best-fit decreasing finds,
+    so this is low where a step is small: half a microbatch is lost on average, whatever the packing.
+    rank_balance: FLOPs by ranks times those of the busiest rank; what is missing to 1 is waiting.
+    """
+
+    examples: list[Example]
+    costs: list[int]
+    budget: int
+    tokens: int = 0
+    room: int = 0
+    microbatches: int = 0
+    flops: int = 0
+    busiest: int = 0
+
+    def add(self, shares: list[list[list[int]]]) -> None:
+        """A step, as `microbatches` gives it."""
+        for share in shares:
+            loads = [sum(self.examples[i].tokens for i in rows) for rows in share]
+            self.tokens += sum(loads)
+            self.room += len(loads) * max(loads, default=0)
+            self.microbatches += len(loads)
+        work = [sum(self.costs[i] for rows in share for i in rows) for share in shares]
+        self.flops += sum(work)
+        self.busiest += len(work) * max(work)
+
+    def values(self) -> dict[str, float]:
+        return {"packing_efficiency": self.tokens / max(1, self.room),
+                "packing_fill": self.tokens / max(1, self.microbatches * self.budget),
+                "rank_balance": self.flops / max(1, self.busiest)}
 
 
 def collate(examples: list[Example], indices: list[int], device: torch.device) -> PackedGroups:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from strop.kernels import PackedGroups, linear_logprob
-from strop.trainer.batch import Example, collate, microbatches
+from strop.trainer.batch import Example, Packing, collate, microbatches
 from strop.trainer.config import Recipe, Train
 from strop.trainer.models import DTYPES, head_of, load_model, save_model
-from strop.trainer.perf import peak_flops, training_flops
+from strop.trainer.perf import peak_flops, sizes_of, training_flops
 from strop.trainer.store import Stage, check_file, list_files, read_json, write_json, write_table, writing
 
 
@@ -260,7 +260,11 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
         stage.metrics.rewind(stage.name, engine.step_index)
     keep = {round(len(plan) * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {0, len(plan)}
     peak = peak_flops(world.device, DTYPES[engine.recipe.dtype])
-    flops = tokens = 0
+    sizes = sizes_of(engine.model)
+    costs = [training_flops(sizes, example) for example in examples]
+    whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
+    for rows in plan[:engine.step_index]:  # steps that were done before count too
+        whole.add(microbatches(examples, rows, costs, section.max_tokens, world.size))
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
     started = time.perf_counter()
     with stage.console.progress(stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
@@ -269,34 +273,35 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
             if engine.recipe.lora.dropout:
                 torch.manual_seed(hash((engine.recipe.seed, engine.step_index, world.rank)))
             step, value_sum = Step(engine.step_index, [], totals(rows)), torch.zeros((), device=world.device)
-            for step.rows in microbatches(examples, rows, section.max_tokens, world.rank, world.size):
+            shares = microbatches(examples, rows, costs, section.max_tokens, world.size)
+            for step.rows in shares[world.rank]:
                 groups = collate(examples, step.rows, world.device)
                 value, vector = loss(groups, step)
                 value.backward()
                 engine.fold_gradients()
                 sums += vector
                 value_sum += value.detach()
-                flops += training_flops(engine.model, groups)
             seen.append(torch.stack([value_sum, engine.step()]))
+            whole.add(shares)
+            packing.add(shares)
             distinct = sum(examples[i].tokens for i in rows)
-            tokens += distinct
             if engine.step_index % engine.recipe.log.interval == 0 or engine.step_index == len(plan):
                 seconds = time.perf_counter() - started
-                packed = torch.cat([sums, torch.tensor([float(flops)], device=world.device), *seen])
+                packed = torch.cat([sums, *seen])
                 world.sum_([packed])  # the one reduction of the interval
-                host = packed.cpu()
-                stop_if_not_finite(stage, engine, examples, plan, host[len(names) + 1:])
+                host = packed.cpu()  # and the one wait for the device
+                stop_if_not_finite(stage, engine, examples, plan, host[len(names):])
                 values = finish(host[:len(names)])
-                values |= {"grad_norm": host[len(names) + 2::2].mean().item() / world.size,
+                values |= {"grad_norm": host[len(names) + 1::2].mean().item() / world.size,
                            "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
-                           "tokens_per_second": tokens / seconds,
-                           "mfu": host[len(names)].item() / seconds / peak / world.size}
+                           "tokens_per_second": packing.tokens / seconds,
+                           "mfu": packing.flops / seconds / peak / world.size, **packing.values()}
                 if world.device.type == "cuda":
                     values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
                 stage.metrics.log(stage.name, engine.step_index, values, total=len(plan))
                 sums.zero_()
                 seen.clear()
-                flops = tokens = 0
+                packing = Packing(examples, costs, section.max_tokens)
                 started = time.perf_counter()
             bar.advance(1, tokens=distinct)
             is_point = engine.step_index % section.checkpoint_steps == 0 and engine.step_index < len(plan)
@@ -308,6 +313,7 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
             if is_point:
                 engine.save_checkpoint(work)
+    stage.counts |= {"microbatches": whole.microbatches} | whole.values()
     engine.save(stage.dir / "model")
     engine.save_ema(stage.dir / "ema")
 

@@ -2,11 +2,12 @@
 
 import functools
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from strop.kernels import PackedGroups
+from strop.trainer.batch import Example
 
 # dense matrix-product rates in bf16 by the vendors' data sheets, FLOP/s
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "MI300X": 1307e12}
@@ -34,24 +35,32 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
-@functools.cache
-def _sizes(model: nn.Module) -> tuple[int, int, int]:
-    """(parameters of the matrix products between embedding and head, parameters of the head, layers * heads * dim)."""
+@dataclass(frozen=True)
+class Sizes:
+    """What the cost of a token depends on: parameters of the matrix products between embedding and head, parameters of
+    the head, and layers x heads x head size."""
+
+    body: int
+    head: int
+    width: int
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """Sizes of a causal LM. Adapters do not count: the same rows then cost the same with and without them."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    head = base.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for p in base.get_decoder().parameters() if p.dim() == 2)
+    body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if p.dim() == 2 and "lora_" not in name)
     body -= base.get_input_embeddings().weight.numel()
-    width = config.num_attention_heads * (getattr(config, "head_dim", None)
-                                          or config.hidden_size // config.num_attention_heads)
-    return body, head, config.num_hidden_layers * width
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = base.get_output_embeddings().weight.numel()
+    return Sizes(body, head, config.num_hidden_layers * config.num_attention_heads * size)
 
 
-def training_flops(model: nn.Module, groups: PackedGroups) -> int:
-    """FLOPs of forward and backward (3 forwards) over real tokens, attention counted causally, head on targets only."""
-    body, head, width = _sizes(model)
-    pairs = sum((e - s) * (e - s + 1) // 2 for s, e in groups.prompt_bounds)
-    for (s, e), g in zip(groups.completion_bounds, groups.completion_group, strict=True):
-        p0, p1 = groups.prompt_bounds[g]
-        pairs += (e - s) * (e - s + 1) // 2 + (e - s) * (p1 - p0)
-    return 3 * (2 * body * groups.num_tokens + 2 * head * groups.num_targets + 4 * width * pairs)
+def training_flops(sizes: Sizes, example: Example) -> int:
+    """FLOPs of forward and backward (3 forwards) over the real tokens of a packed example: its prompt once, attention
+    counted causally, the head on targets only."""
+    prompt = len(example.group.prompt)
+    pairs = prompt * (prompt + 1) // 2
+    for completion in example.group.completions:
+        pairs += len(completion) * (len(completion) + 1) // 2 + len(completion) * prompt
+    return 3 * (2 * sizes.body * example.tokens + 2 * sizes.head * sum(example.targets()) + 4 * sizes.width * pairs)

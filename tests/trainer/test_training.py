@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import Group, linear_logprob
 from strop.trainer.batch import Example, collate
@@ -94,6 +95,51 @@ def test_dpo_starts_at_ln_2_with_no_margin(tmp_path, tiny_model):
     run_dpo(tmp_path, "dpo", tiny_model, log, epochs=6)
     assert abs(log.rows[0]["loss"] - math.log(2)) < 1e-5 and abs(log.rows[0]["rewards/margins"]) < 1e-5
     assert log.rows[-1]["loss"] < math.log(2) - 1e-3 and log.rows[-1]["rewards/margins"] > 0
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model, tmp_path_factory):
+    """Wide enough that bf16 matrix products of other shapes round otherwise, where the processor has them."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.update({"hidden_size": 512, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 64,
+                   "initializer_range": 0.05})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}, {"lora": {"rank": 4}}], ids=str)
+def test_in_bf16_step_zero_is_exact(tmp_path, wide_model, monkeypatch, keys):
+    """The reference ran in the very microbatches of the steps, so not even rounding differs."""
+    seen, log = [], Log()
+    monkeypatch.setattr("strop.trainer.stages.dpo.step_zero", lambda logp, ref, *_: seen.append(logp.equal(ref)) or 0.0)
+    lora, keys = {"lora": keys["lora"]} if "lora" in keys else {}, {k: v for k, v in keys.items() if k != "lora"}
+    recipe = recipe_of(dtype="bfloat16", dpo={"batch_size": 5, "max_tokens": 64} | keys, **lora)
+    select, table = select_of(tmp_path / "select", 20), stage_in(tmp_path / "reference", "reference")
+    reference(table, recipe, select=select, model=wide_model)
+    dpo(stage_in(tmp_path / "dpo", "dpo", log), recipe, select=select, policy=wide_model, reference=table.dir,
+        same_weights=True)
+    assert seen and all(seen)
+    assert abs(log.rows[0]["loss"] - math.log(2)) < 1e-7 and log.rows[0]["rewards/margins"] == 0.0
+
+
+def test_step_zero_warns_once_where_rounding_differs(tmp_path, tiny_model, monkeypatch):
+    """A reference that another number of processes made passes with a word."""
+    def rounds_otherwise(*args):
+        scorer = Scorer(*args)
+        return lambda groups: scorer(groups) + 1e-3
+
+    monkeypatch.setattr("strop.trainer.stages.reference.Scorer", rounds_otherwise)
+    recipe, warned = recipe_of(dtype="bfloat16", dpo={"batch_size": 20, "max_tokens": 48}), []
+    select, table = select_of(tmp_path / "select", 20), stage_in(tmp_path / "reference", "reference")
+    reference(table, recipe, select=select, model=tiny_model)
+    stage = stage_in(tmp_path / "dpo", "dpo")
+    stage.console.warn = warned.append
+    dpo(stage, recipe, select=select, policy=tiny_model, reference=table.dir, same_weights=True)
+    assert len(warned) == 1 and "another number of processes" in warned[0]
 
 
 def test_step_zero_stops_on_a_reference_of_other_weights(tmp_path, tiny_model):

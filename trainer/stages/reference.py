@@ -5,11 +5,12 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from strop.trainer.batch import collate, pack, share_out
+from strop.trainer.batch import Example, collate, microbatches, plan_steps
 from strop.trainer.config import Recipe
 from strop.trainer.engine import Scorer
 from strop.trainer.models import DTYPES, context_length, load_model
 from strop.trainer.pairs import load_pairs
+from strop.trainer.perf import sizes_of, training_flops
 from strop.trainer.probe import probe
 from strop.trainer.store import Stage, read_table, write_table
 
@@ -21,21 +22,27 @@ SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()), ("cho
 @torch.no_grad()
 def reference(stage: Stage, recipe: Recipe, *, select: Path, model: Path) -> None:
     """Writes reference.parquet: per pair the fp32 log-probs of its loss tokens under `model`, with a fingerprint of the
-    tokens and masks that they belong to."""
-    world = stage.world
+    tokens and masks that they belong to.
+
+    The pairs run in the microbatches in which DPO sees them first, so that on as many ranks of the same machine equal
+    weights give equal bits, in bf16 too.
+    """
+    world, section = stage.world, recipe.dpo
     context = context_length(model, recipe.model.trust_remote_code)
     pairs = load_pairs(stage, select / "pairs.parquet", recipe, context, record=False)
-    bins = pack([p.tokens for p in pairs], recipe.dpo.max_tokens)
-    mine = share_out([float(sum(pairs[i].tokens for i in b)) for b in bins], world.size)[world.rank]
+    loaded = load_model(model, DTYPES[recipe.dtype], world.device, trust_remote_code=recipe.model.trust_remote_code)
+    sizes = sizes_of(loaded)
+    costs = [training_flops(sizes, pair) for pair in pairs]
+    plan = plan_steps(pairs, section.epochs, section.batch_size, recipe.seed)
+    mine = first_looks(pairs, plan, costs, section.max_tokens, world.size)[world.rank]
     todo = [mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)]
     parts = [stage.work / f"part-{world.size}-{world.rank}-{i:05}.parquet" for i in range(len(todo))]
     if not all(p.exists() for p in parts):
-        loaded = load_model(model, DTYPES[recipe.dtype], world.device, trust_remote_code=recipe.model.trust_remote_code)
         scorer = Scorer(loaded, probe(loaded, stage.console))
-        with stage.console.progress(stage.name, total=sum(map(len, todo)), unit="batches") as bar:
+        with stage.console.progress(stage.name, total=len(mine), unit="batches") as bar:
             for chunk, part in zip(todo, parts, strict=True):
                 if not part.exists():
-                    write_table(part, score_chunk(scorer, pairs, [bins[b] for b in chunk], world.device, bar))
+                    write_table(part, score_chunk(scorer, pairs, chunk, world.device, bar))
     world.barrier()
     if world.first:
         tables = [read_table(p) for p in sorted(stage.work.glob(f"part-{world.size}-*.parquet"))]
@@ -45,14 +52,33 @@ def reference(stage: Stage, recipe: Recipe, *, select: Path, model: Path) -> Non
         stage.counts |= {"pairs": len(pairs), "tokens": sum(p.tokens for p in pairs)}
 
 
-def score_chunk(scorer: Scorer, pairs, bins: list[list[int]], device: torch.device, bar) -> pa.Table:
+def first_looks(pairs: list[Example], plan: list[list[int]], costs: list[int], budget: int,
+                ranks: int) -> list[list[tuple[list[int], list[int]]]]:
+    """For each rank its microbatches, each with the places in it of pairs that no earlier one holds: those of the plan
+    until all pairs were seen, then those of pairs that the plan leaves out."""
+    waiting, shares = set(range(len(pairs))), [[] for _ in range(ranks)]
+    for rows in [*plan, sorted(waiting.difference(*plan))]:
+        if not waiting:
+            break
+        for share, own in zip(shares, microbatches(pairs, rows, costs, budget, ranks), strict=True):
+            for indices in own:
+                places = [j for j, i in enumerate(indices) if i in waiting and i not in indices[:j]]
+                waiting.difference_update(indices)
+                if places:
+                    share.append((indices, places))
+    return shares
+
+
+def score_chunk(scorer: Scorer, pairs: list[Example], chunk: list[tuple[list[int], list[int]]], device: torch.device,
+                bar) -> pa.Table:
     rows = []
-    for indices in bins:
+    for indices, places in chunk:
         groups = collate(pairs, indices, device)
         logp = scorer(groups).cpu()
-        for j, i in enumerate(indices):
+        for j in places:
+            pair = pairs[indices[j]]
             chosen, rejected = (logp[a:b].tolist() for a, b in groups.target_bounds[2 * j:2 * j + 2])
-            rows.append({"row_id": pairs[i].row_id, "fingerprint": pairs[i].fingerprint(), "chosen": chosen,
+            rows.append({"row_id": pair.row_id, "fingerprint": pair.fingerprint(), "chosen": chosen,
                          "rejected": rejected})
         bar.advance(1, tokens=groups.num_tokens)
     return pa.Table.from_pylist(rows, schema=SCHEMA)
