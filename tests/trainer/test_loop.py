@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from training import largest_difference
 
-from strop.trainer.store import WORK, read_json, read_table, write_table
+from strop.trainer.store import read_json, read_table, write_table
 
 REPO = Path(__file__).parents[2]
 
@@ -71,27 +70,6 @@ def test_two_ranks_do_what_one_does(tiny_recipe, tmp_path):
     for stage in ("sft", "dpo"):
         assert largest_difference(a / "round-00" / stage / "model", b / "round-00" / stage / "model") < 1e-5
     assert read_json(b / "round-00/sample/manifest.json")["ranks"] == 2
-
-
-def test_killed_runs_go_on_and_end_with_the_same_weights(tiny_recipe, tmp_path):
-    whole = strop(tiny_recipe, "name=whole", "rounds=1")
-    assert whole.returncode == 0, whole.stderr
-    run = tmp_path / "runs" / "killed"
-    # one kill inside sampling, one inside training: when the file is there, the stage is still at work
-    for seen in ("round-00/sample.partial/shard-00000.parquet", f"round-00/sft.partial/{WORK}/step-000001"):
-        process = subprocess.Popen([sys.executable, str(REPO / "trainer" / "main.py"), str(tiny_recipe), "name=killed",
-                                    "rounds=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not (run / seen).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
-        stage = seen.split("/")[1].removesuffix(".partial")
-        assert (run / seen).exists() and not (run / "round-00" / stage).exists(), seen
-    again = strop(tiny_recipe, "name=killed", "rounds=1")
-    assert again.returncode == 0, again.stderr
-    assert "round-00/sft: resumed at step" in again.stdout and "round-00/sample: done before, kept" in again.stdout
-    assert largest_difference(run / "final", tmp_path / "runs" / "whole" / "final") == 0.0
 
 
 @pytest.mark.parametrize("argument, message", [

@@ -1,0 +1,184 @@
+"""Runs of the program that die at precise places, started from a process that has all libraries loaded.
+
+`python killing.py` reads one job a line from stdin (JSON: argv, log, run_dir, ranks, fired, only) and forks for each.
+The fork is a job of its own: a process group, with several `ranks` an agent and its workers as torchrun has them. Named
+points are put around what the program does. A job with a `fired` file SIGKILLs its whole group at the first point whose
+name matches `only` and is not in the file, and notes it there; so the same job, started again and again, dies at every
+point once and then finishes. The answers are {"pid": ...} once it has begun and {"status": ...} once it has ended.
+"""
+
+import importlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Job:
+    """The points of one process."""
+
+    def __init__(self, task: dict):
+        self.run_dir, self.only = Path(task["run_dir"]), re.compile(task.get("only", ""))
+        self.fired = Path(task["fired"]) if task.get("fired") else None
+        self.stage, self.draws = "start", 0
+
+    def point(self, name: str, before_death=None) -> None:
+        """Dies here, with all of the job, unless it has done so before. `before_death` leaves half a file behind."""
+        name = f"{self.stage}: {name}"
+        if self.fired is None or not self.only.search(name) or name in self.fired.read_text().splitlines():
+            return
+        with open(self.fired, "a") as f:
+            f.write(name + "\n")
+        if before_death:
+            before_death()
+        os.killpg(0, signal.SIGKILL)
+
+    def name(self, path) -> str:
+        """A path as points call it: below the run directory, without process numbers and random letters."""
+        path = Path(path)
+        text = path.relative_to(self.run_dir).as_posix() if self.run_dir in path.parents else path.name
+        return re.sub(r"\.\d+\.tmp$", "", re.sub(r"\.(model|ema|step-\d+)-\w+", r"\1", text))
+
+    def install(self) -> None:
+        import torch
+
+        from strop.trainer import engine, generate, store
+        from strop.trainer.stages import merge
+
+        def around(owner, attribute: str, before=None, after=None) -> None:
+            real = getattr(owner, attribute)
+
+            def wrapped(*args, **kwargs):
+                if before:
+                    before(*args)
+                result = real(*args, **kwargs)
+                if after:
+                    after(*args)
+                return result
+
+            setattr(owner, attribute, wrapped)
+
+        def enters(_, final, name, *rest):
+            self.stage, self.draws = name, 0
+            self.point("begins")
+
+        def leaves(*args):
+            self.point("has ended")
+            self.stage = "between"
+
+        def draws(*args):
+            self.draws += 1
+            if self.draws in (2, 40):
+                self.point(f"token {self.draws} is drawn")
+
+        def half(path):
+            return lambda: os.truncate(path, os.path.getsize(path) // 2)
+
+        def syncs(path):
+            if path.suffix == ".tmp":
+                self.point(f"half of {self.name(path)} is written", half(path))
+
+        def tensors(_, path, *rest):
+            self.point(f"half of {self.name(path)} is written", half(path))
+
+        around(store.Store, "_make", enters, leaves)
+        around(os, "replace", lambda a, b: self.point(f"{self.name(b)} is to be renamed"),
+               lambda a, b: self.point(f"{self.name(b)} has been renamed"))
+        around(store, "_sync", syncs)
+        around(engine, "save_file", None, tensors)
+        around(merge, "save_file", None, tensors)
+        around(generate, "sample_tokens", draws)
+        around(engine.Engine, "step", lambda e: self.point(f"step {e.step_index} has its gradients"))
+        around(torch.optim.AdamW, "step", None, lambda o: self.point("the optimizer has moved, the model has not"))
+
+
+def child(task: dict) -> None:
+    """Runs the program and never returns."""
+    from strop.trainer.main import main
+
+    job = Job(task)
+    job.install()
+    code = 70
+    try:
+        code = main(task["argv"])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def agent(task: dict) -> None:
+    """What torchrun is to its workers: starts them, and ends them all when one fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks, workers = task["ranks"], []
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            child(task)
+        workers.append(pid)
+    worst = 0
+    for _ in workers:
+        _, status = os.wait()
+        worst = worst or status
+        if status:
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+    os._exit(1 if worst else 0)
+
+
+def serve() -> None:
+    for name in ("strop.trainer.main", "strop.trainer.loop", "strop.trainer.report", "pyarrow.dataset",
+                 "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
+                 "transformers.models.auto.tokenization_auto"):
+        importlib.import_module(name)
+    out = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        task = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            agent(task) if task.get("ranks") else child(task)
+        print(json.dumps({"pid": pid}), file=out, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=out, flush=True)
+
+
+class Server:
+    """The process that forks the jobs, one at a time."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"})
+
+    def start(self, **task) -> int:
+        """The job's process id, which is also that of its group."""
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())["pid"]
+
+    def wait(self) -> int:
+        """The exit code of the job, or minus the signal that ended it."""
+        return json.loads(self.process.stdout.readline())["status"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+if __name__ == "__main__":
+    serve()

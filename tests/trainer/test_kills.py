@@ -1,0 +1,177 @@
+"""SIGKILL to the whole job at named places and at random moments: the same command goes on, to the same bits."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from killing import Server
+
+from strop.trainer.metrics import read_metrics
+from strop.trainer.store import list_files, read_json
+
+REPO = Path(__file__).parents[2]
+TIMES = {"final/README.md", "final/results.json"}  # the card tells how long the stages took
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    """Two microbatches a step, a snapshot, an average, a resume point after every step."""
+    text = tiny_recipe.read_text().replace("checkpoint_steps: 1", "checkpoint_steps: 1, snapshots: 1")
+    tiny_recipe.write_text(text + "merge: {method: average}\n")
+    return tiny_recipe
+
+
+def job(recipe: Path, name: str, *arguments, **keys) -> dict:
+    return {"argv": [str(recipe), f"name={name}", *arguments], "log": str(recipe.with_name(f"{name}.log")),
+            "run_dir": str(recipe.parent / "runs" / name)} | keys
+
+
+def finish(server, task: dict, times: int = 1) -> int:
+    """Starts the job until it is not killed any more; how often it was."""
+    for killed in range(1000):
+        server.start(**task)
+        if (status := server.wait()) != -signal.SIGKILL:
+            assert status == 0, Path(task["log"]).read_text()[-3000:]
+            return killed
+    raise AssertionError(f"killed for ever: {Path(task['log']).read_text()[-3000:]}")
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Every file of every artifact, and its hash."""
+    return {f"{m.parent.relative_to(run).as_posix()}/{name}": entry["hash"] for m in run.rglob("manifest.json")
+            for name, entry in read_json(m)["files"].items()}
+
+
+def same_end(a: Path, b: Path) -> None:
+    """Both runs have the same artifacts, to the bit, and the same logged steps; nothing of the kills is left."""
+    assert (a / "final/model.safetensors").read_bytes() == (b / "final/model.safetensors").read_bytes()
+    one, two = contents(a), contents(b)
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} <= TIMES
+    for run in (a, b):
+        for manifest in run.rglob("manifest.json"):
+            entries = read_json(manifest)["files"]
+            assert {k: v for k, v in list_files(manifest.parent).items() if k in entries} == entries
+    rows = [[(r["stage"], r["step"], r["loss"]) for r in read_metrics(run / "metrics.jsonl")] for run in (a, b)]
+    assert rows[0] == rows[1] and max(Counter(r[:2] for r in rows[0]).values()) == 1
+    left = [p for p in b.rglob("*") if p.name == "work" or p.suffix in (".partial", ".tmp")
+            or (p.name.startswith(".") and p.name not in (".key", ".lock"))]
+    assert not left, left
+
+
+# stage boundaries, sampling, a training step, a checkpoint write, renames of a file, a checkpoint and an artifact
+SOME = "|".join((
+    ": begins$", "sample: token 40", "sample: half of .*shard-00001", "sft: step 1 has", "dpo: the optimizer",
+    "sft: half of .*state.safetensors", "sft: .*work/step-000001 (is to|has)", "score: .*scores.parquet has",
+    "dpo: round-00/dpo (is to|has)", "merge: half of .*model.safetensors", "start: promotions.json is to",
+    "final: has ended"))
+
+
+@pytest.mark.parametrize("points, least", [
+    pytest.param(SOME, 24, id="some"), pytest.param("", 200, id="all", marks=pytest.mark.slow)])
+def test_killed_at_every_point_it_ends_with_the_same_bits(server, recipe, points, least):
+    runs, fired = recipe.parent / "runs", recipe.with_name("fired")
+    finish(server, job(recipe, "whole", "rounds=1"))
+    fired.touch()
+    killed = finish(server, job(recipe, "killed", "rounds=1", fired=str(fired), only=points))
+    seen = fired.read_text()
+    assert killed == len(seen.splitlines()) >= least, seen
+    for stage in ("prompts", "baseline", "final", *(f"round-00/{s}" for s in (
+            "sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate"))):
+        assert f"{stage}: begins\n" in seen
+    assert "token 40 is drawn" in seen and "state.safetensors is written" in seen and "has been renamed" in seen
+    same_end(runs / "whole", runs / "killed")
+    assert not (runs / "killed" / "stale").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(server, recipe, ranks):
+    runs, draw = recipe.parent / "runs", random.Random(ranks)
+    started = time.monotonic()
+    server.start(**job(recipe, "whole", ranks=ranks))
+    assert server.wait() == 0, recipe.with_name("whole.log").read_text()[-3000:]
+    seconds, task, killed = time.monotonic() - started, job(recipe, "killed", ranks=ranks), 0
+    for _ in range(40):
+        pid = server.start(**task)
+        time.sleep(draw.uniform(0, seconds / 4))
+        os.killpg(pid, signal.SIGKILL)
+        killed += server.wait() == -signal.SIGKILL
+    print(f"{killed} kills of a run of {seconds:.1f} s")
+    server.start(**task)
+    assert server.wait() == 0, Path(task["log"]).read_text()[-3000:]
+    assert killed >= 12
+    same_end(runs / "whole", runs / "killed")
+
+
+def test_two_ranks_killed_together_go_on_and_no_orphan_writes(server, recipe):
+    """First the whole job dies inside sampling and inside training; then its agent alone, as a killed torchrun."""
+    runs, fired = recipe.parent / "runs", recipe.with_name("fired")
+    finish(server, job(recipe, "whole", "rounds=1", ranks=2))
+    fired.touch()
+    points = "sample: token 40|sft: step 1 has|dpo: half of .*state.safetensors"
+    task = job(recipe, "killed", "rounds=1", ranks=2, fired=str(fired), only=points)
+    seen, run = set(), runs / "killed"
+    while len(seen) < 3:
+        server.start(**task)
+        assert server.wait() == -signal.SIGKILL, Path(task["log"]).read_text()[-3000:]
+        seen = set(fired.read_text().splitlines())
+    agent = server.start(**task | {"only": "nothing"})
+    workers = wait_for(lambda: children_of(agent), lambda found: len(found) == 2)
+    wait_for(lambda: (run / "round-00/dpo").exists(), bool)
+    os.kill(agent, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
+    wait_for(lambda: [pid for pid in workers if is_alive(pid)], lambda alive: not alive)
+    assert not (run / "final").exists()  # what an orphan would have gone on to
+    finish(server, job(recipe, "killed", "rounds=1", ranks=2))
+    same_end(runs / "whole", run)
+
+
+@pytest.mark.slow
+def test_killed_torchrun_leaves_no_worker(recipe):
+    run = recipe.parent / "runs" / "orphans"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(REPO / "trainer" / "main.py"),
+               str(recipe), "name=orphans"]
+    with open(recipe.with_name("log"), "w") as log:
+        agent = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: list(run.glob("round-00/sample.partial/shard-*.parquet")), bool, 120)
+    workers = children_of(agent.pid)
+    agent.kill()
+    agent.wait()
+    assert len(workers) == 2
+    wait_for(lambda: [pid for pid in workers if is_alive(pid)], lambda alive: not alive, 5)
+    assert not (run / "round-00/sample").exists()
+
+
+def wait_for(get, is_right, seconds: float = 60.0):
+    """What `get` gives once it is right."""
+    deadline = time.monotonic() + seconds
+    while not is_right(found := get()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.002)
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process still runs; one that is dead and not yet reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
