@@ -44,16 +44,21 @@ def load_tokenizer(model_dir: str | Path, chat_template: str | Path | None = Non
     if len(tokenizer) == 0:  # what transformers makes of a folder that has a config but no tokenizer files
         raise ValueError(f"{model_dir}: its tokenizer is empty; save one there with tokenizer.save_pretrained")
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ValueError(f"model.chat_template={chat_template}: not readable as text ({e})") from e
+        tokenizer.chat_template = read_template(chat_template)
     try:
         tokenizer.get_chat_template()
     except ValueError as e:
         raise ValueError(f"{model_dir}: its tokenizer has no chat template (a base model?); set model.chat_template to "
                          "a Jinja file") from e
     return tokenizer
+
+
+def read_template(path: str | Path) -> str:
+    """The text of a Jinja file that the recipe names. Raises ValueError if it cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"model.chat_template={path}: not readable as text ({e})") from e
 
 
 def encode_prompt(tokenizer, messages: Sequence[dict], **template_kwargs) -> list[int]:

@@ -1,6 +1,7 @@
 """Command line and recipe files to a checked Recipe; every mistake is one line that names where it stands."""
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from strop.trainer.commands import VERBS, run_verb
 from strop.trainer.config import Recipe
 
+SECRET = re.compile(r"(^|_)(api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)$", re.I)
 RECIPES = Path(__file__).parent / "recipes"
 USAGE = """\
 usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
@@ -148,6 +150,7 @@ def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
 def apply_override(read: _Read, override: str) -> None:
     """Sets `a.b.0.c=value` in the tree. Raises ValueError where the path leads nowhere."""
     key, _, text = override.partition("=")
+    refuse_secrets({key.split(".")[-1]: text}, (), {(): "command line"})
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as e:
@@ -173,10 +176,21 @@ def apply_override(read: _Read, override: str) -> None:
 
 def check(read: _Read) -> Recipe:
     """Validates. Raises ValueError with a line for each mistake: where, key=value, what is wrong, the nearest name."""
+    refuse_secrets(read.data, (), read.lines)
     try:
         return Recipe.model_validate(read.data)
     except ValidationError as e:
         raise ValueError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
+
+
+def refuse_secrets(value, path: tuple, lines: dict) -> None:
+    """Raises ValueError at a key that is named like a secret, without its value: a recipe goes into files and logs."""
+    for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(key, str) and SECRET.search(key):
+            where = next(lines[p] for p in ((*path, key)[:n] for n in range(len(path) + 1, -1, -1)) if p in lines)
+            raise ValueError(f"{where}: {'.'.join(map(str, (*path, key)))}: secrets are not taken from recipes or the "
+                             "command line, which are written down; set the environment variable of the service")
+        refuse_secrets(below, (*path, key), lines)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -207,6 +221,10 @@ def _explain(error: dict, read: _Read) -> str:
     if error["type"] == "missing":
         return f"{where}: {key} is missing; {fields_meaning(path)}"
     message = error["msg"].removeprefix("Value error, ")
+    if not path:  # about the recipe as a whole: it begins with the key it is about
+        path = [int(p) if p.isdigit() else p for p in re.match(r"[\w.]*\w|", message)[0].split(".")]
+        known = (read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines)
+        return f"{next(known, 'recipe')}: {message}"
     message = message[:1].lower() + message[1:] if message.startswith("Input") else message
     if not path or (isinstance(at, dict | list) and error["type"] == "value_error"):
         return f"{where}: {key + ': ' if key else ''}{message}"

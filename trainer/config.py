@@ -215,9 +215,19 @@ class Recipe(Section):
         names = [s.name for s in self.data.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"data.sources: two sources share a name ({', '.join(names)})")
-        if self.merge.method == "ema" and not (self.sft.ema_decay or self.dpo.ema_decay):
-            raise ValueError("merge.method=ema needs sft.ema_decay or dpo.ema_decay above 0")
-        for r in (d for d in self.data.sft + self.data.preferences if d.rounds != "all"):
-            if any(i >= self.rounds for i in r.rounds):
-                raise ValueError(f"data of name {r.name}: rounds={r.rounds} but the recipe has rounds={self.rounds}")
+        for key, entries in (("data.sft", self.data.sft), ("data.preferences", self.data.preferences)):
+            if len({d.name for d in entries}) != len(entries):
+                raise ValueError(f"{key}: two entries have the same name; give each its own")
+            for i, d in enumerate(entries):
+                if d.rounds != "all" and any(r >= self.rounds for r in d.rounds):
+                    raise ValueError(f"{key}.{i}.rounds={d.rounds}, but rounds={self.rounds}, and they count from 0")
+        if self.sample.temperature == 0 and self.sample.k > 1 and self.data.sources:
+            raise ValueError(f"sample.temperature=0 is greedy, so all sample.k={self.sample.k} completions of a prompt "
+                             "are the same; raise it or set sample.k=1")
+        last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
+        if self.merge.method == "ema" and not getattr(self, last).ema_decay:
+            raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0")
+        for name in self.merge.members if self.merge.method == "average" else ():
+            if name != "start" and not getattr(self, name).enabled:
+                raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
         return self

@@ -4,12 +4,11 @@ Every `run.stage(...)` gives an artifact: the one that stands if it is fresh, el
 nothing runs and an artifact that is yet to be made has no hash.
 """
 
-from pathlib import Path
-
+from strop.trainer.chat import read_template
 from strop.trainer.config import Recipe
 from strop.trainer.models import Base
 from strop.trainer.prompts import prompts as make_prompts
-from strop.trainer.stages.dpo import dpo
+from strop.trainer.stages.dpo import check_loss, dpo
 from strop.trainer.stages.evaluate import evaluate
 from strop.trainer.stages.final import final
 from strop.trainer.stages.merge import merge
@@ -24,6 +23,8 @@ from strop.trainer.store import Artifact, Store, external, read_json, write_json
 def run_recipe(run: Store, recipe: Recipe, base: Base) -> Artifact:
     """Runs all rounds and returns the final artifact: a folder that plain transformers loads."""
     keys = stage_keys(recipe)
+    if recipe.dpo.enabled:
+        check_loss(recipe.dpo)
     weights = start = external(base.path) if base.path.exists() else Artifact(base.path, None)
     prompts = first = None
     standing = {}  # evaluations: weight hash -> (evaluate artifact, name of the candidate in it)
@@ -105,7 +106,7 @@ def stage_keys(recipe: Recipe) -> dict[str, dict]:
     sources = [{k: v for k, v in s.items() if k != "share"} for s in r["data"]["sources"]]
     shares = {s["name"]: s["share"] for s in r["data"]["sources"]}
     data, path = r["data"], r["model"]["chat_template"]
-    template = {"chat_template": path and Path(path).read_text(encoding="utf-8")}
+    template = {"chat_template": path and read_template(path)}
     numbers = {"dtype": r["dtype"], "device": r["device"]}
     dpo_rows = {k: r["dpo"][k] for k in ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")}
     merging = {k: v for k, v in r["merge"].items() if k != "promote"}

@@ -53,7 +53,7 @@ def test_overrides_reach_every_depth(recipe):
     (GOOD, ["seed.x=1"], "command line: seed"),
     (GOOD, ["--paln"], "--paln: no such option"),
     (GOOD, ["other.yaml"], "other.yaml: a second recipe"),
-    (GOOD, ["merge.method=ema"], "merge.method=ema needs sft.ema_decay or dpo.ema_decay"),
+    (GOOD, ["merge.method=ema"], "merge.method=ema takes the average that dpo keeps; set dpo.ema_decay"),
     (GOOD, ["merge.weights=[1.0]"], "weights has 1 entries, members 2"),
     ("data: {sources: [{name: a, path: x, verifier: exact}, {name: a, path: y, verifier: exact}]}", [],
      "two sources share a name"),

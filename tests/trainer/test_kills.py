@@ -1,5 +1,6 @@
 """SIGKILL to the whole job at named places and at random moments: the same command goes on, to the same bits."""
 
+import contextlib
 import os
 import random
 import signal
@@ -107,13 +108,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(server, recipe, ran
     seconds, task, killed = time.monotonic() - started, job(recipe, "killed", ranks=ranks), 0
     for _ in range(40):
         pid = server.start(**task)
-        time.sleep(draw.uniform(0, seconds / 4))
-        os.killpg(pid, signal.SIGKILL)
+        time.sleep(draw.uniform(0.01, seconds / 6))
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            os.killpg(pid, signal.SIGKILL)
         killed += server.wait() == -signal.SIGKILL
     print(f"{killed} kills of a run of {seconds:.1f} s")
     server.start(**task)
     assert server.wait() == 0, Path(task["log"]).read_text()[-3000:]
-    assert killed >= 12
+    assert killed >= 24
     same_end(runs / "whole", runs / "killed")
 
 

@@ -211,13 +211,6 @@ def test_ready_data_alone(tmp_path, model):
     assert len(sft) == 1 and not pairs
 
 
-def test_ready_data_of_one_name_is_refused(tmp_path, model):
-    path = tmp_path / "sft.jsonl"
-    path.write_text(json.dumps({"messages": turns("2+2", "4")}))
-    with pytest.raises(ValueError, match=r"data\.sft: two entries have the same name"):
-        run(tmp_path, model, data={"sft": [{"name": "mine", "path": str(path)}] * 2})
-
-
 SAMPLE = st.tuples(st.sampled_from(["a", "bb", "ccc", "", "dd"]), st.sampled_from([0.0, 0.4, 1.0]),
                    st.sampled_from(["stop", "length"]))
 

@@ -6,7 +6,7 @@ import torch
 
 from strop.kernels import PREFERENCE_METRICS, preference_loss, preference_means
 from strop.trainer.batch import plan_steps
-from strop.trainer.config import Recipe
+from strop.trainer.config import Dpo, Recipe
 from strop.trainer.engine import Engine, Scorer, train
 from strop.trainer.models import context_length
 from strop.trainer.pairs import ReferenceTable, load_pairs
@@ -59,6 +59,16 @@ def dpo(stage: Stage, recipe: Recipe, *, select: Path, policy: Path, reference: 
     train(stage, engine, scorer, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means)
     tokens = sum(pairs[i].tokens for rows in plan for i in rows)
     stage.counts |= {"pairs": len(pairs), "steps": len(plan), "tokens": tokens}
+
+
+def check_loss(section: Dpo) -> None:
+    """Raises ValueError, before anything has run, where the loss and its numbers do not go together."""
+    try:
+        preference_loss(torch.zeros(2), torch.zeros(2), segments=torch.arange(2), num_segments=2,
+                        loss_type=section.loss, beta=section.beta, label_smoothing=section.label_smoothing,
+                        nll_weight=section.nll_weight)
+    except ValueError as e:
+        raise ValueError(f"dpo.loss={section.loss}: {e}") from e
 
 
 def step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, name: str) -> float:

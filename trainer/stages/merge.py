@@ -35,19 +35,12 @@ def mixture_of(recipe: Recipe, start: Path, sft: Path | None, dpo: Path | None) 
     if section.method == "last":
         return [(last / "model", 1.0)]
     if section.method == "ema":
-        if not (last / "ema").exists():
-            raise ValueError(f"merge.method=ema: {last} keeps no average; set {last.name}.ema_decay above 0")
         return [(last / "ema", 1.0)]
     mixture = []
     weights = section.weights or [1.0] * len(section.members)
     for name, weight in zip(section.members, weights, strict=True):
         stage = {"sft": sft, "dpo": dpo}.get(name)
-        if name == "start":
-            checkpoints = [start]
-        elif stage is None:
-            raise ValueError(f"merge.members names {name}, but {name}.enabled=false")
-        else:
-            checkpoints = [*sorted((stage / "snapshots").glob("step-*")), stage / "model"]
+        checkpoints = [start] if name == "start" else [*sorted((stage / "snapshots").glob("step-*")), stage / "model"]
         if section.weights is None:  # uniform over checkpoints, not over stages
             mixture += [(c, 1.0) for c in checkpoints]
         else:

@@ -46,9 +46,6 @@ def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, hi
         sft_rows += ready_sft(tokenizer, data, drops, quarantine)
     for data in (d for d in recipe.data.preferences if d.rounds == "all" or round in d.rounds):
         pair_rows += ready_pairs(tokenizer, data, drops, quarantine)
-    for rows, key in ((sft_rows, "data.sft"), (pair_rows, "data.preferences")):
-        if len({row["row_id"] for row in rows}) < len(rows):
-            raise ValueError(f"{key}: two entries have the same name; give each its own")
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
     stage.counts |= {"sft_rows": len(sft_rows), "pairs": len(pair_rows)}
