@@ -48,9 +48,9 @@ def liger_fused_linear_dpo(
 
     _input [2B, T, D], weight [V, D], target [2B, T] integer, bias [V]. The reference's log-probs come from ref_input
     [2B, T, D'], ref_weight [V, D'], ref_bias [V] and are 0 without use_ref_model. average_log_prob divides sequence
-    log-probs by their tokens (0 of no tokens). loss_type: sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero,
-    apo_down, discopop (formulas and papers: kernels/losses.py); label_smoothing is for sigmoid (cDPO), exo_pair and
-    robust, and another type warns that it ignores it.
+    log-probs by their tokens; the mean of no tokens is 0. loss_type: sigmoid, hinge, exo_pair, nca_pair, robust,
+    bco_pair, sppo_hard, apo_zero, apo_down, discopop (formulas and papers: kernels/losses.py); label_smoothing is for
+    sigmoid (cDPO), exo_pair and robust, and another type warns that it ignores it.
 
     Returns (loss, (chosen log-probs [B], rejected log-probs [B], mean logit of the chosen, of the rejected, NLL,
     chosen rewards [B], rejected rewards [B])). Raises ValueError on shapes and values that do not fit.

@@ -199,8 +199,8 @@ class LigerFusedLinearORPOLoss(nn.Module):
 
 
 class LigerFusedLinearKTOLoss(nn.Module):
-    """KTO: functional.liger_fused_linear_kto. As in Liger the hidden states come before the weight here, and there is no
-    reference unless asked for.
+    """KTO: functional.liger_fused_linear_kto. As in Liger the hidden states come before the weight in this call, and
+    there is no reference unless asked for.
     """
 
     def __init__(
