@@ -8,6 +8,7 @@ All else, such as data, reference model, adapters and precomputed reference log-
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from types import MethodType
 
 import torch
@@ -20,14 +21,15 @@ from ..preference import PREFERENCE_METRICS, preference_loss, preference_means
 try:
     import trl
     from accelerate.utils import is_peft_model
+    from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer import dpo_trainer
-    from trl.trainer.utils import FusedCausalLMOutput
+    from trl.trainer.utils import FusedCausalLMOutput, use_adapter
 except ImportError as e:
     raise ImportError("strop.kernels.integrations.trl needs trl 1.16 or later: pip install 'strop[trl]'") from e
 
 _SEAM = {
     dpo_trainer: ("add_fused_lm_head",),
-    trl.DPOTrainer: ("_compute_loss", "_precompute_ref_logps", "compute_ref_log_probs", "log"),
+    trl.DPOTrainer: ("_compute_loss", "_precompute_ref_logps", "log"),
 }
 # A method that TRL renamed would be overridden no longer, and TRL's own would run without a word.
 if _missing := [name for owner, names in _SEAM.items() for name in names if not hasattr(owner, name)]:
@@ -134,21 +136,17 @@ class StropDPOTrainer(trl.DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         completion = inputs["completion_mask"]
         segments, scored = _scored(completion)
-        inputs = {**inputs, "scored": scored}
-        for_model = {k: v for k, v in inputs.items() if k not in ("completion_mask", *_REFERENCE)}
-        for_model["use_cache"] = False
-        if self.aux_loss_enabled:
-            for_model["output_router_logits"] = True
         labels = inputs["input_ids"].masked_fill(completion == 0, -100)
-        outputs = model(**for_model, labels=labels, fused_lm_head=True)
-        if self.precompute_ref_logps:
-            ref = [inputs[name] for name in _REFERENCE]
+        for_model = {k: v for k, v in inputs.items() if k not in ("completion_mask", *_REFERENCE)}
+        for_head = {"labels": labels, "scored": scored, "fused_lm_head": True}
+        routers = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**for_model, **for_head, **routers)
+        if not self.precompute_ref_logps:
+            ref_logp = self._reference(for_model | for_head).flatten().index_select(0, scored)
         else:
-            ref = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-
-        ref_logp = torch.stack(tuple(ref), 1).flatten()
-        if self.ld_alpha is not None:
-            ref_logp = _sums_as_tokens(ref_logp, segments, self.ld_alpha)
+            ref_logp = torch.stack([inputs[name] for name in _REFERENCE], 1).flatten()
+            if self.ld_alpha is not None:
+                ref_logp = _sums_as_tokens(ref_logp, segments, self.ld_alpha)
         squares = outputs.log_sum_sq_probs
         loss, metrics = preference_loss(
             outputs.log_probs.flatten().index_select(0, scored),
@@ -163,9 +161,18 @@ class StropDPOTrainer(trl.DPOTrainer):
         self._remember(metrics, outputs, completion, inputs["attention_mask"])
         if return_outputs:
             with torch.no_grad():
-                del for_model["scored"]
-                return loss, model(**for_model)
+                return loss, model(**for_model, use_cache=False)
         return loss
+
+    @torch.no_grad()
+    def _reference(self, inputs: dict) -> Tensor:
+        """[2B, T - 1] log-probs of the reference: its own model, or the policy's under its first or no adapter."""
+        adapter = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with adapter, disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return (self.ref_model or self.model)(**inputs).log_probs
 
     @torch.no_grad()
     def _remember(self, metrics: Tensor, outputs: FusedCausalLMOutput, completion: Tensor, attention: Tensor) -> None:
@@ -193,17 +200,17 @@ class StropDPOTrainer(trl.DPOTrainer):
         if mode == "train":
             self._total_train_tokens += int(sums["seen"])
         chosen, rejected = max(sums["chosen"], 1.0), max(sums["rejected"], 1.0)
-        means |= {
+        logged = {"aux_loss": sums["aux"] / sums["ranks"]} if self.aux_loss_enabled else {}
+        logged |= {
             "entropy": sums["entropy"] / max(sums["chosen"] + sums["rejected"], 1.0),
+            "num_tokens": self._total_train_tokens,
             "logits/chosen": sums["logits/chosen"] / chosen,
             "logits/rejected": sums["logits/rejected"] / rejected,
             "mean_token_accuracy": sums["top1"] / chosen,
         }
-        if self.aux_loss_enabled:
-            means["aux_loss"] = sums["aux"] / sums["ranks"]
-        for name in means.keys() - {"loss", "nll_loss"}:
-            self._metrics[mode][name].append(means[name])
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        for name, value in (logged | {name: means[name] for name in PREFERENCE_METRICS[:6]}).items():
+            self._metrics[mode][name].append(value)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]  # so far, not a mean
 
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
