@@ -150,6 +150,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
                                                                 "config.json says")):
         if names := sorted(name if isinstance(name, str) else name[0] for name in names):
             raise ValueError(f"{path}: tensor {names[0]} {what} ({len(names)} in all); save the model again")
+    register(model)
     return model.to(device).eval()
 
 

@@ -14,14 +14,25 @@ NAME = "strop"
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
-def register() -> str:
+def register(model: nn.Module | None = None) -> str:
     """Make `attn_implementation="strop"` known to transformers; returns that name. Calling it again changes nothing.
 
     The model is then called as `model(input_ids=g.input_ids[None], position_ids=g.position_ids[None], groups=g,
-    use_cache=False)` with g a PackedGroups.
+    use_cache=False)` with g a PackedGroups. A model given here raises ValueError where groups come with a mask. Our
+    attention sees 4-D masks only: transformers drops a 2-D one before, without a word.
     """
     AttentionInterface.register(NAME, attention_forward)
+    if model is not None:
+        for module in {model, getattr(model, "base_model", model)}:
+            module.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
     return NAME
+
+
+def _refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    # the mask is the second positional argument of every causal LM and decoder
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if kwargs.get("groups") is not None and mask is not None:
+        raise ValueError(f"{type(module).__name__}: the groups are the mask; attention_mask must be None")
 
 
 def attention_forward(

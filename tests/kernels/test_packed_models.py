@@ -12,9 +12,15 @@ CONFIGS = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
     "gemma2": transformers.Gemma2Config,
     "gemma3": transformers.Gemma3TextConfig,
+    "phi": transformers.PhiConfig,
+    "phi3": transformers.Phi3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "olmo": transformers.OlmoConfig,
     "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
 }
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -36,10 +42,19 @@ def _model(name: str):
     )
     # Narrower than the rows, so that windows cut and must count positions.
     config.sliding_window = 5
-    if "gemma" in name:
+    if "gemma" in name or name == "olmo3":
         config.layer_types = ["sliding_attention", "full_attention"]
+    if name == "smollm3":  # a layer with and one without rotary positions
+        config.no_rope_layers = [1, 0]
+    if name == "gemma2":  # low enough that the caps bend the scores
+        config.attn_logit_softcapping, config.final_logit_softcapping = 2.0, 3.0
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).float().train()
+    model = transformers.AutoModelForCausalLM.from_config(config).float().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases and norms are no longer all zeros and ones
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
 
 
 def _groups(loss_masks: bool = True) -> list[Group]:
@@ -99,6 +114,36 @@ def test_packed_equals_separate_rows(name: str):
     for parameter, gradient in gradients.items():
         scale = max(1.0, expected[parameter].abs().max().item())
         torch.testing.assert_close(gradient / scale, expected[parameter] / scale, **TOLERANCE, msg=parameter)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_padded_mask_raises(name: str):
+    model, groups = _model(name), PackedGroups.pack(_groups())
+    model.set_attn_implementation(register(model))
+    mask = torch.ones(1, groups.num_tokens, dtype=torch.int64)
+    mask[0, -2:] = 0
+    call = {"position_ids": groups.position_ids[None], "groups": groups, "use_cache": False}
+    for module in (model, model.model):
+        with pytest.raises(ValueError, match="attention_mask must be None"):
+            module(groups.input_ids[None], attention_mask=mask, **call)
+        with pytest.raises(ValueError, match="attention_mask must be None"):
+            module(groups.input_ids[None], mask, **call)
+    assert model(groups.input_ids[None], **call).logits.shape[:2] == (1, groups.num_tokens)
+    model.set_attn_implementation("eager")  # without groups masks are transformers' own affair
+    model(groups.input_ids[None], attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize("count", [2, 7, 64])
+def test_samples_of_one_prompt_score_as_rows_of_their_own(count: int):
+    """K completions, one prompt: the same log-probs as K rows, whatever K."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
+    completions = [torch.randint(3, 61, (n,), generator=generator).tolist() for n in lengths]
+    groups = PackedGroups.pack([Group(list(range(3, 40)), completions), Group([9], completions[:2])])
+    for name in ("gemma2", "smollm3"):
+        model = _model(name)
+        with torch.no_grad():
+            torch.testing.assert_close(packed_logp(model, groups), separate_logp(model, groups), **TOLERANCE)
 
 
 def test_shared_prompt_equals_repeated_prompt():
