@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -61,6 +62,8 @@ def test_a_run_at_work(tmp_path):
         assert line(text, "round-00/sft").split() == ["round-00/sft", "at", "work"]
         assert line(text, "next: strop watch")
     assert holder(run) is None  # its id stands there still, the process is gone
+    (run / ".lock").write_text(str(os.getpid()))
+    assert holder(run) is None  # a process of that id is there, but another one: it does not hold the lock
 
 
 def test_what_the_recipe_leaves_out_is_not_waited_for(finished, tmp_path):
