@@ -143,8 +143,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
                 raise
             model, found = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     except Exception as e:  # OSError, KeyError, SafetensorError, ...: by what is wrong with the folder
-        raise ValueError(f"{path}: transformers cannot load it ({reason_of(e)}); give another model.path, or save the "
-                         "model again") from e
+        raise ValueError(f"{path}: transformers cannot load it ({reason_of(e)}); {remedy_of(e)}") from e
     # transformers fills what is not there with random numbers
     for names, what in ((found["missing_keys"], "is missing"), (found["mismatched_keys"], "has another shape than "
                                                                 "config.json says")):
@@ -152,6 +151,12 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
             raise ValueError(f"{path}: tensor {names[0]} {what} ({len(names)} in all); save the model again")
     register(model)
     return model.to(device).eval()
+
+
+def remedy_of(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "set model.trust_remote_code=true only if you trust who wrote that code"
+    return "give another model.path, or save the model again"
 
 
 def save_model(model: nn.Module, source: Path, target: Path) -> None:
@@ -216,7 +221,7 @@ def context_length(model_dir: Path, trust_remote_code: bool = False) -> int:
     try:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as e:
-        raise ValueError(f"{model_dir}: transformers cannot read its config.json ({reason_of(e)}); give another "
-                         "model.path, or save the model again") from e
+        raise ValueError(f"{model_dir}: transformers cannot read its config.json ({reason_of(e)}); "
+                         f"{remedy_of(e)}") from e
     config = config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

@@ -156,7 +156,10 @@ def _generate(source: Source, seed: int) -> Iterator[Row]:
         raise ValueError(f"{key}: reasoning_gym_config.size={config['size']} is not taken; set size of the source")
     digest = hashlib.blake2b(f"{seed}:{source.name}".encode(), digest_size=4).digest()
     config.setdefault("seed", int.from_bytes(digest) >> 1)
-    verifiers.check("reasoning_gym", {"dataset": name})
+    try:
+        verifiers.check("reasoning_gym", {"dataset": name})
+    except ValueError as e:
+        raise ValueError(f"{key}: reasoning_gym={name}: {e}") from e
     import reasoning_gym
 
     try:

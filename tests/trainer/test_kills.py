@@ -105,18 +105,22 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(server, recipe, ran
     started = time.monotonic()
     server.start(**job(recipe, "whole", ranks=ranks))
     assert server.wait() == 0, recipe.with_name("whole.log").read_text()[-3000:]
-    seconds, task, killed = time.monotonic() - started, job(recipe, "killed", ranks=ranks), 0
-    for _ in range(40):
-        pid = server.start(**task)
-        time.sleep(draw.uniform(0.01, seconds / 6))
-        with contextlib.suppress(ProcessLookupError):  # it was quicker
-            os.killpg(pid, signal.SIGKILL)
-        killed += server.wait() == -signal.SIGKILL
-    print(f"{killed} kills of a run of {seconds:.1f} s")
-    server.start(**task)
-    assert server.wait() == 0, Path(task["log"]).read_text()[-3000:]
-    assert killed >= 24
-    same_end(runs / "whole", runs / "killed")
+    seconds, killed, n = time.monotonic() - started, 0, 0
+    while killed < 36:
+        n += 1
+        task = job(recipe, f"killed-{n}", ranks=ranks)
+        for _ in range(12):
+            pid = server.start(**task)
+            time.sleep(draw.uniform(0.02, seconds / 4))
+            with contextlib.suppress(ProcessLookupError):  # it was quicker
+                os.killpg(pid, signal.SIGKILL)
+            if (status := server.wait()) == 0:
+                break
+            assert status == -signal.SIGKILL, Path(task["log"]).read_text()[-3000:]
+            killed += 1
+        finish(server, task)
+        same_end(runs / "whole", runs / f"killed-{n}")
+    print(f"{killed} kills in {n} runs of {seconds:.1f} s")
 
 
 def test_two_ranks_killed_together_go_on_and_no_orphan_writes(server, recipe):
