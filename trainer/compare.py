@@ -30,16 +30,17 @@ def compare(console, *arguments: str) -> None:
     console.table("what differs in their recipes", ["key", *names],
                   [[key, *map(short, values)] for key, values in differing] or [["nothing", *[""] * len(runs)]])
     if measured := [key for key, _ in differing if key.startswith(MEASURES)]:
-        console.warn(f"{', '.join(measured)} differ: the pass rates below are not measured alike")
+        more = f" and {len(measured) - 4} more" if len(measured) > 4 else ""
+        console.warn(f"{', '.join(measured[:4])}{more} differ: the pass rates below are not measured alike")
     results = [result(run) for run in runs]
-    console.table("test split, promoted weights (95 % intervals; differences are paired by prompt)",
-                  ["run", "weights", "prompts", "base", "pass rate", "over its base", f"over {names[0]}", "shared"],
-                  result_rows(names, results))
-    if sources := source_rows(results):
-        console.table("test split by source", ["source", *names], sources)
-    console.table("cost", ["run", "state", "ranks", "in stages", "sampling", "training", "evaluation", "other",
-                           "sampled tokens", "steps", "versions"],
-                  [cost_row(name, run) for name, run in zip(names, runs, strict=True)])
+    console.table("test split, promoted weights (95 % intervals; differences are paired by prompt)", ["", *names],
+                  across(result_cells(results, names[0])) + source_rows(results))
+    console.table("cost", ["", *names], across([cost_cells(run) for run in runs]))
+
+
+def across(columns: list[dict[str, str]]) -> list[list[str]]:
+    """Rows of a table with a column a run: what each cell is called, then the cells."""
+    return [[name, *(column[name] for column in columns)] for name in columns[0]]
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -65,7 +66,7 @@ def flatten(tree, prefix: str = "") -> dict:
 
 
 def short(value) -> str:
-    text = "null" if value is None else str(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 48 else text[:45] + "..."
 
 
@@ -100,39 +101,46 @@ def rate(right: dict[str, bool]) -> str:
     return f"{percent(share)} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def result_rows(names: list[str], results: list[dict | None]) -> list[list[str]]:
-    rows, first = [], results[0]
-    for name, r in zip(names, results, strict=True):
+def result_cells(results: list[dict | None], first_name: str) -> list[dict[str, str]]:
+    columns, first = [], results[0]
+    for r in results:
         if r is None:
-            rows.append([name, "not evaluated yet", *[ABSENT] * 6])
+            columns.append({"weights": "not evaluated yet"})
             continue
         over_first = difference(r["now"], first["now"], r["resamples"]) if first and r is not first else None
-        rows.append([name, r["label"], str(len(r["now"])), rate(r["base"]), rate(r["now"]),
-                     points(difference(r["now"], r["base"], r["resamples"])),
-                     ABSENT if r is first else points(over_first) or "no prompt in common",
-                     str(over_first["n"]) if over_first else ABSENT])
-    return rows
+        columns.append({
+            "weights": r["label"], "prompts": str(len(r["now"])), "base": rate(r["base"]), "pass rate": rate(r["now"]),
+            "over its base": points(difference(r["now"], r["base"], r["resamples"])),
+            f"over {first_name}": ABSENT if r is first else points(over_first) or "no prompt in common",
+            "prompts in common": str(over_first["n"]) if over_first else ABSENT})
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [dict.fromkeys(names, ABSENT) | column for column in columns]
 
 
 def source_rows(results: list[dict | None]) -> list[list[str]]:
-    """A row a source with each run's pass rate, where there is more than one source."""
+    """Each run's pass rate by source, where there is more than one source."""
     names = sorted({s for r in results if r for s in r["sources"].values()})
     if len(names) < 2:
         return []
-    return [[s, *(rate({i: ok for i, ok in r["now"].items() if r["sources"][i] == s}) if r else ABSENT
+    return [[f"  {s}", *(rate({i: ok for i, ok in r["now"].items() if r["sources"][i] == s}) if r else ABSENT
                   for r in results)] for s in names]
 
 
-def cost_row(name: str, run: Run) -> list[str]:
+def cost_cells(run: Run) -> dict[str, str]:
     seconds = Counter()
     for stage, m in run.manifests.items():
         seconds[KINDS.get(stage.split("/")[-1], "other")] += m["seconds"]
     counts = [(s.split("/")[-1], m["counts"]) for s, m in run.manifests.items()]
-    tokens = sum(c.get("tokens", 0) for kind, c in counts if kind == "sample")
-    steps = sum(c.get("steps", 0) for kind, c in counts if kind in ("sft", "dpo"))
+    trained = sum(c.get("tokens", 0) for kind, c in counts if kind in ("sft", "dpo"))
     ranks = sorted({m.get("ranks", 1) for m in run.manifests.values()}) or [0]
     versions = next((m["versions"] for m in reversed(run.manifests.values()) if m.get("versions")), {})
-    return [name, "finished" if run.finished else f"{len(run.promotions)} rounds done", "/".join(map(str, ranks)),
-            duration(sum(seconds.values())), *(duration(seconds[k]) for k in ("sampling", "training", "evaluation",
-                                                                             "other")),
-            f"{tokens:,}", f"{steps:,}", " ".join(f"{k} {v}" for k, v in versions.items() if k in ("strop", "torch"))]
+    return {
+        "state": "finished" if run.finished else f"{len(run.promotions)} of {run.rounds} rounds done",
+        "time in stages": duration(sum(seconds.values())),
+        **{f"  {kind}": duration(seconds[kind]) for kind in ("sampling", "training", "evaluation", "other")},
+        "processes": " or ".join(map(str, ranks)),
+        "sampled tokens": f"{sum(c.get('tokens', 0) for kind, c in counts if kind == 'sample'):,}",
+        "trained tokens": f"{trained:,}" if trained else ABSENT,
+        "optimizer steps": f"{sum(c.get('steps', 0) for kind, c in counts if kind in ('sft', 'dpo')):,}",
+        "made with": " ".join(f"{k} {v}" for k, v in versions.items() if k in ("strop", "torch")),
+    }
