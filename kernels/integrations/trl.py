@@ -74,12 +74,12 @@ def selective_log_softmax(
     if index.shape == logits.shape[:-1]:
         target = index if masked is None else index.masked_fill(masked, _NO_TARGET)
         return gather_logprob(logits, target, ignore_index=_NO_TARGET)
-    if not index.shape[-1]:
-        return logits.new_zeros(index.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     # One log-sum-exp for all K: the likeliest of them by gather_logprob, the others by their distance from it, which
     # is of the same sign, so that nothing cancels.
     picked = logits.gather(-1, index.long())
     picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
+    if not picked.numel():
+        return picked
     best = picked.argmax(-1, keepdim=True)
     target = index.gather(-1, best).squeeze(-1)
     if masked is not None:

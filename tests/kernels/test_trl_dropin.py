@@ -1,4 +1,4 @@
-"""StropDPOTrainer against trl.DPOTrainer, step by step, on tiny random models; selective_log_softmax against TRL's."""
+"""StropDPOTrainer against trl.DPOTrainer, step by step, on tiny random models."""
 
 import copy
 import importlib
@@ -16,12 +16,12 @@ from conftest import character_tokenizer
 pytest.importorskip("trl")
 import transformers as hf
 import trl
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from trl.trainer import utils as trl_utils
 
-from strop.kernels import gather_logprob, linear_logprob
+from strop.kernels import linear_logprob
 from strop.kernels.integrations import trl as ours
-from strop.kernels.integrations.trl import StropDPOTrainer, selective_log_softmax
+from strop.kernels.integrations.trl import StropDPOTrainer
 
 ROWS = [
     {"prompt": "say 3 or 4: ", "chosen": "3", "rejected": "four, I think"},
@@ -95,7 +95,7 @@ def trainer_of(cls, tokenizer, folder, model, ref_model=None, peft_config=None, 
         model,
         ref_model=ref_model,
         args=trl.DPOConfig(output_dir=str(folder), **args | options),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows if isinstance(rows, Dataset) else Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:3]) if options.get("eval_strategy") else None,
         processing_class=tokenizer,
         peft_config=peft_config,
@@ -209,8 +209,13 @@ ADAPTERS = {
 def test_adapters_train_as_trls(both, tokenizer, options, precomputed):
     peft = pytest.importorskip("peft")
     model = model_of(tokenizer, tie_word_embeddings=False)
-    theirs, strop = both(model, with_reference=False, peft_config=peft.LoraConfig(**options), learning_rate=1e-2,
-                         precompute_ref_log_probs=precomputed)
+    theirs, strop = both(
+        model,
+        with_reference=False,
+        peft_config=peft.LoraConfig(**options),
+        learning_rate=1e-2,
+        precompute_ref_log_probs=precomputed,
+    )
     same_training(theirs, strop)
     # The reference is still what it was: the weights without adapters, the head's first ones included.
     batch = strop.data_collator(list(strop.train_dataset))
@@ -284,17 +289,35 @@ def test_only_completions_go_through_the_head_and_nothing_to_the_host(tokenizer,
 
 
 def test_precomputed_logps_are_kept_apart_by_what_they_depend_on(tokenizer, tmp_path):
-    """TRL's cache file is the same for any ld_alpha and max_length, and for its own head."""
-    found = []
-    for cls, options in ((trl.DPOTrainer, {}), (StropDPOTrainer, {}), (StropDPOTrainer, {"ld_alpha": 0.5}),
-                         (StropDPOTrainer, {"max_length": 20}), (StropDPOTrainer, {})):
-        with only_its_head(cls):
-            trainer = trainer_of(cls, tokenizer, tmp_path, model_of(tokenizer), precompute_ref_log_probs=True,
-                                 **options)
-        found.append(list(trainer.train_dataset["ref_rejected_logps"]))
-    theirs, strop, ld_alpha, cut, again = found
+    """Without max_length TRL's cache file is the same for any ld_alpha, and for its own head; with keep_end for any
+    max_length."""
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "rows")  # data in memory have no cache
+    rows, model, found = load_from_disk(tmp_path / "rows"), model_of(tokenizer), []
+    options = {"precompute_ref_log_probs": True, "rows": rows, "max_length": None, "truncation_mode": "keep_end"}
+    for cls, changed in (
+        (trl.DPOTrainer, {}),
+        (StropDPOTrainer, {}),
+        (StropDPOTrainer, {"ld_alpha": 0.5}),
+        (StropDPOTrainer, {"max_length": 20}),
+        (StropDPOTrainer, {}),
+    ):
+        with mock.patch.object(ours, "linear_logprob", side_effect=linear_logprob) as head:
+            trainer = trainer_of(cls, tokenizer, tmp_path, model, **options | changed)
+        found.append((head.call_count, list(trainer.train_dataset["ref_rejected_logps"])))
+    (none, theirs), (calls, strop), (_, ld_alpha), (_, cut), (cached, again) = found
+    assert none == 0 and calls == 4 and cached == 1  # one call for the look at the head, three for the batches
     assert strop == pytest.approx(theirs, abs=1e-4) and again == strop
     assert ld_alpha != strop and cut != strop
+
+
+def test_wpo_with_hinge_has_a_gradient(tokenizer, tmp_path):
+    """TRL's writes over what its backward needs."""
+    model = model_of(tokenizer)
+    trainer = trainer_of(
+        StropDPOTrainer, tokenizer, tmp_path, model, moved(model), use_weighting=True, loss_type="hinge"
+    )
+    trainer.compute_loss(model, trainer.data_collator(list(trainer.train_dataset))).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
 
 
 def test_generation_and_logits_are_the_models_own(tokenizer, tmp_path):
@@ -324,18 +347,28 @@ def lora(*modules, **options):
     return pytest.importorskip("peft").LoraConfig(target_modules=list(modules), **options)
 
 
-@pytest.mark.parametrize(("message", "options"), [
-    ("TRL ignores it for 'sigmoid'", {"label_smoothing": 0.1}),
-    ("label_smoothing would be ignored", {"label_smoothing": 0.1, "loss_type": "hinge"}),
-    ("weights pairs", {"use_weighting": True, "loss_type": ["sigmoid", "sft"]}),
-    ("undo each other", {"ld_alpha": 0.5, "loss_type": "ipo"}),
-    ("unknown loss_type 'kto'", {"loss_type": "kto"}),
-    ("beta must be above 0", {"beta": 0.0}),
-    ("`lm_head` is not supported", {"peft_config": lambda: lora("q_proj", "lm_head")}),
-    ("its head is a TrainableTokensWrapper", {"peft_config": lambda: lora("q_proj", trainable_token_indices=[1])}),
-    ("virtual tokens", {"peft_config": lambda: pytest.importorskip("peft").PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=2)}),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("TRL ignores it for 'sigmoid'", {"label_smoothing": 0.1}),
+        ("label_smoothing would be ignored", {"label_smoothing": 0.1, "loss_type": "hinge"}),
+        ("weights pairs", {"use_weighting": True, "loss_type": ["sigmoid", "sft"]}),
+        ("undo each other", {"ld_alpha": 0.5, "loss_type": "ipo"}),
+        ("unknown loss_type 'kto'", {"loss_type": "kto"}),
+        ("beta must be above 0", {"beta": 0.0}),
+        ("`lm_head` is not supported", {"peft_config": lambda: lora("q_proj", "lm_head")}),
+        ("its head is a TrainableTokensWrapper", {"peft_config": lambda: lora("q_proj", trainable_token_indices=[1])}),
+        (
+            "virtual tokens",
+            {
+                "peft_config": lambda: pytest.importorskip("peft").PromptTuningConfig(
+                    task_type="CAUSAL_LM", num_virtual_tokens=2
+                )
+            },
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_what_cannot_be_exact_is_refused(tokenizer, tmp_path, message, options):
     options = {k: v() if callable(v) else v for k, v in options.items()}
     reference = None if "peft_config" in options else model_of(tokenizer)
@@ -360,8 +393,13 @@ def trainer_like(*, fsdp=False, stage=None, vision=False, **parallel):
     state = SimpleNamespace(deepspeed_plugin=plugin)
     parallel = SimpleNamespace(**{"tp_size": 1, "cp_size": 1, "sp_size": 1} | parallel)
     accelerator = SimpleNamespace(state=state, parallelism_config=parallel)
-    return SimpleNamespace(accelerator=accelerator, is_fsdp_enabled=fsdp, _is_vlm=vision, _is_vision_dataset=False,
-                           model=torch.nn.Identity())
+    return SimpleNamespace(
+        accelerator=accelerator,
+        is_fsdp_enabled=fsdp,
+        _is_vlm=vision,
+        _is_vision_dataset=False,
+        model=torch.nn.Identity(),
+    )
 
 
 def test_sharded_weights_and_images_are_refused():
