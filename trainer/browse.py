@@ -74,8 +74,9 @@ def completions(folder: Path, wanted: set[str]) -> dict[tuple[str, int], dict]:
 
 
 def results(run_dir: Path, where: list[str]) -> dict[str, dict]:
-    rows = read_table(run_dir / where[0] / "results.parquet").to_pylist()
-    return {r["prompt_id"]: r for r in rows if r["candidate"] == where[1] and r["split"] == "test"}
+    table = read_table(run_dir / where[0] / "results.parquet").select(
+        ["candidate", "split", "source", "prompt_id", "completion", "finish", "score", "correct"])
+    return {r["prompt_id"]: r for r in table.to_pylist() if r["candidate"] == where[1] and r["split"] == "test"}
 
 
 def shown(row: dict) -> dict:

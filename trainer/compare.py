@@ -78,7 +78,8 @@ def result(run: Run) -> dict | None:
     label = "base" if where == BASE else " ".join([where[0].split("/")[0].replace("-0", " "), where[1]])
     if where[0] == "baseline" and run.promotions:
         label = "base (promoted)"
-    sources = {r["prompt_id"]: r["source"] for r in read_table(run.dir / where[0] / "results.parquet").to_pylist()}
+    table = read_table(run.dir / where[0] / "results.parquet").select(["prompt_id", "source"])
+    sources = {r["prompt_id"]: r["source"] for r in table.to_pylist()}
     return {"label": label, "base": correct(run.dir, BASE, "test"), "now": correct(run.dir, where, "test"),
             "sources": sources, "resamples": int(run.config.get("evaluate", {}).get("bootstrap", 10_000))}
 

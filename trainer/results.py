@@ -13,8 +13,8 @@ STEPS = {"sft": "start", "dpo": "sft", "merge": "dpo"}  # what each stop is meas
 def correct(run_dir: Path, where: tuple[str, str], split: str) -> dict[str, bool]:
     """prompt_id -> correct, of one candidate of an evaluate artifact."""
     artifact, candidate = where
-    rows = read_table(run_dir / artifact / "results.parquet").to_pylist()
-    return {r["prompt_id"]: r["correct"] for r in rows if r["candidate"] == candidate and r["split"] == split}
+    table = read_table(run_dir / artifact / "results.parquet").select(["candidate", "split", "prompt_id", "correct"])
+    return {r["prompt_id"]: r["correct"] for r in table.to_pylist() if r["candidate"] == candidate and r["split"] == split}
 
 
 def gain(run_dir: Path, new: tuple[str, str], old: tuple[str, str], split: str, resamples: int) -> dict:
