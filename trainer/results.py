@@ -14,7 +14,8 @@ def correct(run_dir: Path, where: tuple[str, str], split: str) -> dict[str, bool
     """prompt_id -> correct, of one candidate of an evaluate artifact."""
     artifact, candidate = where
     table = read_table(run_dir / artifact / "results.parquet").select(["candidate", "split", "prompt_id", "correct"])
-    return {r["prompt_id"]: r["correct"] for r in table.to_pylist() if r["candidate"] == candidate and r["split"] == split}
+    return {r["prompt_id"]: r["correct"] for r in table.to_pylist()
+            if (r["candidate"], r["split"]) == (candidate, split)}
 
 
 def gain(run_dir: Path, new: tuple[str, str], old: tuple[str, str], split: str, resamples: int) -> dict:
