@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import strop.kernels.integrations.liger as ours
@@ -266,6 +267,14 @@ def test_label_smoothing_makes_the_sigmoid_loss_cdpo_and_warns_where_it_means_no
     _same(found, _ours("dpo", {"loss_type": "hinge"}, tensors), rtol=0, atol=0)
 
 
+def test_the_mean_logit_of_fp16_does_not_overflow():
+    """A bias of 3 sums to more than fp16 holds, and Liger's mean is infinite."""
+    tensors = _inputs("cpo", torch.float16) | {"weight": torch.randn(4000, WIDTH).half()}
+    tensors["bias"] = torch.full((4000,), 3.0, dtype=torch.float16)
+    for found, true in zip(_ours("cpo", {}, tensors)[3:5], _truth("cpo", {}, tensors)[3:5], strict=True):
+        torch.testing.assert_close(found.double(), true.detach(), rtol=1e-5, atol=0)
+
+
 def test_kto_takes_a_kl_for_each_sequence():
     """As Liger documents it; its chunks of one sequence would each be held against the kl of all."""
     tensors = _inputs("kto", torch.float64)
@@ -369,6 +378,41 @@ def test_ignored_positions_cost_nothing_and_the_byte_budget_holds(name: str, mon
     live = int((tensors["target"] != -100).sum())
     assert live < tensors["target"].numel() and sizes == {live, WIDTH}
     assert max(e.self_cpu_memory_usage for e in events) <= 1 << 20 < live * 20_000 * 4
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if "nll_target" not in case[1]], ids=str)
+def test_no_host_synchronisation(name: str, options: dict):
+    """On fake tensors of a GPU whatever needs a value on the host raises, as a second target would. No gradients: a
+    build of PyTorch without CUDA aborts on those."""
+    tensors = _inputs(name, torch.float32)
+    options = _options(options, tensors)
+    with FakeTensorMode(), torch.no_grad():
+        on_gpu = [
+            {
+                key: torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+                for key, x in values.items()
+            }
+            for values in (options, tensors)
+        ]
+        assert {x.device.type for x in _ours(name, *on_gpu)} == {"cuda"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_on_a_gpu(name: str, options: dict):
+    tensors = _inputs(name, torch.float32)
+    options = _options(options, tensors)
+    expected = _truth(name, options, tensors)
+    on_gpu = [
+        {
+            key: x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            for key, x in values.items()
+        }
+        for values in (options, tensors)
+    ]
+    for mine, true in zip(_ours(name, *on_gpu), expected, strict=True):
+        assert (mine.cpu().double() - true).norm() <= 1e-5 * true.norm()
 
 
 def _changed(name: str, change: dict):

@@ -230,15 +230,16 @@ def _paired(
     lengths = (target != ignore_index).sum(1)
     if nll_target is None:
         token_logps = _token_logps(head, target, ignore_index)
-        nll_logps, nll_count = token_logps[:pairs], lengths[:pairs].sum()
+        nll_logps, nll_count = token_logps.narrow(0, 0, pairs), lengths.narrow(0, 0, pairs).sum()
     else:
         token_logps, nll_logps = _two_targets(head, target, nll_target, ignore_index)
-        nll_count = (nll_target[:pairs] != ignore_index).sum()
+        nll_count = (nll_target.narrow(0, 0, pairs) != ignore_index).sum()
     logps = _sequence_logps(token_logps, lengths, average)
     ratio = logps
     if reference is not None:
         ratio = logps - _reference_logps(reference, target, lengths, ignore_index, average)
-    (chosen, rejected), (c, r), one = logps.split(pairs), ratio.split(pairs), torch.ones_like(logps[:pairs])
+    (chosen, rejected), (c, r) = logps.split(pairs), ratio.split(pairs)
+    one = torch.ones_like(chosen)
     read = Pairs(
         c=c,
         r=r,
@@ -337,9 +338,10 @@ def _two_targets(
     if nll_target.shape != target.shape:
         raise ValueError(f"nll_target must be {list(target.shape)}, got {list(nll_target.shape)}")
     pairs = target.shape[0] // 2
-    nll_target, chosen_ignored = nll_target[:pairs], target[:pairs] == ignore_index
-    either = torch.cat([torch.where(chosen_ignored, nll_target, target[:pairs]), target[pairs:]]).flatten()
-    differs = ~chosen_ignored & (nll_target != ignore_index) & (nll_target != target[:pairs])
+    (chosen, rejected), nll_target = target.split(pairs), nll_target.narrow(0, 0, pairs)
+    scored = chosen != ignore_index
+    either = torch.cat([torch.where(scored, chosen, nll_target), rejected]).flatten()
+    differs = scored & (nll_target != ignore_index) & (nll_target != chosen)
     rows = differs.flatten().nonzero().squeeze(1)
     flat = hidden.flatten(0, 1)
     if rows.numel():
@@ -354,9 +356,8 @@ def _two_targets(
 
 
 def _side_sums(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of values [S, ...] over the sequences where chosen [S] is True and over the others."""
-    mask = chosen.view(-1, *[1] * (values.dim() - 1))
-    return values.where(mask, 0.0).sum(0), values.where(~mask, 0.0).sum(0)
+    """Sums of values [S] over the sequences where chosen [S] is True and over the others."""
+    return values.where(chosen, 0.0).sum(), values.masked_fill(chosen, 0.0).sum()
 
 
 def _logit_sums(head: tuple[Tensor, Tensor, Tensor | None], chosen: Tensor) -> tuple[Tensor, Tensor]:
