@@ -2,13 +2,15 @@
 
 import base64
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -72,7 +74,8 @@ def chromium(folder: Path, width: int = 1366, height: int = 768):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)
     try:
         end = time.monotonic() + 30
         while True:
@@ -92,5 +95,6 @@ def chromium(folder: Path, width: int = 1366, height: int = 768):
         finally:
             page.call("", method="DELETE")
     finally:
-        driver.terminate()
+        with suppress(ProcessLookupError):  # the browser with its driver, whatever state they are in
+            os.killpg(driver.pid, signal.SIGKILL)
         driver.wait(timeout=10)
