@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
+from functools import cache
+from importlib.util import find_spec
 
-from . import attention_cpu
-from .layout import PackedGroups
-from .reference import attention_mask
+import torch
+from torch import Tensor
+
+from . import attention_cpu, attention_segments, attention_varlen
+from .layout import Bounds, PackedGroups
+
+BACKENDS = ("triton", "flash_attn", "varlen", "sdpa")
+# The backend measured to be the fastest, by major compute capability. Empty: not yet measured, and Triton's is taken.
+FASTEST: dict[int, str] = {}
 
 
 def prefix_attention(
@@ -22,96 +25,177 @@ def prefix_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal attention within each completion and onto its prompt.
 
-    q: [1, H, T, D]; k, v: [1, Hkv, T, D], H a multiple of Hkv; any float dtype. scale defaults to 1/sqrt(D).
-    sliding_window counts positions, the token itself included, as in transformers: a query at position p sees keys at
-    positions above p - sliding_window. softcap bounds the scaled scores by tanh before masking (Gemma 2).
-    Returns [1, H, T, D]. Raises ValueError when the shapes do not belong to the groups.
+    q: [1, H, T, D]; k, v: [1, Hkv, T, D], H a multiple of Hkv; one float dtype, or autocast's; on the groups' device.
+    scale defaults to 1/sqrt(D). sliding_window counts positions, the token itself included, as in transformers: a query
+    at position p sees keys at positions above p - sliding_window. softcap bounds the scaled scores by tanh before
+    masking (Gemma 2).
+
+    backend: one of BACKENDS; None takes the one measured to be the fastest here among those that can. "triton", ours,
+    takes bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn", if installed, and "varlen",
+    torch.nn.attention.varlen, take bf16 and fp16 there and copy every prompt's keys for each further completion; "sdpa"
+    is plain PyTorch, for all else and for the CPU.
+
+    Returns [1, H, T, D]; differentiable once. Raises ValueError when the shapes do not belong to the groups, and when
+    the backend asked for cannot take them.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v, groups)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # A window that no row outgrows hides nothing.
+    window = 0 if sliding_window is None or sliding_window >= groups.max_keys else sliding_window
+    cap = float(softcap or 0.0)
+    if not scale > 0 or window < 0 or cap < 0 or sliding_window == 0:
+        raise ValueError(f"scale {scale}, sliding_window {sliding_window} and softcap {softcap} must be above 0")
+    backend = _choose(backend, q, v, cap)
+    if backend == "flash_attn":
+        return attention_varlen.flash_attn(q, k, v, groups, scale, window, cap)
+    if backend == "varlen":
+        return attention_varlen.varlen(q, k, v, groups, scale, window)
+    if backend == "sdpa" and q.is_cuda and not window and not cap:
+        return attention_segments.sdpa(q, k, v, groups, scale)
+    layout = (groups.segments, groups.tiles, groups.readers_end, groups.position_ids)
+    return _op(q, k, v, *layout, float(scale), window, cap, backend == "triton")[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups) -> None:
     if q.dim() != 4 or q.shape[0] != 1 or q.shape[2] != groups.num_tokens:
         raise ValueError(f"q must be [1, heads, {groups.num_tokens}, head size], got {list(q.shape)}")
     if k.shape[:1] + k.shape[2:3] != q.shape[:1] + q.shape[2:3] or k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {list(k.shape)} and v {list(v.shape)} must cover the same tokens as q {list(q.shape)}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"q has head size {q.shape[3]}, k {k.shape[3]}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    spans = _spans(groups)
-    if sliding_window is not None and sliding_window >= max(length for *_, length in spans):
-        sliding_window = None
-    if softcap is not None or sliding_window is not None:
-        return torch.cat([_explicit(q, k, v, span, scale, sliding_window, softcap) for span in spans], dim=2)
-    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        return _PrefixAttentionCPU.apply(q, k, v, groups, scale)
-    return torch.cat([_sdpa(q, k, v, span, scale) for span in spans], dim=2)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if groups.position_ids.device != q.device:
+        raise ValueError(f"q is on {q.device}, the groups are on {groups.position_ids.device}")
 
 
-def _spans(groups: PackedGroups) -> list[tuple[int, int, int, int, int]]:
-    """(prompt start, prompt end, query start, query end, keys), in row order, the first completion with its prompt."""
-    spans = []
-    for c, (start, end) in enumerate(groups.completion_bounds):
-        prompt_start, prompt_end = groups.prompt_bounds[groups.completion_group[c]]
-        keys = prompt_end - prompt_start + end - start
-        spans.append((prompt_start, prompt_end, prompt_start if start == prompt_end else start, end, keys))
-    return spans
+def _choose(backend: str | None, q: Tensor, v: Tensor, cap: float) -> str:
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; known are {BACKENDS}")
+        if reason := _unable(backend, q, v, cap):
+            raise ValueError(f"attention backend {backend}: {reason}")
+        return backend
+    if not q.is_cuda:
+        return "sdpa"
+    wanted = (FASTEST.get(_capability(q.device)), "triton")
+    return next((name for name in wanted if name and not _unable(name, q, v, cap)), "sdpa")
 
 
-def _keys(x: Tensor, span: tuple[int, int, int, int, int]) -> Tensor:
-    prompt_start, prompt_end, start, end, _ = span
-    if start == prompt_start or prompt_start == prompt_end:
-        return x[:, :, start:end]
-    return torch.cat([x[:, :, prompt_start:prompt_end], x[:, :, start:end]], dim=2)
+def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
+    """Why the backend cannot take these; None where it can."""
+    if backend == "sdpa":
+        return None
+    if backend != "triton":
+        return attention_varlen.unable(backend, q, v, cap)
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "it takes bf16, fp16 and fp32 on a GPU"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256:
+        return "it takes one head size up to 256"
+    if not _has_triton():
+        return "triton is not installed"
+    return None if _capability(q.device) >= 8 else "it needs a GPU of compute capability 8.0 or later"
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, span: tuple[int, int, int, int, int], scale: float) -> Tensor:
-    queries, keys = span[3] - span[2], span[4]
-    # SDPA's is_causal aligns the mask top-left; later completions need it bottom-right.
-    bias = None if queries == keys else causal_lower_right(queries, keys)
-    return F.scaled_dot_product_attention(
-        q[:, :, span[2] : span[3]],
-        _keys(k, span),
-        _keys(v, span),
-        attn_mask=bias,
-        is_causal=bias is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
-def _explicit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: tuple[int, int, int, int, int],
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One span with its mask written out: what SDPA has no argument for."""
-    queries, keys = span[3] - span[2], span[4]
-    position = torch.arange(keys, device=q.device)
-    visible = attention_mask(position[keys - queries :], position, sliding_window)
-    q, k, v = q[:, :, span[2] : span[3]], _keys(k, span), _keys(v, span)
-    if softcap is None:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
-    q_grouped = q.unflatten(1, (k.shape[1], -1))
-    scores = torch.tanh((q_grouped @ k.unsqueeze(2).mT) * (scale / softcap)) * softcap
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return (weights.to(q.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+@cache
+def _capability(device: torch.device) -> int:
+    """Major compute capability; 8 where there is no device to ask, as under FakeTensorMode."""
+    return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
 
 
-class _PrefixAttentionCPU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> Tensor:
-        out, lse = attention_cpu.attention_forward(q, k, v, groups, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.groups, ctx.scale = groups, scale
-        return out
+# Defined by schema, not by torch.library.custom_op, which costs twice the microseconds a call. Outputs and gradients
+# have rows first in memory, as models hand q, k and v over and take the output back.
+_library = torch.library.Library("strop", "FRAGMENT")
+_LAYOUT = "Tensor segments, Tensor tiles, Tensor readers_end, Tensor positions"
+_NUMBERS = "float scale, int window, float cap, bool triton"
+_library.define(f"prefix_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}, {_NUMBERS}) -> (Tensor, Tensor)")
+_library.define(
+    "prefix_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LAYOUT}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)"
+)
+_op, _backward_op = torch.ops.strop.prefix_attention.default, torch.ops.strop.prefix_attention_backward.default
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        grads = attention_cpu.attention_backward(grad_out, *ctx.saved_tensors, ctx.groups, ctx.scale)
-        return *grads, None, None
+
+def _explicit(q: Tensor, v: Tensor, window: int, cap: float, triton: bool) -> bool:
+    """Whether attention_segments writes the scores out, which needs no log-sum-exp."""
+    return not triton and bool(window or cap or q.shape[-1] != v.shape[-1] or q.is_cuda)
+
+
+def _forward(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
+    """out [1, H, T, Dv] and lse [1, H, T] in fp32, or fp64 for fp64; lse is empty where the backward needs none."""
+    if triton:
+        from ._triton import attention_launch
+
+        return attention_launch.forward(q, k, v, tiles, readers_end, positions, scale, window, cap)
+    bounds = Bounds.of(segments)
+    if _explicit(q, v, window, cap, triton):
+        out = attention_segments.explicit_forward(q, k, v, bounds, scale, window, cap)
+        return out, q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+    out, lse = attention_cpu.attention_forward(q, k, v, bounds, scale)
+    return _rows_first(out), lse
+
+
+def _backward(grad_out, q, k, v, out, lse, segments, tiles, readers_end, positions, scale, window, cap, triton):
+    if triton:
+        from ._triton import attention_launch
+
+        layout = (tiles, readers_end, positions)
+        return attention_launch.backward(grad_out, q, k, v, out, lse, *layout, scale, window, cap)
+    bounds = Bounds.of(segments)
+    if _explicit(q, v, window, cap, triton):
+        grads = attention_segments.explicit_backward(grad_out, q, k, v, bounds, scale, window, cap)
+    else:
+        grads = attention_cpu.attention_backward(grad_out, q, k, v, out, lse, bounds, scale)
+    return tuple(_rows_first(grad) for grad in grads)
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty(x: Tensor, heads: int, size: int) -> Tensor:
+    return x.new_empty(1, x.shape[2], heads, size).transpose(1, 2)
+
+
+def _forward_fake(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
+    shape = (0,) if _explicit(q, v, window, cap, triton) else q.shape[:3]
+    lse = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    return _empty(q, q.shape[1], v.shape[3]), lse
+
+
+def _backward_fake(grad_out, q, k, v, *_):
+    return tuple(_empty(x, x.shape[1], x.shape[3]) for x in (q, k, v))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, *layout, scale, window, cap, triton = inputs
+    ctx.save_for_backward(q, k, v, *output, *layout)
+    ctx.numbers = (scale, window, cap, triton)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_out: Tensor | None, _):
+    if grad_out is None:
+        return (None,) * 11
+    return *_backward_op(grad_out, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
+
+
+_library.impl("prefix_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("prefix_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("strop::prefix_attention", _forward_fake, lib=_library)
+torch.library.register_fake("strop::prefix_attention_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("strop::prefix_attention", _autograd, setup_context=_setup, lib=_library)

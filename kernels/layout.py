@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Rows of an attention tile: the largest block a kernel takes; smaller blocks split it.
+TILE = 128
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,22 @@ class Group:
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
     loss_masks: Sequence[Sequence[bool]] | None = None
+
+
+class Bounds(NamedTuple):
+    """The host side of PackedGroups that attention needs, under the same names."""
+
+    prompt_bounds: tuple[Span, ...]
+    completion_bounds: tuple[Span, ...]
+    completion_group: tuple[int, ...]
+
+    @classmethod
+    def of(cls, segments: Tensor) -> Bounds:
+        """From PackedGroups.segments."""
+        rows = segments.tolist()
+        prompts = {group: (start, end) for group, start, end, _, _ in rows}
+        completions = tuple((start, end) for *_, start, end in rows)
+        return cls(tuple(prompts.values()), completions, tuple(row[0] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -52,23 +74,40 @@ class PackedGroups:
         completion_bounds: per completion.
         completion_group: the group of each completion.
         target_bounds: per completion, its slice of pred_index, target and target_segment.
+        segments: [completions, 5] int32 tensor that stays on the host: group, prompt start and end, start and end.
+        max_queries, max_keys: the longest span of query rows and of keys, where the first completion's span takes its
+            prompt's rows with it and every completion sees its prompt and itself.
     Tensors:
         input_ids, position_ids: [T] int64.
         pred_index: [M] int64, the row offset of the hidden state that predicts the target. A completion's first token
             is predicted by the prompt's last token, for every completion.
         target: [M] int64, the token to predict.
         target_segment: [M] int32, the completion of the target.
+    Tensors for attention, all int32:
+        tiles: [tiles, 4], up to TILE rows of one group each: start, end, the group's start, its prompt's end.
+        readers_end: [T], one past the last row that sees the row: row i sees row j where j <= i < readers_end[j]. That
+            is the group's end for a prompt's rows and the completion's end for its own.
+        query_offsets, key_offsets: [completions + 1], where the spans of query rows begin, and those of key_index.
+        key_index: the rows of prompt and completion, for every completion.
     """
 
-    prompt_bounds: tuple[tuple[int, int], ...]
-    completion_bounds: tuple[tuple[int, int], ...]
+    prompt_bounds: tuple[Span, ...]
+    completion_bounds: tuple[Span, ...]
     completion_group: tuple[int, ...]
-    target_bounds: tuple[tuple[int, int], ...]
+    target_bounds: tuple[Span, ...]
+    segments: Tensor
+    max_queries: int
+    max_keys: int
     input_ids: Tensor
     position_ids: Tensor
     pred_index: Tensor
     target: Tensor
     target_segment: Tensor
+    tiles: Tensor
+    readers_end: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
+    key_index: Tensor
 
     @classmethod
     def pack(cls, groups: Sequence[Group], device: torch.device | str | None = None) -> PackedGroups:
@@ -114,6 +153,7 @@ class PackedGroups:
             pred_index=torch.tensor(pred_index, dtype=torch.int64),
             target=torch.tensor(target, dtype=torch.int64),
             target_segment=torch.tensor(segment, dtype=torch.int32),
+            **_attention_layout(prompt_bounds, completion_bounds, completion_group),
         )
         return packed if device is None else packed.to(device)
 
@@ -135,7 +175,7 @@ class PackedGroups:
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor) and name != "segments"}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedGroups:
         """The same layout with its tensors on `device`."""
@@ -170,6 +210,43 @@ class PackedGroups:
             target_segment=self.target_segment,
             target_bounds=self.target_bounds,
         )
+
+
+def _attention_layout(prompts: list[Span], completions: list[Span], groups: list[int]) -> dict[str, Tensor | int]:
+    """The fields of PackedGroups that only attention reads."""
+    group_end = dict(zip(groups, (end for _, end in completions), strict=True))
+    tiles = [
+        (row, min(row + TILE, group_end[g]), start, end)
+        for g, (start, end) in enumerate(prompts)
+        for row in range(start, group_end[g], TILE)
+    ]
+    segments = torch.tensor(
+        [(g, *prompts[g], *span) for g, span in zip(groups, completions, strict=True)], dtype=torch.int32
+    )
+    _, prompt_start, prompt_end, start, end = segments.unbind(1)
+    prompt_length, length = prompt_end - prompt_start, end - start
+    first = start == prompt_end
+    queries = torch.where(first, end - prompt_start, length)
+    # A prompt is read to its group's end, a completion to its own; rows lie prompt, completion, completion, ...
+    pieces = torch.stack([prompt_length.where(first, 0), length], dim=1).flatten()
+    last_end = torch.tensor([group_end[g] for g in groups], dtype=torch.int32)
+    readers_end = torch.stack([last_end, end], dim=1).flatten().repeat_interleave(pieces)
+    keys = torch.stack([prompt_length, length], dim=1).flatten()
+    key_start = torch.stack([prompt_start, start], dim=1).flatten()
+    before = keys.cumsum(0, dtype=torch.int32) - keys
+    total = int(keys.sum())
+    key_index = (key_start - before).repeat_interleave(keys) + torch.arange(total, dtype=torch.int32)
+    zero = torch.zeros(1, dtype=torch.int32)
+    return {
+        "segments": segments,
+        "max_queries": int(queries.max()),
+        "max_keys": int((prompt_length + length).max()),
+        "tiles": torch.tensor(tiles, dtype=torch.int32),
+        "readers_end": readers_end,
+        "query_offsets": torch.cat([zero, queries.cumsum(0, dtype=torch.int32)]),
+        "key_offsets": torch.cat([zero, (prompt_length + length).cumsum(0, dtype=torch.int32)]),
+        "key_index": key_index,
+    }
 
 
 def _check_group(g: int, group: Group) -> Sequence[Sequence[bool] | None]:

@@ -1,0 +1,506 @@
+"""Attention over PackedGroups as three Triton kernels: forward, gradient of q, gradients of k and v.
+
+FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), its two backward loops as kernels of their own, so that nothing
+needs atomics. The rows of a group lie side by side, prompt first, and row i sees row j where j <= i < readers_end[j].
+Hence a tile of query rows reads two ranges of keys: its group's prompt as far as the tile's start, where all is
+visible, and from the start of its first row's completion to the tile's end, where a mask decides. A tile of keys is
+read by the rows from its start to the last of its readers_end: by a mask inside the tile and beyond the first
+readers_end, by none between.
+
+Exponentials are powers of two. Scores are masked with -inf under a running maximum that starts at a finite number, so
+that a row may see no key of a block without making NaN of it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tanh(x):
+    # exp of a negative number only: it cannot overflow.
+    t = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - t) / (1.0 + t)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def _rows(pointer, first, stride, end, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows first, first + 1, ... of a [rows, D] matrix; zeros past `end`, unless WHOLE says all exist, and past D."""
+    lane = tl.arange(0, ROWS)
+    column = tl.arange(0, D_PAD)
+    # The product of row and stride may pass 2^31; that of lane and stride may not.
+    pointers = pointer + first.to(tl.int64) * stride + lane[:, None] * stride + column[None, :]
+    if WHOLE and D == D_PAD:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, mask=(column < D)[None, :], other=0.0)
+    inside = (first + lane < end)[:, None]
+    return tl.load(pointers, mask=inside & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, value, first, stride, end, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    lane = tl.arange(0, ROWS)
+    column = tl.arange(0, D_PAD)
+    pointers = pointer + first.to(tl.int64) * stride + lane[:, None] * stride + column[None, :]
+    mask = (first + lane < end)[:, None] & (column < D)[None, :]
+    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tile(tiles_ptr, program, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """start, end, group start and prompt end of a program's block of rows; empty where the tile is shorter."""
+    split: tl.constexpr = TILE_ROWS // BLOCK
+    tiles_ptr += program // split * 4
+    start = tl.load(tiles_ptr) + program % split * BLOCK
+    end = tl.minimum(tl.load(tiles_ptr + 1), start + BLOCK)
+    return start, end, tl.load(tiles_ptr + 2), tl.load(tiles_ptr + 3)
+
+
+@triton.jit
+def _key_ranges(
+    position_ptr,
+    start,
+    end,
+    group_start,
+    prompt_end,
+    window,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Where the rows start to end read keys in two runs, of the prompt and of their own: the runs' starts, the first
+    run's end, the blocks that need no mask of each, the blocks of the first run."""
+    position = tl.load(position_ptr + start).to(tl.int32)
+    # A completion's positions go on from its prompt's; while they climb by one, no other completion begins.
+    own = tl.where(start < prompt_end, start, start - position + (prompt_end - group_start))
+    climbs = tl.load(position_ptr + end - 1).to(tl.int32) - position == end - 1 - start
+    shared = group_start
+    shared_end = tl.minimum(prompt_end, start)
+    if WINDOW:
+        row = start + tl.arange(0, ROWS)
+        nearest = tl.min(tl.load(position_ptr + row, mask=row < end, other=1 << 30).to(tl.int32), 0)
+        shared = tl.minimum(group_start + tl.maximum(nearest - window + 1, 0), shared_end)
+        if own == shared_end:
+            own = shared
+            shared_end = shared
+        else:
+            own = tl.maximum(own, start - window + 1)
+        shared_whole = 0
+        own_whole = 0
+    else:
+        if (own == shared_end) & climbs:
+            own = shared
+            shared_end = shared
+        shared_whole = (shared_end - shared) // STEP
+        if own == shared_end:
+            own = shared + shared_whole * STEP
+            shared_end = own
+        own_whole = tl.where(climbs, (start - own) // STEP, 0)
+    return shared, shared_end, own, shared_whole, own_whole, tl.cdiv(shared_end - shared, STEP)
+
+
+@triton.jit
+def _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW: tl.constexpr):
+    """Per row, what a key's row must exceed to be seen: where the key is of the prompt, where it is not."""
+    position = tl.load(position_ptr + row, mask=row < end, other=0).to(tl.int32)
+    own_floor = row - position + (prompt_end - group_start) - 1
+    prompt_floor = tl.full(row.shape, -1, tl.int32)
+    if WINDOW:
+        own_floor = tl.maximum(own_floor, row - window)
+        prompt_floor = group_start + position - window
+    return prompt_floor, own_floor
+
+
+@triton.jit
+def _forward_block(
+    q,
+    total,
+    highest,
+    out,
+    k_ptr,
+    v_ptr,
+    row,
+    prompt_floor,
+    own_floor,
+    prompt_end,
+    first,
+    end,
+    k_stride,
+    v_stride,
+    scale,
+    cap,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAP: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of keys, from `first` on, taken into a block of query rows."""
+    k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if CAP:
+        scores = _tanh(scores * (scale / cap))
+        factor = cap * LOG2E
+    else:
+        factor = scale * LOG2E
+    if MASKED:
+        column = (first + tl.arange(0, KEYS))[None, :]
+        floor = tl.where(column < prompt_end, prompt_floor[:, None], own_floor[:, None])
+        seen = (column > floor) & (column <= row[:, None]) & (column < end)
+        scores = tl.where(seen, scores, -float("inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - new_highest[:, None])
+    decay = tl.exp2(highest - new_highest)
+    total = total * decay + tl.sum(weights, 1)
+    v = _rows(v_ptr, first, v_stride, end, KEYS, D, D_PAD, not MASKED)
+    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=PRECISION)
+    return total, new_highest, out
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    tiles_ptr,
+    position_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    out_stride,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    out_head_stride,
+    tokens,
+    heads_per_key,
+    scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The last rows of a group read the most keys: they start first.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
+    if start >= end:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    q_ptr += head * q_head_stride
+    k_ptr += head // heads_per_key * k_head_stride
+    v_ptr += head // heads_per_key * v_head_stride
+    shared, shared_end, own, shared_whole, own_whole, shared_blocks = _key_ranges(
+        position_ptr, start, end, group_start, prompt_end, window, WINDOW, QUERIES, KEYS
+    )
+    row = start + tl.arange(0, QUERIES)
+    prompt_floor, own_floor = _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW)
+    q = _rows(q_ptr, start, q_stride, end, QUERIES, D, D_PAD, False)
+    highest = tl.full([QUERIES], -1.0e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    out = tl.zeros([QUERIES, D_PAD], tl.float32)
+    for block in range(0, shared_whole + own_whole):
+        first = tl.where(block < shared_whole, shared + block * KEYS, own + (block - shared_whole) * KEYS)
+        total, highest, out = _forward_block(
+            q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end,
+            k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, False,
+        )  # fmt: skip
+    rest = shared_blocks - shared_whole
+    shared += shared_whole * KEYS
+    own += own_whole * KEYS
+    for block in range(0, rest + tl.cdiv(end - own, KEYS)):
+        in_prompt = block < rest
+        first = tl.where(in_prompt, shared + block * KEYS, own + (block - rest) * KEYS)
+        total, highest, out = _forward_block(
+            q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first,
+            tl.where(in_prompt, shared_end, end),
+            k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, True,
+        )  # fmt: skip
+    out = out / total[:, None]
+    _store_rows(out_ptr + head * out_head_stride, out, start, out_stride, end, QUERIES, D, D_PAD)
+    tl.store(lse_ptr + head * tokens + row, (highest + tl.log2(total)) * LN2, mask=row < end)
+
+
+@triton.jit
+def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
+    """Attention weights and what the gradient of the scores is to be multiplied by, less the scale."""
+    if CAP:
+        bounded = _tanh(scores * (scale / cap))
+        weights = tl.exp2(bounded * (cap * LOG2E) - lse)
+        slope = 1.0 - bounded * bounded
+    else:
+        weights = tl.exp2(scores * (scale * LOG2E) - lse)
+        slope = 1.0
+    return weights, slope
+
+
+@triton.jit
+def _grad_q_block(
+    q,
+    grad_out,
+    grad_q,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    row,
+    prompt_floor,
+    own_floor,
+    prompt_end,
+    first,
+    end,
+    k_stride,
+    v_stride,
+    scale,
+    cap,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAP: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
+    v = _rows(v_ptr, first, v_stride, end, KEYS, D, D_PAD, not MASKED)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    weights, slope = _weights(scores, lse[:, None], scale, cap, CAP)
+    if MASKED:
+        column = (first + tl.arange(0, KEYS))[None, :]
+        floor = tl.where(column < prompt_end, prompt_floor[:, None], own_floor[:, None])
+        seen = (column > floor) & (column <= row[:, None]) & (column < end)
+        weights = tl.where(seen, weights, 0.0)
+    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - delta[:, None]) * slope
+    return tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
+
+
+@triton.jit
+def grad_q_kernel(
+    grad_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_q_ptr,
+    tiles_ptr,
+    position_ptr,
+    grad_out_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    out_stride,
+    grad_q_stride,
+    grad_out_head_stride,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    out_head_stride,
+    grad_q_head_stride,
+    tokens,
+    heads_per_key,
+    scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Also writes delta, the row sums of grad_out * out, for grad_kv_kernel."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
+    if start >= end:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    q_ptr += head * q_head_stride
+    k_ptr += head // heads_per_key * k_head_stride
+    v_ptr += head // heads_per_key * v_head_stride
+    shared, shared_end, own, shared_whole, own_whole, shared_blocks = _key_ranges(
+        position_ptr, start, end, group_start, prompt_end, window, WINDOW, QUERIES, KEYS
+    )
+    row = start + tl.arange(0, QUERIES)
+    prompt_floor, own_floor = _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW)
+    grad_out = _rows(grad_out_ptr + head * grad_out_head_stride, start, grad_out_stride, end, QUERIES, D, D_PAD, False)
+    out = _rows(out_ptr + head * out_head_stride, start, out_stride, end, QUERIES, D, D_PAD, False)
+    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + head * tokens + row, delta, mask=row < end)
+    lse = tl.load(lse_ptr + head * tokens + row, mask=row < end, other=0.0) * LOG2E
+    q = _rows(q_ptr, start, q_stride, end, QUERIES, D, D_PAD, False)
+    grad_q = tl.zeros([QUERIES, D_PAD], tl.float32)
+    for block in range(0, shared_whole + own_whole):
+        first = tl.where(block < shared_whole, shared + block * KEYS, own + (block - shared_whole) * KEYS)
+        grad_q = _grad_q_block(
+            q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first,
+            end, k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, False,
+        )  # fmt: skip
+    rest = shared_blocks - shared_whole
+    shared += shared_whole * KEYS
+    own += own_whole * KEYS
+    for block in range(0, rest + tl.cdiv(end - own, KEYS)):
+        in_prompt = block < rest
+        first = tl.where(in_prompt, shared + block * KEYS, own + (block - rest) * KEYS)
+        grad_q = _grad_q_block(
+            q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first,
+            tl.where(in_prompt, shared_end, end),
+            k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, True,
+        )  # fmt: skip
+    _store_rows(grad_q_ptr + head * grad_q_head_stride, grad_q * scale, start, grad_q_stride, end, QUERIES, D, D_PAD)
+
+
+@triton.jit
+def _grad_kv_block(
+    k,
+    v,
+    grad_k,
+    grad_v,
+    grad_out_ptr,
+    q_ptr,
+    lse_ptr,
+    delta_ptr,
+    position_ptr,
+    column,
+    column_position,
+    readers_end,
+    first,
+    end,
+    grad_out_stride,
+    q_stride,
+    scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One block of query rows, from `first` on, taken into a block of keys. Keys run along the first axis."""
+    row = first + tl.arange(0, QUERIES)
+    q = _rows(q_ptr, first, q_stride, end, QUERIES, D, D_PAD, not MASKED)
+    grad_out = _rows(grad_out_ptr, first, grad_out_stride, end, QUERIES, D, D_PAD, not MASKED)
+    lse = tl.load(lse_ptr + row, mask=row < end, other=0.0) * LOG2E
+    delta = tl.load(delta_ptr + row, mask=row < end, other=0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    weights, slope = _weights(scores, lse[None, :], scale, cap, CAP)
+    if MASKED:
+        seen = (row[None, :] >= column[:, None]) & (row[None, :] < tl.minimum(readers_end, end)[:, None])
+        if WINDOW:
+            row_position = tl.load(position_ptr + row, mask=row < end, other=0).to(tl.int32)
+            seen = seen & (row_position[None, :] - column_position[:, None] < window)
+        weights = tl.where(seen, weights, 0.0)
+    grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+    grad_scores = weights * (grad_weights - delta[None, :]) * slope
+    grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
+def grad_kv_kernel(
+    grad_out_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    tiles_ptr,
+    readers_end_ptr,
+    position_ptr,
+    grad_out_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    grad_k_stride,
+    grad_v_stride,
+    grad_out_head_stride,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    grad_k_head_stride,
+    grad_v_head_stride,
+    tokens,
+    heads_per_key,
+    scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The first rows of a group are read by the most queries: they start first.
+    start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(0), KEYS, TILE_ROWS)
+    if start >= end:
+        return
+    key_head = tl.program_id(1).to(tl.int64)
+    column = start + tl.arange(0, KEYS)
+    readers_end = tl.load(readers_end_ptr + column, mask=column < end, other=0)
+    column_position = column
+    last_reader = tl.max(readers_end, 0)
+    whole_end = end
+    if WINDOW:
+        column_position = tl.load(position_ptr + column, mask=column < end, other=0).to(tl.int32)
+        reach = end - 1 + window
+        if (start >= prompt_end) | (reach <= prompt_end):
+            # Neither another completion nor, from within the prompt, any completion is in the window.
+            last_reader = tl.minimum(last_reader, reach)
+    elif end - start == KEYS:
+        first_readers_end = tl.min(readers_end, 0)
+        whole_end += tl.maximum(first_readers_end - end, 0) // QUERIES * QUERIES
+    whole_blocks = (whole_end - end) // QUERIES
+    own_blocks = tl.cdiv(end - start, QUERIES)
+    masked_blocks = own_blocks + tl.cdiv(last_reader - whole_end, QUERIES)
+    k = _rows(k_ptr + key_head * k_head_stride, start, k_stride, end, KEYS, D, D_PAD, False)
+    v = _rows(v_ptr + key_head * v_head_stride, start, v_stride, end, KEYS, D, D_PAD, False)
+    grad_k = tl.zeros([KEYS, D_PAD], tl.float32)
+    grad_v = tl.zeros([KEYS, D_PAD], tl.float32)
+    for step in range(0, heads_per_key * whole_blocks):
+        head = key_head * heads_per_key + step // whole_blocks
+        first = end + step % whole_blocks * QUERIES
+        grad_k, grad_v = _grad_kv_block(
+            k, v, grad_k, grad_v, grad_out_ptr + head * grad_out_head_stride, q_ptr + head * q_head_stride,
+            lse_ptr + head * tokens, delta_ptr + head * tokens, position_ptr, column, column_position, readers_end,
+            first, whole_end, grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION,
+            False,
+        )  # fmt: skip
+    for step in range(0, heads_per_key * masked_blocks):
+        head = key_head * heads_per_key + step // masked_blocks
+        block = step % masked_blocks
+        is_own = block < own_blocks
+        first = tl.where(is_own, start + block * QUERIES, whole_end + (block - own_blocks) * QUERIES)
+        grad_k, grad_v = _grad_kv_block(
+            k, v, grad_k, grad_v, grad_out_ptr + head * grad_out_head_stride, q_ptr + head * q_head_stride,
+            lse_ptr + head * tokens, delta_ptr + head * tokens, position_ptr, column, column_position, readers_end,
+            first, tl.where(is_own, end, last_reader),
+            grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION, True,
+        )  # fmt: skip
+    _store_rows(grad_k_ptr + key_head * grad_k_head_stride, grad_k * scale, start, grad_k_stride, end, KEYS, D, D_PAD)
+    _store_rows(grad_v_ptr + key_head * grad_v_head_stride, grad_v, start, grad_v_stride, end, KEYS, D, D_PAD)

@@ -1,0 +1,186 @@
+"""Launches of the attention kernels, and the block sizes they take."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..layout import TILE
+from .attention import forward_kernel, grad_kv_kernel, grad_q_kernel
+
+
+class Blocks(NamedTuple):
+    """Block sizes of a launch: query rows and keys, both divisors of TILE; warps; stages of the software pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By head size, up to 64, 128 and 256. The largest that compile without a spill, for want of measurements.
+Row = tuple[Blocks, Blocks, Blocks]
+# Tensor cores of Hopper and of Blackwell, 227 KiB of shared memory.
+SM90: dict[str, Row] = {
+    "forward": (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3)),
+    "grad_q": (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2)),
+    "grad_kv": (Blocks(64, 128, 8, 3), Blocks(32, 128, 8, 2), Blocks(32, 32, 8, 2)),
+}
+SM100: dict[str, Row] = {
+    "forward": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3)),
+    "grad_q": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
+    "grad_kv": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
+}
+# Ampere and every other from Nvidia: within the 99 KiB that the smallest of them has.
+SM80: dict[str, Row] = {
+    "forward": (Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3), Blocks(64, 32, 8, 2)),
+    "grad_q": (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 16, 8, 2)),
+    "grad_kv": (Blocks(32, 128, 8, 3), Blocks(32, 64, 8, 3), Blocks(32, 32, 8, 2)),
+}
+# AMD: within 64 KiB.
+HIP: dict[str, Row] = dict.fromkeys(("forward", "grad_q", "grad_kv"), (Blocks(32, 32, 4, 2),) * 3)
+# fp32, whose exact products have no tensor cores.
+FP32: dict[str, Row] = {
+    "forward": (Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 2), Blocks(16, 32, 8, 2)),
+    "grad_q": (Blocks(32, 32, 8, 2), Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 2)),
+    "grad_kv": (Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 2), Blocks(16, 32, 8, 2)),
+}
+BY_CAPABILITY = {9: SM90, 10: SM100, None: HIP}
+
+
+def padded(head_size: int) -> int:
+    """Blocks have powers of two, products at least 16."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def blocks(kernel: str, width: int, element_bytes: int, capability: int | None) -> Blocks:
+    """For a head size padded to `width`; capability is the major one, None is AMD."""
+    table = FP32 if element_bytes == 4 else BY_CAPABILITY.get(capability, SM80)
+    return table[kernel][0 if width <= 64 else 1 if width <= 128 else 2]
+
+
+@cache
+def _capability(device: torch.device) -> int | None:
+    if torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+
+
+def _like(x: Tensor) -> Tensor:
+    """As x, rows first in memory."""
+    return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _options(kernel: str, q: Tensor, window: int, cap: float) -> dict[str, int | bool | str]:
+    width = padded(q.shape[-1])
+    shape = blocks(kernel, width, q.element_size(), _capability(q.device))
+    # Tensor cores would round fp32 to 10 bits of mantissa: only where PyTorch's own products may.
+    precise = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {
+        "D": q.shape[-1],
+        "D_PAD": width,
+        "CAP": cap > 0,
+        "WINDOW": window > 0,
+        "QUERIES": shape.queries,
+        "KEYS": shape.keys,
+        "TILE_ROWS": TILE,
+        "PRECISION": "ieee" if precise else "tf32",
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+    }
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tensor,
+    readers_end: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+) -> tuple[Tensor, Tensor]:
+    """q [1, H, T, D]; k, v [1, Hkv, T, D]; bf16, fp16 or fp32; tiles, readers_end and positions of PackedGroups.
+
+    window and cap are 0 for none. Returns the output, as q, and the log-sum-exp of each row's scores, [1, H, T] fp32.
+    """
+    out, (q, k, v) = _like(q), (_side_by_side(x) for x in (q, k, v))
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    options = _options("forward", q, window, cap)
+    tensors = (q, k, v, out)
+    forward_kernel[(len(tiles) * (TILE // options["QUERIES"]), q.shape[1])](
+        *tensors,
+        lse,
+        tiles,
+        positions,
+        *(x.stride(2) for x in tensors),
+        *(x.stride(1) for x in tensors),
+        q.shape[2],
+        q.shape[1] // k.shape[1],
+        scale,
+        cap,
+        window,
+        **options,
+    )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: Tensor,
+    readers_end: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int,
+    cap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from what forward took and returned. Two runs give identical bits."""
+    grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
+    grad_out, q, k, v = (_side_by_side(x) for x in (grad_out, q, k, v))
+    delta = torch.empty_like(lse)
+    numbers = (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+    options = _options("grad_q", q, window, cap)
+    tensors = (grad_out, q, k, v, out, grad_q)
+    grad_q_kernel[(len(tiles) * (TILE // options["QUERIES"]), q.shape[1])](
+        *tensors[:5],
+        lse,
+        delta,
+        grad_q,
+        tiles,
+        positions,
+        *(x.stride(2) for x in tensors),
+        *(x.stride(1) for x in tensors),
+        *numbers,
+        **options,
+    )
+    options = _options("grad_kv", q, window, cap)
+    tensors = (grad_out, q, k, v, grad_k, grad_v)
+    grad_kv_kernel[(len(tiles) * (TILE // options["KEYS"]), k.shape[1])](
+        *tensors[:4],
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        tiles,
+        readers_end,
+        positions,
+        *(x.stride(2) for x in tensors),
+        *(x.stride(1) for x in tensors),
+        *numbers,
+        **options,
+    )
+    return grad_q, grad_k, grad_v
