@@ -8,6 +8,7 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     PhiConfig,
@@ -86,6 +87,24 @@ def test_what_does_not_run_packed_is_never_run_packed(config):
         logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].log_softmax(-1)
         truth += [logits[len(prompt) - 1 + i, t] for i, t in enumerate(completion)]
     torch.testing.assert_close(logp, torch.stack(truth), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("config,why", [
+    (Qwen3NextConfig(**SMALL, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+                     shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=2,
+                     linear_key_head_dim=8, linear_value_head_dim=8,
+                     layer_types=["linear_attention", "full_attention"]),
+     "packed rows differ from separate rows"),
+    (Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), "packed rows differ from separate rows"),
+    (GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=4), "s_aux"),
+], ids=lambda c: type(c).__name__ if not isinstance(c, str) else "")
+def test_hybrids_with_state_and_attention_sinks_are_refused_packed(config, why):
+    """State that runs along the row, a convolution over it, a keyword that our attention does not know."""
+    model, console, warned = model_of(config), Console(enabled=False), []
+    console.warn = warned.append
+    assert not probe(model, console)
+    assert len(warned) == 1 and why in warned[0] and "does not run packed" in warned[0]
+    assert model.config._attn_implementation != "strop", "it keeps the attention that transformers has for it"
 
 
 def test_a_head_that_is_not_what_we_compute_is_refused():

@@ -1,0 +1,226 @@
+"""A training step never waits for the device: the real steps run on tensors that have a device but no values.
+
+Twice: on device "cuda" in FakeTensorMode, which takes the branches that a GPU takes, but whose autograd needs a CUDA
+build of PyTorch, so that backward passes only hand out gradients there; and on device "meta", backward passes included.
+"""
+
+import contextlib
+import dataclasses
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import Log, recipe_of, select_of, stage_in
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from strop.kernels import PackedGroups
+from strop.kernels.integrations.transformers import register
+from strop.trainer.engine import Engine, add_lora
+from strop.trainer.stages.dpo import dpo
+from strop.trainer.stages.reference import reference
+from strop.trainer.stages.sft import sft
+from strop.trainer.world import World
+
+
+def without_fused(optimizer, *args, fused, **options):
+    return optimizer(*args, **options)
+
+
+class Waited(RuntimeError):
+    """Something asked the device for a value."""
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Raises on a copy between host and device that the host waits for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+            if blocking and source.device.type != out.device.type and source.dim():
+                raise Waited(f"{func} from {source.device} to {out.device}")
+        return out
+
+
+class WithoutCuda(TorchFunctionMode):
+    """x[...] by views and copies as nothing: PyTorch's own refuse a CUDA tensor where CUDA is not built in, even one
+    without values."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and args[0].device.type == args[1].device.type == "cuda":
+            return args[0]
+        if func is not torch.Tensor.__getitem__ or args[0].device.type != "cuda":
+            return func(*args, **(kwargs or {}))
+        x, at = args
+        at = list(at) if isinstance(at, tuple) else [at]
+        if any(isinstance(i, torch.Tensor) for i in at):
+            if any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in at):
+                raise Waited("a mask")
+            assert len(at) == 1, at
+            return x.index_select(0, at[0].flatten()).unflatten(0, at[0].shape)
+        missing = x.dim() - sum(i is not None and i is not Ellipsis for i in at)
+        spot = next((n for n, i in enumerate(at) if i is Ellipsis), len(at))
+        at[spot:spot + 1] = [slice(None)] * missing
+        dim = 0
+        for i in at:
+            if isinstance(i, int):
+                x = x.select(dim, i)
+            elif i is None:
+                x, dim = x.unsqueeze(dim), dim + 1
+            else:
+                start, stop, step = i.indices(x.shape[dim])
+                x, dim = torch.ops.aten.slice(x, dim, start, stop, step), dim + 1
+        return x
+
+
+@pytest.fixture(params=["cuda", "meta"])
+def device(request, monkeypatch, tiny_model):
+    """Runs a stage on a device without values."""
+    is_fake, where, attention, is_lora = request.param == "cuda", torch.device(request.param), register(), []
+    mode = FakeTensorMode() if is_fake else contextlib.nullcontext()
+
+    def moved(tensor):
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
+
+    def load_model(path, dtype, *_, **__):
+        with unset_fake_temporarily():
+            config = AutoConfig.from_pretrained(tiny_model)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+        return model if is_lora else on_device(model)
+
+    def on_device(model):
+        seen = {}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = seen.setdefault(id(p), nn.Parameter(moved(p)))
+            for name, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[name] = moved(b)
+        return model
+
+    def with_adapters(model, recipe):
+        with unset_fake_temporarily():
+            model = add_lora(model, recipe)
+        return on_device(model)
+
+    def collate(examples, indices, _):
+        with unset_fake_temporarily():
+            groups = PackedGroups.pack([examples[i].group for i in indices])
+        on_host = {"segments": mode.from_tensor(groups.segments)} if is_fake else {}
+        return dataclasses.replace(groups, **{k: moved(v) for k, v in groups._tensors().items()}, **on_host)
+
+    def of(table, examples, indices, _):
+        return torch.zeros(sum(sum(examples[i].targets()) for i in indices), device=where)
+
+    def cpu(tensor):
+        raise Waited("cpu()")
+
+    tensor = torch.tensor
+
+    def from_host(*args, device=None, **kwargs):
+        if device is not None and torch.device(device).type != "cpu":
+            raise Waited("torch.tensor(..., device)")  # it copies from pageable memory, and waits
+        return tensor(*args, device=device, **kwargs)
+
+    for module, name, value in (
+            ("engine", "load_model", load_model), ("engine", "add_lora", with_adapters), ("engine", "collate", collate),
+            ("engine", "peak_flops", lambda *_: 1.0),
+            ("stages.dpo", "probe", lambda *_: True), ("stages.sft", "probe", lambda *_: True),
+            ("pairs.ReferenceTable", "of", of), ("pairs.ReferenceTable", "__init__", lambda *_: None),
+            ("engine.Engine", "resume", lambda *_: False)):
+        monkeypatch.setattr(f"strop.trainer.{module}.{name}", value)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch, "tensor", from_host)
+
+    def backward(tensor):
+        for p in engines[-1].params:
+            p.grad = torch.empty_like(p)
+
+    engines, init = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *args: engines.append(self) or init(self, *args))
+    if is_fake:
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+    else:  # neither autocast nor fused AdamW for meta
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+        monkeypatch.setattr(torch.optim, "AdamW", partial(without_fused, torch.optim.AdamW))
+
+    def run(stage, folder, recipe):
+        """Trains until something waits for the device; returns the number of steps done by then, and what waited."""
+        made = dataclasses.replace(stage_in(folder / "stage", stage.__name__), world=World(device=where))
+        steps, step = [], Engine.step
+        monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
+        inputs = {"select": select_of(folder / "select", 12)}
+        inputs |= {"start": tiny_model} if stage is sft else {"policy": tiny_model, "reference": folder,
+                                                              "same_weights": False}
+        is_lora.extend([True] * recipe.lora.rank)
+        with mode, BlockingCopies(), WithoutCuda(), torch.set_grad_enabled(not is_fake), \
+                pytest.raises(RuntimeError) as error:
+            stage(made, recipe, **inputs)
+        return len(steps), str(error.value)
+
+    return SimpleNamespace(run=run)
+
+
+KEYS = {"batch_size": 4, "max_tokens": 48, "ema_decay": 0.9}
+INTERVAL = (3, "cpu()")  # what a run of an interval of three steps comes to: it fetches the metrics, nothing before
+
+
+@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}, {"nll_weight": 0.2, "loss": "ipo"}], ids=str)
+def test_dpo_steps_wait_for_nothing(device, tmp_path, keys):
+    recipe = recipe_of(dtype="bfloat16", dpo=KEYS | keys, log={"interval": 3})
+    assert device.run(dpo, tmp_path, recipe) == INTERVAL
+
+
+def test_sft_steps_wait_for_nothing(device, tmp_path):
+    recipe = recipe_of(dtype="bfloat16", sft=KEYS, log={"interval": 3})
+    assert device.run(sft, tmp_path, recipe) == INTERVAL
+
+
+def test_lora_steps_wait_for_nothing(device, tmp_path):
+    pytest.importorskip("peft")
+    recipe = recipe_of(dtype="bfloat16", dpo=KEYS, lora={"rank": 4}, log={"interval": 3})
+    assert device.run(dpo, tmp_path, recipe) == INTERVAL
+
+
+WAITS = {"item": lambda x: x.sum().item(), "tolist": lambda x: x.tolist(), "bool": lambda x: bool((x > 0).any()),
+         "mask": lambda x: x[x > 0], "nonzero": lambda x: x.nonzero(), "cpu": lambda x: x.cpu(),
+         "to": lambda x: x.to("cpu"), "from pageable memory": lambda x: torch.zeros(3).to(x.device),
+         "tensor": lambda x: torch.tensor([1.0], device=x.device)}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_planted_wait_is_found(device, tmp_path, monkeypatch, wait):
+    fold = Engine.fold_gradients
+    monkeypatch.setattr(Engine, "fold_gradients", lambda self: WAITS[wait](self.masters[0].grad) is fold(self))
+    assert device.run(sft, tmp_path, recipe_of(dtype="bfloat16", sft=KEYS, log={"interval": 3}))[0] == 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_metrics_are_fetched_and_reduced_once_an_interval(tmp_path, tiny_model, monkeypatch, stage):
+    """Seven steps, an interval of three: three fetches and three reductions, beside one of the gradients each step."""
+    recipe, select = recipe_of(**{stage: {"batch_size": 2, "max_tokens": 32}}, log={"interval": 3}), tmp_path / "select"
+    select_of(select, 14)
+    table = stage_in(tmp_path / "reference", "reference")
+    reference(table, recipe, select=select, model=tiny_model)
+    fetched, reduced, log, cpu = [], [], Log(), torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: fetched.append(x.numel()) or cpu(x))
+    monkeypatch.setattr(World, "sum_", lambda self, tensors: reduced.append(len(tensors)))
+    monkeypatch.setattr(f"strop.trainer.stages.{stage}.probe", lambda *_: True)
+    made = stage_in(tmp_path / stage, stage, log)
+    if stage == "sft":
+        sft(made, recipe, select=select, start=tiny_model)
+    else:
+        dpo(made, recipe, select=select, policy=tiny_model, reference=table.dir, same_weights=True)
+    assert made.counts["steps"] == 7 and len(log.rows) == 3
+    assert len(fetched) == 3 and reduced.count(1) == 3 and len(reduced) == 3 + 7
+    assert all(math.isfinite(row["loss"]) for row in log.rows)
