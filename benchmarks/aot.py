@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and check what the compiler made of it.
 
-    python -m benchmarks.aot [--targets 80,90,100,gfx942] [--json FILE]
+    python -m benchmarks.aot [--targets 80,90,100,gfx942] [--only NAME] [--json FILE]
 
 Prints per kernel, variant and target: registers and bytes of local memory per thread, spill instructions, shared
 memory against what one block may have, 16-byte global loads and stores, tensor-core instructions. Exits with 1 on a
@@ -25,10 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strop.kernels._triton import logprob, preference
+from strop.kernels._triton import attention, attention_launch, logprob, preference
+from strop.kernels.layout import TILE
 
 # Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
-SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 WIDE_ACCESS = re.compile(r"\b(?:LDG|STG)\.\S*128\b")
@@ -42,9 +43,11 @@ class Case:
     name: str
     kernel: triton.JITFunction
     types: dict[str, str]
-    constants: dict[str, int | bool]
+    constants: dict[str, int | bool | str]
     num_warps: int
     has_dot: bool = False
+    num_stages: int = 3
+    only_for: str | None = None  # the one target whose block sizes these are
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,36 @@ class Row:
 
 def cases() -> list[Case]:
     """Every kernel in the variants that real launches have."""
-    return logprob_cases() + preference_cases()
+    return logprob_cases() + preference_cases() + [case for target in SHARED_LIMIT for case in attention_cases(target)]
+
+
+def attention_cases(target: str) -> list[Case]:
+    """The block sizes of `target` at every head size; a soft-cap and a window together where that is tightest."""
+    cuda = target.isdigit()
+    both = {"CAP": True, "WINDOW": True}
+    variants = [("bf16", 128, {})]
+    if cuda:
+        variants += [("bf16", 64, {}), ("bf16", 256, {}), ("bf16", 256, both)]
+    if target == "90":
+        variants += [("bf16", 80, {}), ("fp32", 64, {})]
+    return [
+        attention_case(name, dtype, size, target, **flags)
+        for name in ("forward", "grad_q", "grad_kv")
+        for dtype, size, flags in variants
+    ]
+
+
+def attention_case(name: str, dtype: str, size: int, target: str, CAP: bool = False, WINDOW: bool = False) -> Case:
+    kernel = getattr(attention, f"{name}_kernel")
+    capability = int(target) // 10 if target.isdigit() else None
+    blocks = attention_launch.blocks(name, attention_launch.padded(size), 4 if dtype == "fp32" else 2, capability)
+    constants = {"D": size, "D_PAD": attention_launch.padded(size), "CAP": CAP, "WINDOW": WINDOW, "TILE_ROWS": TILE}
+    constants |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": "ieee"}
+    known = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "tiles_ptr": "*i32", "readers_end_ptr": "*i32"}
+    known |= {"position_ptr": "*i64", "scale": "fp32", "cap": "fp32"}
+    types = {n: known.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
+    label = " ".join(["attention", name, dtype, str(size), *["cap"] * CAP, *["window"] * WINDOW])
+    return Case(label, kernel, types, constants, blocks.warps, dtype != "fp32", blocks.stages, target)
 
 
 def preference_cases() -> list[Case]:
@@ -133,7 +165,7 @@ def compile_case(case: Case, target: str) -> Row:
     cuda = target.isdigit()
     gpu = GPUTarget("cuda", int(target), 32) if cuda else GPUTarget("hip", target, 64)
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps})
+    compiled = triton.compile(source, target=gpu, options={"num_warps": case.num_warps, "num_stages": case.num_stages})
     shared, limit = compiled.metadata.shared, SHARED_LIMIT[target]
     failures = [f"shared memory {shared} over {limit}"] if shared > limit else []
     if not cuda:
@@ -173,7 +205,7 @@ def report(rows: Iterable[Row]) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", default="80,90,100,gfx942", help="comma-separated, of 80, 90, 100, gfx942")
+    parser.add_argument("--targets", default="80,90,100,gfx942", help="comma-separated, of 80, 86, 90, 100, gfx942")
     parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args(arguments)
@@ -183,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(targets) - set(SHARED_LIMIT):
         parser.error(f"unknown targets {sorted(unknown)}")
     rows = []
-    chosen = [(case, target) for case in cases() if options.only in case.name for target in targets]
+    named = [case for case in cases() if options.only in case.name]
+    chosen = [(case, target) for case in named for target in targets if case.only_for in (None, target)]
     failed = report(rows.append(row) or row for row in (compile_case(*pair) for pair in chosen))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
