@@ -74,6 +74,7 @@ def test_extreme_logits_in_selective_log_softmax():
     truth = logits.log_softmax(-1).gather(-1, index)
     torch.testing.assert_close(selective_log_softmax(logits, index), truth)
     torch.testing.assert_close(selective_log_softmax(logits, index[:, 1]), truth[:, 1])
+    assert (selective_log_softmax(logits[1:], index[1:, :2]) == -torch.inf).all()
     assert selective_log_softmax(torch.full((1, 4), torch.nan), index[:1]).isnan().all()
 
 

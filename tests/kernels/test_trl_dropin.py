@@ -157,7 +157,7 @@ def same_training(theirs, strop, tolerance: float = 2e-5) -> None:
     assert trained and all((weights[n] - start[n]).abs().max() > 1e-4 for n in trained if "embed" not in n)
 
 
-def same_step(theirs, strop) -> None:
+def same_step(theirs, strop, tolerance: float = 2e-5) -> None:
     """One batch: loss, metrics and the gradients of all parameters are the same."""
     batch = theirs.data_collator(list(theirs.train_dataset))
     losses, logged = [], []
@@ -168,15 +168,15 @@ def same_step(theirs, strop) -> None:
             losses[-1].backward()
         trainer.log({})
         logged.append(trainer.state.log_history[-1])
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
-    same_numbers(*logged)
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=0)
+    same_numbers(*logged, tolerance)
     assert "entropy" in logged[1] and "mean_token_accuracy" in logged[1]
     # In units of the largest gradient TRL's own are up to 2.2e-5 from those in fp64 (discopop), ours up to 0.9e-5.
     theirs, strop = ({n: p.grad for n, p in t.model.named_parameters() if p.requires_grad} for t in (theirs, strop))
     assert all(g is not None for g in theirs.values())
     largest = max(g.abs().max().item() for g in theirs.values())
     assert largest > 0
-    same_tensors(theirs, strop, rtol=0, atol=4e-5 * largest)
+    same_tensors(theirs, strop, rtol=0, atol=2 * tolerance * largest)
 
 
 TRAINING = {
@@ -194,8 +194,9 @@ def test_training_is_trls(both, tokenizer, options):
     same_training(*both(model_of(tokenizer), **options))
 
 
-def test_training_under_autocast_is_trls_within_rounding(both, tokenizer):
+def test_bf16_is_trls_within_rounding(both, tokenizer):
     same_training(*both(model_of(tokenizer), bf16=True), tolerance=0.05)
+    same_step(*both(model_of(tokenizer).bfloat16()), tolerance=0.01)
 
 
 ADAPTERS = {
