@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,23 +18,27 @@ from torch import Tensor
 from .layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Queries of a block of written-out scores: the block of a few heads by a few hundred keys stays in a core's cache.
+# Queries of a block of written-out scores, and scores of all heads that go through together, within the caches.
 _BLOCK = 192
-# From so many scores a head on, the matrix unit gains more than its set-up costs.
-_LARGE = 1 << 13
+_SCORES = 1 << 21
+# From blocks of so many scores on, the matrix unit gains more than its set-up costs.
+_LARGE = 1 << 12
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
     """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns the output, as q, and the log-sum-exp [1, H, T], at least fp32."""
     out = torch.empty_like(q, memory_format=torch.preserve_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    for start, end in _causal_parts(groups):
+    bounds = (groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    for start, end in _causal_spans(*bounds):
         rows = slice(start, end)
         out[:, :, rows], lse[:, :, rows] = _flash_cpu(
             q[:, :, rows], k[:, :, rows], v[:, :, rows], 0.0, True, scale=scale
         )
-    for rows, prompt in _cross_parts(groups):
+    for rows, prompt in _cross_spans(*bounds):
+        rows, prompt = slice(*rows), slice(*prompt)
         cross, cross_lse = _flash_cpu(q[:, :, rows], k[:, :, prompt], v[:, :, prompt], 0.0, False, scale=scale)
         total = torch.logaddexp(lse[:, :, rows], cross_lse)
         own_share = (lse[:, :, rows] - total).exp_().unsqueeze(-1)
@@ -46,27 +52,121 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from what attention_forward took and returned."""
-    grads = tuple(torch.empty_like(x) for x in (q, k, v))
-    delta = torch.linalg.vecdot(grad_out.to(lse.dtype), out.to(lse.dtype))
-    causal, crossing = _causal_parts(groups), _cross_parts(groups)
-    blocks = [min(end - start, _BLOCK) * (end - start) for start, end in causal]
-    blocks += [min(rows.stop - rows.start, _BLOCK) * (prompt.stop - prompt.start) for rows, prompt in crossing]
-    scratch = lse.new_empty(2, q.shape[1] * max(blocks))
+    backward = _written_out_backward if q.element_size() == 2 else _flash_backward
+    return backward(grad_out, q, k, v, out, lse, groups, scale)
 
-    def part(rows: slice, keys: slice, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        of_rows = (grad_out[0, :, rows], q[0, :, rows], lse[0, :, rows], delta[0, :, rows])
-        large = (rows.stop - rows.start) * (keys.stop - keys.start) >= _LARGE
-        with _matrix_unit(large and q.dtype == torch.bfloat16):
-            return _part_backward(*of_rows, k[0, :, keys], v[0, :, keys], is_causal, scale, scratch)
 
-    for start, end in causal:
-        rows = slice(start, end)
-        for grad, share in zip(grads, part(rows, rows, True), strict=True):
-            grad[0, :, rows] = share
-    for rows, prompt in crossing:
-        for grad, at, share in zip(grads, (rows, prompt, prompt), part(rows, prompt, False), strict=True):
-            grad[0, :, at] += share
+def _flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For fp32 and fp64, where flash attention's backward is exact enough and nothing is faster."""
+    bounds = (groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    grads = tuple(torch.zeros_like(x) for x in (q, k, v))
+    parts = [(span, span, True) for span in _causal_spans(*bounds)]
+    parts += [(*pair, False) for pair in _cross_spans(*bounds)]
+    for row_span, key_span, is_causal in parts:
+        rows, keys = slice(*row_span), slice(*key_span)
+        of_rows, of_keys = (grad_out[:, :, rows], q[:, :, rows]), (k[:, :, keys], v[:, :, keys])
+        shares = _flash_cpu_backward(*of_rows, *of_keys, out[:, :, rows], lse[:, :, rows], 0.0, is_causal, scale=scale)
+        for grad, at, share in zip(grads, (rows, keys, keys), shares, strict=True):
+            grad[:, :, at] += share
     return grads
+
+
+def _written_out_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For 16-bit inputs: the scores of equally large blocks are written out in fp32, block by block in the cache.
+
+    The query heads of a key head are stacked as rows, [.., r * N, D], so that every product is one batched call and
+    sums over them.
+    """
+    wide, (heads, tokens), key_heads = lse.dtype, lse.shape[1:], k.shape[1]
+    delta = (grad_out.to(wide) * out).sum(-1)[0]
+    grads = tuple(x.new_zeros(tokens, *x.shape[1::2], dtype=wide) for x in (q, k, v))
+    numbers = tuple(x.mT.contiguous().unsqueeze(2) for x in (lse[0], delta))
+    by_token = tuple(x[0].transpose(0, 1) for x in (q, grad_out, k, v))
+    for batch in _batches(groups.prompt_bounds, groups.completion_bounds, groups.completion_group, heads):
+        (count, rows), keys = batch.rows.shape, batch.keys.shape[1]
+        q_rows, grad_rows = (batch.of_rows(x, key_heads) for x in by_token[:2])
+        k_keys, v_keys = (batch.of_keys(x) for x in by_token[2:])
+        lse_rows, delta_rows = (batch.of_rows(x, key_heads) for x in numbers)
+        with _matrix_unit(q.dtype == torch.bfloat16 and rows * keys >= _LARGE):
+            weights = torch.bmm(q_rows, k_keys.mT).mul_(scale).sub_(lse_rows).exp_()
+            if batch.hidden is not None:
+                weights.view(count, heads, rows, keys).masked_fill_(batch.hidden.unsqueeze(1), 0.0)
+            grad_scores = torch.bmm(grad_rows, v_keys.mT).sub_(delta_rows).mul_(weights)
+            shares = (
+                torch.bmm(grad_scores, k_keys).view(count, heads, rows, -1),
+                torch.bmm(grad_scores.mT, q_rows).view(count, key_heads, keys, -1),
+                torch.bmm(weights.mT, grad_rows).view(count, key_heads, keys, -1),
+            )
+        for i, spans in enumerate(batch.spans):
+            for grad, share, (start, end) in zip(grads, shares, (spans[0], spans[1], spans[1]), strict=True):
+                grad[start:end] += share[i, :, : end - start].transpose(0, 1)
+    for grad in grads[:2]:
+        grad.mul_(scale)
+    return tuple(grad.to(x.dtype).transpose(0, 1)[None] for grad, x in zip(grads, (q, k, v), strict=True))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Blocks of attention scores of one padded size: B blocks of N query rows by M keys.
+
+    rows [B, N], keys [B, M]: int64 row offsets; padding repeats row 0. hidden [B, N, M] bool, None if all is visible.
+    spans: per block the half-open row ranges of its queries and of its keys.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    hidden: Tensor | None
+    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+    def of_rows(self, x: Tensor, key_heads: int) -> Tensor:
+        """[T, H, D] to at least fp32 [B * Hkv, r * N, D]: the r query heads of a key head stacked."""
+        (count, rows), (_, heads, size) = self.rows.shape, x.shape
+        x = x.index_select(0, self.rows.view(-1)).view(count, rows, key_heads, heads // key_heads, size)
+        return _wide(x.permute(0, 2, 3, 1, 4)).reshape(count * key_heads, -1, size)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """[T, Hkv, D] to at least fp32 [B * Hkv, M, D]."""
+        return _wide(x.index_select(0, self.keys.view(-1)).unflatten(0, self.keys.shape).transpose(1, 2)).flatten(0, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=8)  # the layers of a model ask for the same batches
+def _batches(prompt_bounds, completion_bounds, completion_group, heads: int) -> tuple[_Batch, ...]:
+    """All scores of the groups, in blocks of at most _BLOCK queries; a batch holds at most _SCORES of them."""
+    sizes: dict[tuple[int, int], list] = {}
+    parts = [(span, span, True) for span in _causal_spans(prompt_bounds, completion_bounds, completion_group)]
+    parts += [(*pair, False) for pair in _cross_spans(prompt_bounds, completion_bounds, completion_group)]
+    for (first, last), (key_start, key_end), is_causal in parts:
+        for start in range(first, last, _BLOCK):
+            end = min(start + _BLOCK, last)
+            seen = end if is_causal else key_end
+            size = (-(end - start) // 32 * -32, -(seen - key_start) // 32 * -32)
+            sizes.setdefault(size, []).append((((start, end), (key_start, seen)), is_causal))
+    batches = []
+    for (rows, keys), blocks in sorted(sizes.items()):
+        step = max(1, _SCORES // (heads * rows * keys))
+        for i in range(0, len(blocks), step):
+            batches.append(_batch(blocks[i : i + step], rows, keys))
+    return tuple(batches)
+
+
+def _batch(blocks: list, rows: int, keys: int) -> _Batch:
+    row_bounds, key_bounds = (torch.tensor([span[side] for span, _ in blocks]) for side in (0, 1))
+    is_causal = torch.tensor([causal for _, causal in blocks])
+    row_index, key_index = row_bounds[:, :1] + torch.arange(rows), key_bounds[:, :1] + torch.arange(keys)
+    outside = (row_index >= row_bounds[:, 1:]).unsqueeze(2) | (key_index >= key_bounds[:, 1:]).unsqueeze(1)
+    later = (key_index.unsqueeze(1) > row_index.unsqueeze(2)) & is_causal.view(-1, 1, 1)
+    hidden = outside | later
+    row_index[row_index >= row_bounds[:, 1:]] = 0
+    key_index[key_index >= key_bounds[:, 1:]] = 0
+    return _Batch(row_index, key_index, hidden if bool(hidden.any()) else None, tuple(span for span, _ in blocks))
 
 
 @contextmanager
@@ -87,62 +187,22 @@ def _matrix_unit(use: bool) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def _part_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    k: Tensor,
-    v: Tensor,
-    is_causal: bool,
-    scale: float,
-    scratch: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [H, N, D] and of k, v [Hkv, M, D], from the rows' lse and delta [H, N].
-
-    The query heads of a key head are stacked as rows, [Hkv, r * N, D], so that every product is one batched call and
-    sums over them.
-    """
-    wide, (heads, queries), (key_heads, keys) = lse.dtype, q.shape[:2], k.shape[:2]
-    k, v = k.to(wide).contiguous(), v.to(wide).contiguous()
-    grad_q = torch.empty_like(q)
-    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-    for start in range(0, queries, _BLOCK):
-        block = slice(start, min(start + _BLOCK, queries))
-        rows, seen = block.stop - block.start, block.stop if is_causal else keys
-        stacked = (key_heads, heads // key_heads * rows, -1)
-        q_rows, grad_rows, lse_rows, delta_rows = (
-            x[:, block].to(wide).reshape(stacked) for x in (q, grad_out, lse, delta)
-        )
-        weights, grad_scores = (x[: heads * rows * seen].view(*stacked[:2], seen) for x in scratch)
-        torch.bmm(q_rows, k[:, :seen].mT, out=weights)
-        torch.sub(weights.mul_(scale), lse_rows, out=weights).exp_()
-        if is_causal:
-            weights.view(heads, rows, seen).tril_(seen - rows)
-        torch.bmm(grad_rows, v[:, :seen].mT, out=grad_scores)
-        grad_scores.sub_(delta_rows).mul_(weights)
-        grad_v[:, :seen] += torch.bmm(weights.mT, grad_rows)
-        grad_k[:, :seen] += torch.bmm(grad_scores.mT, q_rows)
-        grad_q[:, block] = torch.bmm(grad_scores, k[:, :seen]).mul_(scale).view(heads, rows, -1)
-    return grad_q, grad_k.mul_(scale), grad_v
-
-
-def _causal_parts(groups: PackedGroups) -> list[tuple[int, int]]:
+def _causal_spans(prompt_bounds, completion_bounds, completion_group) -> list[tuple[int, int]]:
     """Row ranges that attend causally to themselves: prompt with first completion, then each further completion."""
     return [
-        (groups.prompt_bounds[g][0] if start == groups.prompt_bounds[g][1] else start, end)
-        for g, (start, end) in zip(groups.completion_group, groups.completion_bounds, strict=True)
+        (prompt_bounds[g][0] if start == prompt_bounds[g][1] else start, end)
+        for g, (start, end) in zip(completion_group, completion_bounds, strict=True)
     ]
 
 
-def _cross_parts(groups: PackedGroups) -> list[tuple[slice, slice]]:
+def _cross_spans(prompt_bounds, completion_bounds, completion_group) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """(rows of completions 2..K, rows of their prompt) for every group that has both."""
-    last_end = dict(zip(groups.completion_group, (end for _, end in groups.completion_bounds), strict=True))
+    last_end = dict(zip(completion_group, (end for _, end in completion_bounds), strict=True))
     first_end: dict[int, int] = {}
-    for group, (_, end) in zip(groups.completion_group, groups.completion_bounds, strict=True):
+    for group, (_, end) in zip(completion_group, completion_bounds, strict=True):
         first_end.setdefault(group, end)
     return [
-        (slice(first_end[g], last_end[g]), slice(start, end))
-        for g, (start, end) in enumerate(groups.prompt_bounds)
+        ((first_end[g], last_end[g]), (start, end))
+        for g, (start, end) in enumerate(prompt_bounds)
         if end > start and last_end[g] > first_end[g]
     ]

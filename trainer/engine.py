@@ -88,8 +88,9 @@ class Engine:
         self.params = [p for p in model.parameters() if p.requires_grad]
         # fp32 parameters are their own masters; bf16 ones get a copy that the optimizer sees
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
-        for master in self.masters:  # kept and zeroed, not freed: a rank without a microbatch adds zeros
+        for master in self.masters:  # kept, not freed: a rank without a microbatch adds zeros
             master.grad = torch.zeros_like(master)
+        self.folded = False  # whether the masters' gradients hold anything of this step
         self.optimizer = torch.optim.AdamW(self.masters, lr=section.lr, betas=section.betas, eps=section.eps,
                                            weight_decay=section.weight_decay, fused=True)
         self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
@@ -98,15 +99,23 @@ class Engine:
 
     @torch.no_grad()
     def fold_gradients(self) -> None:
-        """Adds the gradients of a backward pass to the masters' fp32 gradients."""
+        """Adds the gradients of a backward pass to the masters' fp32 gradients; a step's first ones replace the last
+        step's."""
         for param, master in zip(self.params, self.masters, strict=True):
-            if master is not param and param.grad is not None:
-                master.grad.add_(param.grad)
+            if master is param:
+                continue
+            if param.grad is not None:
+                (master.grad.add_ if self.folded else master.grad.copy_)(param.grad)
                 param.grad = None
+            elif not self.folded:
+                master.grad.zero_()
+        self.folded = True
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         """Adds gradients over the ranks, clips, updates masters and weights. Returns the gradient norm, unclipped."""
+        if not self.folded:
+            self.fold_gradients()
         self.world.sum_([m.grad for m in self.masters])
         norm = nn.utils.get_total_norm([m.grad for m in self.masters])
         if self.section.grad_clip:
@@ -114,7 +123,10 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step_index, self.steps, self.section)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        for param, master in zip(self.params, self.masters, strict=True):
+            if master is param:  # autograd adds to these by itself
+                master.grad.zero_()
+        self.folded = False
         self.copy_masters()
         if self.ema is not None:
             torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - self.section.ema_decay)

@@ -130,7 +130,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     Raises ValueError if the folder holds no model that transformers knows, a damaged one, or only part of one."""
     from transformers import AutoModelForCausalLM
 
-    from strop.kernels.integrations.transformers import register
+    from strop.kernels.integrations.transformers import fuse_layers, register
 
     register()
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "local_files_only": True,
@@ -150,7 +150,10 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
         if names := sorted(name if isinstance(name, str) else name[0] for name in names):
             raise ValueError(f"{path}: tensor {names[0]} {what} ({len(names)} in all); save the model again")
     register(model)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if attention == "strop":
+        fuse_layers(model)
+    return model
 
 
 def remedy_of(error: Exception) -> str:

@@ -56,6 +56,14 @@ def die_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def keep_freed_memory() -> None:
+    """Asks the C library to keep freed memory for the next step: mapping it anew costs a step on the CPU a tenth."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
 def join(device: str, threads: int) -> World:
     """Joins the ranks that torchrun started. `device` is auto, cpu or cuda; `threads` a rank, 0 shares the cores."""
     die_with_parent()
@@ -65,6 +73,8 @@ def join(device: str, threads: int) -> World:
         raise ValueError("device=cuda, but torch finds no CUDA device; use device=cpu or device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if not use_cuda:
+        keep_freed_memory()
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)

