@@ -10,13 +10,14 @@ EXTRAS ?= quickstart
 NPROC ?= 1
 ARGS ?=
 
-.PHONY: run test lint clean help
+.PHONY: run test bench lint clean help
 
 help:
 	@echo "make run                       train the quickstart; the same command resumes a run that stopped"
 	@echo "make run ARGS='FILE key=value' another recipe, with overrides; ARGS=--help lists all keys, ARGS=--plan plans"
 	@echo "make run NPROC=2               two processes"
 	@echo "make test                      all tests but the slow ones; ARGS go to pytest, e.g. ARGS='-k merge'"
+	@echo "make bench                     the kernels beside their peers, and docs/performance.md; ARGS='-k dpo' for a part"
 	@echo "make lint                      ruff"
 	@echo "make clean                     remove .venv and what builds and tests left; runs/ stays"
 
@@ -25,6 +26,9 @@ run: $(VENV)/.ready-to-run
 
 test: $(VENV)/.ready-to-test
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/.ready-to-test
+	$(VENV)/bin/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/.ready-to-test
 	$(VENV)/bin/ruff check .
@@ -40,7 +44,7 @@ $(VENV)/.ready-to-run: setup.py pyproject.toml Makefile
 	@touch $@
 
 $(VENV)/.ready-to-test: $(VENV)/.ready-to-run
-	$(PIP) install --quiet $(TRITON) -e ".[quickstart,lora,math,datasets,test]" $(TORCH)
+	$(PIP) install --quiet $(TRITON) -e ".[quickstart,lora,math,datasets,test,bench]" $(TORCH)
 	@touch $@
 
 clean:

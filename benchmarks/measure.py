@@ -29,17 +29,22 @@ PACKAGES = (
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A sample shorter than this is made of several calls: the clock and the launch of an event cost microseconds.
-_SHORTEST_SAMPLE = 2e-3
+_SHORTEST_SAMPLE = 1e-2
+# Two samples tell enough of a contender that takes this many times as long as the fastest, and over a second.
+_FAR_BEHIND = 4.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median over rounds, the distance between the quartiles, the fastest."""
+    """Seconds of one call: the median over rounds, the distance between the quartiles, and each round's."""
 
     seconds: float
     iqr: float
-    fastest: float
-    rounds: int
+    samples: tuple[float, ...]
+
+    @property
+    def fastest(self) -> float:
+        return min(self.samples)
 
 
 def synchronize(device: torch.device) -> None:
@@ -71,21 +76,23 @@ def interleaved(
     rounds: int = 5,
     warmup: int = 1,
     seconds: float | None = None,
+    once: dict[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Times the contenders by turns, so that what slows the machine for a while slows them all.
 
     Each contender is called `warmup` times first; compilation happens there. `seconds` bounds the time of all rounds
-    together: fewer are run, never under three, when the calls are too slow for all of them.
+    together: fewer are run, never under three, when the calls are too slow for all of them. `once` may hold what one
+    call of each is known to take about, to save the call that finds out.
     """
-    calls, estimate = {}, 0.0
-    for name, call in contenders.items():
+    for call in contenders.values():
         for _ in range(warmup):
             call()
-        once = sample(call, device)
-        calls[name] = max(1, round(_SHORTEST_SAMPLE / max(once, 1e-7))) if once < _SHORTEST_SAMPLE else 1
-        estimate += once * calls[name]
+    once = once or {name: sample(call, device) for name, call in contenders.items()}
+    calls = {name: max(1, round(_SHORTEST_SAMPLE / max(took, 1e-7))) for name, took in once.items()}
+    behind = {name for name, took in once.items() if took > max(1.0, _FAR_BEHIND * min(once.values()))}
     if seconds is not None:
-        rounds = max(3, min(rounds, int(seconds / max(estimate, 1e-9))))
+        each = sum(took * calls[name] for name, took in once.items() if name not in behind)
+        rounds = max(3, min(rounds, int(seconds / max(each, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     gc.collect()
@@ -94,6 +101,8 @@ def interleaved(
         for turn in range(rounds):
             # Every other round backwards: nobody always follows the same neighbour.
             for name in names if turn % 2 == 0 else reversed(names):
+                if name in behind and turn > 1:
+                    continue
                 samples[name].append(sample(contenders[name], device, calls[name]))
     finally:
         gc.enable()
@@ -101,8 +110,8 @@ def interleaved(
 
 
 def summary(samples: list[float]) -> Timing:
-    low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    return Timing(statistics.median(samples), high - low, min(samples), len(samples))
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return Timing(statistics.median(samples), high - low, tuple(samples))
 
 
 def _status_bytes(field: str) -> int:
@@ -135,10 +144,8 @@ def peak_since(start: int, device: torch.device) -> int:
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that one call needs beyond what was there before it, its results included. Warm it up first."""
     start = start_peak(device)
-    results = call()
-    peak = peak_since(start, device)
-    del results
-    return peak
+    call()
+    return peak_since(start, device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]] = ()) -> float:

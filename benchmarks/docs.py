@@ -1,0 +1,206 @@
+"""Regenerate the measured parts of docs/performance.md, and its plots, from the results that are kept.
+
+    python -m benchmarks.docs
+
+A part lies between `<!-- begin NAME -->` and `<!-- end NAME -->`; SECTIONS says what makes it. What stands outside is
+written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import measure, plots
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+NOT_YET = "not yet measured"
+# A GPU's column or paragraph says so until a GPU was there.
+GPU = "H100"
+
+
+def replace_section(text: str, name: str, body: str) -> str:
+    """text with what stands between the marks of `name` replaced. Raises ValueError without exactly one such place."""
+    pattern = re.compile(rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"{len(pattern.findall(text))} sections {name!r}, expected one")
+    return pattern.sub(lambda found: f"{found[1]}\n{body.strip()}\n\n{found[2]}", text)
+
+
+def results() -> list[dict]:
+    """The newest results of each device, CPUs last."""
+    dated = [sorted(folder.glob("????-??-??.json")) for folder in sorted(measure.RESULTS.glob("*")) if folder.is_dir()]
+    found = [
+        {"date": paths[-1].stem, "folder": paths[-1].parent.name, **json.loads(paths[-1].read_text())}
+        for paths in dated
+        if paths
+    ]
+    return sorted(found, key=lambda result: "cuda" not in result["environment"])
+
+
+def family_cases(result: dict, family: str) -> dict[str, dict]:
+    """The family's cases by name, small heads first."""
+    found = [(name, case) for name, case in result["cases"].items() if case["family"] == family]
+    return dict(sorted(found, key=lambda pair: pair[1]["shape"]["D"] * pair[1]["shape"]["V"]))
+
+
+def milliseconds(seconds: float) -> str:
+    ms = seconds * 1e3
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms * 1e3:.0f} µs"
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def not_run(cases: dict[str, dict]) -> str:
+    """Who did not run and why, those with the same reason together."""
+    reasons: dict[str, list[str]] = {}
+    for case in cases.values():
+        for name, found in case["contenders"].items():
+            if "failed" in found:
+                where = reasons.setdefault(found["failed"], [])
+                if name not in where:
+                    where.append(name)
+    return "\n".join(f"- Not run: {', '.join(names)}: {reason}." for reason, names in reasons.items())
+
+
+def measured_on(result: dict) -> str:
+    return f"**{result['environment']['device']}**, {result['date']}"
+
+
+def contenders_of(cases: dict[str, dict]) -> list[str]:
+    names: list[str] = []
+    for case in cases.values():
+        names += [name for name, found in case["contenders"].items() if "seconds" in found and name not in names]
+    return names
+
+
+def family_section(family: str, label: Callable[[dict], str], gpu_wanted: bool = True) -> str:
+    """Times with the fraction of the floor, then peak memory, a row for each case and a column for each contender."""
+    parts = []
+    for result in results():
+        cases = family_cases(result, family)
+        if not cases:
+            continue
+        names = contenders_of(cases)
+        times, peaks = [], []
+        for case in cases.values():
+            found = [case["contenders"].get(name, {}) for name in names]
+            fastest = min(f["seconds"] for f in found if "seconds" in f)
+            cells = []
+            for f in found:
+                if "seconds" not in f:
+                    cells.append("")
+                    continue
+                cell = f"{milliseconds(f['seconds'])} ({f['fraction_of_floor']:.0%})"
+                cells.append(f"**{cell}**" if f["seconds"] == fastest else cell)
+            times.append([label(case), milliseconds(case["floor"]["seconds"]), *cells])
+            peaks.append([label(case), *(mebibytes(f["peak_bytes"]) if "seconds" in f else "" for f in found)])
+        parts += [
+            f"{measured_on(result)}: time (fraction of the floor)",
+            table(["", "floor", *names], times),
+            "Peak memory beyond the inputs, results included",
+            table(["", *names], peaks),
+            not_run(cases),
+        ]
+    if gpu_wanted and not any("cuda" in result["environment"] for result in results()):
+        parts.append(f"**{GPU}**: {NOT_YET}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def head_label(case: dict) -> str:
+    shape = case["shape"]
+    return f"{case['preset']}, {case['variant']}: N={shape['N']} D={shape['D']} V={shape['V']}"
+
+
+def gather_label(case: dict) -> str:
+    return f"{case['variant']}: N={case['shape']['N']} V={case['shape']['V']}"
+
+
+def dpo_section() -> str:
+    parts = []
+    for result in results():
+        for name, case in family_cases(result, "dpo").items():
+            found = {name: f for name, f in case["contenders"].items() if "seconds" in f}
+            peers = [f for name, f in found.items() if name.startswith("Liger")]
+            if not peers:
+                continue
+            rival = min(peers, key=lambda f: f["seconds"])
+            rows = [
+                [
+                    name,
+                    milliseconds(f["seconds"]),
+                    f"{f['seconds'] / rival['seconds']:.2f}",
+                    f"{f['fraction_of_floor']:.0%}",
+                    mebibytes(f["peak_bytes"]),
+                    f"{f['peak_bytes'] / rival['peak_bytes']:.2f}",
+                ]
+                for name, f in sorted(found.items(), key=lambda pair: pair[1]["seconds"])
+            ]
+            header = ["", "time", "of Liger's time", "of the floor", "peak memory", "of Liger's memory"]
+            shape = case["shape"]
+            title = f"{case['preset']}, {case['variant']}, D={shape['D']} V={shape['V']} {case['dtype']}"
+            parts += [f"{measured_on(result)}: {title}", table(header, rows), not_run({name: case})]
+        plot = plots.dpo(result, PAGE.parent / "plots")
+        if plot:
+            parts.append(f"![Time and peak memory of the DPO loss]({plot.relative_to(PAGE.parent).as_posix()})")
+    if not any("cuda" in result["environment"] for result in results()):
+        parts.append(f"**{GPU}**: {NOT_YET}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def head_section() -> str:
+    parts = [family_section("head", head_label)]
+    for result in results():
+        plot = plots.head(result, PAGE.parent / "plots")
+        if plot:
+            parts.append(f"![Time of the head by model and peer]({plot.relative_to(PAGE.parent).as_posix()})")
+    return "\n\n".join(parts)
+
+
+def machines_section() -> str:
+    parts = []
+    for result in results():
+        env = result["environment"]
+        rates = next(iter(result["cases"].values()))["floor"]["rates"]
+        spoken = [f"{name} matrix products {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items() if name != "copy"]
+        spoken.append(f"copy {rates['copy'] / 1e9:,.1f} GB/s")
+        versions = [f"{key} {env[key]}" for key in ("python", *measure.PACKAGES) if env.get(key, "not") != "not"]
+        versions = [text for text in versions if not text.endswith("not installed")]
+        parts.append(f"- {measured_on(result)}: {', '.join(spoken)}. {', '.join(versions)}.")
+    return "\n".join(parts)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "machines": machines_section,
+    "head": head_section,
+    "gather": lambda: family_section("gather", gather_label),
+    "dpo": dpo_section,
+    "preference": lambda: family_section("preference", lambda case: case["variant"]),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
+    text = PAGE.read_text()
+    for name, section in SECTIONS.items():
+        text = replace_section(text, name, section())
+    PAGE.write_text(text)
+    print(f"{len(SECTIONS)} sections of {PAGE.relative_to(PAGE.parent.parent)} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
