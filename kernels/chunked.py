@@ -60,7 +60,14 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
         # The CPU has no product of low-precision operands into fp32: each chunk's product is rounded, their sum is not.
-        total.add_(torch.mm(a, b))
+        for rows in _row_blocks(total):
+            total[rows] += torch.mm(a[rows], b)
+
+
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    """Rows of at most a megabyte or so on the CPU, so that what is made for each stays small; all rows on a GPU."""
+    step = max(256, (1 << 19) // x.shape[1]) if x.device.type == "cpu" else max(x.shape[0], 1)
+    return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
 def forward(
@@ -184,6 +191,7 @@ def backward(
         for gradient in (grad_weight, grad_bias):
             if gradient is not None:
                 gradient.mul_(norm)
+    del scratch, d, scaled_hidden  # before the last allocation
     return (
         grad_hidden.mul_(-head.slope * grad_column).to(hidden.dtype) if need_hidden else None,
         grad_weight,
