@@ -300,7 +300,8 @@ CASES = {
     "a table that is gone": (damaged("round-00/score/scores.parquet", "round-00/select", Path.unlink), [],
                              "delete the folder"),
     "damaged weights": (damaged("round-00/sft/model/model.safetensors", "round-00/dpo"), [], "round-00/sft to have"),
-    "damaged results": (damaged("baseline/summary.json", "round-00/merge"), [], "baseline/summary.json"),
+    "damaged results": (damaged("baseline/summary.json", "round-00/merge", lambda p: p.write_text(p.read_text().replace(
+        '"pass_rate": 0.0', '"pass_rate": 1.0'))), [], "baseline/summary.json: damaged"),
     "damaged final weights": (damaged_at_last, [], "final/model.safetensors"),
     "a cut manifest": (damaged("round-00/sft/manifest.json", "round-00/dpo", halve), [], "sft/manifest.json"),
     "a manifest that is none": (damaged("round-00/sft/manifest.json", "round-00/dpo", lambda p: p.write_text("{}")), [],
