@@ -167,12 +167,12 @@ class StropDPOTrainer(trl.DPOTrainer):
     @torch.no_grad()
     def _reference(self, inputs: dict) -> Tensor:
         """[2B, T - 1] log-probs of the reference: its own model, or the policy's under its first or no adapter."""
-        adapter = nullcontext()
+        model, adapter = self.model if self.ref_model is None else self.ref_model, nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         with adapter, disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            return (self.ref_model or self.model)(**inputs).log_probs
+            return model(**inputs).log_probs
 
     @torch.no_grad()
     def _remember(self, metrics: Tensor, outputs: FusedCausalLMOutput, completion: Tensor, attention: Tensor) -> None:

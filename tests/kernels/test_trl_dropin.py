@@ -199,6 +199,11 @@ def test_bf16_is_trls_within_rounding(both, tokenizer):
     same_step(*both(model_of(tokenizer).bfloat16()), tolerance=0.01)
 
 
+@pytest.mark.slow
+def test_compiled_models_train_as_trls(both, tokenizer):
+    same_training(*both(model_of(tokenizer), torch_compile=True, torch_compile_backend="aot_eager"))
+
+
 ADAPTERS = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
     "head trained whole": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
