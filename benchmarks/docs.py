@@ -181,12 +181,43 @@ def machines_section() -> str:
     return "\n".join(parts)
 
 
+def train_step_section() -> str:
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/train_step.json")):
+        result = json.loads(path.read_text())
+        rows = []
+        for case in result["cases"].values():
+            ours, theirs = case["strop"], case["peer"]
+            rows.append(
+                [
+                    f"{case['model']}, {case['task'].upper()} {case['prompt']}:{case['completion']}, {case['rows']} rows",
+                    case["side"].replace("trl", "TRL,"),
+                    *(f"{side['seconds']:.2f} s" for side in (ours, theirs)),
+                    f"**{theirs['seconds'] / ours['seconds']:.1f}**",
+                    f"{case['flop_ratio']:.1f}",
+                    *(f"{case['tokens'] / side['seconds']:,.0f}" for side in (ours, theirs)),
+                    *(f"{side['peak_bytes'] / 2**30:.1f} GiB" for side in (ours, theirs)),
+                    f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}",
+                    f"{case['flops'] / ours['seconds'] / case['matmul_rate']:.0%}",
+                ]
+            )
+        header = ["", "peer", "Strop", "TRL", "times faster", "FLOP ratio", "Strop's tokens/s", "TRL's"]
+        header += ["Strop's peak", "TRL's", "share", "MFU"]
+        parts += [f"{measured_on(result)}", table(header, rows)]
+        plot = plots.train_step(result, PAGE.parent / "plots" / f"{path.parent.name}-train-step.svg")
+        parts.append(f"![Seconds a step, Strop beside TRL]({plot.relative_to(PAGE.parent).as_posix()})")
+    if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/train_step.json")):
+        parts.append(f"**{GPU}**: {NOT_YET}.")
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "machines": machines_section,
     "head": head_section,
     "gather": lambda: family_section("gather", gather_label),
     "dpo": dpo_section,
     "preference": lambda: family_section("preference", lambda case: case["variant"]),
+    "train-step": train_step_section,
 }
 
 

@@ -74,3 +74,20 @@ def head(result: dict, folder: Path) -> Path | None:
             axis.set_visible(False)
         figure.tight_layout()
         return _save(figure, folder / f"{result['folder']}-head.svg")
+
+
+def train_step(result: dict, path: Path) -> Path:
+    """Seconds a training step, both sides of every case, and peak memory beside it."""
+    cases = list(result["cases"].values())
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(len(cases), 2, figsize=(8.5, 1.2 * len(cases)), squeeze=False, sharey="row")
+        for (left, right), case in zip(axes, cases, strict=True):
+            sides = {"Strop": case["strop"], case["side"].replace("trl", "TRL,"): case["peer"]}
+            _bars(left, {name: side["seconds"] for name, side in sides.items()}, "")
+            _bars(right, {name: side["peak_bytes"] / 2**30 for name, side in sides.items()}, "")
+            title = f"{case['model']}, {case['task'].upper()} {case['prompt']}:{case['completion']}"
+            left.set_title(title, loc="left", fontsize=9)
+        axes[-1][0].set_xlabel("seconds a step")
+        axes[-1][1].set_xlabel("GiB at the peak")
+        figure.tight_layout()
+        return _save(figure, path)

@@ -1,6 +1,6 @@
 """A DPO or SFT step of Strop beside TRL's: the same model, tokens, optimizer and precision, interleaved in one run.
 
-    python -m benchmarks.train_step [--tasks dpo,sft] [--shapes 512:64,128:64,64:256] [--rounds 3] [--write]
+    python -m benchmarks.train_step [--tasks dpo,sft] [--shapes 512:64,128:64,64:256] [--rounds 2] [--write]
 
 Each side runs in a process of its own that waits while the other takes a step, so that neither peak memory nor warm-up
 of one touches the other. A step is what the trainer does between two weight updates: batch to device, forward,
@@ -15,6 +15,7 @@ of docs/performance.md from it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -23,11 +24,14 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
+
+from . import measure as bench
 
 # (hidden, layers, heads, key heads, head size, feed-forward, vocabulary); None is the real SmolLM2-135M
 MODELS = {
@@ -36,6 +40,7 @@ MODELS = {
     "Llama-3.2-3B": (3072, 28, 24, 8, 128, 8192, 128256),
 }
 BETA, LR = 0.1, 1e-6
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Job:
     rows: int
     device: str
     max_tokens: int
+    trl_tokens: int
     side: str = "strop"
 
     @property
@@ -263,8 +269,9 @@ def trl_side(job: Job, folder: Path) -> None:
     else:
         records = [{"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, (c,) in rows] * 10
         length = job.prompt + job.completion
-        fit = max(1, job.max_tokens // length)
-        packs = -(-job.rows // fit)
+        # As many rows in a pack as divide the step's, so that every step has the same tokens.
+        fit = max(n for n in range(1, job.rows + 1) if job.rows % n == 0 and (n == 1 or n * length <= job.trl_tokens))
+        packs = job.rows // fit
         config = SFTConfig(
             per_device_train_batch_size=1,
             gradient_accumulation_steps=packs,
@@ -321,7 +328,7 @@ def model_folder(name: str) -> Path:
 class Side:
     def __init__(self, job: Job, folder: Path):
         command = [sys.executable, "-m", "benchmarks.train_step", "--worker", json.dumps(asdict(job)), str(folder)]
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
@@ -367,17 +374,18 @@ def sharing_ratio(job: Job, folder: Path) -> float:
     return separate / flops(p + k * n, k * n, p * (p + 1) / 2 + k * (n * (n + 1) / 2 + n * p))
 
 
-def measure(job: Job, sides: list[str], rounds: int) -> dict:
+def measure(job: Job, peer: str, rounds: int) -> dict:
+    """Strop and `peer` by turns; the first steps of each, which find memory and code cold, do not count."""
     folder = model_folder(job.model)
-    running = [Side(Job(**asdict(job) | {"side": side}), folder) for side in sides]
+    running = [Side(Job(**asdict(job) | {"side": side}), folder) for side in ("strop", peer)]
     try:
-        for turn in range(rounds + 1):
+        for turn in range(-WARM_UP, rounds):
             for side in running:
                 step = side.step()
-                word = "warm-up" if turn == 0 else f"round {turn}"
                 print(
-                    f"  {job.task} {job.prompt}:{job.completion} {side.job.side:12} {word:8} "
-                    f"{step['seconds']:7.2f} s {step['peak_bytes'] / 2**30:6.2f} GiB  loss {step['loss']:.4f}",
+                    f"  {job.task} {job.prompt}:{job.completion} {side.job.side:12} "
+                    f"{'warm-up' if turn < 0 else f'round {turn + 1}':8} {step['seconds']:7.2f} s "
+                    f"{step['peak_bytes'] / 2**30:6.2f} GiB  loss {step['loss']:.4f}",
                     flush=True,
                 )
     finally:
@@ -385,18 +393,17 @@ def measure(job: Job, sides: list[str], rounds: int) -> dict:
             side.close()
     first = [side.steps[0]["loss"] for side in running]
     if max(first) - min(first) > 0.02 * max(first):
-        raise RuntimeError(f"the sides do not compute the same loss: {dict(zip(sides, first, strict=True))}")
-    result = {**asdict(job), "flops": running[0].flops, "flop_ratio": sharing_ratio(job, folder), "sides": {}}
-    for side in running:
-        seconds = [s["seconds"] for s in side.steps[1:]]
-        result["sides"][side.job.side] = {
-            "seconds": median(seconds),
-            "spread": max(seconds) - min(seconds),
-            "tokens_per_second": job.distinct_tokens / median(seconds),
+        raise RuntimeError(f"the sides do not compute the same loss: {first}")
+    found = {
+        name: {
+            "seconds": median(s["seconds"] for s in side.steps[WARM_UP:]),
+            "all_seconds": [s["seconds"] for s in side.steps],
             "peak_bytes": max(s["peak_bytes"] for s in side.steps),
-            "loss": side.steps[0]["loss"],
         }
-    return result
+        for name, side in zip(("strop", "peer"), running, strict=True)
+    }
+    shared = {"tokens": job.distinct_tokens, "flops": running[0].flops, "flop_ratio": sharing_ratio(job, folder)}
+    return {**asdict(job), "side": peer, **shared, **found}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -405,10 +412,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", default="dpo,sft")
     parser.add_argument("--shapes", default="512:64,128:64,64:256", help="prompt:completion tokens")
     parser.add_argument("--models", default="Llama-3.2-1B,Llama-3.2-3B" if cuda else "SmolLM2-135M")
-    parser.add_argument("--sides", default="strop,trl autocast,trl masters")
+    parser.add_argument("--peers", default="trl autocast,trl masters")
     parser.add_argument("--rows", type=int, default=8, help="pairs (DPO) or rows (SFT) of a step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=8192, help="budget of a microbatch, on both sides")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-tokens", type=int, default=8192, help="Strop's budget of a microbatch")
+    parser.add_argument("--trl-tokens", type=int, default=8192 if cuda else 2048, help="TRL's length of an SFT pack")
     parser.add_argument("--write", action="store_true", help="keep the results")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -416,29 +424,32 @@ def main(arguments: list[str] | None = None) -> int:
         job = Job(**json.loads(options.worker[0]))
         (strop_side if job.side == "strop" else trl_side)(job, Path(options.worker[1]))
         return 0
-    results = []
-    for model in options.models.split(","):
-        for task in options.tasks.split(","):
-            for shape in options.shapes.split(","):
-                prompt, completion = map(int, shape.split(":"))
-                rows = options.rows * (2 if task == "sft" else 1)
-                job = Job(model, task, prompt, completion, rows, "cuda" if cuda else "cpu", options.max_tokens)
-                results.append(measure(job, options.sides.split(","), options.rounds))
-                print_result(results[-1])
+    device = torch.device("cuda" if cuda else "cpu")
+    path = bench.results_folder(device) / "train_step.json"
+    kept = json.loads(path.read_text())["cases"] if path.exists() else {}
+    rate = bench.matmul_rate(device, torch.bfloat16)
+    sizes = {"device": device.type, "max_tokens": options.max_tokens, "trl_tokens": options.trl_tokens}
+    for model, task, shape in itertools.product(
+        *(x.split(",") for x in (options.models, options.tasks, options.shapes))
+    ):
+        prompt, completion = map(int, shape.split(":"))
+        rows = options.rows * (2 if task == "sft" else 1)
+        job = Job(model=model, task=task, prompt=prompt, completion=completion, rows=rows, **sizes)
+        for peer in options.peers.split(","):
+            found = measure(job, peer, options.rounds) | {"matmul_rate": rate}
+            ours, theirs = found["strop"], found["peer"]
+            print(
+                f"{task} {shape} {peer}: {theirs['seconds'] / ours['seconds']:.2f} times Strop's time, "
+                f"{theirs['peak_bytes'] / ours['peak_bytes']:.2f} times its memory; sharing and skipping give "
+                f"{found['flop_ratio']:.2f}",
+                flush=True,
+            )
+            kept[f"{model} {task} {shape} {peer}"] = found
+            if options.write:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": bench.environment(device)}
+                path.write_text(json.dumps(result | {"cases": kept}, indent=1) + "\n")
     return 0
-
-
-def print_result(result: dict) -> None:
-    ours = result["sides"].get("strop")
-    for side, found in result["sides"].items():
-        ratio = (
-            f"{found['seconds'] / ours['seconds']:5.2f}x time {found['peak_bytes'] / ours['peak_bytes']:5.2f}x memory"
-        )
-        print(
-            f"{result['task']} {result['prompt']}:{result['completion']} {side:12} {found['seconds']:7.2f} s "
-            f"{found['tokens_per_second']:7.0f} tokens/s {found['peak_bytes'] / 2**30:6.2f} GiB  {ratio if ours else ''}"
-        )
-    print(f"FLOP ratio of separate rows to packed: {result['flop_ratio']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -59,9 +60,21 @@ def die_with_parent() -> None:
 def keep_freed_memory() -> None:
     """Asks the C library to keep freed memory for the next step: mapping it anew costs a step on the CPU a tenth."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max = -1, -4
+        trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
+        libc.mallopt(mmap_threshold, 32 << 20)  # larger ones, weights and their gradients, would break the heap up
+
+
+def speak_later() -> None:
+    """Lets this rank wait before it shows a traceback: most likely rank 0 has said why it ended, this is only the
+    connection to it that broke, and torchrun ends this process meanwhile."""
+    show = sys.excepthook
+
+    def wait_and_show(*error) -> None:
+        time.sleep(2)
+        show(*error)
+
+    sys.excepthook = wait_and_show
 
 
 def join(device: str, threads: int) -> World:
@@ -81,4 +94,6 @@ def join(device: str, threads: int) -> World:
     if size > 1:
         # a stage that only rank 0 runs keeps the others waiting at a barrier for as long as it takes
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=7))
+        if rank:
+            speak_later()
     return World(rank, size, where)
