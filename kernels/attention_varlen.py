@@ -58,7 +58,7 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: flo
         softcap=cap,
         deterministic=True,
     )
-    return out.transpose(0, 1)[None]
+    return out.transpose(0, 1).unsqueeze(0)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, window: int) -> Tensor:
@@ -77,12 +77,12 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, 
         window_size=(window - 1 if window else -1, 0),
         **grouped,
     )
-    return out.transpose(0, 1)[None]
+    return out.transpose(0, 1).unsqueeze(0)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups) -> tuple[Tensor, Tensor, Tensor]:
     """[T, H, D] and, twice, [keys, Hkv, D]."""
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
     return q, _Gather.apply(k, groups.key_index), _Gather.apply(v, groups.key_index)
 
 
