@@ -188,9 +188,10 @@ def train_step_section() -> str:
         rows = []
         for case in result["cases"].values():
             ours, theirs = case["strop"], case["peer"]
+            what = f"{case['rows']} {'pairs' if case['task'] == 'dpo' else 'rows'}"
             rows.append(
                 [
-                    f"{case['model']}, {case['task'].upper()} {case['prompt']}:{case['completion']}, {case['rows']} rows",
+                    f"{case['model']}, {case['task'].upper()} {case['prompt']}:{case['completion']}, {what}",
                     case["side"].replace("trl", "TRL,"),
                     *(f"{side['seconds']:.2f} s" for side in (ours, theirs)),
                     f"**{theirs['seconds'] / ours['seconds']:.1f}**",
