@@ -1,7 +1,12 @@
 """Packed rows against one completion a row, on tiny random models with transformers' own eager attention as truth."""
 
+import importlib
+from functools import partial
+from types import FunctionType
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from strop.kernels import Group, PackedGroups, linear_logprob, preference_loss
 from strop.kernels.integrations.transformers import attention_forward, register
@@ -169,6 +174,93 @@ def test_gradient_checkpointing_carries_the_groups():
     expected = _loss_and_gradients(model, packed_logp(model, groups), groups)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.testing.assert_close(_loss_and_gradients(model, packed_logp(model, groups), groups), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_torch_compile_makes_no_graph_for_every_row(name: str):
+    model, graphs = _model(name), []
+    # PyTorch makes sizes of 1, and sizes that are equal by chance, constants: a row of a single tile is a second graph.
+    rows = [PackedGroups.pack(_groups()[picked]) for picked in (slice(3), slice(2), slice(1, 4), slice(1))]
+    expected = [_loss_and_gradients(model, packed_logp(model, groups), groups) for groups in rows]
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model.model.compile(backend=counting, fullgraph=True, dynamic=True)
+    for groups, values in zip(rows, expected, strict=True):
+        torch.testing.assert_close(_loss_and_gradients(model, packed_logp(model, groups), groups), values, **TOLERANCE)
+    assert len(graphs) == 2
+
+
+def _liger(name: str, model) -> None:
+    """Liger's RMSNorm, RoPE and SwiGLU in the model."""
+    from liger_kernel.transformers import monkey_patch
+
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](model=model, rope=True, rms_norm=True, **losses)
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma2"])
+def liger_model(request, monkeypatch):
+    """A model and what Liger will change in its module, put back afterwards."""
+    pytest.importorskip("liger_kernel")
+    model = _model(request.param)
+    module = importlib.import_module(type(model).__module__)
+    for attribute, value in list(vars(module).items()):
+        if isinstance(value, (type, FunctionType)):
+            monkeypatch.setattr(module, attribute, value)
+    return request.param, model
+
+
+def test_ligers_layers_run_packed(liger_model, monkeypatch):
+    """Its layers stand where its patches put them; plain PyTorch stands in for its kernels, which need a GPU."""
+    name, model = liger_model
+    groups, called = PackedGroups.pack(_groups()), set()
+    expected = _loss_and_gradients(model, packed_logp(model, groups), groups)
+    from liger_kernel.transformers import geglu, rms_norm, rope, swiglu
+
+    def norm(x, weight, eps, offset, *_):
+        called.add("norm")
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (weight + offset)
+
+    def gated(act):
+        def product(gate, up):
+            called.add("mlp")
+            return act(gate) * up
+
+        return product
+
+    def rotate(_, q, k, cos, sin, *__):
+        called.add("rope")
+        return _rotate(q, k, cos, sin)
+
+    monkeypatch.setattr(rms_norm.LigerRMSNormFunction, "apply", norm)
+    monkeypatch.setattr(swiglu, "_swiglu_dispatch", gated(F.silu))
+    monkeypatch.setattr(geglu.LigerGELUMulFunction, "apply", gated(partial(F.gelu, approximate="tanh")))
+    monkeypatch.setattr(rope, "dispatch", rotate)
+    _liger(name, model)
+    torch.testing.assert_close(_loss_and_gradients(model, packed_logp(model, groups), groups), expected, **TOLERANCE)
+    assert called == {"norm", "mlp", "rope"}
+
+
+def _rotate(q, k, cos, sin):
+    from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
+
+    return apply_rotary_pos_emb(q, k, cos, sin)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ligers_kernels_run_packed_on_a_gpu(liger_model):
+    name, model = liger_model
+    model, groups = model.cuda(), PackedGroups.pack(_groups(), device="cuda")
+    with torch.device("cuda"):
+        expected = _loss_and_gradients(model, packed_logp(model, groups), groups)
+        _liger(name, model)
+        found = _loss_and_gradients(model, packed_logp(model, groups), groups)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_missing_groups_and_unknown_keywords_raise():
