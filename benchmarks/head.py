@@ -12,7 +12,7 @@ from torch import Tensor
 from strop.kernels import linear_logprob
 from strop.kernels.chunked import default_byte_budget
 
-from .shapes import SMOLLM2, WIDE, Head, head_inputs, heads, tokens
+from .shapes import SMOLLM2, Head, head_inputs, heads, tokens
 from .suite import DTYPES, Case, Unavailable
 
 NAME = "head"
@@ -21,10 +21,9 @@ TRAINED, FROZEN, SCORING = "trained", "frozen", "scoring"
 
 
 def cases(device: torch.device) -> list[Case]:
-    found = [Case(NAME, head, TRAINED, tokens(head, device)) for head in heads(device)]
-    for head in (WIDE if device.type == "cuda" else SMOLLM2,):
-        found += [Case(NAME, head, variant, tokens(head, device)) for variant in (FROZEN, SCORING)]
-    return found
+    first, *others = heads(device)
+    found = [Case(NAME, first, variant, tokens(first, device)) for variant in (TRAINED, FROZEN, SCORING)]
+    return found + [Case(NAME, head, TRAINED, tokens(head, device)) for head in others]
 
 
 def inputs(case: Case, device: torch.device) -> SimpleNamespace:

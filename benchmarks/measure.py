@@ -188,9 +188,9 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def results_folder(device: torch.device) -> Path:
-    """benchmarks/results/<device>, the name in letters, digits and dashes."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+def results_folder(device: torch.device, root: Path | None = None) -> Path:
+    """benchmarks/results/<device> (or <root>/<device>), the name in letters, digits and dashes."""
+    return (root or RESULTS) / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -215,10 +215,14 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def commit() -> str:
     """The checked-out commit, with a plus sign where tracked files differ from it; "unknown" without git."""
-    here = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True)
-    if head.returncode:
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True).stdout
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD").strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../csrc", "*.py")
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    tracked = ["git", "status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../csrc", "."]
-    changed = subprocess.run(tracked, cwd=here, capture_output=True, text=True).stdout
-    return head.stdout.strip() + ("+" if changed.strip() else "")
+    return head + ("+" if changed else "")

@@ -35,8 +35,10 @@ def tokens(head: Head, device: torch.device) -> int:
 
 
 def heads(device: torch.device) -> tuple[Head, ...]:
-    presets = (SMOLLM2, QWEN, LLAMA_1B, GEMMA, LLAMA_8B)
-    return (WIDE, *presets) if device.type == "cuda" else presets
+    """The heads for this device, the one that counts most first."""
+    if device.type == "cuda":
+        return WIDE, GEMMA, LLAMA_8B, LLAMA_1B, QWEN, SMOLLM2
+    return SMOLLM2, QWEN, LLAMA_1B, GEMMA, LLAMA_8B
 
 
 def head_inputs(head: Head, count: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

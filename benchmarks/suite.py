@@ -9,7 +9,9 @@ bytes) and flat(result, inputs), which brings results of different layouts into 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +26,8 @@ from .shapes import Head
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # bf16 results of different summation orders: values of means, and gradients by relative Frobenius distance.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 3e-2
+# Seconds for a first call, in which contenders compile and tune.
+FIRST_CALL = 60
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,12 @@ def errors(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, f
     if len(result) != len(truth) or any(a.shape != b.shape for a, b in zip(result, truth, strict=True)):
         raise AssertionError(f"results {[list(x.shape) for x in result]}, not {[list(x.shape) for x in truth]}")
     value, true = (x[0].double().mean().item() for x in (result, truth))
-    found = {"loss": abs(value - true) / max(abs(true), 1e-6), "gradient": 0.0}
+    distances = [torch.zeros(())]
     for a, b in zip(result[1:], truth[1:], strict=True):
         distance, length = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (a - b, b))
-        found["gradient"] = max(found["gradient"], (distance / length).item())
-    return found
+        distances.append((distance / length).cpu())
+    # amax, unlike max, hands on NaN.
+    return {"loss": abs(value - true) / max(abs(true), 1e-6), "gradient": torch.stack(distances).amax().item()}
 
 
 def check(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
@@ -64,6 +69,22 @@ def check(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, fl
     if not (found["loss"] <= LOSS_TOLERANCE and found["gradient"] <= GRADIENT_TOLERANCE):
         raise AssertionError(f"wrong result: loss off by {found['loss']:.1e}, gradient by {found['gradient']:.1e}")
     return found
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the body when it takes longer; of the main thread only."""
+
+    def stop(*_) -> None:
+        raise TimeoutError(f"its first call took over {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def one_line(error: BaseException) -> str:
@@ -89,8 +110,10 @@ def measure_case(
     truth = None
     for name in (family.REFERENCE, *(name for name in names if name != family.REFERENCE)):
         try:
-            call = family.CONTENDERS[name](case, inputs)
-            result = family.flat(call(), inputs)
+            with time_limit(FIRST_CALL):
+                call = family.CONTENDERS[name](case, inputs)
+                result = family.flat(call(), inputs)
+                measure.synchronize(device)
             if truth is None:
                 truth = result
             contenders[name] = {"errors": check(result, truth)}
@@ -138,5 +161,6 @@ def merge(path: Path, environment: dict, records: dict[str, dict]) -> None:
     written.replace(path)
 
 
-def results_path(device: torch.device) -> Path:
-    return measure.results_folder(device) / f"{datetime.now(UTC):%Y-%m-%d}.json"
+def results_path(device: torch.device, root: Path | None = None) -> Path:
+    """<root>/<device>/<today>.json, root benchmarks/results unless given."""
+    return measure.results_folder(device, root) / f"{datetime.now(UTC):%Y-%m-%d}.json"
