@@ -284,13 +284,18 @@ class Store:
             self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held for the life of the process
         except OSError as e:
             raise ValueError(f"{self.run_dir}: cannot be written ({e.strerror}); {remedy_of(e)}") from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "?"
-            raise ValueError(f"{self.run_dir}: process {holder} is running it; wait for it to end or choose another "
-                             "name=") from e
+        # a process that was just killed may hold it for a moment yet, by a child that was killed with it
+        for patience in (0.1, 0.2, 0.4, 0.8, 0):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "?"
+                if not patience:
+                    raise ValueError(f"{self.run_dir}: process {holder} is running it; wait for it to end or choose "
+                                     "another name=") from e
+                time.sleep(patience)
         with writing(self.run_dir / ".lock"):
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))

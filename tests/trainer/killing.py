@@ -7,6 +7,7 @@ name matches `only` and is not in the file, and notes it there; so the same job,
 point once and then finishes. The answers are {"pid": ...} once it has begun and {"status": ...} once it has ended.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -106,9 +108,7 @@ def child(task: dict) -> None:
     try:
         code = main(task["argv"])
     except BaseException:
-        import traceback
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -133,8 +133,10 @@ def agent(task: dict) -> None:
         _, status = os.wait()
         worst = worst or status
         if status:
+            time.sleep(0.5)  # torchrun looks at its workers now and then
             for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     os._exit(1 if worst else 0)
 
 

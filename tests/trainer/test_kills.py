@@ -146,6 +146,16 @@ def test_two_ranks_killed_together_go_on_and_no_orphan_writes(server, recipe):
     same_end(runs / "whole", run)
 
 
+@pytest.mark.parametrize("argument, said", [("data.test=500", "leave nothing to train on"),
+                                            ("sft.max_length=3", "no row is left to train on")])
+def test_of_two_ranks_one_says_what_is_wrong(server, recipe, argument, said):
+    task = job(recipe, "wrong", argument, ranks=2)
+    server.start(**task)
+    assert server.wait() == 1
+    text = Path(task["log"]).read_text()
+    assert text.count("error: ") == 1 and said in text and "Traceback" not in text, text[-3000:]
+
+
 @pytest.mark.slow
 def test_killed_torchrun_leaves_no_worker(recipe):
     run = recipe.parent / "runs" / "orphans"
