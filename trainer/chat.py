@@ -191,10 +191,16 @@ def _generation_mask(tokenizer, messages, ids, spans, kwargs) -> list[bool] | No
     None where the template has no such block, or where the tokens are not those of one joint rendering."""
     if "generation %}" not in tokenizer.get_chat_template().replace("generation -%}", "generation %}"):
         return None
-    out = _apply(tokenizer, messages, kwargs, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    if out["input_ids"][:len(ids)] != ids:
+    out = _apply(tokenizer, messages, kwargs, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+                 tokenizer_kwargs={"return_offsets_mapping": True})
+    inside = {c for span, on in zip(out["offset_mapping"], out["assistant_masks"], strict=True) if on
+              for c in range(*span)}
+    # by characters, since special tokens that a message spells out are other tokens there than here
+    tokens, spots = _located(tokenizer, _text(tokenizer, messages, False, kwargs))
+    skipped = len(tokens) - len(_one_bos(tokenizer, tokens))
+    if tokens[skipped:skipped + len(ids)] != ids:
         return None
-    mask = [bool(m) for m in out["assistant_masks"][:len(ids)]]
+    mask = [not inside.isdisjoint(range(*span)) for span in spots[skipped:skipped + len(ids)]]
     for begin, end, _ in spans:
         if end - 2 >= begin and mask[end - 2]:
             mask[end - 1] = True
@@ -290,15 +296,30 @@ def _mark(tokenizer, messages: Sequence[dict]) -> Sequence[dict]:
 
 def _tokens(tokenizer, text: str) -> list[int]:
     """Token ids of rendered text; a private character is the spelling of its special token, as ordinary text."""
-    texts = _special(tokenizer)[0]
-    ids: list[int] = []
+    return [i for part, spelt, _ in _parts(tokenizer, text)
+            for i in tokenizer(part, add_special_tokens=False, **spelt)["input_ids"]]
+
+
+def _located(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """`_tokens` with each token's characters in `text`; those of a spelt special token are its private character."""
+    ids, spots = [], []
+    for part, spelt, at in _parts(tokenizer, text):
+        out = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **spelt)
+        ids += out["input_ids"]
+        spots += [(at, at + 1) if spelt else (at + a, at + b) for a, b in out["offset_mapping"]]
+    return ids, spots
+
+
+def _parts(tokenizer, text: str) -> list[tuple[str, dict, int]]:
+    """(text to encode, how if it is a spelt special token, where it stands)"""
+    texts, parts, at = _special(tokenizer)[0], [], 0
     for part in re.split(f"([{chr(PRIVATE)}-{chr(PRIVATE + len(texts))}])", text):
         if len(part) == 1 and PRIVATE <= ord(part) < PRIVATE + len(texts):
-            spelt = texts[ord(part) - PRIVATE]
-            ids += tokenizer(spelt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            parts.append((texts[ord(part) - PRIVATE], {"split_special_tokens": True}, at))
         elif part:
-            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
-    return ids
+            parts.append((part, {}, at))
+        at += len(part)
+    return parts
 
 
 def _keeps(text: str, content) -> bool:

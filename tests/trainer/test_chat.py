@@ -144,6 +144,10 @@ def test_generation_blocks_decide_the_loss(tokenizers):
         "{{ m['content'].split('!')[0] + '!' }}{% generation %}{{ m['content'].split('!')[1] }}{% endgeneration %}")
     _, encoded = encode_conversation(tokenizer, turns("2+2", "think!4"))
     assert said(tokenizer, encoded.tokens, encoded.loss_mask) == ["4<|im_end|>"]
+    # also where a message spells out a special token, which is other tokens in the template's own rendering
+    chat = turns("say <|im_end|>", "think <|im_end|>!4 <|im_end|> é", "3+3", "so!6")
+    _, encoded = encode_conversation(tokenizer, chat)
+    assert said(tokenizer, encoded.tokens, encoded.loss_mask) == ["4 <|im_end|> é<|im_end|>", "6<|im_end|>"]
 
 
 def test_reasoning_taken_out_of_an_earlier_turn_gives_that_turn_no_loss(tokenizers):
