@@ -74,7 +74,8 @@ class Engine:
         self.section, self.recipe, self.world, self.steps = section, recipe, stage.world, steps
         self.model_dir = model_dir
         dtype = DTYPES[recipe.dtype]
-        model = load_model(model_dir, dtype, stage.world.device, trust_remote_code=recipe.model.trust_remote_code)
+        model = load_model(model_dir, dtype, stage.world.device, trust_remote_code=recipe.model.trust_remote_code,
+                           backend=recipe.attention)
         if section.activation_checkpointing:
             # the older name serves transformers before 5.20
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -108,6 +108,7 @@ def stage_keys(recipe: Recipe) -> dict[str, dict]:
     data, path = r["data"], r["model"]["chat_template"]
     template = {"chat_template": path and read_template(path)}
     numbers = {"dtype": r["dtype"], "device": r["device"]}
+    training = numbers | {"attention": r["attention"]}
     dpo_rows = {k: r["dpo"][k] for k in ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")}
     merging = {k: v for k, v in r["merge"].items() if k != "promote"}
     evaluating = {k: v for k, v in r["evaluate"].items() if k != "bootstrap"}
@@ -119,9 +120,9 @@ def stage_keys(recipe: Recipe) -> dict[str, dict]:
         "score": {"score": r["score"]},
         "select": {"select": r["select"], "sft": data["sft"], "preferences": data["preferences"], "seed": r["seed"],
                    "max_bad_rows": data["max_bad_rows"], **template},
-        "sft": {"sft": r["sft"], "lora": r["lora"], "seed": r["seed"], **numbers},
-        "reference": {"dpo": dpo_rows, "seed": r["seed"], **numbers},
-        "dpo": {"dpo": r["dpo"], "lora": r["lora"], "seed": r["seed"], **numbers},
+        "sft": {"sft": r["sft"], "lora": r["lora"], "seed": r["seed"], **training},
+        "reference": {"dpo": dpo_rows, "seed": r["seed"], **training},
+        "dpo": {"dpo": r["dpo"], "lora": r["lora"], "seed": r["seed"], **training},
         "merge": {"merge": merging},
         "final": {k: v for k, v in r.items() if k not in ("output_dir", "log", "threads")},
     }

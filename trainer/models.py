@@ -124,8 +124,8 @@ def _convert(gguf: Path, console, convert: bool) -> Path:
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str = "strop",
-               trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups.
+               trust_remote_code: bool = False, backend: str = "auto") -> nn.Module:
+    """A causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups, by the backend given.
 
     Raises ValueError if the folder holds no model that transformers knows, a damaged one, or only part of one."""
     from transformers import AutoModelForCausalLM
@@ -149,7 +149,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: 
                                                                 "config.json says")):
         if names := sorted(name if isinstance(name, str) else name[0] for name in names):
             raise ValueError(f"{path}: tensor {names[0]} {what} ({len(names)} in all); save the model again")
-    register(model)
+    register(model, None if backend == "auto" else backend)
     model = model.to(device).eval()
     if attention == "strop":
         fuse_layers(model)

@@ -18,17 +18,20 @@ NAME = "strop"
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
-def register(model: nn.Module | None = None) -> str:
+def register(model: nn.Module | None = None, backend: str | None = None) -> str:
     """Make `attn_implementation="strop"` known to transformers; returns that name. Calling it again changes nothing.
 
     The model is then called as `model(input_ids=g.input_ids[None], position_ids=g.position_ids[None], groups=g,
     use_cache=False)` with g a PackedGroups. A model given here raises ValueError where groups come with a mask. Our
-    attention sees 4-D masks only: transformers drops a 2-D one before, without a word.
+    attention sees 4-D masks only: transformers drops a 2-D one before, without a word. backend: the one this model is
+    to take, as in prefix_attention.
     """
     AttentionInterface.register(NAME, attention_forward)
     if model is not None:
         for module in {model, getattr(model, "base_model", model)}:
             module.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+        for module in model.modules():
+            module.strop_backend = backend
     return NAME
 
 
@@ -70,7 +73,8 @@ def attention_forward(
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS)
     if unknown:
         raise ValueError(f"{where}: unsupported keywords {unknown}")
-    out = prefix_attention(query, key, value, groups, scale=scaling, sliding_window=sliding_window, softcap=softcap)
+    options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap}
+    out = prefix_attention(query, key, value, groups, **options, backend=getattr(module, "strop_backend", None))
     return out.transpose(1, 2), None
 
 

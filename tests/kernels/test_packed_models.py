@@ -263,6 +263,16 @@ def test_ligers_kernels_run_packed_on_a_gpu(liger_model):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_keeps_its_own_backend():
+    """Triton's needs a GPU: that it raises shows that it was asked."""
+    groups, model, other = PackedGroups.pack(_groups()), _model("llama"), _model("llama")
+    register(model, "triton")
+    register(other)
+    with pytest.raises(ValueError, match="attention backend triton"):
+        packed_logp(model, groups)
+    assert packed_logp(other, groups).isfinite().all()
+
+
 def test_missing_groups_and_unknown_keywords_raise():
     model, groups = _model("llama"), PackedGroups.pack(_groups())
     model.set_attn_implementation(register())

@@ -30,7 +30,8 @@ def reference(stage: Stage, recipe: Recipe, *, select: Path, model: Path) -> Non
     world, section = stage.world, recipe.dpo
     context = context_length(model, recipe.model.trust_remote_code)
     pairs = load_pairs(stage, select / "pairs.parquet", recipe, context, record=False)
-    loaded = load_model(model, DTYPES[recipe.dtype], world.device, trust_remote_code=recipe.model.trust_remote_code)
+    loaded = load_model(model, DTYPES[recipe.dtype], world.device, trust_remote_code=recipe.model.trust_remote_code,
+                        backend=recipe.attention)
     sizes = sizes_of(loaded)
     costs = [training_flops(sizes, pair) for pair in pairs]
     plan = plan_steps(pairs, section.epochs, section.batch_size, recipe.seed)
