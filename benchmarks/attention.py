@@ -99,6 +99,8 @@ def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: list[Tensor],
 
 def _ours(backend: str | None):
     def make(case: Case, x: SimpleNamespace):
+        if backend == "sdpa" and not x.upstream.is_cuda:
+            raise Unavailable("what Strop takes on the CPU")
         return _call(lambda q, k, v: prefix_attention(q, k, v, x.groups, backend=backend), x.qkv, x.upstream)
 
     return make

@@ -218,6 +218,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gather": lambda: family_section("gather", gather_label),
     "dpo": dpo_section,
     "preference": lambda: family_section("preference", lambda case: case["variant"]),
+    "attention": lambda: family_section("attention", lambda case: f"{case['preset']}, {case['variant']}"),
     "train-step": train_step_section,
 }
 
