@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import attention_cpu, attention_segments, attention_varlen
 from .layout import Bounds, PackedGroups
@@ -117,8 +118,9 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
 
 
-# Defined by schema, not by torch.library.custom_op, which costs twice the microseconds a call. Outputs and gradients
-# have rows first in memory, as models hand q, k and v over and take the output back.
+# Defined by schema, and its autograd by a Function under the dispatcher's key: torch.library.custom_op and
+# register_autograd do the same for more microseconds a call. Outputs and gradients have rows first in memory, as models
+# hand q, k and v over and take the output back.
 _library = torch.library.Library("strop", "FRAGMENT")
 _LAYOUT = "Tensor segments, Tensor tiles, Tensor readers_end, Tensor positions"
 _NUMBERS = "float scale, int window, float cap, bool triton"
@@ -181,21 +183,27 @@ def _backward_fake(grad_out, q, k, v, *_):
     return tuple(_empty(x, x.shape[1], x.shape[3]) for x in (q, k, v))
 
 
-def _setup(ctx, inputs, output) -> None:
-    q, k, v, *layout, scale, window, cap, triton = inputs
-    ctx.save_for_backward(q, k, v, *output, *layout)
-    ctx.numbers = (scale, window, cap, triton)
-    ctx.set_materialize_grads(False)
+class _PrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *layout_and_numbers):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _op(q, k, v, *layout_and_numbers)
+        ctx.save_for_backward(q, k, v, out, lse, *layout_and_numbers[:4])
+        ctx.numbers = layout_and_numbers[4:]
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
-
-def _autograd(ctx, grad_out: Tensor | None, _):
-    if grad_out is None:
-        return (None,) * 11
-    return *_backward_op(grad_out, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor | None, _):
+        if grad_out is None:
+            return (None,) * 11
+        return *_backward_op(grad_out, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
 
 
 _library.impl("prefix_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("prefix_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("strop::prefix_attention", _forward_fake, lib=_library)
 torch.library.register_fake("strop::prefix_attention_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("strop::prefix_attention", _autograd, setup_context=_setup, lib=_library)
+_library.impl("prefix_attention", _PrefixAttention.apply, "Autograd")

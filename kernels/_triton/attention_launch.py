@@ -79,7 +79,7 @@ def _options(kernel: str, q: Tensor, window: int, cap: float) -> dict[str, int |
     width = padded(q.shape[-1])
     shape = blocks(kernel, width, q.element_size(), _capability(q.device))
     # Tensor cores would round fp32 to 10 bits of mantissa: only where PyTorch's own products may.
-    precise = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    precise = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
         "D": q.shape[-1],
         "D_PAD": width,
