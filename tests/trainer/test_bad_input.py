@@ -164,7 +164,7 @@ def stopped_in_training(place: Place) -> None:
         patch.setattr("strop.trainer.engine.stop_if_not_finite", stop_at_step_2)
         with pytest.raises(InterruptedError):
             main([str(place.recipe), "rounds=1", "--debug"])
-    flip(place.run / "round-00/sft.partial/work/step-000001/state.safetensors")
+    flip(place.run / "round-00/sft.partial" / "work/step-000001/state.safetensors")
 
 
 def stop_at_step_2(stage, engine, *rest):
@@ -424,7 +424,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch_and_a_resume_point_of_finite
     explode(place)
     for interval in (1, 10):  # however seldom it looks, nothing that is not finite is written
         _, errors, _ = run(place, [f"log.interval={interval}", f"name=every-{interval}"], capfd)
-        work = place.dir / "runs" / f"every-{interval}" / "round-00/sft.partial/work"
+        work = place.dir / "runs" / f"every-{interval}" / "round-00/sft.partial" / "work"
         assert "step 2: " in errors[0] and sorted(p.name for p in work.iterdir()) == [
             "bad-step-000002.parquet", "step-000001"]
         batch = read_table(work / "bad-step-000002.parquet").to_pylist()
