@@ -17,7 +17,7 @@ help:
 	@echo "make run ARGS='FILE key=value' another recipe, with overrides; ARGS=--help lists all keys, ARGS=--plan plans"
 	@echo "make run NPROC=2               two processes"
 	@echo "make test                      all tests but the slow ones; ARGS go to pytest, e.g. ARGS='-k merge'"
-	@echo "make bench                     the kernels beside their peers, and docs/performance.md; ARGS='-k dpo' for a part"
+	@echo "make bench                     the kernels beside their peers, and docs/performance.md; ARGS=dpo for a part"
 	@echo "make lint                      ruff"
 	@echo "make clean                     remove .venv and what builds and tests left; runs/ stays"
 

@@ -1,9 +1,9 @@
 """Run the suite, keep its results, and regenerate the tables and plots of docs/performance.md.
 
-    python -m benchmarks [-k EXPRESSION] [--rounds N] [--case-seconds S] [--results FOLDER] [--list]
+    python -m benchmarks [CASES] [--rounds N] [--case-seconds S] [--results FOLDER] [--list]
 
-Results go to benchmarks/results/<device>/<date>.json, case by case: a run of a part (-k, as pytest's: "dpo",
-"head and SmolLM2") replaces its cases there and leaves the others. `python -m benchmarks.docs` makes the documents
+CASES is a regular expression: "dpo|gather", "head/SmolLM2". Results go to benchmarks/results/<device>/<date>.json, case
+by case: a run of a part replaces its cases there and leaves the others. `python -m benchmarks.docs` makes the documents
 again from what is kept.
 """
 
@@ -23,13 +23,13 @@ HERE = Path(__file__).parent
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-k", default="", help="only cases and contenders that match")
+    parser.add_argument("cases", nargs="?", default="", help="only cases whose name this regular expression finds")
     parser.add_argument("--rounds", type=int, help="rounds of each case")
     parser.add_argument("--case-seconds", type=float, help="about how long a case's rounds may take together")
     parser.add_argument("--results", type=Path, help="instead of benchmarks/results; the documents are left")
     parser.add_argument("--list", action="store_true", help="list cases and contenders, run nothing")
     options = parser.parse_args(arguments)
-    command = [str(HERE / "bench_kernels.py"), "-k", options.k, "-p", "no:cacheprovider", "--tb=short", "-rs"]
+    command = [str(HERE / "bench_kernels.py"), "--cases", options.cases, "-p", "no:cacheprovider", "--tb=short", "-rs"]
     if options.list:
         return pytest.main([*command, "--collect-only"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

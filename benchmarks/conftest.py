@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,17 @@ MEASURED = pytest.StashKey[dict[str, dict]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("strop benchmarks")
     group.addoption("--results", type=Path, help="merge what is measured into this JSON file")
+    group.addoption("--cases", default="", help="only cases whose name this regular expression finds, whole ones")
     group.addoption("--rounds", type=int, default=None, help="rounds of each case (default 9, on a GPU 15)")
     group.addoption("--case-seconds", type=float, default=5.0, help="about how long a case's rounds may take together")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("cases"):
+        return
+    wanted = [item for item in items if re.search(config.getoption("cases"), item.callspec.params["case"].name)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
 
 
 @pytest.fixture(scope="session")

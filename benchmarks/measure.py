@@ -28,6 +28,7 @@ PACKAGES = (
     "flash-attn",
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LIBC = ctypes.CDLL(None)
 # A sample shorter than this is made of several calls: the clock and the launch of an event cost microseconds.
 _SHORTEST_SAMPLE = 1e-2
 # Two samples tell enough of a contender that takes this many times as long as the fastest, and over a second.
@@ -119,6 +120,13 @@ def _status_bytes(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE).group(1)) << 10
 
 
+def _map_blocks_from(size: int) -> None:
+    """Has the C library map blocks of that many bytes on their own and keep up to twice as much freed memory."""
+    trim_threshold, mmap_threshold = -1, -3
+    _LIBC.mallopt(mmap_threshold, size)
+    _LIBC.mallopt(trim_threshold, 2 * size)
+
+
 def start_peak(device: torch.device) -> int:
     """Forgets the peak so far; returns the bytes that are in use now, to be given to `peak_since`."""
     gc.collect()
@@ -127,8 +135,9 @@ def start_peak(device: torch.device) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # Freed memory that the allocator still holds would hide new use of it.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    # Freed memory that the allocator still holds would hide new use of it, and holes in its heap would count as use.
+    _map_blocks_from(1 << 20)
+    _LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 
@@ -138,7 +147,10 @@ def peak_since(start: int, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
-    return max(0, _status_bytes("VmHWM") - start)
+    peak = max(0, _status_bytes("VmHWM") - start)
+    # What the library comes to by itself in a process that frees large blocks.
+    _map_blocks_from(32 << 20)
+    return peak
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
