@@ -49,6 +49,9 @@ class Source(Section):
                                       "sources, else it must be named")
     verifier_args: dict[str, Any] = Field({}, description="regex: pattern; number: tolerance; choice: choices")
     share: PositiveFloat = Field(1.0, description="this source's weight in every round's draw of prompts")
+    templated: bool | None = Field(None, description="its prompts are alike by nature: near duplicates stay, and only "
+                                   "what equals a held-out prompt of its own is contaminated. Default: true for "
+                                   "reasoning_gym, else false")
 
     @model_validator(mode="after")
     def one_origin(self):
@@ -60,6 +63,8 @@ class Source(Section):
             raise ValueError("verifier reasoning_gym on a file needs verifier_args.dataset, the name of its dataset")
         if "{prompt}" not in self.prompt_template:
             raise ValueError("prompt_template must contain {prompt}")
+        if self.templated is None:
+            self.templated = self.reasoning_gym is not None
         return self
 
 
@@ -68,6 +73,7 @@ class ReadyData(Section):
     path: str = Field(description=".jsonl or .parquet file, or a saved `datasets` folder, in TRL's columns")
     rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds it is merged into, counted from 0")
     weight: PositiveFloat = Field(1.0, description="how often a row is seen per epoch; 0.5 draws half of the rows")
+    near_duplicates: bool = Field(True, description="false: rows may be like earlier ones of this file")
 
 
 class Data(Section):
@@ -77,6 +83,24 @@ class Data(Section):
     sft: list[ReadyData] = Field([], description="ready SFT data: messages, or prompt + completion")
     preferences: list[ReadyData] = Field([], description="ready preference data: prompt + chosen + rejected")
     max_bad_rows: NotNegative = Field(0, description="malformed rows tolerated (quarantined and counted) per file")
+
+
+class Filter(Section):
+    near_duplicates: Share = Field(0.7, description="similarity from which a prompt or ready-made row is dropped for "
+                                   "an earlier one of its source; 0 is off")
+    decontaminate: NotNegative = Field(8, description="words of an n-gram; training prompts that share one with a held-"
+                                       "out prompt are dropped, n-grams of templates apart. 0 is off")
+    max_repetition: Share = Field(0.5, description="prompts and completions in which more than this share of 4-grams "
+                                  "stood before are dropped; 1 is off")
+    min_tokens: Positive = Field(1, description="tokens that a completion to learn from has at least")
+    max_tokens: Positive | None = Field(None, description="and at most. Default: no limit but the stages' own")
+    keep_truncated: bool = Field(False, description="let ready-made completions in that break off in the middle")
+
+    @model_validator(mode="after")
+    def window(self):
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        return self
 
 
 class Sample(Section):
@@ -96,8 +120,9 @@ class Score(Section):
 
 class Select(Section):
     accumulate: bool = Field(True, description="keep earlier rounds' samples: best so far per prompt over all rounds")
-    pass_rate_min: Share = Field(0.0, description="prompts solved less often than this share are left out")
-    pass_rate_max: Share = Field(1.0, description="prompts solved more often than this share are left out")
+    pass_rate_min: Share = Field(0.0, description="prompts solved less often than this share of their samples of all "
+                                 "rounds so far are left out")
+    pass_rate_max: Share = Field(1.0, description="prompts solved more often than that are left out")
     sft_min_score: Share = Field(0.99, description="SFT takes a prompt's best completion if it scores at least this")
     sft_per_prompt: Positive = Field(1, description="at most this many distinct completions a prompt go to SFT")
     sft_cut: bool = Field(False, description="let completions cut by length into SFT")
@@ -201,6 +226,7 @@ class Recipe(Section):
     model: Model = Field(Model(), description="the weights all starts from")
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")
+    filter: Filter = Field(Filter(), description="what is left out of training for its content")
     sample: Sample = Field(Sample(), description="drawing K completions a prompt")
     score: Score = Field(Score(), description="verifying them")
     select: Select = Field(Select(), description="what goes to SFT and to pairs")

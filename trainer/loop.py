@@ -110,16 +110,17 @@ def stage_keys(recipe: Recipe) -> dict[str, dict]:
     numbers = {"dtype": r["dtype"], "device": r["device"]}
     training = numbers | {"attention": r["attention"]}
     dpo_rows = {k: r["dpo"][k] for k in ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")}
+    asking = {k: r["filter"][k] for k in ("near_duplicates", "decontaminate", "max_repetition")}
     merging = {k: v for k, v in r["merge"].items() if k != "promote"}
     evaluating = {k: v for k, v in r["evaluate"].items() if k != "bootstrap"}
     return {
         "prompts": {"sources": sources, "shares": shares, "validation": data["validation"], "test": data["test"],
-                    "max_bad_rows": data["max_bad_rows"], "seed": r["seed"]},
+                    "max_bad_rows": data["max_bad_rows"], "filter": asking, "seed": r["seed"]},
         "evaluate": {"evaluate": evaluating, "score": r["score"], **template, **numbers},
         "sample": {"sample": r["sample"], "shares": shares, "seed": r["seed"], **template, **numbers},
         "score": {"score": r["score"]},
-        "select": {"select": r["select"], "sft": data["sft"], "preferences": data["preferences"], "seed": r["seed"],
-                   "max_bad_rows": data["max_bad_rows"], **template},
+        "select": {"select": r["select"], "filter": r["filter"], "sft": data["sft"], "preferences": data["preferences"],
+                   "seed": r["seed"], "max_bad_rows": data["max_bad_rows"], **template},
         "sft": {"sft": r["sft"], "lora": r["lora"], "seed": r["seed"], **training},
         "reference": {"dpo": dpo_rows, "seed": r["seed"], **training},
         "dpo": {"dpo": r["dpo"], "lora": r["lora"], "seed": r["seed"], **training},

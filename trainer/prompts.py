@@ -1,19 +1,20 @@
-"""Prompts: read or generated, hashed, de-duplicated, and split by content into train, validation and test."""
+"""Prompts: read or generated, hashed, filtered, and split by content into train, validation and test."""
 
 import hashlib
 import json
 import time
-import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 
 from strop.trainer import verifiers
 from strop.trainer.chat import encode_prompt
 from strop.trainer.config import Recipe, Source
+from strop.trainer.filters import HeldOut, near_duplicates, normalise, repetition, words
 from strop.trainer.rows import Quarantine, Row, kind, read_rows, to_messages
-from strop.trainer.store import Drops, Stage, write_table
+from strop.trainer.store import Drops, Stage, read_table, write_table
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split", pa.string()),
@@ -21,6 +22,7 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split
                     ("verifier_args", pa.string()), ("metadata", pa.string())])
 HELD_OUT = ("test", "validation")
 REPORT_SECONDS = 10.0
+MUCH = 0.2  # of a source
 
 
 def prompts(stage: Stage, recipe: Recipe) -> None:
@@ -48,7 +50,14 @@ def prompts(stage: Stage, recipe: Recipe) -> None:
                 drops.add("duplicate", prompt_id=row["prompt_id"], source=source.name, detail=detail)
             else:
                 rows.append(row | {"verifier": verifier, "verifier_args": dumps(source.verifier_args)})
-    assign_splits(rows, recipe)
+    rows = drop_near_duplicates(drop_repetitive(rows, recipe, drops), recipe, drops)
+    try:
+        assign_splits(rows, recipe)
+    except ValueError as e:
+        gone = ", ".join(f"{reason} {n}" for reason, n in Counter(row["reason"] for row in drops.rows).items())
+        raise ValueError(f"{e} (dropped: {gone})" if gone else str(e)) from e
+    rows = drop_contaminated(rows, recipe, drops)
+    warn_of_templates(stage, recipe, rows, drops)
     write_table(stage.dir / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
     drops.write()
     quarantine.write(stage.dir / "quarantine.jsonl")
@@ -66,11 +75,6 @@ def prompt_tokens(tokenizer, row: dict) -> list[int]:
         return encode_prompt(tokenizer, row["messages"])
     except ValueError as e:
         raise ValueError(f"prompt {row['prompt_id']} of source {row['source']}: {e}") from e
-
-
-def normalise(text: str) -> str:
-    """`text` as prompts are compared: NFKC, case folded, white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def content_hash(messages: list[dict]) -> str:
@@ -107,7 +111,7 @@ def _source_rows(source: Source, seed: int, drops: Drops, quarantine: Quarantine
         messages = _dress(source, asked)
         yield {"prompt_id": content_hash(messages), "source": source.name, "messages": messages, "answer": answer,
                "metadata": dumps(metadata), "where": row.where,
-               "content": content_hash([m for m in asked if m["role"] != "system"])}
+               "content": content_hash([m for m in asked if m["role"] != "system"]), "text": said(asked)}
 
 
 def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict]:
@@ -171,6 +175,98 @@ def _generate(source: Source, seed: int) -> Iterator[Row]:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ValueError(f"{key}: reasoning_gym.{name} refuses reasoning_gym_config={source.reasoning_gym_config}: "
                          f"{reason}") from e
+
+
+# ---- filters
+
+def said(messages: list[dict]) -> str:
+    """What the filters see of a prompt: all but system messages."""
+    return "\n".join(m["content"] for m in messages if m["role"] != "system")
+
+
+def drop_repetitive(rows: list[dict], recipe: Recipe, drops: Drops) -> list[dict]:
+    """The rows whose text repeats itself no more than filter.max_repetition."""
+    kept = []
+    for row in rows:
+        share = repetition(words(row["text"]))
+        if share <= recipe.filter.max_repetition:
+            kept.append(row)
+        else:
+            drops.add("repetitive", prompt_id=row["prompt_id"], source=row["source"],
+                      detail=f"{row['where']}: {share:.2f} of its 4-grams stood before")
+    return kept
+
+
+def drop_near_duplicates(rows: list[dict], recipe: Recipe, drops: Drops) -> list[dict]:
+    """The rows without those that are like an earlier one of their source, if it is not templated."""
+    threshold, gone = recipe.filter.near_duplicates, set()
+    for source in recipe.data.sources if threshold else ():
+        mine = [row for row in rows if row["source"] == source.name and not source.templated]
+        for i, j, similarity in near_duplicates([(row["text"],) for row in mine], threshold):
+            gone.add(mine[i]["prompt_id"])
+            drops.add("near_duplicate", prompt_id=mine[i]["prompt_id"], source=source.name,
+                      detail=f"{mine[i]['where']}: {similarity:.2f} like {mine[j]['where']}")
+    return [row for row in rows if row["prompt_id"] not in gone]
+
+
+def drop_contaminated(rows: list[dict], recipe: Recipe, drops: Drops) -> list[dict]:
+    """The rows without training prompts that repeat a held-out one.
+
+    Raises ValueError if no training prompt is left."""
+    if not recipe.filter.decontaminate:
+        return rows
+    held = held_out(rows, recipe)
+    splits, kept = {row["prompt_id"]: row["split"] for row in rows}, []
+    for row in rows:
+        found = held.match(row["text"], row["source"]) if row["split"] == "train" else None
+        if found is None:
+            kept.append(row)
+        else:
+            drops.add("contaminated", prompt_id=row["prompt_id"], source=row["source"],
+                      detail=f"{row['where']}: shares {found[1]!r} with {splits[found[0]]} prompt {found[0]}")
+    if not any(row["split"] == "train" for row in kept):
+        raise ValueError(f"filter.decontaminate={recipe.filter.decontaminate}: every training prompt repeats a held-"
+                         "out one; give more varied prompts, raise it, or set it to 0 to train on them all the same")
+    return kept
+
+
+def warn_of_templates(stage: Stage, recipe: Recipe, rows: list[dict], drops: Drops) -> None:
+    """Says so where the filters take much of a source: most likely its prompts come from templates."""
+    left = Counter(row["source"] for row in rows)
+    for i, source in enumerate(recipe.data.sources):
+        gone = Counter(row["reason"] for row in drops.rows if row["source"] == source.name)
+        n = gone["near_duplicate"] + gone["contaminated"]
+        if not source.templated and n > MUCH * (n + left[source.name]):
+            stage.console.warn(f"{stage.name}: {n:,} of {n + left[source.name]:,} prompts of source {source.name} are "
+                               f"near duplicates or repeat held-out ones (drops.parquet has each); if they come from "
+                               f"templates, set data.sources.{i}.templated=true to keep them")
+
+
+def held_out(rows: list[dict], recipe: Recipe) -> HeldOut:
+    """What prompts are compared with; `rows` have prompt_id, source, split and text."""
+    texts = defaultdict(list)
+    for row in rows:
+        texts[row["source"]].append(row["text"])
+    held = HeldOut([(row["prompt_id"], row["source"], row["text"]) for row in rows if row["split"] in HELD_OUT],
+                   recipe.filter.decontaminate, {s.name for s in recipe.data.sources if s.templated})
+    for of_source in texts.values():
+        held.survey(of_source)
+    return held
+
+
+def held_out_of(prompts: Path, recipe: Recipe) -> HeldOut | None:
+    """The same from a prompts artifact, for ready data; None where filter.decontaminate is off. What the source's
+    template put around a prompt is taken off again."""
+    if not recipe.filter.decontaminate:
+        return None
+    templates = {s.name: s.prompt_template.split("{prompt}") for s in recipe.data.sources}
+    rows = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split", "messages"]).to_pylist()
+    for row in rows:
+        before, *_, after = templates.get(row["source"], ("", ""))
+        last = row["messages"][-1]
+        last["content"] = last["content"].removeprefix(before).removesuffix(after)
+        row["text"] = said(row["messages"])
+    return held_out(rows, recipe)
 
 
 # ---- splits

@@ -6,10 +6,12 @@ stand, with the end-of-sequence token behind them. `tools` and `chat_template_kw
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from strop.trainer.chat import Encoded, encode_completion, encode_conversation, encode_prompt, encode_text
-from strop.trainer.config import ReadyData
+from strop.trainer.config import Filter, ReadyData
+from strop.trainer.filters import HeldOut, near_duplicates, truncation, unfit_tokens
 from strop.trainer.rows import Quarantine, kind, read_rows, to_messages
 from strop.trainer.store import Drops
 
@@ -18,51 +20,100 @@ class Unfit(Exception):
     """A well-formed row that cannot be trained on; the argument is (reason, detail)."""
 
 
-def ready_sft(tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> list[dict]:
-    """Rows of sft.parquet from `messages`, or `prompt` + `completion`; exact duplicates are dropped.
+@dataclass(frozen=True)
+class Ready:
+    """An encoded row. `completions` is the one of SFT, or chosen and rejected. `asked` is what users say in it, `said`
+    the last words of each completion."""
 
-    Raises ValueError if the file cannot be read or has more malformed rows than the quarantine takes.
+    where: str
+    n: int
+    prompt: list[int]
+    completions: tuple[Encoded, ...]
+    asked: str
+    said: tuple[str, ...]
+
+
+def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
+              quarantine: Quarantine) -> list[dict]:
+    """Rows of sft.parquet from `messages`, or `prompt` + `completion`.
+
+    Exact duplicates are dropped, what repeats a prompt of `held`, and what `filters` say. Raises ValueError if the file
+    cannot be read or has more malformed rows than the quarantine takes.
     """
-    rows, seen = [], set()
-    for where, n, (prompt, completion) in _encoded(_sft_row, tokenizer, data, drops, quarantine):
-        key = (tuple(prompt), tuple(completion.tokens))
-        if key in seen:
-            drops.add("duplicate", source=data.name, detail=where)
-            continue
-        seen.add(key)
-        rows.append({"row_id": f"{data.name}/{n}", "source": data.name, "prompt_id": None, "sample_index": None,
-                     "prompt_tokens": prompt, "completion_tokens": completion.tokens,
-                     "loss_mask": completion.loss_mask, "score": None, "weight": data.weight, "origin": data.name})
-    return rows
+    return [{"row_id": f"{data.name}/{row.n}", "source": data.name, "prompt_id": None, "sample_index": None,
+             "prompt_tokens": row.prompt, "completion_tokens": row.completions[0].tokens,
+             "loss_mask": row.completions[0].loss_mask, "score": None, "weight": data.weight, "origin": data.name}
+            for row in _ready(_sft_row, tokenizer, data, filters, held, drops, quarantine)]
 
 
-def ready_pairs(tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> list[dict]:
+def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
+                quarantine: Quarantine) -> list[dict]:
     """Rows of pairs.parquet from `prompt` + `chosen` + `rejected`, or from `chosen` and `rejected` that both begin with
-    the prompt; pairs of equal completions and exact duplicates are dropped.
+    the prompt.
 
-    Raises ValueError as `ready_sft` does.
+    Pairs of equal completions are dropped, and as in `ready_sft`; the rules of quality look at chosen alone, since what
+    is bad about rejected may be what is to be learned. Raises ValueError as `ready_sft` does.
     """
-    rows, seen = [], set()
-    for where, n, (prompt, chosen, rejected) in _encoded(_pair_row, tokenizer, data, drops, quarantine):
-        key = (tuple(prompt), tuple(chosen.tokens), tuple(rejected.tokens))
-        if key in seen:
-            drops.add("duplicate", source=data.name, detail=where)
-            continue
-        seen.add(key)
-        rows.append({"row_id": f"{data.name}/{n}", "source": data.name, "prompt_id": None, "prompt_tokens": prompt,
-                     "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens,
+    rows = []
+    for row in _ready(_pair_row, tokenizer, data, filters, held, drops, quarantine):
+        chosen, rejected = row.completions
+        rows.append({"row_id": f"{data.name}/{row.n}", "source": data.name, "prompt_id": None,
+                     "prompt_tokens": row.prompt, "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens,
                      "chosen_mask": chosen.loss_mask, "rejected_mask": rejected.loss_mask,
                      "chosen_template": chosen.template_mask, "rejected_template": rejected.template_mask,
                      "chosen_score": None, "rejected_score": None, "weight": data.weight, "origin": data.name})
     return rows
 
 
-def _encoded(encode: Callable, tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> Iterator[tuple]:
+def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
+           quarantine: Quarantine) -> list[Ready]:
+    """The rows of a file that can be trained on; every other one is dropped with the first reason that applies."""
+    rows: list[Ready] = []
+    seen = set()
+    for row in _encoded(encode, tokenizer, data, drops, quarantine):
+        key = tuple(row.prompt), *(tuple(c.tokens) for c in row.completions)
+        if key in seen:
+            drops.add("duplicate", source=data.name, detail=row.where)
+            continue
+        seen.add(key)
+        rows.append(row)
+    if held is not None:
+        held.survey(row.asked for row in rows)
+    fit = []
+    for row in rows:
+        reason, detail = _unfit(row, filters, held)
+        if reason:
+            drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
+        else:
+            fit.append(row)
+    if not data.near_duplicates or not filters.near_duplicates:
+        return fit
+    gone = set()
+    for i, j, similarity in near_duplicates([(row.asked, *row.said) for row in fit], filters.near_duplicates):
+        gone.add(i)
+        drops.add("near_duplicate", source=data.name,
+                  detail=f"{fit[i].where}: {similarity:.2f} like {fit[j].where}")
+    return [row for i, row in enumerate(fit) if i not in gone]
+
+
+def _unfit(row: Ready, filters: Filter, held: HeldOut | None) -> tuple[str, str]:
+    """(reason, detail) why the row must not be trained on, or empty."""
+    if held is not None and (found := held.match(row.asked)):
+        return "contaminated", f"shares {found[1]!r} with held-out prompt {found[0]}"
+    learned = row.completions[0]
+    reason, detail = unfit_tokens([t for t, on in zip(learned.tokens, learned.loss_mask, strict=True) if on], filters)
+    if reason:
+        return reason, detail
+    why = "" if filters.keep_truncated else truncation(row.said[0])
+    return ("truncated", why) if why else ("", "")
+
+
+def _encoded(encode: Callable, tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> Iterator[Ready]:
     for n, row in enumerate(read_rows(data.path), 1):
         try:
             if row.data is None:
                 raise ValueError(row.error)
-            yield row.where, n, encode(tokenizer, row.data)
+            yield Ready(row.where, n, *encode(tokenizer, row.data))
         except Unfit as e:
             reason, detail = e.args
             drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
@@ -71,22 +122,25 @@ def _encoded(encode: Callable, tokenizer, data: ReadyData, drops: Drops, quarant
             drops.add("malformed", source=data.name, detail=f"{row.where}: {e}")
 
 
-def _sft_row(tokenizer, row: dict) -> tuple[list[int], Encoded]:
+def _sft_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded], str, tuple[str]]:
     kwargs = _template_kwargs(row)
     if row.get("messages") is not None:
         messages = to_messages(row["messages"], "messages")
         _not_empty(messages, "messages")
-        return encode_conversation(tokenizer, messages, **kwargs)
+        prompt, learned = encode_conversation(tokenizer, messages, **kwargs)
+        return prompt, (learned,), _asked(messages), (_last(messages),)
     prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion")
     if isinstance(prompt, str):
         if not completion.strip():
             raise Unfit("empty", "completion is empty")
-        return encode_text(tokenizer, prompt, completion)
+        ids, learned = encode_text(tokenizer, prompt, completion)
+        return ids, (learned,), prompt, (completion,)
     _not_empty(completion, "completion")
-    return encode_prompt(tokenizer, prompt, **kwargs), encode_completion(tokenizer, prompt, completion, **kwargs)
+    learned = encode_completion(tokenizer, prompt, completion, **kwargs)
+    return encode_prompt(tokenizer, prompt, **kwargs), (learned,), _asked([*prompt, *completion]), (_last(completion),)
 
 
-def _pair_row(tokenizer, row: dict) -> tuple[list[int], Encoded, Encoded]:
+def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
     kwargs = _template_kwargs(row)
     implicit = row.get("prompt") is None
     names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
@@ -97,14 +151,24 @@ def _pair_row(tokenizer, row: dict) -> tuple[list[int], Encoded, Encoded]:
             raise Unfit("empty", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
         ids, one = encode_text(tokenizer, prompt, chosen)
         other = encode_text(tokenizer, prompt, rejected)[1]
+        asked, said = prompt, (chosen, rejected)
     else:
         _not_empty(chosen, "chosen")
         _not_empty(rejected, "rejected")
         ids = encode_prompt(tokenizer, prompt, **kwargs)
         one, other = (encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
+        asked, said = _asked([*prompt, *chosen]), (_last(chosen), _last(rejected))
     if one.tokens == other.tokens:
         raise Unfit("identical", "chosen equals rejected")
-    return ids, one, other
+    return ids, (one, other), asked, said
+
+
+def _asked(messages: list[dict]) -> str:
+    return "\n".join(m["content"] for m in messages if m["role"] == "user")
+
+
+def _last(messages: list[dict]) -> str:
+    return next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), "")
 
 
 def _columns(row: dict, names: tuple[str, ...], wanted: str) -> list:

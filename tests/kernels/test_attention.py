@@ -3,7 +3,14 @@ import torch
 
 from strop.kernels import Group, PackedGroups, prefix_attention, reference
 
-OPTIONS = [{}, {"scale": 0.7}, {"sliding_window": 3}, {"sliding_window": 1000}, {"softcap": 2.0}]
+OPTIONS = [
+    {},
+    {"scale": 0.7},
+    {"sliding_window": 3},
+    {"sliding_window": 12},
+    {"sliding_window": 1000},
+    {"softcap": 2.0},
+]
 OPTIONS += [{"sliding_window": 4, "softcap": 5.0}]
 
 

@@ -14,8 +14,9 @@ def _group(prompt: int, *completions: int) -> Group:
     return Group([1] * prompt, [[2] * n for n in completions])
 
 
-# Completions that end within a block, groups of one token, no prompt, a prompt of more than a tile.
-GROUPS = [_group(70, 20, 45, 1), _group(0, 3, 40), _group(1, 1), _group(33, 50), _group(130, 9, 2)]
+# Completions that end within a block, groups of one token, no prompt; a prompt of more than a tile.
+GROUPS = [_group(70, 20, 45, 1), _group(0, 3, 20), _group(1, 1)]
+LONG = _group(130, 9, 2)
 
 
 def _qkv(groups: PackedGroups, heads: int, key_heads: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -50,7 +51,7 @@ def _reference(qkv, grad_out, groups, scale, window, cap, dtype: torch.dtype) ->
     ],
 )
 def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries, keys, monkeypatch):
-    groups = PackedGroups.pack(GROUPS)
+    groups = PackedGroups.pack([*GROUPS, LONG] if max(queries, keys) > 32 else GROUPS)
     qkv = _qkv(groups, heads, key_heads, size, torch.float32)
     grad_out = torch.randn_like(qkv[0])
     case = (qkv, grad_out, groups, 0.3, window, cap)
@@ -62,7 +63,7 @@ def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries,
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 2.0)])
 def test_fp16_error_is_at_most_twice_that_of_plain_pytorch(window, cap, monkeypatch):
     """bf16 is left to a GPU: the interpreter multiplies it wrongly."""
-    groups = PackedGroups.pack(GROUPS[:3])
+    groups = PackedGroups.pack(GROUPS)
     qkv = _qkv(groups, 2, 1, 32, torch.float16)
     case = (qkv, torch.randn_like(qkv[0]), groups, 0.2, window, cap)
     truth, plain = (_reference(*case, dtype) for dtype in (torch.float64, torch.float16))
@@ -70,7 +71,7 @@ def test_fp16_error_is_at_most_twice_that_of_plain_pytorch(window, cap, monkeypa
         assert (a - c).norm() <= 2 * (b - c).norm()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(0, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4)), min_size=1, max_size=3

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from strop.trainer.chat import encode_completion, encode_conversation, encode_prompt, encode_text
-from strop.trainer.config import ReadyData
+from strop.trainer.config import Filter, ReadyData
 from strop.trainer.readydata import ready_pairs, ready_sft
 from strop.trainer.rows import Quarantine
 from strop.trainer.store import Drops
@@ -27,12 +27,13 @@ def tokenizer():
     return tokenizer_of("chatml")
 
 
-def read(tmp_path, tokenizer, rows, make, max_bad_rows=0, weight=1.0):
+def read(tmp_path, tokenizer, rows, make, max_bad_rows=0, weight=1.0, filters=None, held=None):
     path = tmp_path / "data.jsonl"
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     drops = Drops(stage_in(tmp_path, "select"))
     quarantine = Quarantine(max_bad_rows)
-    found = make(tokenizer, ReadyData(name="mine", path=str(path), weight=weight), drops, quarantine)
+    data = ReadyData(name="mine", path=str(path), weight=weight)
+    found = make(tokenizer, data, filters or Filter(), held, drops, quarantine)
     return found, drops.rows
 
 
@@ -70,7 +71,8 @@ def test_parquet_that_pads_messages_with_nulls(tmp_path, tokenizer):
     rows = [{"messages": turns("2+2", "4")}, {"messages": [{"role": "user", "content": "a", "name": "x"}, *says("b")]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     drops = Drops(stage_in(tmp_path, "select"))
-    found = ready_sft(tokenizer, ReadyData(name="p", path=str(tmp_path / "d.parquet")), drops, Quarantine(0))
+    data = ReadyData(name="p", path=str(tmp_path / "d.parquet"))
+    found = ready_sft(tokenizer, data, Filter(), None, drops, Quarantine(0))
     assert (found[0]["prompt_tokens"], found[0]["completion_tokens"]) == (
         encode_prompt(tokenizer, turns("2+2")), encode_completion(tokenizer, turns("2+2"), says("4")).tokens)
 

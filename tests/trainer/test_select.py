@@ -24,16 +24,17 @@ def model(tmp_path_factory):
     return folder
 
 
-def recipe_of(rounds=3, data=None, seed=0, **keys):
+def recipe_of(rounds=3, data=None, seed=0, filters=None, **keys):
     data = {"sft": [{"name": "x", "path": "x", "rounds": []}]} | (data or {})
-    return Recipe.model_validate({"rounds": rounds, "seed": seed, "data": data, "select": keys})
+    return Recipe.model_validate({"rounds": rounds, "seed": seed, "data": data, "filter": filters or {},
+                                  "select": keys})
 
 
-def run(tmp_path, model, *rounds, data=None, name="select", turned=False, seed=0, **keys):
+def run(tmp_path, model, *rounds, data=None, name="select", turned=False, seed=0, filters=None, **keys):
     """(sft rows, pairs, drops, stage) of a select over rounds of {prompt: [(text, score[, finish])]}."""
     stage = stage_in(tmp_path / name, "round-00/select")
     ids = sorted({p for r in rounds for p in r})
-    select(stage, recipe_of(data=data, seed=seed, **keys), round=max(0, len(rounds) - 1),
+    select(stage, recipe_of(data=data, seed=seed, filters=filters, **keys), round=max(0, len(rounds) - 1),
            prompts=prompts_of(tmp_path / f"{name}-prompts", ids) if rounds else None, model=model,
            history=[round_of(tmp_path / f"{name}-{i}", r, turned) for i, r in enumerate(rounds)])
     return *(read_table(stage.dir / f"{t}.parquet").to_pylist() for t in ("sft", "pairs", "drops")), stage
@@ -119,10 +120,36 @@ def test_pass_rate_window(tmp_path, model):
     assert Counter((d["prompt_id"], d["reason"]) for d in drops) == {("all", "pass_rate"): 2, ("none", "pass_rate"): 2}
 
 
-def test_window_looks_at_the_newest_round_of_the_prompt(tmp_path, model):
-    first = {"p": [("a", 1), ("b", 0)], "q": [("a", 1), ("b", 0)]}
-    sft, _, _, _ = run(tmp_path, model, first, {"p": [("c", 1), ("d", 1)]}, pass_rate_max=0.9)
-    assert best(sft) == [("q", "a")]
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_the_window_looks_at_all_rounds_of_a_prompt(tmp_path, model, accumulate):
+    """Of p 3 in 4 are right, of q 2 in 2 and then 0 in 2, of r 1 in 2: whether a prompt is too easy is told by all of
+    its samples, also where only the newest are trained on."""
+    first = {"p": [("a", 1), ("b", 0)], "q": [("a", 1), ("b", 1)], "r": [("a", 1), ("b", 0)]}
+    second = {"p": [("c", 1), ("d", 1)], "q": [("c", 0), ("d", 0, "length")], "t": [("e", 1), ("f", 0)]}
+    sft, _, drops, stage = run(tmp_path, model, first, second, pass_rate_max=0.7, accumulate=accumulate)
+    assert best(sft) == [*[("q", "a"), ("r", "a")] * accumulate, ("t", "e")]
+    gone = [d["detail"] for d in drops if d["reason"] == "pass_rate"]
+    assert len(gone) == (4 if accumulate else 2) and all("0.750 over all rounds" in g for g in gone)
+    table = {r["prompt_id"]: r for r in read_table(stage.dir / "difficulty.parquet").to_pylist()}
+    assert table["p"] == {"prompt_id": "p", "source": "s", "rounds": [0, 1], "samples": [2, 2], "correct": [1, 2],
+                          "pass_rate": 0.75}
+    assert (table["q"]["correct"], table["q"]["pass_rate"], table["r"]["rounds"]) == ([2, 0], 0.5, [0])
+
+
+def test_repetitive_and_overlong_samples_are_no_examples(tmp_path, model):
+    loop = "and so on " * 8
+    rounds = {"p": [(loop, 1), ("good", 1), ("bad", 0)], "q": [(loop, 1), ("bad", 0)], "r": [("good", 1), (loop, 0)]}
+    sft, pairs, drops, stage = run(tmp_path, model, rounds, sft_per_prompt=2, filters={"max_repetition": 0.6})
+    assert best(sft) == [("p", "good"), ("r", "good")]
+    # what is rejected may be a loop: that is what is to be unlearned
+    assert chosen_and_rejected(pairs) == [("p", "good", "bad"), ("r", "good", loop)]
+    assert ("q", "repetitive") in {(d["prompt_id"], d["reason"]) for d in drops if d["sample_index"] is None}
+    assert stage.counts["dropped/repetitive"] == 3
+    sft, _, _, stage = run(tmp_path, model, rounds, name="short", sft_per_prompt=2, filters={"max_tokens": 5})
+    assert best(sft) == [("p", "good"), ("r", "good")] and stage.counts["dropped/too_long"] == 3
+    sft, pairs, _, stage = run(tmp_path, model, rounds, name="long", filters={"min_tokens": 6, "max_repetition": 1})
+    assert best(sft) == [("p", loop), ("q", loop)] and stage.counts["dropped/too_short"] == 3
+    assert chosen_and_rejected(pairs) == [("p", loop, "bad"), ("q", loop, "bad")]
 
 
 def test_exact_duplicates(tmp_path, model):
@@ -226,7 +253,7 @@ def test_every_sample_is_used_or_dropped_and_pairs_are_sound(rounds, per_prompt,
                for r, drawn in enumerate(rounds) for i, (t, s, f) in enumerate(drawn)]
     drops = Drops(None)
     drops.add = lambda reason, **row: drops.rows.append({"reason": reason} | row)
-    found, pairs = pick("p", "s", samples, recipe, drops)
+    found, pairs = pick("p", "s", samples, 0.5, recipe, drops)
     used = [(s["round"], s["sample_index"]) for s in [*found, *(s for pair in pairs for s in pair)]]
     dropped = [(int(d["detail"][6:8]), d["sample_index"]) for d in drops.rows if d.get("sample_index") is not None]
     assert set(used) | set(dropped) == {(s["round"], s["sample_index"]) for s in samples}

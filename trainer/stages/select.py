@@ -1,6 +1,7 @@
 """Select: best of K to SFT, best and worst of K to pairs, ready data beside them; the rest dropped with a reason.
 
-Every sample that is looked at stands in sft.parquet, in pairs.parquet or in drops.parquet.
+Every sample that is looked at stands in sft.parquet, in pairs.parquet or in drops.parquet; difficulty.parquet says how
+often each prompt was solved, round by round.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ import pyarrow as pa
 
 from strop.trainer.chat import load_tokenizer, stop_ids
 from strop.trainer.config import Recipe
+from strop.trainer.filters import unfit_tokens
+from strop.trainer.prompts import held_out_of
 from strop.trainer.readydata import ready_pairs, ready_sft
 from strop.trainer.rows import Quarantine
 from strop.trainer.samples import read_scored
@@ -25,11 +28,14 @@ PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id
                    ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
                    ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
                    ("weight", pa.float64()), ("origin", pa.string())])
+COUNTS = pa.list_(pa.int32())
+DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("rounds", COUNTS), ("samples", COUNTS),
+                        ("correct", COUNTS), ("pass_rate", pa.float64())])
 
 
 def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, history: list[tuple[Path, Path]],
            model: Path) -> None:
-    """Writes sft.parquet, pairs.parquet, drops.parquet and quarantine.jsonl.
+    """Writes sft.parquet, pairs.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
     `history` holds the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the
     newest counts. `model` is the folder whose tokenizer encodes ready data. Raises ValueError if nothing is left.
@@ -38,16 +44,29 @@ def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, hi
     stops = stop_ids(tokenizer, model)
     drops, quarantine = Drops(stage), Quarantine(recipe.data.max_bad_rows)
     sft_rows, pair_rows = [], []
-    for prompt_id, (source, samples) in _pool(recipe, prompts, history, stage.counts).items():
-        best, pairs = pick(prompt_id, source, samples, recipe, drops)
-        sft_rows += [_sft_row(s, source) for s in best]
-        pair_rows += [_pair_row(c, r, source, stops) for c, r in pairs]
+    pool = _pool(prompts, history)
+    difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
+    newest = len(history) - 1
+    for prompt_id, samples in pool.items():
+        counted = [s for s in samples if recipe.select.accumulate or s["round"] == newest]
+        if counted:
+            source = samples[0]["source"]
+            best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], recipe, drops)
+            sft_rows += [_sft_row(s, source) for s in best]
+            pair_rows += [_pair_row(c, r, source, stops) for c, r in pairs]
+    now = [s for samples in pool.values() for s in samples if s["round"] == newest]
+    if now:
+        stage.counts |= {"prompts": len({s["prompt_id"] for s in now}),
+                         "solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
+                         "pass_rate": sum(s["correct"] for s in now) / len(now)}
+    held = held_out_of(prompts, recipe) if prompts and (recipe.data.sft or recipe.data.preferences) else None
     for data in (d for d in recipe.data.sft if d.rounds == "all" or round in d.rounds):
-        sft_rows += ready_sft(tokenizer, data, drops, quarantine)
+        sft_rows += ready_sft(tokenizer, data, recipe.filter, held, drops, quarantine)
     for data in (d for d in recipe.data.preferences if d.rounds == "all" or round in d.rounds):
-        pair_rows += ready_pairs(tokenizer, data, drops, quarantine)
+        pair_rows += ready_pairs(tokenizer, data, recipe.filter, held, drops, quarantine)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
+    write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
     stage.counts |= {"sft_rows": len(sft_rows), "pairs": len(pair_rows)}
     drops.write()
     quarantine.write(stage.dir / "quarantine.jsonl")
@@ -60,43 +79,43 @@ def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, hi
                          "or sample.prompts, give easier prompts, or lower select.sft_min_score and select.pair_margin")
 
 
-def _pool(recipe: Recipe, prompts: Path | None, history: list, counts: dict) -> dict[str, tuple[str, list[dict]]]:
-    """{prompt_id: (source, its samples of every round that counts, each with its `round`)}, by prompt_id."""
+def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:
+    """{prompt_id: its samples of every round, each with its `round` and `source`}, by prompt_id."""
     if not history:
         return {}
     asked = {row["prompt_id"]: row for row in
              read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split"]).to_pylist()}
-    newest, pool = len(history) - 1, defaultdict(list)
+    pool = defaultdict(list)
     for r, (sample, scored) in enumerate(history):
-        if r != newest and not recipe.select.accumulate:
-            continue
-        rows = read_scored(sample, scored)
-        for row in rows:
+        for row in read_scored(sample, scored):
             if asked.get(row["prompt_id"], {}).get("split") != "train":
                 raise ValueError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
                                  "delete the folder to have it sampled again")
-            pool[row["prompt_id"]].append(row | {"round": r})
-        if r == newest:
-            solved = {row["prompt_id"] for row in rows if row["correct"]}
-            counts |= {"prompts": len({row["prompt_id"] for row in rows}), "solved_prompts": len(solved),
-                       "pass_rate": sum(row["correct"] for row in rows) / len(rows)}
-    return {prompt_id: (asked[prompt_id]["source"], pool[prompt_id]) for prompt_id in sorted(pool)}
+            pool[row["prompt_id"]].append(row | {"round": r, "source": asked[row["prompt_id"]]["source"]})
+    return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
 
 
-def pick(prompt_id: str, source: str, samples: list[dict], recipe: Recipe,
+def solved(prompt_id: str, samples: list[dict]) -> dict:
+    """A row of difficulty.parquet: how many of a prompt's samples were correct, by round and of all rounds together."""
+    rounds = sorted({s["round"] for s in samples})
+    drawn = [[s["correct"] for s in samples if s["round"] == r] for r in rounds]
+    return {"prompt_id": prompt_id, "source": samples[0]["source"], "rounds": rounds,
+            "samples": [len(d) for d in drawn], "correct": [sum(d) for d in drawn],
+            "pass_rate": sum(map(sum, drawn)) / len(samples)}
+
+
+def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, recipe: Recipe,
          drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]]]:
     """One prompt's samples for SFT and its pairs (chosen, rejected).
 
-    The pass-rate window looks at the newest round in which the prompt was sampled. SFT takes the best so far over all
-    rounds; pairs are made within a round. Samples in neither are dropped, each with the first reason that applies.
+    `pass_rate` is the prompt's over all rounds so far. SFT takes the best of all `samples`; pairs are made within a
+    round. Samples in neither are dropped, each with the first reason that applies.
     """
     told = {"prompt_id": prompt_id, "source": source}
-    last = max(s["round"] for s in samples)
-    newest = [s for s in samples if s["round"] == last]
-    rate = sum(s["correct"] for s in newest) / len(newest)
-    if not recipe.select.pass_rate_min <= rate <= recipe.select.pass_rate_max:
+    if not recipe.select.pass_rate_min <= pass_rate <= recipe.select.pass_rate_max:
         for s in samples:
-            drops.add("pass_rate", **told, sample_index=s["sample_index"], detail=f"{_origin(s)}: {rate:.3f}")
+            drops.add("pass_rate", **told, sample_index=s["sample_index"],
+                      detail=f"{_origin(s)}: {pass_rate:.3f} over all rounds")
         return [], []
     fates: dict[tuple[int, int], str] = {}
     best = _best(samples, recipe, fates)
@@ -136,6 +155,8 @@ def _best(samples: list[dict], recipe: Recipe, fates: dict) -> list[dict]:
             fates[_id(s)] = "cut"
         elif s["score"] < section.sft_min_score:
             fates[_id(s)] = "low_score"
+        elif unfit := unfit_tokens(s["completion_tokens"], recipe.filter)[0]:
+            fates[_id(s)] = unfit
         elif len(best) == section.sft_per_prompt:
             fates[_id(s)] = "not_best"
         else:
@@ -147,9 +168,9 @@ def _best(samples: list[dict], recipe: Recipe, fates: dict) -> list[dict]:
 def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]], str, str]:
     """(pairs, else the reason, its detail) of one prompt in one round.
 
-    Chosen must have stopped by itself: a cut completion would teach not to end. Rejected comes from the samples that
-    are at least pair_margin worse: stopped ones first (so that ending is not what tells them apart), the worst of
-    these, and by tie_break. No sample stands in two pairs, and equal scores make none.
+    Chosen must have stopped by itself, since a cut completion would teach not to end, and must pass the filters.
+    Rejected comes from the samples that are at least pair_margin worse: stopped ones first (so that ending is not what
+    tells them apart), the worst of these, and by tie_break. No sample stands in two pairs, and equal scores make none.
     """
     section, distinct = recipe.select, {}
     for s in sorted(samples, key=lambda s: _tie(s, recipe)):
@@ -164,14 +185,17 @@ def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]]
         return [], "tie", f"no score is below the best, {chosen[0]['score']:g}"
     if gap < section.pair_margin:
         return [], "margin", f"best minus worst is {gap:g}"
+    reasons = [unfit_tokens(s["completion_tokens"], recipe.filter)[0] for s in chosen]
     pairs: list[tuple[dict, dict]] = []
-    for best in chosen:
+    for best in (s for s, reason in zip(chosen, reasons, strict=True) if not reason):
         worse = [s for s in left if 0 < best["score"] - s["score"] >= section.pair_margin]
         if best not in left or not worse or len(pairs) == section.pairs_per_prompt:
             continue
         worst = min(worse, key=lambda s: (s["finish"] != "stop", s["score"]))
         pairs.append((best, worst))
         left = [s for s in left if s is not best and s is not worst]
+    if not pairs:  # the best one would make a pair, so it did not pass the filters
+        return [], reasons[0], "no completion that passes the filters is enough better"
     return pairs, "", ""
 
 
