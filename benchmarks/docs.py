@@ -215,6 +215,21 @@ def train_step_section() -> str:
     return "\n\n".join(parts)
 
 
+def step_profile_section() -> str:
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/step_profile.json")):
+        result = json.loads(path.read_text())
+        kinds = list(dict.fromkeys(kind for case in result["cases"].values() for kind in case["seconds"]))
+        rows = []
+        for name, case in result["cases"].items():
+            shares = [f"{case['seconds'].get(kind, 0) / case['step_seconds']:.0%}" for kind in kinds]
+            rows.append([name, f"{case['step_seconds']:.2f} s", *shares, f"{case['floor_seconds']:.2f} s"])
+        parts += [measured_on(result), table(["", "step", *kinds, "floor"], rows)]
+    if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/step_profile.json")):
+        parts.append(f"**{GPU}**: {NOT_YET}.")
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "machines": machines_section,
     "head": head_section,
@@ -223,6 +238,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "preference": lambda: family_section("preference", lambda case: case["variant"]),
     "attention": lambda: family_section("attention", lambda case: f"{case['preset']}, {case['variant']}"),
     "train-step": train_step_section,
+    "step-profile": step_profile_section,
 }
 
 

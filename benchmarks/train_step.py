@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,7 +103,8 @@ class Turns:
         print(json.dumps({"seconds": seconds, "peak_bytes": peak, "loss": loss}), file=sys.__stdout__, flush=True)
 
 
-def strop_side(job: Job, folder: Path) -> None:
+def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor]]:
+    """(FLOPs of a step, what takes one and returns its loss)."""
     from strop.kernels import preference_loss
     from strop.kernels.layout import Group
     from strop.trainer.batch import Example, collate, microbatches
@@ -140,10 +142,8 @@ def strop_side(job: Job, folder: Path) -> None:
 
     with torch.no_grad():
         references = [scorer(collate(examples, rows, device)) for rows in packs]
-    print(json.dumps({"flops": sum(costs)}), file=sys.__stdout__, flush=True)
-    turns = Turns(job.device)
-    while True:
-        turns.go()
+
+    def step() -> torch.Tensor:
         total = torch.zeros((), device=device)
         for rows, reference in zip(packs, references, strict=True):
             groups = collate(examples, rows, device)
@@ -163,7 +163,18 @@ def strop_side(job: Job, folder: Path) -> None:
             engine.fold_gradients()
             total += loss.detach()
         engine.step()
-        turns.done(total.item())
+        return total
+
+    return sum(costs), step
+
+
+def strop_side(job: Job, folder: Path) -> None:
+    flops, step = strop_step(job, folder)
+    print(json.dumps({"flops": flops}), file=sys.__stdout__, flush=True)
+    turns = Turns(job.device)
+    while True:
+        turns.go()
+        turns.done(step().item())
 
 
 class MasterAdamW(torch.optim.Optimizer):

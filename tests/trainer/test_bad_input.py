@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -210,6 +211,10 @@ CASES = {
     "out of range": (None, ["sft.lr=-1"], "greater than 0"),
     "not one of the choices": (None, ["sft.schedule=cos"], "'cosine', 'linear'"),
     "rates that contradict": (None, ["select.pass_rate_min=0.9", "select.pass_rate_max=0.1"], "0.9"),
+    "lengths that contradict": (None, ["filter.min_tokens=9", "filter.max_tokens=3"], "min_tokens=9 is above"),
+    "prompts all alike": (lambda p: p.prompts.write_text("".join(
+        json.dumps({"prompt": "say hello" + "!" * i, "answer": "1"}) + "\n" for i in range(100))),
+        ["filter.near_duplicates=0"], "filter.decontaminate=8: every training prompt repeats a held-out one"),
     "merging what is off": (None, ["merge.method=average", "dpo.enabled=false"], "members names dpo"),
     "an average nobody keeps": (None, ["merge.method=ema", "sft.ema_decay=0.9"], "set dpo.ema_decay"),
     "as many weights as members": (None, ["merge.weights=[1.0]"], "weights has 1 entries, members 2"),
@@ -369,7 +374,8 @@ def test_every_row_of_the_table_of_errors_has_its_case():
 
 def test_every_reason_for_leaving_a_row_out_is_in_the_table():
     said = r'(?:drops\.add\(|Unfit\(|fates\[[^]]+\] = |return \[\], |reason(?:, detail)? = )"(\w+)"'
-    used = {reason for file in TRAINER.rglob("*.py") for reason in re.findall(said, file.read_text(encoding="utf-8"))}
+    said = rf'(?:{said}|return \(?"(\w+)", (?:f"|why))'
+    used = {a or b for file in TRAINER.rglob("*.py") for a, b in re.findall(said, file.read_text(encoding="utf-8"))}
     assert used == {row[0].strip("`") for row in table("Rows left out")}
 
 
@@ -380,7 +386,7 @@ def test_debug_shows_the_traceback(place):
 
 
 GOOD = {"prompt": "ab", "chosen": "cd", "rejected": "ef"}
-LONG = "x" * 600
+LONG = "".join(random.Random(0).choices("abcdefghij", k=600))
 
 
 @pytest.mark.parametrize("kind, row, stage, reason", [

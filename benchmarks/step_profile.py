@@ -1,0 +1,81 @@
+"""Where the time of a training step goes, as torch.profiler tells it.
+
+    python -m benchmarks.step_profile [--shapes 512:64,128:64,64:256] [--write]
+
+A step is that of benchmarks.train_step, DPO with 8 pairs. The times are those that operators spend themselves, by what
+they were called from: the head (linear_logprob), attention (prefix_attention), the optimizer, and what is left, layers,
+by kind. The floor is the FLOPs of the step at the rate of the fastest matrix product of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from . import measure
+from .train_step import Job, model_folder, strop_step
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn")
+PARTS = {"attention": "attention", "linear_logprob": "head", "adamw": "optimizer"}
+
+
+def kind_of(event) -> str:
+    """What an operator's own time counts as: the part of the step that called it, and whether it multiplies."""
+    is_product = any(event.name.startswith(name) for name in PRODUCTS)
+    up = event
+    while up is not None:
+        for mark, part in PARTS.items():
+            if mark in up.name.lower():
+                return f"{part}, products" if is_product and part != "optimizer" else part
+        up = up.cpu_parent
+    return "layers, products" if is_product else "layers, other"
+
+
+def seconds_by_kind(prof: profile) -> dict[str, float]:
+    found = Counter()
+    for event in prof.events():
+        found[kind_of(event)] += event.self_cpu_time_total / 1e6
+    return dict(found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="512:64,128:64,64:256", help="prompt:completion tokens")
+    parser.add_argument("--write", action="store_true", help="keep the results")
+    options = parser.parse_args(arguments)
+    device = torch.device("cpu")
+    rate = measure.matmul_rate(device, torch.bfloat16)
+    cases = {}
+    for shape in options.shapes.split(","):
+        prompt, completion = map(int, shape.split(":"))
+        job = Job(model="SmolLM2-135M", task="dpo", prompt=prompt, completion=completion, rows=8, device="cpu",
+                  max_tokens=8192, trl_tokens=2048)
+        flops, step = strop_step(job, model_folder(job.model))
+        for _ in range(2):
+            step()
+        with profile(activities=[ProfilerActivity.CPU]) as prof:
+            step()
+        seconds = seconds_by_kind(prof)
+        seconds = dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
+        name = f"{job.model}, DPO {shape}, 8 pairs"
+        cases[name] = {"step_seconds": sum(seconds.values()), "floor_seconds": flops / rate, "seconds": seconds}
+        print(f"{name}: {sum(seconds.values()):.2f} s, floor {flops / rate:.2f} s")
+        for kind, value in seconds.items():
+            print(f"  {value:6.2f} s  {value / sum(seconds.values()):4.0%}  {kind}")
+        print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+    if options.write:
+        path = measure.results_folder(device) / "step_profile.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": measure.environment(device)}
+        path.write_text(json.dumps(result | {"cases": cases}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
