@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.metadata
+import json
 import platform
 import re
 import statistics
@@ -12,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -203,6 +205,14 @@ def device_name(device: torch.device) -> str:
 def results_folder(device: torch.device, root: Path | None = None) -> Path:
     """benchmarks/results/<device> (or <root>/<device>), the name in letters, digits and dashes."""
     return (root or RESULTS) / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def keep_cases(file: str, device: torch.device, cases: dict) -> None:
+    """Writes cases with the day and the machine into `file` of the device's results."""
+    path = results_folder(device) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": environment(device)}
+    path.write_text(json.dumps(result | {"cases": cases}, indent=1) + "\n")
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -3,17 +3,15 @@
     python -m benchmarks.step_profile [--shapes 512:64,128:64,64:256] [--write]
 
 A step is that of benchmarks.train_step, DPO with 8 pairs. The times are those that operators spend themselves, by what
-they were called from: the head (linear_logprob), attention (prefix_attention), the optimizer, and what is left, layers,
-by kind. The floor is the FLOPs of the step at the rate of the fastest matrix product of the same run.
+they were called from: the head (linear_logprob), attention (prefix_attention), the optimizer (AdamW alone), and what is
+left, layers, by kind. The floor is the FLOPs of the step at the rate of the fastest matrix product of the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
-from datetime import UTC, datetime
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -70,10 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {value:6.2f} s  {value / sum(seconds.values()):4.0%}  {kind}")
         print(prof.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
     if options.write:
-        path = measure.results_folder(device) / "step_profile.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": measure.environment(device)}
-        path.write_text(json.dumps(result | {"cases": cases}, indent=1) + "\n")
+        measure.keep_cases("step_profile.json", device, cases)
     return 0
 
 

@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -457,9 +456,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             kept[f"{model} {task} {shape} {peer}"] = found
             if options.write:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": bench.environment(device)}
-                path.write_text(json.dumps(result | {"cases": kept}, indent=1) + "\n")
+                bench.keep_cases(path.name, device, kept)
     return 0
 
 

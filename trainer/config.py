@@ -88,8 +88,8 @@ class Data(Section):
 class Filter(Section):
     near_duplicates: Share = Field(0.7, description="similarity from which a prompt or ready-made row is dropped for "
                                    "an earlier one of its source; 0 is off")
-    decontaminate: NotNegative = Field(8, description="words of an n-gram; training prompts that share one with a held-"
-                                       "out prompt are dropped, n-grams of templates apart. 0 is off")
+    decontaminate: NotNegative = Field(8, description="words of an n-gram; training prompts whose n-grams cover much "
+                                       "of a held-out prompt, its template apart, are dropped. 0 is off")
     max_repetition: Share = Field(0.5, description="prompts and completions in which more than this share of 4-grams "
                                   "stood before are dropped; 1 is off")
     min_tokens: Positive = Field(1, description="tokens that a completion to learn from has at least")

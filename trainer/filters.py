@@ -202,5 +202,7 @@ def truncation(text: str) -> str:
     *before, last = [line.strip() for line in text.splitlines() if line.strip()]
     ends = [m.end() for m in _SENTENCE_END.finditer(text)]
     rest = last[max((m.end() for m in _SENTENCE_END.finditer(last)), default=0):]
-    style = any(line[-1].isalpha() and len(words(line)) >= 3 for line in before)
-    return "its last sentence has no end" if len(ends) >= 2 and len(words(rest)) >= 3 and not style else ""
+    style = any(line[-1].isalpha() and len(words(line)) >= 2 for line in before)
+    signature = "," in rest and len(words(rest)) < 3
+    begun = len(words(rest)) >= 2 and not signature
+    return "its last sentence has no end" if len(ends) >= 2 and begun and not style else ""

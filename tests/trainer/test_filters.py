@@ -196,7 +196,9 @@ SENTENCES = ["The river rises in the hills to the north of the old town.", "Nobo
 WHOLE = [" ".join(SENTENCES), "\n\n".join(SENTENCES), "42", "The answer is 42", "Paris", "yes", "x = 3\ny = 4", "",
          "- wear a helmet on your head\n- drink enough water on the way\n- tell a friend where you go", "Sorry :(",
          "```python\nprint('a')\n```", "<think>a b</think> so it is", "I agree. Yes. Kind regards,\nJohn",
-         "これは本です。", "See the list. It is long. It has:\n1. apples\n2. pears", "**Done.** It works. \\boxed{7}"]
+         "これは本です。", "See the list. It is long. It has:\n1. apples\n2. pears",
+         "See it. It has:\n1. apples\n2. green pears", "It works. I thank you. Best, John",
+         "**Done.** It works. \\boxed{7}"]
 
 
 @pytest.mark.parametrize("text", WHOLE)
@@ -222,7 +224,7 @@ def test_planted_truncation():
                 found += bool(truncation(cut))
             else:
                 assert not truncation(cut)
-    assert total > 30 and found / total >= 0.75  # one or two words of a sentence might be a signature
+    assert total > 30 and found / total >= 0.8  # a word, or two with a comma, might be a signature
 
 
 # ---- ready-made data
