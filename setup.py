@@ -1,9 +1,10 @@
 """Maps the top-level folders to the import package `strop` (see docs/decisions.md for why they are top level) and
-compiles csrc/ where that can be of use: with nvcc and a PyTorch of the same CUDA. STROP_BUILD_CSRC=0 never compiles,
-STROP_BUILD_CSRC=1 always, and fails where it cannot.
+compiles csrc/ where that can be of use: cpu.cpp with any C++ compiler, the rest with nvcc and a PyTorch of the same
+CUDA. STROP_BUILD_CSRC=0 compiles nothing, STROP_BUILD_CSRC=1 all of it, and fails where it cannot.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -29,11 +30,24 @@ PACKAGE_DIR = {
 ARCHITECTURES = ("80", "90a", "100a")
 SOURCES = ("csrc/gather.cu", "csrc/ops.cpp")
 
+# cpu.cpp is compiled once for each set of instructions; by the names that PyTorch has for them, so that it can choose
+CPU_SOURCE = "csrc/cpu.cpp"
+CPU_FLAGS = {
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+}
+if platform.machine() not in ("x86_64", "AMD64"):
+    CPU_FLAGS = {"default": ()}  # NEON is part of every aarch64
+
 
 def find_nvcc() -> str | None:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     folders = os.pathsep.join([*(os.path.join(home, "bin") for home in homes), os.environ.get("PATH", "")])
     return shutil.which("nvcc", path=os.pathsep.join([folders, "/usr/local/cuda/bin"]))
+
+
+def find_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
 
 
 def find_torch() -> Path | None:
@@ -56,18 +70,39 @@ def extensions() -> list[Extension]:
     wish = os.environ.get("STROP_BUILD_CSRC", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"STROP_BUILD_CSRC must be 0 or 1, got {wish!r}")
-    nvcc, torch = find_nvcc(), find_torch()
-    if wish == "1" and not nvcc:
-        sys.exit("STROP_BUILD_CSRC=1: no nvcc on PATH or in CUDA_HOME")
-    if wish == "1" and not torch:
-        sys.exit("STROP_BUILD_CSRC=1: no PyTorch to compile against; install it first")
-    if wish == "0" or not nvcc or not torch:
-        return []
-    of_nvcc, of_torch = cuda_major(nvcc, torch)
-    if wish == "" and (of_torch is None or of_nvcc != of_torch):
+    nvcc, torch, compiler = find_nvcc(), find_torch(), find_compiler()
+    if wish == "1":
+        needed = {
+            "no nvcc on PATH or in CUDA_HOME": nvcc,
+            "no C++ compiler on PATH or in CXX": compiler,
+            "no PyTorch to compile against; install it first": torch,
+        }
+        for missing, found in needed.items():
+            if not found:
+                sys.exit(f"STROP_BUILD_CSRC=1: {missing}")
+    if wish == "0" or not torch:
         return []
     # optional: an install that did not ask for it goes on without it when the compiler fails
-    return [Extension("strop.kernels._csrc", list(SOURCES), optional=wish == "")]
+    optional = wish == ""
+    found = [Extension(f"strop.kernels._cpu_{name}", [CPU_SOURCE], optional=optional) for name in CPU_FLAGS if compiler]
+    of_nvcc, of_torch = cuda_major(nvcc, torch) if nvcc else (None, None)
+    if nvcc and (wish == "1" or (of_torch is not None and of_nvcc == of_torch)):
+        found.append(Extension("strop.kernels._csrc", list(SOURCES), optional=optional))
+    return found
+
+
+# the interface of PyTorch 2.11, which later ones keep
+STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def compile_cpu(name: str, out: Path) -> None:
+    """cpu.cpp for the instructions `name`. Raises CompileError with what the compiler said."""
+    torch = find_torch()
+    # loops as csrc/cpu.cpp marks them become vectors, without OpenMP: threads are PyTorch's own
+    command = [find_compiler(), "-shared", "-fPIC", "-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd"]
+    command += ["-fno-math-errno", "-fno-trapping-math", *CPU_FLAGS[name], STABLE, f"-I{torch / 'include'}"]
+    command += [str(HERE / CPU_SOURCE), f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-o", str(out)]
+    _run(command)
 
 
 def compile_csrc(out: Path) -> None:
@@ -75,18 +110,22 @@ def compile_csrc(out: Path) -> None:
     torch = find_torch()
     command = [find_nvcc(), "-shared", "-O3", "-std=c++17", "--threads", "2"]
     command += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
-    # the interface of PyTorch 2.11, which later ones keep; a CPU build's libtorch has no CUDA part, so only libtorch is
-    # named, and what it links to holds all symbols wherever the library is loaded
-    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    # a CPU build's libtorch has no CUDA part, so only libtorch is named, and what it links to holds all symbols
+    # wherever the library is loaded
+    command += ["-DUSE_CUDA", STABLE, "-Xcompiler=-fPIC,-fvisibility=hidden"]
     command += [f"-I{torch / 'include'}", *(str(HERE / source) for source in SOURCES), f"-L{torch / 'lib'}"]
     command += ["-Xlinker=--no-as-needed,--exclude-libs,ALL", "-ltorch", "-o", str(out)]
+    _run(command)
+
+
+def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CompileError(f"csrc does not compile: {' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 class BuildCsrc(build_ext):
-    """compile_csrc in place of setuptools' compiler."""
+    """compile_cpu and compile_csrc in place of setuptools' compiler."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # no Python module: torch.ops.load_library takes it, whatever the version of Python
@@ -95,7 +134,10 @@ class BuildCsrc(build_ext):
     def build_extension(self, extension: Extension) -> None:
         out = Path(self.get_ext_fullpath(extension.name))
         out.parent.mkdir(parents=True, exist_ok=True)
-        compile_csrc(out)
+        if "_cpu_" in extension.name:
+            compile_cpu(extension.name.rpartition("_cpu_")[2], out)
+        else:
+            compile_csrc(out)
 
 
 if __name__ == "__main__":

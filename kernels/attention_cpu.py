@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import _cpu
 from .layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -79,62 +80,95 @@ def _written_out_backward(
     """For 16-bit inputs: the scores of equally large blocks are written out in fp32, block by block in the cache.
 
     The query heads of a key head are stacked as rows, [.., r * N, D], so that every product is one batched call and
-    sums over them.
+    sums over them. What is not a product csrc/cpu.cpp does in one pass each, or PyTorch in several.
     """
-    wide, (heads, tokens), key_heads = lse.dtype, lse.shape[1:], k.shape[1]
-    delta = (grad_out.to(wide) * out).sum(-1)[0]
-    grads = tuple(x.new_zeros(tokens, *x.shape[1::2], dtype=wide) for x in (q, k, v))
-    numbers = tuple(x.mT.contiguous().unsqueeze(2) for x in (lse[0], delta))
-    by_token = tuple(x[0].transpose(0, 1) for x in (q, grad_out, k, v))
+    fused = _cpu.takes(grad_out, q, k, v, out)
+    (heads, tokens), key_heads = lse.shape[1:], k.shape[1]
+    grads = tuple(lse.new_zeros(tokens, *x.shape[1::2]) for x in (q, k, v))
+    delta = _row_dot(grad_out, out, lse.dtype, fused)
+    lse = lse[0].mT.contiguous()
     for batch in _batches(groups.prompt_bounds, groups.completion_bounds, groups.completion_group, heads):
         (count, rows), keys = batch.rows.shape, batch.keys.shape[1]
-        q_rows, grad_rows = (batch.of_rows(x, key_heads) for x in by_token[:2])
-        k_keys, v_keys = (batch.of_keys(x) for x in by_token[2:])
-        lse_rows, delta_rows = (batch.of_rows(x, key_heads) for x in numbers)
+        q_rows, grad_rows = (_stacked(x, batch.rows, key_heads, lse.dtype, fused) for x in (q, grad_out))
+        k_keys, v_keys = (_stacked(x, batch.keys, key_heads, lse.dtype, fused) for x in (k, v))
         with _matrix_unit(q.dtype == torch.bfloat16 and rows * keys >= _LARGE):
-            weights = torch.bmm(q_rows, k_keys.mT).mul_(scale).sub_(lse_rows).exp_()
-            if batch.hidden is not None:
-                weights.view(count, heads, rows, keys).masked_fill_(batch.hidden.unsqueeze(1), 0.0)
-            grad_scores = torch.bmm(grad_rows, v_keys.mT).sub_(delta_rows).mul_(weights)
+            weights, grad_scores = torch.bmm(q_rows, k_keys.mT), torch.bmm(grad_rows, v_keys.mT)
+            _softmax_backward(weights, grad_scores, lse, delta, batch, scale, fused)
             shares = (
                 torch.bmm(grad_scores, k_keys).view(count, heads, rows, -1),
                 torch.bmm(grad_scores.mT, q_rows).view(count, key_heads, keys, -1),
                 torch.bmm(weights.mT, grad_rows).view(count, key_heads, keys, -1),
             )
-        for i, spans in enumerate(batch.spans):
-            for grad, share, (start, end) in zip(grads, shares, (spans[0], spans[1], spans[1]), strict=True):
-                grad[start:end] += share[i, :, : end - start].transpose(0, 1)
-    for grad in grads[:2]:
-        grad.mul_(scale)
+        for grad, share, bounds in zip(grads, shares, (batch.row_bounds, *(batch.key_bounds,) * 2), strict=True):
+            _add_rows(grad, share, bounds, fused)
     return tuple(grad.to(x.dtype).transpose(0, 1)[None] for grad, x in zip(grads, (q, k, v), strict=True))
+
+
+def _row_dot(grad_out: Tensor, out: Tensor, dtype: torch.dtype, fused: bool) -> Tensor:
+    """Sums of products of rows: two [1, H, T, D] to [T, H]."""
+    if not fused:
+        return (grad_out.to(dtype) * out).sum(-1)[0].mT.contiguous()
+    delta = out.new_empty(out.shape[2], out.shape[1], dtype=dtype)
+    torch.ops.strop.cpu_row_dot(_dense_rows(grad_out)[0], _dense_rows(out)[0], delta)
+    return delta
+
+
+def _stacked(x: Tensor, rows: Tensor, key_heads: int, dtype: torch.dtype, fused: bool) -> Tensor:
+    """[1, H, T, D] at rows [B, N] to [B * Hkv, r * N, D]: the r heads of a key head stacked."""
+    (_, heads, _, size), (count, length) = x.shape, rows.shape
+    stacked = x.new_empty(count * key_heads, heads // key_heads * length, size, dtype=dtype)
+    if fused:
+        torch.ops.strop.cpu_stack_rows(_dense_rows(x)[0], rows, stacked)
+    else:
+        picked = x[0].transpose(0, 1).index_select(0, rows.view(-1)).view(count, length, heads, size)
+        stacked.view(count, heads, length, size).copy_(picked.transpose(1, 2))
+    return stacked
+
+
+def _softmax_backward(
+    scores: Tensor, grad_weights: Tensor, lse: Tensor, delta: Tensor, batch: _Batch, scale: float, fused: bool
+) -> None:
+    """In place: scores [B * Hkv, r * N, M] to softmax weights, the weights' gradient to that of q k^T.
+
+    lse and delta [T, H] of the queries. What a query does not see has weight 0.
+    """
+    if fused:
+        torch.ops.strop.cpu_softmax_backward(scores, grad_weights, lse, delta, batch.rows, batch.visible, scale)
+        return
+    (count, rows), keys = batch.rows.shape, batch.keys.shape[1]
+    lse_rows, delta_rows = (x[batch.rows].transpose(1, 2).reshape(*scores.shape[:2], 1) for x in (lse, delta))
+    scores.mul_(scale).sub_(lse_rows).exp_()
+    hidden = torch.arange(keys) >= batch.visible.unsqueeze(2)
+    scores.view(count, -1, rows, keys).masked_fill_(hidden.unsqueeze(1), 0.0)
+    grad_weights.sub_(delta_rows).mul_(scores).mul_(scale)
+
+
+def _add_rows(total: Tensor, share: Tensor, bounds: Tensor, fused: bool) -> None:
+    """total [T, H, D] += share [B, H, N, D] at the rows from bounds[b, 0] to bounds[b, 1]."""
+    if fused:
+        torch.ops.strop.cpu_add_rows(share, bounds, total)
+        return
+    for block, (start, end) in zip(share, bounds.tolist(), strict=True):
+        total[start:end] += block[:, : end - start].transpose(0, 1)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
 class _Batch:
     """Blocks of attention scores of one padded size: B blocks of N query rows by M keys.
 
-    rows [B, N], keys [B, M]: int64 row offsets; padding repeats row 0. hidden [B, N, M] bool, None if all is visible.
-    spans: per block the half-open row ranges of its queries and of its keys.
+    rows [B, N], keys [B, M]: int64 row offsets; padding repeats row 0. visible [B, N] int64: how many of its block's
+    keys a query sees, 0 for padding. row_bounds, key_bounds [B, 2] int64: half-open ranges of rows.
     """
 
     rows: Tensor
     keys: Tensor
-    hidden: Tensor | None
-    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
-
-    def of_rows(self, x: Tensor, key_heads: int) -> Tensor:
-        """[T, H, D] to at least fp32 [B * Hkv, r * N, D]: the r query heads of a key head stacked."""
-        (count, rows), (_, heads, size) = self.rows.shape, x.shape
-        x = x.index_select(0, self.rows.view(-1)).view(count, rows, key_heads, heads // key_heads, size)
-        return _wide(x.permute(0, 2, 3, 1, 4)).reshape(count * key_heads, -1, size)
-
-    def of_keys(self, x: Tensor) -> Tensor:
-        """[T, Hkv, D] to at least fp32 [B * Hkv, M, D]."""
-        return _wide(x.index_select(0, self.keys.view(-1)).unflatten(0, self.keys.shape).transpose(1, 2)).flatten(0, 1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+    visible: Tensor
+    row_bounds: Tensor
+    key_bounds: Tensor
 
 
 @lru_cache(maxsize=8)  # the layers of a model ask for the same batches
@@ -158,15 +192,18 @@ def _batches(prompt_bounds, completion_bounds, completion_group, heads: int) -> 
 
 
 def _batch(blocks: list, rows: int, keys: int) -> _Batch:
-    row_bounds, key_bounds = (torch.tensor([span[side] for span, _ in blocks]) for side in (0, 1))
-    is_causal = torch.tensor([causal for _, causal in blocks])
+    row_bounds, key_bounds = (torch.tensor([spans[side] for spans, _ in blocks]) for side in (0, 1))
+    is_causal = torch.tensor([causal for _, causal in blocks]).unsqueeze(1)
     row_index, key_index = row_bounds[:, :1] + torch.arange(rows), key_bounds[:, :1] + torch.arange(keys)
-    outside = (row_index >= row_bounds[:, 1:]).unsqueeze(2) | (key_index >= key_bounds[:, 1:]).unsqueeze(1)
-    later = (key_index.unsqueeze(1) > row_index.unsqueeze(2)) & is_causal.view(-1, 1, 1)
-    hidden = outside | later
-    row_index[row_index >= row_bounds[:, 1:]] = 0
-    key_index[key_index >= key_bounds[:, 1:]] = 0
-    return _Batch(row_index, key_index, hidden if bool(hidden.any()) else None, tuple(span for span, _ in blocks))
+    row_is_padding, key_is_padding = row_index >= row_bounds[:, 1:], key_index >= key_bounds[:, 1:]
+    visible = torch.where(is_causal, row_index + 1, key_bounds[:, 1:]) - key_bounds[:, :1]
+    return _Batch(
+        rows=row_index.masked_fill_(row_is_padding, 0),
+        keys=key_index.masked_fill_(key_is_padding, 0),
+        visible=visible.masked_fill_(row_is_padding, 0),
+        row_bounds=row_bounds,
+        key_bounds=key_bounds,
+    )
 
 
 @contextmanager

@@ -1,28 +1,35 @@
-"""RMSNorm and SwiGLU for the CPU, keeping for the backward what they read and nothing they made.
+"""RMSNorm, SwiGLU and rotary embeddings for the CPU: one pass over memory each way, and for the backward only what they
+read is kept, nothing they made.
 
-PyTorch's own composition writes every intermediate to memory and keeps most of them until the backward. Here rows go
-through a scratch buffer that stays in a core's cache, and the backward computes the rest again. On a GPU Liger's
-kernels do this; they need Triton.
+csrc/cpu.cpp does the work, and rounds on the way where transformers' own layers do. Where it has no operators
+(`available`) the plain functions of strop.kernels.reference do it. On a GPU Liger's kernels do.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of fp32 scratch that stay in a core's own cache.
-_BLOCK_ELEMENTS = 1 << 18
+from . import _cpu, reference
+
+# Rows of which csrc/cpu.cpp sums the weight's gradient by itself.
+_NORM_BLOCK = 64
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether csrc/cpu.cpp was built and has operators for these: on the CPU, all bf16 or all fp32."""
+    return _cpu.takes(*tensors)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * (x / sqrt(mean(x^2) + eps)), arXiv 1910.07467, rounded to x's dtype before the product as Llama does.
 
-    x [..., D] bf16, fp16, fp32 or fp64; weight [D] of its dtype. Statistics in fp32 at least.
+    x [..., D] and weight [D] of one dtype. Statistics in fp32, for fp64 in fp64.
     """
+    if not available(x, weight):
+        return reference.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -31,27 +38,27 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
     Returns [..., D].
     """
+    if not available(gate, up, weight):
+        return reference.swiglu_linear(gate, up, weight)
     return _SwiGLULinear.apply(gate, up, weight)
 
 
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // width)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin, arXiv 2104.09864 with the two halves of a head as pairs, as transformers has it.
+
+    x [1, H, T, D], cos and sin [1, T, D] of one dtype. Gradients for x only.
+    """
+    if not available(x, cos, sin):
+        return reference.rotary(x, cos.detach(), sin.detach())
+    return _Rotary.apply(x, cos, sin)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out = torch.empty_like(flat)
-        inverse = flat.new_empty(flat.shape[0], 1, dtype=wide)
-        for block in _blocks(*flat.shape):
-            rows = flat[block].to(wide, copy=True)
-            mean_square = torch.linalg.vecdot(rows, rows).div_(flat.shape[1]).unsqueeze(1)
-            torch.rsqrt(mean_square.add_(eps), out=inverse[block])
-            out[block] = rows.mul_(inverse[block])
-            out[block] *= weight
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        out, inverse = torch.empty_like(flat), flat.new_empty(flat.shape[0], dtype=torch.float32)
+        torch.ops.strop.cpu_rms_norm(flat, weight, eps, out, inverse)
         ctx.save_for_backward(flat, weight, inverse)
         return out.view(x.shape)
 
@@ -59,38 +66,49 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         flat, weight, inverse = ctx.saved_tensors
-        flat_grad = grad.reshape(flat.shape)
-        grad_x = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        grad_weight = inverse.new_zeros(weight.shape) if ctx.needs_input_grad[1] else None
-        wide_weight = weight.to(inverse.dtype)
-        for block in _blocks(*flat.shape):
-            normal = flat[block].to(inverse.dtype, copy=True).mul_(inverse[block])
-            upstream = flat_grad[block].to(inverse.dtype, copy=True)
-            product = normal * upstream
-            if grad_weight is not None:
-                grad_weight += product.sum(0)
-            if grad_x is not None:
-                pull = torch.mv(product, wide_weight).div_(flat.shape[1]).unsqueeze(1)
-                grad_x[block] = upstream.mul_(wide_weight).sub_(normal.mul_(pull)).mul_(inverse[block])
-        grad_x = None if grad_x is None else grad_x.view(grad.shape)
-        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        grad_x = torch.empty_like(flat)
+        of_blocks = inverse.new_empty(-(-flat.shape[0] // _NORM_BLOCK), flat.shape[1])
+        flat_grad = grad.reshape(flat.shape).contiguous()
+        torch.ops.strop.cpu_rms_norm_backward(flat_grad, flat, weight, inverse, grad_x, of_blocks)
+        return grad_x.view(grad.shape), of_blocks.sum(0).to(weight.dtype), None
 
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        product = torch.empty_like(gate)
+        torch.ops.strop.cpu_silu_mul(gate, up, product)
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate).mul_(up), weight)
+        return F.linear(product, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up, weight = ctx.saved_tensors
-        grad_weight = None
-        active = F.silu(gate)
-        if ctx.needs_input_grad[2]:
-            product = (active * up).flatten(0, -2)
-            grad_weight = grad.flatten(0, -2).mT @ product
-        upstream = grad @ weight
-        grad_up = active.mul_(upstream)
-        return torch.ops.aten.silu_backward(upstream.mul_(up), gate), grad_up, grad_weight
+        product, grad_gate, grad_up = (torch.empty_like(gate) for _ in range(3))
+        torch.ops.strop.cpu_silu_mul_backward(grad @ weight, gate, up, product, grad_gate, grad_up)
+        needs_weight = ctx.needs_input_grad[2]
+        grad_weight = grad.flatten(0, -2).mT @ product.flatten(0, -2) if needs_weight else None
+        return grad_gate, grad_up, grad_weight
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _rotate(grad, *ctx.saved_tensors, True), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    # heads of a token side by side, as the projections that these come from, or go to, have them
+    turned = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    torch.ops.strop.cpu_rotate(x[0], cos.contiguous(), sin.contiguous(), back, turned[0])
+    return turned

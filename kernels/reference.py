@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import PackedGroups
@@ -85,3 +86,20 @@ def logit_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> dic
         "log_sum_p2": (2 * logp).logsumexp(-1),
     }
     return {name: value.where(kept, 0.0) for name, value in stats.items()}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight [D] * (x [..., D] / sqrt(mean(x^2) + eps)), arXiv 1910.07467, rounded to x's dtype before the product."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """(silu(gate [..., F]) * up [..., F]) @ weight [D, F].T, arXiv 2002.05202."""
+    return F.linear(F.silu(gate) * up, weight)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, H, T, D] turned by cos and sin [1, T, D], arXiv 2104.09864 with a head's halves as pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)

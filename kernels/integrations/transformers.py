@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from types import MethodType
+import sys
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType, ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from .. import layers
 from ..attention import prefix_attention
-from ..layers import rms_norm, swiglu_linear
 from ..layout import PackedGroups
 
 NAME = "strop"
@@ -79,46 +83,98 @@ def attention_forward(
 
 
 def fuse_layers(model: nn.Module) -> dict[str, int]:
-    """Let the model's RMSNorms and SwiGLU blocks run fused, in place; values stay, time and memory shrink.
+    """Let the model's RMSNorms, SwiGLU blocks and rotary embeddings run fused, in place; values stay, time and memory
+    shrink.
 
-    On a GPU this is Liger's doing (RoPE included), where it is installed and knows the model. On the CPU every module
-    that computes what strop.kernels.layers does is found by trying it on random rows. Returns how many were found,
-    by kind.
+    On a GPU this is Liger's doing, where it is installed and knows the model. On the CPU, where csrc/cpu.cpp was
+    built, every module that computes what strop.kernels.layers does is found by trying it on random rows. Rotary
+    embeddings are a function of the model's Python module, which all its models then share. Returns how many were
+    found, by kind.
     """
     if next(model.parameters()).is_cuda:
         return _fuse_with_liger(model)
-    found = {"rms_norm": 0, "swiglu": 0}
+    if not layers.available(next(model.parameters())):
+        return {}
+    found = {"rms_norm": 0, "swiglu": 0, "rotary": 0}
     for module in model.modules():
-        if _same(module, _norm_forward, getattr(module, "weight", None), "variance_epsilon"):
+        if _found(_is_rms_norm, module):
             module.forward = MethodType(_norm_forward, module)
             found["rms_norm"] += 1
-        elif _same(module, _swiglu_forward, getattr(getattr(module, "gate_proj", None), "weight", None), "act_fn"):
+        elif _found(_is_swiglu, module):
             module.forward = MethodType(_swiglu_forward, module)
             found["swiglu"] += 1
+    for name in {type(module).__module__ for module in model.modules()}:
+        found["rotary"] += _fuse_rotary(sys.modules[name])
     return found
 
 
 def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return layers.rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
 def _swiglu_forward(module: nn.Module, x: Tensor) -> Tensor:
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
     if type(down) is nn.Linear and down.bias is None:
-        return swiglu_linear(gate, up, down.weight)
+        return layers.swiglu_linear(gate, up, down.weight)
     return down(module.act_fn(gate) * up)  # an adapter, or a bias
 
 
 @torch.no_grad()
-def _same(module: nn.Module, forward, weight: Tensor | None, attribute: str) -> bool:
-    """Whether the module has what `forward` needs and gives the same bits on random rows."""
-    if not isinstance(weight, Tensor) or weight.dim() not in (1, 2) or not hasattr(module, attribute):
-        return False
-    rows = torch.randn(3, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+def _found(check: Callable[[nn.Module], bool], module: nn.Module) -> bool:
     try:
-        return torch.equal(module(rows), forward(module, rows))
-    except (AttributeError, TypeError, RuntimeError):
+        return check(module)
+    except (AttributeError, TypeError, RuntimeError):  # one that wants other inputs
         return False
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether it gives the same bits. The rows are small whole numbers: no order of adding squares rounds them."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
+        return False
+    rows = torch.randint(-8, 9, (3, len(weight)), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    return torch.equal(module(rows), _norm_forward(module, rows))
+
+
+def _is_swiglu(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
+    if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(parts[0], nn.Linear):
+        return False
+    weight, act = parts[0].weight, parts[3]
+    rows = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    return torch.equal(act(4 * rows), F.silu(4 * rows)) and _close(_swiglu_forward(module, rows), module(rows))
+
+
+def _fuse_rotary(home: ModuleType) -> bool:
+    """Put layers.rotary into a module's apply_rotary_pos_emb; whether it is there. What it cannot do goes on to the
+    function that was there."""
+    plain = getattr(home, "apply_rotary_pos_emb", None)
+    if plain is None or hasattr(plain, "is_fused"):
+        return plain is not None
+
+    @wraps(plain)
+    def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **options):
+        fits = q.dim() == 4 and q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
+        if fits and q.shape[2:] == k.shape[2:] and not rest and not options and layers.available(q, k, cos, sin):
+            return layers.rotary(q, cos, sin), layers.rotary(k, cos, sin)
+        return plain(q, k, cos, sin, *rest, **options)
+
+    fused.is_fused = True
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 5, 16), (1, 2, 5, 16), (1, 5, 16), (1, 5, 16)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    try:
+        same = all(_close(a, b) for a, b in zip(fused(*tensors), plain(*tensors), strict=True))
+    except (TypeError, ValueError, RuntimeError):  # another signature
+        return False
+    if same:
+        home.apply_rotary_pos_emb = fused
+    return same
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether they differ by rounding."""
+    return a.shape == b.shape and bool((a - b).norm() <= torch.finfo(b.dtype).eps * b.norm())
 
 
 def _fuse_with_liger(model: nn.Module) -> dict[str, int]:

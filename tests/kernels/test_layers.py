@@ -1,23 +1,42 @@
-"""RMSNorm and SwiGLU of the CPU: transformers' own values, gradients no further from fp64 than PyTorch's."""
+"""RMSNorm, SwiGLU and rotary embeddings of the CPU: transformers' own values, no further from fp64 than PyTorch's, with
+csrc/cpu.cpp and without it."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from strop.kernels import _cpu, layers, reference
 from strop.kernels.integrations.transformers import fuse_layers
-from strop.kernels.layers import rms_norm, swiglu_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED = {"rms_norm": 5, "swiglu": 2, "rotary": 1}
+
+
+@pytest.fixture(params=["csrc", "plain"])
+def path(request, monkeypatch) -> str:
+    if request.param == "plain":
+        monkeypatch.setattr(_cpu, "load", lambda: False)
+    elif not _cpu.load():
+        pytest.skip("csrc/cpu.cpp was not built for this processor")
+    return request.param
+
+
+@pytest.fixture
+def library() -> None:
+    if not _cpu.load():
+        pytest.skip("csrc/cpu.cpp was not built for this processor")
 
 
 def plain_norm(x, weight, eps):
-    norm = LlamaRMSNorm(x.shape[-1], eps).to(x.dtype)
-    norm.weight = nn.Parameter(weight)
     if x.dtype == torch.float64:  # transformers' own computes in fp32 whatever comes in
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    norm = LlamaRMSNorm(x.shape[-1], eps).to(x.dtype)
     return torch.func.functional_call(norm, {"weight": weight}, (x,))
 
 
@@ -25,79 +44,207 @@ def plain_swiglu(gate, up, weight):
     return F.linear(F.silu(gate) * up, weight)
 
 
-def gradients(function, inputs, upstream, *rest):
+def plain_rotary(x, cos, sin):
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def results(function, inputs, upstream, *rest):
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     out = function(*inputs, *rest)
-    return out.detach(), torch.autograd.grad(out, inputs, upstream.to(out.dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 7, 24), (1, 1, 576), (2, 600, 576), (1, 5, 3, 64), (1, 0, 8)])
-def test_rms_norm(dtype, shape):
-    torch.manual_seed(0)
-    x, weight, upstream = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype), torch.randn(shape).to(dtype)
-    compare(rms_norm, plain_norm, (x, weight), upstream, 1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 7, 24), (1, 1, 1536), (2, 300, 96), (1, 0, 8)])
-def test_swiglu_linear(dtype, shape):
-    torch.manual_seed(0)
-    gate, up = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    weight, upstream = torch.randn(16, shape[-1]).to(dtype), torch.randn(*shape[:-1], 16).to(dtype)
-    compare(swiglu_linear, plain_swiglu, (gate, up, weight), upstream)
+    return [out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
 
 
 def compare(ours, plain, inputs, upstream, *rest):
-    out, found = gradients(ours, inputs, upstream, *rest)
-    plain_out, plain_found = gradients(plain, inputs, upstream, *rest)
-    truth = gradients(plain, [x.double() for x in inputs], upstream.double(), *rest)[1]
-    assert torch.equal(out, plain_out)
-    for mine, theirs, exact in zip(found, plain_found, truth, strict=True):
-        allowed = 2 * (theirs.double() - exact).norm() + 1e-7 * exact.norm()
-        assert (mine.double() - exact).norm() <= allowed
+    truths = results(plain, [x.double() for x in inputs], upstream.double(), *[_double(x) for x in rest])
+    for mine, theirs, truth in zip(
+        results(ours, inputs, upstream, *rest), results(plain, inputs, upstream, *rest), truths, strict=True
+    ):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        allowed = 2 * (theirs.double() - truth).norm() + 1e-7 * truth.norm()
+        assert (mine.double() - truth).norm() <= allowed
 
 
-def test_frozen_inputs_get_no_gradient():
+def _double(x):
+    return x.double() if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7, 24), (1, 1, 576), (2, 600, 576), (1, 5, 3, 64), (4, 3), (1, 0, 8)])
+def test_rms_norm(path, dtype, shape):
+    torch.manual_seed(0)
+    x, weight, upstream = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype), torch.randn(shape).to(dtype)
+    compare(layers.rms_norm, plain_norm, (x, weight), upstream, 1e-5)
+    rows, grad = x.transpose(0, -2), upstream.transpose(0, -2)  # not contiguous
+    compare(layers.rms_norm, plain_norm, (rows, weight), grad, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 7, 24), (1, 1, 1536), (2, 300, 96), (5, 1), (1, 0, 8)])
+def test_swiglu_linear(path, dtype, shape):
+    torch.manual_seed(0)
+    gate, up = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    weight, upstream = torch.randn(16, shape[-1]).to(dtype), torch.randn(*shape[:-1], 16).to(dtype)
+    compare(layers.swiglu_linear, plain_swiglu, (gate, up, weight), upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 9, 300, 64), (1, 1, 1, 2), (1, 3, 7, 10), (1, 2, 0, 8)])
+def test_rotary(path, dtype, shape):
+    """cos and sin of the two halves differ, as no model's do: the backward is the transposed map, whatever they are."""
+    torch.manual_seed(0)
+    by_token = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
+    cos, sin = (torch.randn(1, *shape[2:]).to(dtype) for _ in range(2))
+    for x in (by_token, by_token.contiguous(), by_token.mT.contiguous().mT):
+        compare(lambda x: layers.rotary(x, cos, sin), lambda x: plain_rotary(x, cos.to(x), sin.to(x)), (x,), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_transformers_own(dtype):
+    x, weight = torch.randn(3, 24).to(dtype), torch.randn(24).to(dtype)
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), plain_norm(x, weight, 1e-5))
+    q, cos, sin = torch.randn(1, 3, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype)
+    assert torch.equal(reference.rotary(q, cos, sin), modeling_llama.apply_rotary_pos_emb(q, q, cos, sin)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_stay_so(library, dtype):
+    values = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-40, 0.0, -0.0, 88.5, -88.5, 104.0, -104.0])
+    gate = values.to(dtype)
+    product = torch.empty_like(gate)
+    torch.ops.strop.cpu_silu_mul(gate, torch.ones_like(gate), product)
+    torch.testing.assert_close(product, F.silu(gate), equal_nan=True)
+    rows = torch.stack([values, torch.ones(12), torch.full((12,), 1e30)]).to(dtype)
+    weight = torch.ones(12, dtype=dtype)
+    torch.testing.assert_close(layers.rms_norm(rows, weight, 1e-5), plain_norm(rows, weight, 1e-5), equal_nan=True)
+
+
+def test_the_exponential_is_exact_to_two_units_in_the_last_place(library):
+    """Over all that the softmax asks it for: score 1 x x - lse 0."""
+    x = torch.cat([torch.linspace(-87, 0, 100_000), torch.linspace(-1e-3, 0, 1000), torch.tensor([-87.5, -1e4])])
+    found, ones, zero = x.clone().view(1, -1), torch.ones(1, len(x)), torch.zeros(1, 1)
+    where = torch.zeros(1, 1, dtype=torch.int64)
+    torch.ops.strop.cpu_softmax_backward(found, ones, zero, zero, where, where + len(x), 1.0)
+    truth = x.double().exp()
+    assert ((found[0].double() - truth).abs() <= 2 * 2**-23 * truth + 1.2e-38).all()
+    assert torch.equal(ones, found)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(library):
+    torch.manual_seed(0)
+    x, weight, upstream = torch.randn(700, 96).bfloat16(), torch.randn(96).bfloat16(), torch.randn(700, 96).bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(layers.rms_norm, (x, weight), upstream, 1e-5))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("silu_mul", (torch.ones(4), torch.ones(5), torch.ones(4)), "up has the wrong"),
+        ("silu_mul", (torch.ones(4), torch.ones(4).half(), torch.ones(4)), "up has the wrong"),
+        ("silu_mul", (torch.ones(4), torch.ones(4), torch.ones(4, 2)[:, 0]), "product has the wrong"),
+        ("silu_mul", (torch.ones(4).double(),) * 3, "bf16 or fp32"),
+        ("rms_norm", (torch.ones(2, 3), torch.ones(3), 1e-5, torch.ones(2, 3), torch.ones(3)), "inverse has the wrong"),
+        ("rotate", (torch.ones(1, 2, 3), torch.ones(2, 3), torch.ones(2, 3), False, torch.ones(1, 2, 3)), "even"),
+    ],
+)
+def test_what_does_not_fit_raises(library, name, arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.strop, f"cpu_{name}")(*arguments)
+
+
+def test_frozen_inputs_get_no_gradient(path):
     x, weight = torch.randn(3, 8), torch.randn(8, requires_grad=True)
-    rms_norm(x, weight, 1e-5).sum().backward()
+    layers.rms_norm(x, weight, 1e-5).sum().backward()
     assert weight.grad is not None and x.grad is None
     gate, frozen = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8)
-    swiglu_linear(gate, torch.randn(3, 8), frozen).sum().backward()
+    layers.swiglu_linear(gate, torch.randn(3, 8), frozen).sum().backward()
     assert gate.grad is not None and frozen.grad is None
 
 
-def test_a_fused_model_gives_the_same_bits_and_gradients():
+@pytest.fixture
+def own_rotary(monkeypatch):
+    """transformers' function as it is, before and after the test."""
+    plain = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", getattr(plain, "__wrapped__", plain))
+
+
+def tiny_llama() -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=40,
+        )
     )
-    model = LlamaForCausalLM(config)
-    ids = torch.randint(40, (1, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_model_gives_the_same_values_and_gradients(library, own_rotary, dtype):
+    model, ids = tiny_llama().to(dtype), torch.randint(40, (1, 9))
 
     def run():
         model.zero_grad()
         logits = model(ids).logits
-        logits.square().sum().backward()
-        return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+        logits.float().square().sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    logits, grads = run()
-    assert fuse_layers(model) == {"rms_norm": 5, "swiglu": 2}
-    fused_logits, fused_grads = run()
-    assert torch.equal(logits, fused_logits)
-    for name, grad in grads.items():
-        torch.testing.assert_close(fused_grads[name], grad, rtol=1e-4, atol=1e-4 * grad.abs().max().item())
+    expected = run()
+    assert fuse_layers(model) == FUSED
+    tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for found, value in zip(run(), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance * value.abs().max().item())
 
 
-def test_what_computes_something_else_is_left_alone():
+def test_without_the_library_a_model_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(_cpu, "load", lambda: False)
+    model = tiny_llama()
+    assert fuse_layers(model) == {}
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_in_fp16_stays_as_it_is(library):
+    assert fuse_layers(tiny_llama().half()) == {}
+
+
+def test_rotary_embeddings_of_several_rows_are_transformers_own(library, own_rotary):
+    plain = modeling_llama.apply_rotary_pos_emb
+    assert fuse_layers(tiny_llama()) == FUSED and fuse_layers(tiny_llama()) == FUSED
+    assert modeling_llama.apply_rotary_pos_emb.__wrapped__ is plain, "wrapped once"
+    q, k, cos = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 5, 8)
+    for found, value in zip(modeling_llama.apply_rotary_pos_emb(q, k, cos, cos), plain(q, k, cos, cos), strict=True):
+        assert torch.equal(found, value)
+
+
+def test_a_compiled_model_runs_fused(library, own_rotary):
+    model, ids = tiny_llama(), torch.randint(40, (1, 9))
+    fuse_layers(model)
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_computes_something_else_is_left_alone(library):
     class Gemma(LlamaRMSNorm):
         def forward(self, hidden_states):
             return super().forward(hidden_states) * 2
+
+    class Gated(LlamaRMSNorm):
+        def forward(self, hidden_states, gate):
+            return super().forward(hidden_states) * gate
 
     class Gelu(nn.Module):
         def __init__(self, bias=False):
@@ -113,8 +260,14 @@ def test_what_computes_something_else_is_left_alone():
             super().__init__(bias=True)
             self.act_fn = nn.SiLU()
 
-    assert fuse_layers(nn.ModuleList([Gemma(8), Gelu(), nn.LayerNorm(8)])) == {"rms_norm": 0, "swiglu": 0}
+    class Other(Biased):
+        def forward(self, x):
+            return super().forward(x) * 1.02
+
+    others = nn.ModuleList([Gemma(8), Gated(8), Gelu(), Other(), nn.LayerNorm(8)])
+    assert fuse_layers(others) == {"rms_norm": 0, "swiglu": 0, "rotary": 0}
+    assert fuse_layers(others.bfloat16()) == {"rms_norm": 0, "swiglu": 0, "rotary": 0}
     biased, x = Biased(), torch.randn(2, 8)
     expected = biased(x)
-    assert fuse_layers(nn.ModuleList([biased])) == {"rms_norm": 0, "swiglu": 1}
+    assert fuse_layers(nn.ModuleList([biased])) == {"rms_norm": 0, "swiglu": 1, "rotary": 0}
     assert torch.equal(biased(x), expected)

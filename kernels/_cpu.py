@@ -1,0 +1,49 @@
+"""csrc/cpu.cpp's operators, `torch.ops.strop.cpu_*`: where the library was built and the processor has what it needs.
+
+They write into tensors that their caller has made, so that all they have to say to torch.compile is that they return
+nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float32)
+OPERATORS = (
+    "rms_norm",
+    "rms_norm_backward",
+    "silu_mul",
+    "silu_mul_backward",
+    "rotate",
+    "row_dot",
+    "stack_rows",
+    "softmax_backward",
+    "add_rows",
+)
+
+
+@torch.compiler.assume_constant_result  # or torch.compile would look into it
+def load() -> bool:
+    """Load the library, once; False where none was built for this processor."""
+    return _load()
+
+
+@cache
+def _load() -> bool:
+    path = Path(__file__).with_name(f"_cpu_{torch.backends.cpu.get_cpu_capability().lower()}.so")
+    if not path.is_file():
+        return False
+    torch.ops.load_library(path)
+    for name in OPERATORS:
+        torch.library.register_fake(f"strop::cpu_{name}", lambda *_: None)
+    return True
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the library has operators for these: on the CPU, all bf16 or all fp32."""
+    first = tensors[0].dtype
+    return first in DTYPES and all(x.device.type == "cpu" and x.dtype == first for x in tensors) and load()
