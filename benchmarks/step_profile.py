@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         job = Job(model="SmolLM2-135M", task="dpo", prompt=prompt, completion=completion, rows=8, device="cpu",
                   max_tokens=8192, trl_tokens=2048)
         flops, step = strop_step(job, model_folder(job.model))
-        for _ in range(2):
+        for _ in range(4):  # until the C library holds all the memory that a step needs
             step()
         with profile(activities=[ProfilerActivity.CPU]) as prof:
             step()

@@ -60,7 +60,8 @@ def attention_backward(
 def _flash_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For fp32 and fp64, where flash attention's backward is exact enough and nothing is faster."""
+    """For fp32 and fp64, where nothing is faster. Where the softmax is sharp, the gradient of q of long rows errs 2.2
+    times as much as plain attention's, below 1e-5 of it; written out, that of v of short rows would, 2.5 times."""
     bounds = (groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
     grads = tuple(torch.zeros_like(x) for x in (q, k, v))
     parts = [(span, span, True) for span in _causal_spans(*bounds)]

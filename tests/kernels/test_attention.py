@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from strop.kernels import Group, PackedGroups, prefix_attention, reference
+from strop.kernels import Group, PackedGroups, _cpu, prefix_attention, reference
 
 OPTIONS = [
     {},
@@ -38,10 +38,28 @@ def test_equals_the_reference_in_fp64(options: dict, heads: int, kv_heads: int):
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, qkv, upstream), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, options: dict):
-    groups = _groups()
+def _long_groups() -> PackedGroups:
+    """Several blocks of queries a segment, and blocks of equal size in several groups."""
+    first, second = Group([1] * 250, [[2] * 61, [3] * 400, [4] * 200]), Group([1] * 250, [[2] * 61, [3]])
+    return PackedGroups.pack([first, second, Group([], [[5] * 9])])
+
+
+@pytest.fixture(params=["csrc", "plain"])
+def csrc(request, monkeypatch) -> None:
+    """With csrc/cpu.cpp's operators and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(_cpu, "load", lambda: False)
+    elif not _cpu.load():
+        pytest.skip("csrc/cpu.cpp was not built for this processor")
+
+
+CASES = [(_groups, dtype, options) for dtype in (torch.bfloat16, torch.float16, torch.float32) for options in OPTIONS]
+CASES += [(_long_groups, dtype, options) for dtype in (torch.bfloat16, torch.float16) for options in OPTIONS[:2]]
+
+
+@pytest.mark.parametrize(("make", "dtype", "options"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_error_is_at_most_twice_that_of_plain_pytorch(csrc, make, dtype: torch.dtype, options: dict):
+    groups = make()
     low = _qkv(groups, 6, 2, dtype)
     high = [x.detach().double().requires_grad_() for x in low]
     truth = reference.prefix_attention(*high, groups, **options)
@@ -55,6 +73,18 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, option
 
     for ours, plain in zip(errors(prefix_attention), errors(reference.prefix_attention), strict=True):
         assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_fp32_is_exact_to_1e_5(options: dict):
+    groups = _long_groups()
+    low = _qkv(groups, 6, 2, torch.float32)
+    high = [x.detach().double().requires_grad_() for x in low]
+    truth, out = reference.prefix_attention(*high, groups, **options), prefix_attention(*low, groups, **options)
+    upstream = torch.randn_like(out)
+    truths = [truth, *torch.autograd.grad(truth, high, upstream.double())]
+    for value, exact in zip([out, *torch.autograd.grad(out, low, upstream)], truths, strict=True):
+        assert (value.double() - exact).norm() <= 1e-5 * exact.norm()
 
 
 def test_no_token_sees_a_sibling_or_the_future():

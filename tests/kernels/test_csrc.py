@@ -1,7 +1,8 @@
-"""csrc/ without a GPU: its operators on CPU tensors with the kernels' own arithmetic, its machine code, its build. The
-same cases run on a GPU where the library was built."""
+"""csrc/ without a GPU: the operators for CUDA on CPU tensors with the kernels' own arithmetic, their machine code, and
+the build of all. The same cases run on a GPU where the library was built."""
 
 import math
+import platform
 import runpy
 import shutil
 import subprocess
@@ -331,31 +332,69 @@ for op in (torch.ops.strop.cuda_gather_forward.default, torch.ops.strop.cuda_gat
     assert backward.startswith("strop::cuda_gather_backward(Tensor grad,") and backward.endswith("-> () True")
 
 
+CPU = [f"_cpu_{name}" for name in (("avx2", "avx512") if platform.machine() == "x86_64" else ("default",))]
+
+
 @pytest.mark.parametrize(
-    ("wish", "of_nvcc", "of_torch", "built"),
+    ("wish", "of_nvcc", "of_torch", "compiler", "built"),
     [
-        ("", "13", "13", True),
-        ("", "13", "12", False),
-        ("", "13", None, False),
-        ("", None, "13", False),
-        ("0", "13", "13", False),
-        ("1", "13", None, True),
-        ("1", None, "13", "no nvcc"),
-        ("2", "13", "13", "must be 0 or 1"),
+        ("", "13", "13", True, [*CPU, "_csrc"]),
+        ("", "13", "12", True, CPU),
+        ("", "13", None, True, CPU),
+        ("", None, "13", True, CPU),
+        ("", None, "13", False, []),
+        ("0", "13", "13", True, []),
+        ("1", "13", None, True, [*CPU, "_csrc"]),
+        ("1", None, "13", True, "no nvcc"),
+        ("1", "13", "13", False, "no C\\+\\+ compiler"),
+        ("2", "13", "13", True, "must be 0 or 1"),
     ],
 )
-def test_what_setup_builds(monkeypatch, wish: str, of_nvcc: str | None, of_torch: str | None, built: bool | str):
+def test_what_setup_builds(monkeypatch, wish, of_nvcc, of_torch, compiler, built):
     setup = _setup()
     extensions = setup["extensions"]
     monkeypatch.setenv("STROP_BUILD_CSRC", wish)
-    monkeypatch.setitem(extensions.__globals__, "find_nvcc", lambda: of_nvcc and "nvcc")
-    monkeypatch.setitem(extensions.__globals__, "find_torch", lambda: ROOT)
+    for name, found in (("find_nvcc", of_nvcc and "nvcc"), ("find_compiler", compiler and "g++"), ("find_torch", ROOT)):
+        monkeypatch.setitem(extensions.__globals__, name, lambda found=found: found or None)
     monkeypatch.setitem(extensions.__globals__, "cuda_major", lambda *_: (of_nvcc, of_torch))
     if isinstance(built, str):
         with pytest.raises(SystemExit, match=built):
             extensions()
         return
-    assert [(x.name, x.optional) for x in extensions()] == ([("strop.kernels._csrc", wish == "")] if built else [])
+    assert [(x.name, x.optional) for x in extensions()] == [(f"strop.kernels.{name}", wish == "") for name in built]
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("_cpu_") for name in CPU])
+def test_every_set_of_instructions_compiles_and_has_all_operators(name: str, tmp_path: Path):
+    """Loaded in a process of its own; called only where this processor can do what it says."""
+    setup = _setup()
+    if not setup["find_compiler"]():
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "cpu.so"
+    setup["compile_cpu"](name, library)
+    runs = torch.backends.cpu.get_cpu_capability().lower() in (name, "avx512")
+    code = f"""
+import torch
+from strop.kernels import _cpu
+torch.ops.load_library({str(library)!r})
+assert all(hasattr(torch.ops.strop, "cpu_" + name) for name in _cpu.OPERATORS)
+x, out = torch.randn(1000), torch.empty(1000)
+if {runs}:
+    torch.ops.strop.cpu_silu_mul(x, x, out)
+    torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_compiler_that_fails_says_what_it_said(tmp_path: Path, monkeypatch):
+    setup = _setup()
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(setup["CompileError"], match="error: no such thing"):
+        setup["compile_cpu"](CPU[0].removeprefix("_cpu_"), tmp_path / "out.so")
 
 
 def test_setup_reads_the_cuda_of_nvcc_and_of_torch(tmp_path: Path):
