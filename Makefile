@@ -1,4 +1,4 @@
-# `make run` and `make test` set up all they need in .venv: Python >= 3.11, pip and a C compiler are enough.
+# `make run` and `make test` set up all they need in .venv: Python >= 3.11, pip, gcc and g++ are enough.
 
 PYTHON ?= python3
 VENV := .venv

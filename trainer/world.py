@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from strop.kernels.layers import available
+
 
 @dataclass(frozen=True)
 class World:
@@ -23,6 +25,13 @@ class World:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hardware(self) -> str:
+        """The kind of device and, where they lack, that a CPU's kernels were not built."""
+        if self.device.type != "cpu" or available(torch.empty(0)):
+            return self.device.type
+        return "cpu, without csrc/cpu.cpp: training is slower (with g++ installed, install Strop again)"
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -6,7 +6,7 @@ import torch
 from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strop.kernels import Group, linear_logprob
+from strop.kernels import Group, _cpu, linear_logprob
 from strop.trainer.batch import Example, collate
 from strop.trainer.engine import Engine, Scorer, learning_rate
 from strop.trainer.models import load_model
@@ -14,6 +14,7 @@ from strop.trainer.pairs import ReferenceTable, load_pairs
 from strop.trainer.stages.dpo import dpo
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.sft import load_examples, sft
+from strop.trainer.world import World
 
 CPU = torch.device("cpu")
 
@@ -268,3 +269,10 @@ def test_not_finite_stops_and_names_the_rows(tmp_path, tiny_model, monkeypatch):
 
 def _broken(result):
     return (result[0] * float("nan"), result[1]) if isinstance(result, tuple) else result  # spares the probe
+
+
+def test_a_run_says_where_the_kernels_for_a_cpu_lack(monkeypatch):
+    monkeypatch.setattr(_cpu, "load", lambda: True)
+    assert World().hardware == "cpu"
+    monkeypatch.setattr(_cpu, "load", lambda: False)
+    assert "without csrc/cpu.cpp" in World().hardware and "g++" in World().hardware
