@@ -34,8 +34,10 @@ def load() -> bool:
 
 @cache
 def _load() -> bool:
-    path = Path(__file__).with_name(f"_cpu_{torch.backends.cpu.get_cpu_capability().lower()}.so")
-    if not path.is_file():
+    # "default" is what aarch64 has, whatever PyTorch calls its vectors; x86 has none of that name
+    names = (torch.backends.cpu.get_cpu_capability().lower(), "default")
+    path = next((p for name in names if (p := Path(__file__).with_name(f"_cpu_{name}.so")).is_file()), None)
+    if path is None:
         return False
     torch.ops.load_library(path)
     for name in OPERATORS:
