@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from strop.kernels import Group, PackedGroups, _cpu, prefix_attention, reference
+from strop.kernels import Group, PackedGroups, prefix_attention, reference
 
 OPTIONS = [
     {},
@@ -42,15 +42,6 @@ def _long_groups() -> PackedGroups:
     """Several blocks of queries a segment, and blocks of equal size in several groups."""
     first, second = Group([1] * 250, [[2] * 61, [3] * 400, [4] * 200]), Group([1] * 250, [[2] * 61, [3]])
     return PackedGroups.pack([first, second, Group([], [[5] * 9])])
-
-
-@pytest.fixture(params=["csrc", "plain"])
-def csrc(request, monkeypatch) -> None:
-    """With csrc/cpu.cpp's operators and without."""
-    if request.param == "plain":
-        monkeypatch.setattr(_cpu, "load", lambda: False)
-    elif not _cpu.load():
-        pytest.skip("csrc/cpu.cpp was not built for this processor")
 
 
 CASES = [(_groups, dtype, options) for dtype in (torch.bfloat16, torch.float16, torch.float32) for options in OPTIONS]

@@ -18,21 +18,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = {"rms_norm": 5, "swiglu": 2, "rotary": 1}
 
 
-@pytest.fixture(params=["csrc", "plain"])
-def path(request, monkeypatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(_cpu, "load", lambda: False)
-    elif not _cpu.load():
-        pytest.skip("csrc/cpu.cpp was not built for this processor")
-    return request.param
-
-
-@pytest.fixture
-def library() -> None:
-    if not _cpu.load():
-        pytest.skip("csrc/cpu.cpp was not built for this processor")
-
-
 def plain_norm(x, weight, eps):
     if x.dtype == torch.float64:  # transformers' own computes in fp32 whatever comes in
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -71,7 +56,7 @@ def _double(x):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 7, 24), (1, 1, 576), (2, 600, 576), (1, 5, 3, 64), (4, 3), (1, 0, 8)])
-def test_rms_norm(path, dtype, shape):
+def test_rms_norm(csrc, dtype, shape):
     torch.manual_seed(0)
     x, weight, upstream = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype), torch.randn(shape).to(dtype)
     compare(layers.rms_norm, plain_norm, (x, weight), upstream, 1e-5)
@@ -81,7 +66,7 @@ def test_rms_norm(path, dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 7, 24), (1, 1, 1536), (2, 300, 96), (5, 1), (1, 0, 8)])
-def test_swiglu_linear(path, dtype, shape):
+def test_swiglu_linear(csrc, dtype, shape):
     torch.manual_seed(0)
     gate, up = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
     weight, upstream = torch.randn(16, shape[-1]).to(dtype), torch.randn(*shape[:-1], 16).to(dtype)
@@ -90,7 +75,7 @@ def test_swiglu_linear(path, dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 9, 300, 64), (1, 1, 1, 2), (1, 3, 7, 10), (1, 2, 0, 8)])
-def test_rotary(path, dtype, shape):
+def test_rotary(csrc, dtype, shape):
     """cos and sin of the two halves differ, as no model's do: the backward is the transposed map, whatever they are."""
     torch.manual_seed(0)
     by_token = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
@@ -159,7 +144,7 @@ def test_what_does_not_fit_raises(library, name, arguments, message):
         getattr(torch.ops.strop, f"cpu_{name}")(*arguments)
 
 
-def test_frozen_inputs_get_no_gradient(path):
+def test_frozen_inputs_get_no_gradient(csrc):
     x, weight = torch.randn(3, 8), torch.randn(8, requires_grad=True)
     layers.rms_norm(x, weight, 1e-5).sum().backward()
     assert weight.grad is not None and x.grad is None
