@@ -85,7 +85,7 @@ def test_rotary(csrc, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_is_transformers_own(dtype):
+def test_the_reference_is_transformers_own(own_rotary, dtype):
     x, weight = torch.randn(3, 24).to(dtype), torch.randn(24).to(dtype)
     assert torch.equal(reference.rms_norm(x, weight, 1e-5), plain_norm(x, weight, 1e-5))
     q, cos, sin = torch.randn(1, 3, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype)
