@@ -219,7 +219,9 @@ class Recipe(Section):
     seed: NotNegative = Field(0, description="seed of data order and sampling")
     rounds: Positive = Field(2, description="rounds of sample, score, select, SFT, DPO, merge, evaluate")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="compute; master weights are fp32 always")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="compute: auto is bfloat16 where the device multiplies it, float32 on processors that do "
+        "not, by which it is several times faster; master weights are fp32 always")
     attention: Literal["auto", "triton", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="backend of attention in training: auto is our Triton kernel on a GPU, PyTorch elsewhere")
     threads: NotNegative = Field(0, description="CPU threads a rank; 0 shares the cores among the ranks")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from strop.kernels import draw_key, sample_tokens
 from strop.trainer.kvcache import ATTENTION, Decode, Prefill, PromptKV
 from strop.trainer.models import load_model
+from strop.trainer.world import World
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
 PREFILL_TOKENS = 1024
@@ -42,9 +43,10 @@ class Row:
 
 def load_for_generation(model_dir: Path, dtype: torch.dtype, device: torch.device,
                         trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM for a `Generator` only: on the CPU in bf16 its linear layers are rearranged and no longer train."""
+    """A causal LM for a `Generator` only: on the CPU its linear layers are rearranged and no longer train."""
     model = load_model(model_dir, dtype, device, attention="sdpa", trust_remote_code=trust_remote_code)
-    if device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or World(device=device).multiplies_bf16):
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if type(child) is nn.Linear:
@@ -53,7 +55,7 @@ def load_for_generation(model_dir: Path, dtype: torch.dtype, device: torch.devic
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in the layout of the CPU's matrix unit, so that no call rearranges it."""
+    """A linear layer whose weight lies in the layout that oneDNN's products take, so that no call rearranges it."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -25,8 +25,8 @@ def run(command: Command) -> None:
     from strop.trainer.store import Store, write_atomic
     from strop.trainer.world import join
 
-    recipe, started = command.recipe, time.perf_counter()
-    world = join(recipe.device, recipe.threads)
+    started, world = time.perf_counter(), join(command.recipe.device, command.recipe.threads)
+    recipe = world.settle_dtype(command.recipe)
     console = Console(enabled=world.first)
     run_dir, text = Path(recipe.output_dir) / recipe.name, to_yaml(recipe)
     store = Store(run_dir, world, console, plan=command.plan)
@@ -37,7 +37,7 @@ def run(command: Command) -> None:
         return
     store.lock()
     base = world.share(find_base(recipe.model, console) if world.first else None)
-    console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.hardware}   base {base.name}")
+    console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.hardware}, {recipe.dtype}   base {base.name}")
     store.metrics = open_metrics(recipe, run_dir, console, world.first)
     console.note, store.after = run_dir / "progress.json", [store.metrics.stage_done, Refresh(run_dir, console)]
     if world.first:

@@ -2,6 +2,8 @@ import pytest
 
 from strop.trainer.cli import help_text, parse, shipped_recipes, to_yaml
 from strop.trainer.config import Recipe
+from strop.trainer.main import main
+from strop.trainer.world import World
 
 GOOD = "data:\n  sources:\n    - name: a\n      path: a.jsonl\n      verifier: exact\n"
 
@@ -108,3 +110,10 @@ def test_help_names_every_key_with_type_default_and_meaning():
     assert "  sft.lr  (float, default 1e-05, > 0" in text
     assert "  dpo.lr  (float, default 1e-06" in text
     assert "data.sources.N.name  (str, required)" in text
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_computes_in_bf16_only_where_the_device_multiplies_it(tiny_recipe, monkeypatch, capsys, multiplies, dtype):
+    monkeypatch.setattr(World, "multiplies_bf16", multiplies)
+    assert main([str(tiny_recipe), "dtype=auto", "--plan"]) == 0
+    assert f"\ndtype: {dtype}\n" in capsys.readouterr().out
