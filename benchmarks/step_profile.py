@@ -21,7 +21,7 @@ from . import measure
 from .train_step import Job, model_folder, strop_step
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn")
-PARTS = {"attention": "attention", "linear_logprob": "head", "adamw": "optimizer"}
+PARTS = {"attention": "attention", "linear_logprob": "head", "adamw": "optimizer", "square_sums": "optimizer"}
 
 
 def kind_of(event) -> str:

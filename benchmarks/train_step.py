@@ -144,7 +144,9 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
 
     def step() -> torch.Tensor:
         total = torch.zeros((), device=device)
-        for rows, reference in zip(packs, references, strict=True):
+        for i, (rows, reference) in enumerate(zip(packs, references, strict=True)):
+            if i:
+                engine.weights.fold()
             groups = collate(examples, rows, device)
             logp = scorer(groups)
             if job.task == "dpo":
@@ -159,7 +161,6 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
             else:
                 loss = -logp.sum() / targets
             loss.backward()
-            engine.fold_gradients()
             total += loss.detach()
         engine.step()
         return total

@@ -1,6 +1,6 @@
 // What surrounds a training step's matrix products on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
-// embeddings, and attention's backward between its products. PyTorch's stable ABI: one build serves every PyTorch from
-// 2.11 on. setup.py compiles this file once for each set of instructions; the loops are written for the compiler to
+// embeddings, attention's backward between its products, and AdamW. PyTorch's stable ABI: one build serves every PyTorch
+// from 2.11 on. setup.py compiles this file once for each set of instructions; the loops are written for the compiler to
 // vectorize.
 //
 // Sums have a fixed order, whatever the number of threads. Where PyTorch's own composition rounds to the tensor's type
@@ -362,6 +362,78 @@ void add_rows(const Tensor& share, const Tensor& bounds, const Tensor& total) {
   });
 }
 
+// -- AdamW ------------------------------------------------------------------------------------------------------------
+
+// sums [ceil(numel / 65536)] fp64: of the squares of x, block by block.
+void square_sums(const Tensor& x, const Tensor& sums) {
+  dispatch(x, [&](auto element) {
+    using T = decltype(element);
+    constexpr int64_t block = 1 << 16, part = 1 << 10;
+    const int64_t numel = x.numel(), blocks = (numel + block - 1) / block;
+    check(x, type_of<T>, numel, "x");
+    check(sums, ScalarType::Double, blocks, "sums");
+    const T* xs = in<T>(x);
+    double* totals = out<double>(sums);
+    parallel_for(0, blocks, 1, [=](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        double total = 0;
+        for (int64_t at = b * block; at < std::min(numel, (b + 1) * block); at += part) {
+          const T* x = xs + at;  // a local, or the compiler does not vectorize
+          const int64_t count = std::min(numel - at, part);
+          float sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (int64_t i = 0; i < count; ++i) sum += wide(x[i]) * wide(x[i]);
+          total += sum;
+        }
+        totals[b] = total;
+      }
+    });
+  });
+}
+
+// A step of AdamW on master, exp_avg and exp_avg_sq, fp32 and alike, by factor [1] fp32 times grad, bf16 or fp32; weight, if
+// it has elements, receives the master in bf16.
+void adamw(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& weight,
+           const Tensor& factor, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
+  dispatch(grad, [&](auto element) {
+    using T = decltype(element);
+    constexpr int64_t part = 1 << 10;  // of the master stays in the first cache until the weight is made of it
+    const int64_t numel = master.numel();
+    check(master, ScalarType::Float, numel, "master");
+    check(grad, type_of<T>, numel, "grad");
+    check(exp_avg, ScalarType::Float, numel, "exp_avg");
+    check(exp_avg_sq, ScalarType::Float, numel, "exp_avg_sq");
+    check(factor, ScalarType::Float, 1, "factor");
+    if (weight.numel()) check(weight, ScalarType::BFloat16, numel, "weight");
+    float *ps = out<float>(master), *ms = out<float>(exp_avg), *vs = out<float>(exp_avg_sq);
+    const T* gs = in<T>(grad);
+    bf16* ws = weight.numel() ? out<bf16>(weight) : nullptr;
+    const float scale = *in<float>(factor), kept = float(1 - lr * weight_decay);
+    const float first_share = float(1 - beta1), second = float(beta2), second_share = float(1 - beta2);
+    const float rate = float(lr / (1 - std::pow(beta1, double(step))));
+    const float root = float(std::sqrt(1 - std::pow(beta2, double(step)))), tiny = float(eps);
+    parallel_for(0, (numel + part - 1) / part, 8, [=](int64_t from, int64_t to) {
+      for (int64_t at = from * part; at < std::min(numel, to * part); at += part) {
+        const int64_t count = std::min(numel - at, part);
+        const T* g = gs + at;
+        float *p = ps + at, *m = ms + at, *v = vs + at;
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+          const float d = wide(g[i]) * scale;
+          m[i] += (d - m[i]) * first_share;
+          v[i] = v[i] * second + d * d * second_share;
+          p[i] = p[i] * kept - rate * m[i] / (std::sqrt(v[i]) / root + tiny);
+        }
+        if (ws) {
+          bf16* w = ws + at;
+#pragma omp simd
+          for (int64_t i = 0; i < count; ++i) narrow(p[i], w[i]);
+        }
+      }
+    });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
@@ -380,6 +452,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
       "cpu_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, Tensor lse, Tensor delta, Tensor rows,"
       " Tensor visible, float scale) -> ()");
   m.def("cpu_add_rows(Tensor share, Tensor bounds, Tensor(a!) total) -> ()");
+  m.def("cpu_square_sums(Tensor x, Tensor(a!) sums) -> ()");
+  m.def(
+      "cpu_adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight,"
+      " Tensor factor, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
@@ -392,4 +468,6 @@ STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
   m.impl("cpu_stack_rows", TORCH_BOX(&stack_rows));
   m.impl("cpu_softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("cpu_add_rows", TORCH_BOX(&add_rows));
+  m.impl("cpu_square_sums", TORCH_BOX(&square_sums));
+  m.impl("cpu_adamw", TORCH_BOX(&adamw));
 }

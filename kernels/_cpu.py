@@ -23,6 +23,8 @@ OPERATORS = (
     "stack_rows",
     "softmax_backward",
     "add_rows",
+    "square_sums",
+    "adamw",
 )
 
 

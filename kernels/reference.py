@@ -103,3 +103,22 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [1, H, T, D] turned by cos and sin [1, T, D], arXiv 2104.09864 with a head's halves as pairs."""
     first, second = x.chunk(2, -1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(master, exp_avg, exp_avg_sq) after a step of AdamW, arXiv 1711.05101; step counts from 1."""
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
+    mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return master * (1 - lr * weight_decay) - lr * mean / (square.sqrt() + eps), exp_avg, exp_avg_sq

@@ -15,6 +15,7 @@ from torch import nn
 from strop.kernels import PackedGroups, linear_logprob
 from strop.trainer.batch import Example, Packing, collate, microbatches
 from strop.trainer.config import Recipe, Train
+from strop.trainer.masters import Masters
 from strop.trainer.models import DTYPES, head_of, load_model, save_model
 from strop.trainer.perf import peak_flops, sizes_of, training_flops
 from strop.trainer.store import Stage, check_file, list_files, read_json, write_json, write_table, writing
@@ -86,59 +87,23 @@ class Engine:
         model.train()
         self.model = model
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        # fp32 parameters are their own masters; bf16 ones get a copy that the optimizer sees
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.params]
-        for master in self.masters:  # kept, not freed: a rank without a microbatch adds zeros
-            master.grad = torch.zeros_like(master)
-        self.folded = False  # whether the masters' gradients hold anything of this step
-        self.optimizer = torch.optim.AdamW(self.masters, lr=section.lr, betas=section.betas, eps=section.eps,
-                                           weight_decay=section.weight_decay, fused=True)
+        self.weights = Masters([p for p in model.parameters() if p.requires_grad], section, stage.world)
         self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
         self.step_index = 0
         self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, as the resume point knows them
 
-    @torch.no_grad()
-    def fold_gradients(self) -> None:
-        """Adds the gradients of a backward pass to the masters' fp32 gradients; a step's first ones replace the last
-        step's."""
-        for param, master in zip(self.params, self.masters, strict=True):
-            if master is param:
-                continue
-            if param.grad is not None:
-                (master.grad.add_ if self.folded else master.grad.copy_)(param.grad)
-                param.grad = None
-            elif not self.folded:
-                master.grad.zero_()
-        self.folded = True
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        return self.weights.masters
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         """Adds gradients over the ranks, clips, updates masters and weights. Returns the gradient norm, unclipped."""
-        if not self.folded:
-            self.fold_gradients()
-        self.world.sum_([m.grad for m in self.masters])
-        norm = nn.utils.get_total_norm([m.grad for m in self.masters])
-        if self.section.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.masters, self.section.grad_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step_index, self.steps, self.section)
-        self.optimizer.step()
-        for param, master in zip(self.params, self.masters, strict=True):
-            if master is param:  # autograd adds to these by itself
-                master.grad.zero_()
-        self.folded = False
-        self.copy_masters()
+        norm = self.weights.step(self.step_index + 1, learning_rate(self.step_index, self.steps, self.section))
         if self.ema is not None:
             torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - self.section.ema_decay)
         self.step_index += 1
         return norm
-
-    @torch.no_grad()
-    def copy_masters(self, values: list[torch.Tensor] | None = None) -> None:
-        for param, value in zip(self.params, values or self.masters, strict=True):
-            if param is not value:
-                param.copy_(value)
 
     # -- what is written ----------------------------------------------------------------------------------------------
 
@@ -161,9 +126,9 @@ class Engine:
         if self.ema is None or not self.world.first:
             return
         own = [m.detach().clone() for m in self.masters]
-        self.copy_masters(self.ema)
+        self.weights.copy(self.ema)
         self.save(target)
-        self.copy_masters(own)
+        self.weights.copy(own)
 
     def save_checkpoint(self, work: Path) -> None:
         """A resume point: masters, moments, average, step, and hashes. The one before goes when this is complete.
@@ -174,7 +139,7 @@ class Engine:
         tensors = {}
         for name, master in zip(self.names, self.masters, strict=True):
             tensors[f"master/{name}"] = master.detach()
-            for key, value in self.optimizer.state[master].items():
+            for key, value in self.weights.optimizer.state[master].items():
                 tensors[f"{key}/{name}"] = value
         for name, value in zip(self.names, self.ema or [], strict=self.ema is not None):
             tensors[f"ema/{name}"] = value
@@ -216,10 +181,10 @@ class Engine:
         for name, master in zip(self.names, self.masters, strict=True):
             master.copy_(tensors[f"master/{name}"])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
-            self.optimizer.state[master] = {k: tensors[f"{k}/{name}"] for k in keys}
+            self.weights.optimizer.state[master] = {k: tensors[f"{k}/{name}"] for k in keys}
         if self.ema is not None:
             self.ema = [tensors[f"ema/{name}"] for name in self.names]
-        self.copy_masters()
+        self.weights.copy(self.masters)
         self.step_index = state["step"]
         self.world.barrier()  # nobody overwrites what another rank still reads
         return True
@@ -287,11 +252,12 @@ def train(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example],
                 torch.manual_seed(hash((engine.recipe.seed, engine.step_index, world.rank)))
             step, value_sum = Step(engine.step_index, [], totals(rows)), torch.zeros((), device=world.device)
             shares = microbatches(examples, rows, costs, section.max_tokens, world.size)
-            for step.rows in shares[world.rank]:
+            for i, step.rows in enumerate(shares[world.rank]):
+                if i:
+                    engine.weights.fold()
                 groups = collate(examples, step.rows, world.device)
                 value, vector = loss(groups, step)
                 value.backward()
-                engine.fold_gradients()
                 sums += vector
                 value_sum += value.detach()
             seen.append(torch.stack([value_sum, engine.step()]))

@@ -37,7 +37,7 @@ def run(command: Command) -> None:
         return
     store.lock()
     base = world.share(find_base(recipe.model, console) if world.first else None)
-    console.line(f"run directory {run_dir}   {world.size} rank(s) on {world.hardware}, {recipe.dtype}   base {base.name}")
+    console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   base {base.name}")
     store.metrics = open_metrics(recipe, run_dir, console, world.first)
     console.note, store.after = run_dir / "progress.json", [store.metrics.stage_done, Refresh(run_dir, console)]
     if world.first:

@@ -46,9 +46,8 @@ class Job:
         return re.sub(r"\.\d+\.tmp$", "", re.sub(r"\.(model|ema|step-\d+)-\w+", r"\1", text))
 
     def install(self) -> None:
-        import torch
 
-        from strop.trainer import engine, generate, store
+        from strop.trainer import engine, generate, masters, store
         from strop.trainer.stages import merge
 
         def around(owner, attribute: str, before=None, after=None) -> None:
@@ -95,7 +94,7 @@ class Job:
         around(merge, "save_file", None, tensors)
         around(generate, "sample_tokens", draws)
         around(engine.Engine, "step", lambda e: self.point(f"step {e.step_index} has its gradients"))
-        around(torch.optim.AdamW, "step", None, lambda o: self.point("the optimizer has moved, the model has not"))
+        around(masters.Masters, "step", None, lambda *_: self.point("the weights have moved, the step is not counted"))
 
 
 def child(task: dict) -> None:

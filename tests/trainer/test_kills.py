@@ -75,7 +75,7 @@ def same_end(a: Path, b: Path) -> None:
 
 # stage boundaries, sampling, a training step, a checkpoint write, renames of a file, a checkpoint and an artifact
 SOME = "|".join((
-    ": begins$", "sample: token 40", "sample: half of .*shard-00001", "sft: step 1 has", "dpo: the optimizer",
+    ": begins$", "sample: token 40", "sample: half of .*shard-00001", "sft: step 1 has", "dpo: the weights",
     "sft: half of .*state.safetensors", "sft: .*work/step-000001 (is to|has)", "score: .*scores.parquet has",
     "dpo: round-00/dpo (is to|has)", "merge: half of .*model.safetensors", "start: promotions.json is to",
     "final: has ended"))

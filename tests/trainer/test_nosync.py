@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
 from strop.trainer.engine import Engine, add_lora
+from strop.trainer.masters import Masters
 from strop.trainer.stages.dpo import dpo
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.sft import sft
@@ -143,7 +144,7 @@ def device(request, monkeypatch, tiny_model):
     monkeypatch.setattr(torch, "tensor", from_host)
 
     def backward(tensor):
-        for p in engines[-1].params:
+        for p in engines[-1].weights.params:
             p.grad = torch.empty_like(p)
 
     engines, init = [], Engine.__init__
@@ -200,9 +201,9 @@ WAITS = {"item": lambda x: x.sum().item(), "tolist": lambda x: x.tolist(), "bool
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_planted_wait_is_found(device, tmp_path, monkeypatch, wait):
-    fold = Engine.fold_gradients
-    monkeypatch.setattr(Engine, "fold_gradients", lambda self: WAITS[wait](self.masters[0].grad) is fold(self))
-    assert device.run(sft, tmp_path, recipe_of(dtype="bfloat16", sft=KEYS, log={"interval": 3}))[0] == 0
+    fold = Masters.fold
+    monkeypatch.setattr(Masters, "fold", lambda self: WAITS[wait](self.masters[0].detach()) is fold(self))
+    assert device.run(sft, tmp_path, recipe_of(dtype="bfloat16", sft=KEYS, log={"interval": 3}))[0] == 1  # the first
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

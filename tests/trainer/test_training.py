@@ -43,7 +43,7 @@ def gradients(tmp_path, model, rows, max_tokens):
 
     class Keeping(Engine):
         def step(self):
-            kept.update({n: m.grad.clone() for n, m in zip(self.names, self.masters, strict=True)})
+            kept.update({n: g.clone() for n, g in zip(self.names, self.weights.gradients(), strict=True)})
             return super().step()
 
     log = Log()
