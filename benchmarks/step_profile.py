@@ -17,6 +17,8 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from strop.trainer.world import World
+
 from . import measure
 from .train_step import Job, model_folder, strop_step
 
@@ -51,12 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="keep the results")
     options = parser.parse_args(arguments)
     device = torch.device("cpu")
-    rate = measure.matmul_rate(device, torch.bfloat16)
+    dtype = torch.bfloat16 if World(device=device).multiplies_bf16 else torch.float32
+    rate = measure.matmul_rate(device, dtype)
     cases = {}
     for shape in options.shapes.split(","):
         prompt, completion = map(int, shape.split(":"))
         job = Job(model="SmolLM2-135M", task="dpo", prompt=prompt, completion=completion, rows=8, device="cpu",
-                  max_tokens=8192, trl_tokens=2048)
+                  max_tokens=8192, trl_tokens=2048, dtype=str(dtype).removeprefix("torch."))
         flops, step = strop_step(job, model_folder(job.model))
         for _ in range(4):  # until the C library holds all the memory that a step needs
             step()

@@ -6,7 +6,8 @@ Each side runs in a process of its own that waits while the other takes a step, 
 of one touches the other. A step is what the trainer does between two weight updates: batch to device, forward,
 backward, clipping, AdamW on fp32 masters. TRL runs through `Trainer.train()` with precomputed references (DPO) or
 bfd packing (SFT), once with fp32 weights under autocast, which is its own way, and once with bf16 weights and the
-fp32 masters in the optimizer; the faster counts. Losses of both sides are compared before times are.
+fp32 masters in the optimizer; the faster counts. On a processor that does not multiply bf16 both sides compute in fp32.
+Losses of both sides are compared before times are.
 
 --write puts the numbers into benchmarks/results/<device>/train_step.json; `python -m benchmarks.docs` makes the tables
 of docs/performance.md from it.
@@ -24,12 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
+
+from strop.trainer.world import World
 
 from . import measure as bench
 
@@ -53,6 +56,7 @@ class Job:
     device: str
     max_tokens: int
     trl_tokens: int
+    dtype: str = "bfloat16"
     side: str = "strop"
 
     @property
@@ -126,7 +130,7 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
         "max_tokens": job.max_tokens,
     }
     recipe = Recipe.model_validate(
-        {"data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
+        {"dtype": job.dtype, "data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
     )
     stage = SimpleNamespace(world=World(device=device), console=Console(enabled=False))
     engine = Engine(folder, recipe.dpo, recipe, stage, 1 << 20)
@@ -205,7 +209,7 @@ def trl_side(job: Job, folder: Path) -> None:
 
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    masters = job.side == "trl masters"
+    masters, autocast = job.side == "trl masters", job.side == "trl autocast"
     cuda = job.device == "cuda"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if masters else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -228,9 +232,10 @@ def trl_side(job: Job, folder: Path) -> None:
         "max_steps": 1 << 20,
         "learning_rate": LR,
         "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "bf16": not masters,
+        "bf16": autocast,
         "use_cpu": not cuda,
         "report_to": [],
         "logging_steps": 1,
@@ -266,7 +271,7 @@ def trl_side(job: Job, folder: Path) -> None:
             batch = trainer.data_collator(records[: job.rows])
             model.to(job.device).eval()
             batch = {k: v.to(job.device) for k, v in batch.items()}
-            with torch.autocast(job.device, torch.bfloat16, enabled=not masters):
+            with torch.autocast(job.device, torch.bfloat16, enabled=autocast):
                 chosen, rejected = trainer.compute_ref_log_probs(model, batch)
             model.train()
         trainer.ref_model, trainer.precompute_ref_logps = None, True
@@ -388,7 +393,8 @@ def sharing_ratio(job: Job, folder: Path) -> float:
 def measure(job: Job, peer: str, rounds: int) -> dict:
     """Strop and `peer` by turns; the first steps of each, which find memory and code cold, do not count."""
     folder = model_folder(job.model)
-    running = [Side(Job(**asdict(job) | {"side": side}), folder) for side in ("strop", peer)]
+    job = replace(job, dtype="float32" if peer == "trl fp32" else "bfloat16")
+    running = [Side(replace(job, side=side), folder) for side in ("strop", peer)]
     try:
         for turn in range(-WARM_UP, rounds):
             for side in running:
@@ -423,7 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", default="dpo,sft")
     parser.add_argument("--shapes", default="512:64,128:64,64:256", help="prompt:completion tokens")
     parser.add_argument("--models", default="Llama-3.2-1B,Llama-3.2-3B" if cuda else "SmolLM2-135M")
-    parser.add_argument("--peers", default="trl autocast,trl masters")
+    in_bf16 = World(device=torch.device("cuda" if cuda else "cpu")).multiplies_bf16
+    parser.add_argument("--peers", default="trl autocast,trl masters" if in_bf16 else "trl fp32")
     parser.add_argument("--rows", type=int, default=8, help="pairs (DPO) or rows (SFT) of a step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=8192, help="Strop's budget of a microbatch")
@@ -438,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if cuda else "cpu")
     path = bench.results_folder(device) / "train_step.json"
     kept = json.loads(path.read_text())["cases"] if path.exists() else {}
-    rate = bench.matmul_rate(device, torch.bfloat16)
+    rate = bench.matmul_rate(device, torch.bfloat16 if in_bf16 else torch.float32)
     sizes = {"device": device.type, "max_tokens": options.max_tokens, "trl_tokens": options.trl_tokens}
     for model, task, shape in itertools.product(
         *(x.split(",") for x in (options.models, options.tasks, options.shapes))

@@ -6,7 +6,7 @@ import torch
 from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strop.kernels import Group, _cpu, linear_logprob
+from strop.kernels import Group, _cpu, linear_logprob, optimizer
 from strop.trainer.batch import Example, collate
 from strop.trainer.engine import Engine, Scorer, learning_rate
 from strop.trainer.models import load_model
@@ -187,23 +187,50 @@ def test_drops_are_counted_not_silent(tmp_path, tiny_model):
         load_examples(stage, select / "sft.parquet", 2)
 
 
-def test_bf16_moves_the_weights_as_fp32_does(tmp_path, tiny_model):
-    model = load_model(tiny_model, torch.bfloat16, CPU, "sdpa")
+def in_bf16(model, tmp_path):
     start = tmp_path / "bf16"
-    model.save_pretrained(start)
-    for file in tiny_model.glob("tokenizer*"):
+    load_model(model, torch.bfloat16, CPU, "sdpa").save_pretrained(start)
+    for file in model.glob("tokenizer*"):
         shutil.copy(file, start)
+    return start
+
+
+def masters_after(tmp_path, name, start, **keys):
+    """fp32 masters by name at the end of a DPO run."""
+    kept = {}
+
+    class Keeping(Engine):
+        def save(self, target):
+            kept.update({n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("strop.trainer.stages.dpo.Engine", Keeping)
+        run_dpo(tmp_path, name, start, **keys)
+    return kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("max_tokens", [4096, 48], ids=["one microbatch", "several"])
+def test_adamw_in_one_pass_equals_pytorchs(tmp_path, tiny_model, monkeypatch, dtype, max_tokens):
+    if not optimizer.available([torch.zeros(1)]):
+        pytest.skip("csrc/cpu.cpp was not built for this processor")
+    start = in_bf16(tiny_model, tmp_path)
+    keys = {"dtype": dtype, "max_tokens": max_tokens, "grad_clip": 0.1, "weight_decay": 0.1}
+    ours = masters_after(tmp_path, "ours", start, **keys)
+    monkeypatch.setattr(optimizer, "available", lambda _: False)
+    plain = masters_after(tmp_path, "plain", start, **keys)
+    before = weights_of(start)
+    for name, value in plain.items():
+        moved, apart = (value - before[name].float()).norm(), (value - ours[name]).norm()
+        assert moved > 0 and apart < (1e-3 if dtype == "float32" else 3e-2) * moved, (name, moved, apart)
+
+
+def test_bf16_moves_the_weights_as_fp32_does(tmp_path, tiny_model):
+    start = in_bf16(tiny_model, tmp_path)
     moved = {}
     for dtype in ("float32", "bfloat16"):
-        kept = {}
-
-        class Keeping(Engine):
-            def save(self, target, kept=kept):
-                kept.update({n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)})
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("strop.trainer.stages.dpo.Engine", Keeping)
-            run_dpo(tmp_path, dtype, start, dtype=dtype, lr=5e-7, epochs=34, schedule="constant", warmup_ratio=0.0)
+        kept = masters_after(tmp_path, dtype, start, dtype=dtype, lr=5e-7, epochs=34, schedule="constant",
+                             warmup_ratio=0.0)
         before = {k: v.float() for k, v in weights_of(start).items()}
         moved[dtype] = math.sqrt(sum((kept[k] - before[k]).square().sum().item() for k in kept))
     assert moved["float32"] > 0 and abs(moved["bfloat16"] / moved["float32"] - 1) < 0.05, moved
