@@ -339,6 +339,37 @@ void softmax_backward(const Tensor& scores, const Tensor& grad_weights, const Te
   });
 }
 
+// In place, from scores and grad_weights [.., N, M] fp32: the weights of a softmax of scale * scores, and the gradient of the
+// scores; the N rows are queries of the last N of the M keys, and see no later one.
+void causal_softmax_backward(const Tensor& scores, const Tensor& grad_weights, int64_t count, double scale) {
+  const int64_t keys = scores.size(-1), rows = keys ? scores.numel() / keys : 0;
+  check(scores, ScalarType::Float, rows * keys, "scores");
+  check(grad_weights, ScalarType::Float, rows * keys, "grad_weights");
+  STD_TORCH_CHECK(count > 0 && count <= keys && rows % count == 0, "there must be as many rows as the last keys");
+  float *ss = out<float>(scores), *gs = out<float>(grad_weights), factor = float(scale);
+  parallel_for(0, rows, 16, [=](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t end = keys - count + i % count + 1;
+      float *s = ss + i * keys, *g = gs + i * keys;
+      float top = -HUGE_VALF, total = 0, pull = 0;
+#pragma omp simd reduction(max : top)
+      for (int64_t j = 0; j < end; ++j) {
+        s[j] *= factor;
+        top = s[j] > top ? s[j] : top;
+      }
+#pragma omp simd reduction(+ : total)
+      for (int64_t j = 0; j < end; ++j) total += s[j] = exp_of(s[j] - top);
+      const float share = 1.f / total;
+#pragma omp simd reduction(+ : pull)
+      for (int64_t j = 0; j < end; ++j) pull += (s[j] *= share) * g[j];
+#pragma omp simd
+      for (int64_t j = 0; j < end; ++j) g[j] = (g[j] - pull) * s[j] * factor;
+      std::fill(s + end, s + keys, 0.f);
+      std::fill(g + end, g + keys, 0.f);
+    }
+  });
+}
+
 // total [T, H, D] fp32 += share [B, H, N, D] fp32 at the rows bounds[b, 0] to bounds[b, 1], which may meet. Heads go to
 // threads, so that blocks are added in their order.
 void add_rows(const Tensor& share, const Tensor& bounds, const Tensor& total) {
@@ -451,6 +482,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
   m.def(
       "cpu_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, Tensor lse, Tensor delta, Tensor rows,"
       " Tensor visible, float scale) -> ()");
+  m.def(
+      "cpu_causal_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, int count, float scale) -> ()");
   m.def("cpu_add_rows(Tensor share, Tensor bounds, Tensor(a!) total) -> ()");
   m.def("cpu_square_sums(Tensor x, Tensor(a!) sums) -> ()");
   m.def(
@@ -467,6 +500,7 @@ STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
   m.impl("cpu_row_dot", TORCH_BOX(&row_dot));
   m.impl("cpu_stack_rows", TORCH_BOX(&stack_rows));
   m.impl("cpu_softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("cpu_causal_softmax_backward", TORCH_BOX(&causal_softmax_backward));
   m.impl("cpu_add_rows", TORCH_BOX(&add_rows));
   m.impl("cpu_square_sums", TORCH_BOX(&square_sums));
   m.impl("cpu_adamw", TORCH_BOX(&adamw));

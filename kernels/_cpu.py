@@ -22,6 +22,7 @@ OPERATORS = (
     "row_dot",
     "stack_rows",
     "softmax_backward",
+    "causal_softmax_backward",
     "add_rows",
     "square_sums",
     "adamw",

@@ -1,8 +1,9 @@
 """Prefix attention on the CPU: flash attention forward, the backward with the scores written out block by block.
 
 Two parts: prompts and completions attend causally to themselves; completions 2..K of a group also attend, together in
-one call, to their prompt, and the two parts merge by log-sum-exp. The backward needs only the row's final output and
-log-sum-exp, so each part's share of the gradient is exact on its own.
+one call, to their prompt, and the two parts merge by log-sum-exp. In 16 bits the backward needs only the row's final
+output and log-sum-exp, so each part's share of the gradient is exact on its own; wider inputs get the precision of whole
+rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from . import _cpu
 from .layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Queries of a block of written-out scores, and scores of all heads that go through together, within the caches.
 _BLOCK = 192
@@ -53,26 +53,52 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from what attention_forward took and returned."""
-    backward = _written_out_backward if q.element_size() == 2 else _flash_backward
-    return backward(grad_out, q, k, v, out, lse, groups, scale)
+    if q.element_size() == 2:
+        return _written_out_backward(grad_out, q, k, v, out, lse, groups, scale)
+    return _whole_rows_backward(grad_out, q, k, v, groups, scale)
 
 
-def _flash_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
+def _whole_rows_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For fp32 and fp64, where nothing is faster. Where the softmax is sharp, the gradient of q of long rows errs 2.2
-    times as much as plain attention's, below 1e-5 of it; written out, that of v of short rows would, 2.5 times."""
-    bounds = (groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    """For fp32 and fp64: all scores of a row are there at once, for a softmax that errs no more than a plain one.
+
+    e^(score - lse) carries the rounding of lse, and of scores that came out otherwise in the forward; where the softmax
+    is sharp, that alone is several times what a plain softmax errs. So the output and lse are of no use here.
+    """
     grads = tuple(torch.zeros_like(x) for x in (q, k, v))
-    parts = [(span, span, True) for span in _causal_spans(*bounds)]
-    parts += [(*pair, False) for pair in _cross_spans(*bounds)]
-    for row_span, key_span, is_causal in parts:
-        rows, keys = slice(*row_span), slice(*key_span)
-        of_rows, of_keys = (grad_out[:, :, rows], q[:, :, rows]), (k[:, :, keys], v[:, :, keys])
-        shares = _flash_cpu_backward(*of_rows, *of_keys, out[:, :, rows], lse[:, :, rows], 0.0, is_causal, scale=scale)
-        for grad, at, share in zip(grads, (rows, keys, keys), shares, strict=True):
-            grad[:, :, at] += share
+    heads, key_heads, size = q.shape[1], k.shape[1], q.shape[3]
+    spans = _causal_spans(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    for (start, last), group in zip(spans, groups.completion_group, strict=True):
+        prompt = groups.prompt_bounds[group]
+        before = (start, start) if start == prompt[0] else prompt  # the first completion's span holds its prompt
+        step = min(_BLOCK, max(32, _SCORES // (heads * (last - start + prompt[1] - prompt[0]))))
+        for first in range(start, last, step):
+            rows = slice(first, min(first + step, last))
+            keys = slice(*before), slice(start, rows.stop)
+            q_rows, grad_rows = (x[0, :, rows].reshape(key_heads, -1, size) for x in (q, grad_out))
+            k_keys, v_keys = (torch.cat([x[0, :, span] for span in keys], 1) for x in (k, v))
+            weights, grad_scores = torch.bmm(q_rows, k_keys.mT), torch.bmm(grad_rows, v_keys.mT)
+            _causal_softmax_backward(weights, grad_scores, rows.stop - first, scale)
+            grads[0][0, :, rows] = torch.bmm(grad_scores, k_keys).view(-1, rows.stop - first, size)
+            shares = torch.bmm(grad_scores.mT, q_rows), torch.bmm(weights.mT, grad_rows)
+            for grad, share in zip(grads[1:], shares, strict=True):
+                for span, part in zip(keys, share.split([s.stop - s.start for s in keys], 1), strict=True):
+                    grad[0, :, span] += part
     return grads
+
+
+def _causal_softmax_backward(scores: Tensor, grad_weights: Tensor, rows: int, scale: float) -> None:
+    """In place: scores [B, r * N, M] to softmax weights, the weights' gradient to that of q k^T; the N rows' own keys
+    are the last N of M."""
+    if _cpu.takes(scores, grad_weights):
+        torch.ops.strop.cpu_causal_softmax_backward(scores, grad_weights, rows, scale)
+        return
+    keys = scores.shape[-1]
+    future = torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1)
+    scores.mul_(scale).view(-1, rows, keys).masked_fill_(future, -torch.inf)
+    scores.copy_(scores.softmax(-1))
+    grad_weights.copy_(torch._softmax_backward_data(grad_weights, scores, -1, scores.dtype)).mul_(scale)
 
 
 def _written_out_backward(

@@ -45,7 +45,11 @@ def _long_groups() -> PackedGroups:
 
 
 CASES = [(_groups, dtype, options) for dtype in (torch.bfloat16, torch.float16, torch.float32) for options in OPTIONS]
-CASES += [(_long_groups, dtype, options) for dtype in (torch.bfloat16, torch.float16) for options in OPTIONS[:2]]
+CASES += [
+    (_long_groups, dtype, options)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for options in (*OPTIONS[:2], {"scale": 2.0})
+]
 
 
 @pytest.mark.parametrize(("make", "dtype", "options"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
