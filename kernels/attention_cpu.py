@@ -2,8 +2,8 @@
 
 Two parts: prompts and completions attend causally to themselves; completions 2..K of a group also attend, together in
 one call, to their prompt, and the two parts merge by log-sum-exp. In 16 bits the backward needs only the row's final
-output and log-sum-exp, so each part's share of the gradient is exact on its own; wider inputs get the precision of whole
-rows.
+output and log-sum-exp, so each part's share of the gradient is exact on its own; wider inputs get the precision of
+whole rows.
 """
 
 from __future__ import annotations

@@ -45,9 +45,11 @@ def _chunked_loss():
     return pytest.importorskip("liger_kernel.chunked_loss")
 
 
-def _inputs(name: str, dtype: torch.dtype, bias: bool = True, needs: tuple = ("_input", "weight", "bias")) -> dict:
+def _inputs(
+    name: str, dtype: torch.dtype, bias: bool = True, needs: tuple = ("_input", "weight", "bias"), seed: int = 3
+) -> dict:
     """Tensors by Liger's names; several ignored positions, no sequence without a token."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -226,12 +228,20 @@ def test_gradients_for_any_subset(name: str, needs: tuple):
 @pytest.mark.parametrize("name", CLASS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_ligers(name: str, dtype: torch.dtype):
-    """Or twice the rounding of a number of its size, where Liger happens to hit the truth."""
-    tensors = _inputs(name, dtype)
-    found, theirs, truth = (function(name, {}, tensors) for function in (_ours, _ligers, _truth))
-    for mine, liger, true in zip(found, theirs, truth, strict=True):
-        rounding = torch.finfo(dtype).eps * true.norm()
-        assert (mine.double() - true).norm() <= 2 * max((liger.double() - true).norm(), rounding)
+    """Or twice the rounding of a number of its size, where Liger happens to hit the truth; the errors of several inputs
+    together, since of a scalar's one error, chance decides."""
+    errors = []
+    for seed in range(8):
+        tensors = _inputs(name, dtype, seed=seed)
+        found, theirs, truth = (function(name, {}, tensors) for function in (_ours, _ligers, _truth))
+        errors.append(
+            [
+                [(mine.double() - true).norm(), (liger.double() - true).norm(), torch.finfo(dtype).eps * true.norm()]
+                for mine, liger, true in zip(found, theirs, truth, strict=True)
+            ]
+        )
+    for mine, liger, rounding in torch.tensor(errors).norm(dim=0):
+        assert mine <= 2 * max(liger, rounding)
 
 
 @pytest.mark.parametrize("name", CLASS)
