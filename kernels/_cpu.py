@@ -6,7 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,13 +28,6 @@ OPERATORS = (
 )
 
 
-@torch.compiler.assume_constant_result  # or torch.compile would look into it
-def load() -> bool:
-    """Load the library, once; False where none was built for this processor."""
-    return _load()
-
-
-@cache
 def _load() -> bool:
     # "default" is what aarch64 has, whatever PyTorch calls its vectors; x86 has none of that name
     names = (torch.backends.cpu.get_cpu_capability().lower(), "default")
@@ -46,6 +38,15 @@ def _load() -> bool:
     for name in OPERATORS:
         torch.library.register_fake(f"strop::cpu_{name}", lambda *_: None)
     return True
+
+
+# here, where torch.compile does not look; telling it not to look would import all of it into every process
+_loaded = _load()
+
+
+def load() -> bool:
+    """Whether the library is there; False where none was built for this processor."""
+    return _loaded
 
 
 def takes(*tensors: Tensor) -> bool:

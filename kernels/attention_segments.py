@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .layout import Bounds, PackedGroups
 from .reference import attention_mask
@@ -97,7 +96,11 @@ def _keys(x: Tensor, span: _Span) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float) -> Tensor:
     q, k, v = q[:, :, span[2] : span[3]], _keys(k, span), _keys(v, span)
     # SDPA's is_causal aligns the mask top-left; later completions need it bottom-right.
-    bias = None if q.shape[2] == k.shape[2] else causal_lower_right(q.shape[2], k.shape[2])
+    bias = None
+    if q.shape[2] != k.shape[2]:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch.compile's whole machinery
+
+        bias = causal_lower_right(q.shape[2], k.shape[2])
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=grouped

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.kernels import draw_key, sample_tokens
-from strop.trainer.kvcache import ATTENTION, Decode, Prefill, PromptKV
+from strop.trainer.kvcache import Decode, Prefill, PromptKV, attend_with_cache
 from strop.trainer.models import load_model
 from strop.trainer.world import World
 
@@ -84,7 +84,7 @@ class Generator:
             raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(unknown))}: the in-process "
                              "sampler supports full_attention and sliding_attention")
         self.model, self.device, self.context = model.eval(), next(model.parameters()).device, context_of(model)
-        model.set_attn_implementation(ATTENTION)
+        attend_with_cache(model)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], *, k: int = 1, ids: Sequence[str] | None = None,

@@ -10,8 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
 
 ATTENTION = "strop_generate"
 FIRST_CHUNK = 32  # positions
@@ -193,4 +192,9 @@ def cached_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
     return out[None], None
 
 
-AttentionInterface.register(ATTENTION, cached_attention)
+def attend_with_cache(model: nn.Module) -> None:
+    """Gives a transformers model `cached_attention` for its attention function."""
+    from transformers import AttentionInterface  # seconds of imports, which a recipe's mistakes need not wait for
+
+    AttentionInterface.register(ATTENTION, cached_attention)
+    model.set_attn_implementation(ATTENTION)
