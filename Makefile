@@ -25,7 +25,7 @@ run: $(VENV)/.ready-to-run
 	$(VENV)/bin/torchrun --nproc-per-node=$(NPROC) trainer/main.py $(ARGS)
 
 test: $(VENV)/.ready-to-test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: $(VENV)/.ready-to-test
 	$(VENV)/bin/python -m benchmarks $(ARGS)

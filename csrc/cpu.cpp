@@ -1,7 +1,7 @@
 // What surrounds a training step's matrix products on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
-// embeddings, attention's backward between its products, and AdamW. PyTorch's stable ABI: one build serves every PyTorch
-// from 2.11 on. setup.py compiles this file once for each set of instructions; the loops are written for the compiler to
-// vectorize.
+// embeddings, attention's backward between its products, and AdamW. PyTorch's stable ABI: one build serves every
+// PyTorch from 2.11 on. setup.py compiles this file once for each set of instructions; the loops are written for the
+// compiler to vectorize.
 //
 // Sums have a fixed order, whatever the number of threads. Where PyTorch's own composition rounds to the tensor's type
 // on the way, so does this, so that values are a transformers model's own.
@@ -339,8 +339,8 @@ void softmax_backward(const Tensor& scores, const Tensor& grad_weights, const Te
   });
 }
 
-// In place, from scores and grad_weights [.., N, M] fp32: the weights of a softmax of scale * scores, and the gradient of the
-// scores; the N rows are queries of the last N of the M keys, and see no later one.
+// In place, from scores and grad_weights [.., N, M] fp32: the weights of a softmax of scale * scores, and the gradient
+// of the scores; the N rows are queries of the last N of the M keys, and see no later one.
 void causal_softmax_backward(const Tensor& scores, const Tensor& grad_weights, int64_t count, double scale) {
   const int64_t keys = scores.size(-1), rows = keys ? scores.numel() / keys : 0;
   check(scores, ScalarType::Float, rows * keys, "scores");
@@ -422,10 +422,11 @@ void square_sums(const Tensor& x, const Tensor& sums) {
   });
 }
 
-// A step of AdamW on master, exp_avg and exp_avg_sq, fp32 and alike, by factor [1] fp32 times grad, bf16 or fp32; weight, if
-// it has elements, receives the master in bf16.
-void adamw(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& weight,
-           const Tensor& factor, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step) {
+// A step of AdamW on master, exp_avg and exp_avg_sq, fp32 and alike, by factor [1] fp32 times grad, bf16 or fp32;
+// weight, if it has elements, receives the master in bf16.
+void adamw(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+           const Tensor& weight, const Tensor& factor, double lr, double beta1, double beta2, double eps,
+           double weight_decay, int64_t step) {
   dispatch(grad, [&](auto element) {
     using T = decltype(element);
     constexpr int64_t part = 1 << 10;  // of the master stays in the first cache until the weight is made of it
