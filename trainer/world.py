@@ -32,7 +32,7 @@ class World:
         by as much as fivefold."""
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def settle_dtype(self, recipe):
         """The recipe with what dtype=auto means here, the same on every rank."""
