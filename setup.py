@@ -1,5 +1,5 @@
 """Maps the top-level folders to the import package `strop` (see docs/decisions.md for why they are top level) and
-compiles csrc/ where that can be of use: cpu.cpp with any C++ compiler, the rest with nvcc and a PyTorch of the same
+compiles csrc/ where that can be of use: cpu*.cpp with any C++ compiler, the rest with nvcc and a PyTorch of the same
 CUDA. STROP_BUILD_CSRC=0 compiles nothing, STROP_BUILD_CSRC=1 all of it, and fails where it cannot.
 """
 
@@ -30,11 +30,13 @@ PACKAGE_DIR = {
 ARCHITECTURES = ("80", "90a", "100a")
 SOURCES = ("csrc/gather.cu", "csrc/ops.cpp")
 
-# cpu.cpp is compiled once for each set of instructions; by the names that PyTorch has for them, so that it can choose
-CPU_SOURCE = "csrc/cpu.cpp"
+# compiled once for each set of instructions; by the names that PyTorch has for them, so that it can choose
+CPU_SOURCES = ("csrc/cpu.cpp", "csrc/cpu_attention.cpp")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 CPU_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     CPU_FLAGS = {"default": ()}  # NEON is part of every aarch64
@@ -84,7 +86,8 @@ def extensions() -> list[Extension]:
         return []
     # optional: an install that did not ask for it goes on without it when the compiler fails
     optional = wish == ""
-    found = [Extension(f"strop.kernels._cpu_{name}", [CPU_SOURCE], optional=optional) for name in CPU_FLAGS if compiler]
+    names = CPU_FLAGS if compiler else ()
+    found = [Extension(f"strop.kernels._cpu_{name}", list(CPU_SOURCES), optional=optional) for name in names]
     of_nvcc, of_torch = cuda_major(nvcc, torch) if nvcc else (None, None)
     if nvcc and (wish == "1" or (of_torch is not None and of_nvcc == of_torch)):
         found.append(Extension("strop.kernels._csrc", list(SOURCES), optional=optional))
@@ -96,12 +99,13 @@ STABLE = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def compile_cpu(name: str, out: Path) -> None:
-    """cpu.cpp for the instructions `name`. Raises CompileError with what the compiler said."""
+    """The CPU's library for the instructions `name`. Raises CompileError with what the compiler said."""
     torch = find_torch()
-    # loops as csrc/cpu.cpp marks them become vectors, without OpenMP: threads are PyTorch's own
+    # loops as the sources mark them become vectors, without OpenMP: threads are PyTorch's own
     command = [find_compiler(), "-shared", "-fPIC", "-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd"]
     command += ["-fno-math-errno", "-fno-trapping-math", *CPU_FLAGS[name], STABLE, f"-I{torch / 'include'}"]
-    command += [str(HERE / CPU_SOURCE), f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-o", str(out)]
+    command += [str(HERE / source) for source in CPU_SOURCES]
+    command += [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-o", str(out)]
     _run(command)
 
 

@@ -1,108 +1,13 @@
 // What surrounds a training step's matrix products on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
-// embeddings, attention's backward between its products, and AdamW. PyTorch's stable ABI: one build serves every
-// PyTorch from 2.11 on. setup.py compiles this file once for each set of instructions; the loops are written for the
-// compiler to vectorize.
+// embeddings, the softmax in fp32 attention's backward, and AdamW. PyTorch's stable ABI: one build serves every PyTorch
+// from 2.11 on. setup.py compiles it once for each set of instructions; the loops are written for the compiler to
+// vectorize.
 //
 // Sums have a fixed order, whatever the number of threads. Where PyTorch's own composition rounds to the tensor's type
 // on the way, so does this, so that values are a transformers model's own.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#include "cpu.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline float wide(const float& x) { return x; }
-inline float wide(const bf16& x) { return from_bits(uint32_t(x.bits) << 16); }
-
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(float x, bf16& out) {  // to nearest, ties to even
-  const uint32_t bits = bits_of(x);
-  out.bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
-}
-
-template <typename T>
-inline float rounded(float x) {  // what is left of x in T
-  T value;
-  narrow(x, value);
-  return wide(value);
-}
-
-// e^x to 2 units in the last place, 0 below -87 and infinity above 88. Cody and Waite's reduction, Taylor's series on
-// [-ln 2 / 2, ln 2 / 2].
-inline float exp_of(float x) {
-  const float bounded = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
-  const float n = std::nearbyint(bounded * 1.44269504f);
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.f / 5040;
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  const float power = from_bits(uint32_t(int32_t(n) + 127) << 23);
-  return x < -87.f ? 0.f : (x > 88.f ? HUGE_VALF : p * power);
-}
-
-inline float sigmoid(float x) { return 1.f / (1.f + exp_of(-x)); }
-
-// -- checks -----------------------------------------------------------------------------------------------------------
-
-template <typename T>
-constexpr ScalarType type_of = std::is_same_v<T, bf16> ? ScalarType::BFloat16 : ScalarType::Float;
-
-void check(const Tensor& x, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.is_contiguous() && x.numel() == numel, name,
-                  " has the wrong type or size, or is not contiguous");
-}
-
-template <typename T>
-const T* in(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <typename T>
-T* out(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
-// Calls f with a value of the element's type.
-template <typename F>
-void dispatch(const Tensor& x, F f) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Float,
-                  "expected bf16 or fp32");
-  if (x.scalar_type() == ScalarType::BFloat16)
-    f(bf16{});
-  else
-    f(float{});
-}
 
 // -- RMSNorm ----------------------------------------------------------------------------------------------------------
 
@@ -259,86 +164,6 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, co
 
 // -- attention's backward ---------------------------------------------------------------------------------------------
 
-// delta [T, H] fp32 of grad and attended [H, T, D]: the sums of their rows' products.
-void row_dot(const Tensor& grad, const Tensor& attended, const Tensor& delta) {
-  dispatch(grad, [&](auto element) {
-    using T = decltype(element);
-    const int64_t heads = grad.size(0), tokens = grad.size(1), width = grad.size(2);
-    STD_TORCH_CHECK(attended.scalar_type() == type_of<T> && attended.numel() == grad.numel() &&
-                        (width == 1 || (grad.stride(2) == 1 && attended.stride(2) == 1)),
-                    "grad and attended must be alike, with dense rows");
-    check(delta, ScalarType::Float, heads * tokens, "delta");
-    const int64_t g_head = grad.stride(0), g_token = grad.stride(1);
-    const int64_t a_head = attended.stride(0), a_token = attended.stride(1);
-    const T *gs = in<T>(grad), *as = in<T>(attended);
-    float* sums = out<float>(delta);
-    parallel_for(0, tokens, 64, [=](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t)
-        for (int64_t h = 0; h < heads; ++h) {
-          const T *g = gs + h * g_head + t * g_token, *a = as + h * a_head + t * a_token;
-          float sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t j = 0; j < width; ++j) sum += wide(g[j]) * wide(a[j]);
-          sums[t * heads + h] = sum;
-        }
-    });
-  });
-}
-
-// x [H, T, D], rows [B, N] int64 offsets, to stacked [B, G, H / G, N, D] fp32.
-void stack_rows(const Tensor& x, const Tensor& rows, const Tensor& stacked) {
-  dispatch(x, [&](auto element) {
-    using T = decltype(element);
-    const int64_t heads = x.size(0), width = x.size(2), blocks = rows.size(0), count = rows.size(1);
-    STD_TORCH_CHECK(width == 1 || x.stride(2) == 1, "x must have dense rows");
-    check(rows, ScalarType::Long, blocks * count, "rows");
-    check(stacked, ScalarType::Float, blocks * heads * count * width, "stacked");
-    const int64_t by_head = x.stride(0), by_token = x.stride(1), *offsets = in<int64_t>(rows);
-    const T* xs = in<T>(x);
-    float* outs = out<float>(stacked);
-    parallel_for(0, blocks * heads, 1, [=](int64_t first, int64_t last) {
-      for (int64_t at = first; at < last; ++at)
-        for (int64_t n = 0; n < count; ++n) {
-          const T* row = xs + at % heads * by_head + offsets[at / heads * count + n] * by_token;
-          float* o = outs + (at * count + n) * width;
-#pragma omp simd
-          for (int64_t j = 0; j < width; ++j) o[j] = wide(row[j]);
-        }
-    });
-  });
-}
-
-// In place, from scores and grad_weights [B, H, N, M]: the softmax weights e^(scale * score - lse) and the scores' gradient
-// scale * weight * (grad_weight - delta); 0 from column visible[b, n] on. lse and delta [T, H] fp32, read at rows [B, N].
-void softmax_backward(const Tensor& scores, const Tensor& grad_weights, const Tensor& lse, const Tensor& delta,
-                      const Tensor& rows, const Tensor& visible, double scale) {
-  const int64_t blocks = rows.size(0), count = rows.size(1), heads = lse.size(1), keys = scores.size(-1);
-  check(scores, ScalarType::Float, blocks * heads * count * keys, "scores");
-  check(grad_weights, ScalarType::Float, blocks * heads * count * keys, "grad_weights");
-  check(lse, ScalarType::Float, lse.size(0) * heads, "lse");
-  check(delta, ScalarType::Float, lse.size(0) * heads, "delta");
-  check(rows, ScalarType::Long, blocks * count, "rows");
-  check(visible, ScalarType::Long, blocks * count, "visible");
-  const float *lses = in<float>(lse), *deltas = in<float>(delta), factor = float(scale);
-  const int64_t *offsets = in<int64_t>(rows), *seen = in<int64_t>(visible);
-  float *ss = out<float>(scores), *gs = out<float>(grad_weights);
-  parallel_for(0, blocks * heads * count, 16, [=](int64_t first, int64_t last) {
-    for (int64_t at = first; at < last; ++at) {
-      const int64_t n = at / (heads * count) * count + at % count, h = at / count % heads, end = seen[n];
-      const float l = lses[offsets[n] * heads + h], d = deltas[offsets[n] * heads + h];
-      float *s = ss + at * keys, *g = gs + at * keys;
-#pragma omp simd
-      for (int64_t j = 0; j < end; ++j) {
-        const float weight = exp_of(s[j] * factor - l);
-        s[j] = weight;
-        g[j] = (g[j] - d) * weight * factor;
-      }
-      std::fill(s + end, s + keys, 0.f);
-      std::fill(g + end, g + keys, 0.f);
-    }
-  });
-}
-
 // In place, from scores and grad_weights [.., N, M] fp32: the weights of a softmax of scale * scores, and the gradient
 // of the scores; the N rows are queries of the last N of the M keys, and see no later one.
 void causal_softmax_backward(const Tensor& scores, const Tensor& grad_weights, int64_t count, double scale) {
@@ -367,29 +192,6 @@ void causal_softmax_backward(const Tensor& scores, const Tensor& grad_weights, i
       std::fill(s + end, s + keys, 0.f);
       std::fill(g + end, g + keys, 0.f);
     }
-  });
-}
-
-// total [T, H, D] fp32 += share [B, H, N, D] fp32 at the rows bounds[b, 0] to bounds[b, 1], which may meet. Heads go to
-// threads, so that blocks are added in their order.
-void add_rows(const Tensor& share, const Tensor& bounds, const Tensor& total) {
-  const int64_t blocks = bounds.size(0), heads = total.size(1), width = total.size(2), tokens = total.size(0);
-  const int64_t count = share.size(-2);
-  check(share, ScalarType::Float, blocks * heads * count * width, "share");
-  check(bounds, ScalarType::Long, blocks * 2, "bounds");
-  check(total, ScalarType::Float, tokens * heads * width, "total");
-  const int64_t* at = in<int64_t>(bounds);
-  const float* shares = in<float>(share);
-  float* totals = out<float>(total);
-  parallel_for(0, heads, 1, [=](int64_t first, int64_t last) {
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t h = first; h < last; ++h)
-        for (int64_t t = at[2 * b]; t < at[2 * b + 1]; ++t) {
-          const float* x = shares + ((b * heads + h) * count + t - at[2 * b]) * width;
-          float* o = totals + (t * heads + h) * width;
-#pragma omp simd
-          for (int64_t j = 0; j < width; ++j) o[j] += x[j];
-        }
   });
 }
 
@@ -478,14 +280,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
       "cpu_silu_mul_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) product, Tensor(b!) grad_gate,"
       " Tensor(c!) grad_up) -> ()");
   m.def("cpu_rotate(Tensor x, Tensor cos, Tensor sin, bool back, Tensor(a!) turned) -> ()");
-  m.def("cpu_row_dot(Tensor grad, Tensor attended, Tensor(a!) delta) -> ()");
-  m.def("cpu_stack_rows(Tensor x, Tensor rows, Tensor(a!) stacked) -> ()");
-  m.def(
-      "cpu_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, Tensor lse, Tensor delta, Tensor rows,"
-      " Tensor visible, float scale) -> ()");
   m.def(
       "cpu_causal_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, int count, float scale) -> ()");
-  m.def("cpu_add_rows(Tensor share, Tensor bounds, Tensor(a!) total) -> ()");
   m.def("cpu_square_sums(Tensor x, Tensor(a!) sums) -> ()");
   m.def(
       "cpu_adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight,"
@@ -498,11 +294,7 @@ STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
   m.impl("cpu_silu_mul", TORCH_BOX(&silu_mul));
   m.impl("cpu_silu_mul_backward", TORCH_BOX(&silu_mul_backward));
   m.impl("cpu_rotate", TORCH_BOX(&rotate));
-  m.impl("cpu_row_dot", TORCH_BOX(&row_dot));
-  m.impl("cpu_stack_rows", TORCH_BOX(&stack_rows));
-  m.impl("cpu_softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("cpu_causal_softmax_backward", TORCH_BOX(&causal_softmax_backward));
-  m.impl("cpu_add_rows", TORCH_BOX(&add_rows));
   m.impl("cpu_square_sums", TORCH_BOX(&square_sums));
   m.impl("cpu_adamw", TORCH_BOX(&adamw));
 }

@@ -1,4 +1,4 @@
-"""csrc/cpu.cpp's operators, `torch.ops.strop.cpu_*`: where the library was built and the processor has what it needs.
+"""The operators of csrc/cpu*.cpp, `torch.ops.strop.cpu_*`: where they were built and the processor has what it needs.
 
 They write into tensors that their caller has made, so that all they have to say to torch.compile is that they return
 nothing.
@@ -18,11 +18,9 @@ OPERATORS = (
     "silu_mul",
     "silu_mul_backward",
     "rotate",
-    "row_dot",
-    "stack_rows",
-    "softmax_backward",
     "causal_softmax_backward",
-    "add_rows",
+    "prefix_attention",
+    "prefix_attention_backward",
     "square_sums",
     "adamw",
 )
@@ -30,7 +28,9 @@ OPERATORS = (
 
 def _load() -> bool:
     # "default" is what aarch64 has, whatever PyTorch calls its vectors; x86 has none of that name
-    names = (torch.backends.cpu.get_cpu_capability().lower(), "default")
+    names = [torch.backends.cpu.get_cpu_capability().lower(), "default"]
+    if names[0] == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        names.insert(0, "avx512_bf16")
     path = next((p for name in names if (p := Path(__file__).with_name(f"_cpu_{name}.so")).is_file()), None)
     if path is None:
         return False

@@ -169,18 +169,14 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty(x: Tensor, heads: int, size: int) -> Tensor:
-    return x.new_empty(1, x.shape[2], heads, size).transpose(1, 2)
-
-
 def _forward_fake(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
     shape = (0,) if _explicit(q, v, window, cap, triton) else q.shape[:3]
     lse = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
-    return _empty(q, q.shape[1], v.shape[3]), lse
+    return attention_cpu.empty_rows_first(q, q.shape[1], v.shape[3]), lse
 
 
 def _backward_fake(grad_out, q, k, v, *_):
-    return tuple(_empty(x, x.shape[1], x.shape[3]) for x in (q, k, v))
+    return tuple(attention_cpu.empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
 
 
 class _PrefixAttention(torch.autograd.Function):

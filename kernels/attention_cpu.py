@@ -1,17 +1,14 @@
-"""Prefix attention on the CPU: flash attention forward, the backward with the scores written out block by block.
+"""Prefix attention on the CPU: for bf16 one operator each way, csrc/cpu_attention.cpp; for all else, and where that was
+not built, PyTorch's flash attention forward and whole rows of scores backward.
 
-Two parts: prompts and completions attend causally to themselves; completions 2..K of a group also attend, together in
-one call, to their prompt, and the two parts merge by log-sum-exp. In 16 bits the backward needs only the row's final
-output and log-sum-exp, so each part's share of the gradient is exact on its own; wider inputs get the precision of
-whole rows.
+Flash attention goes in two parts: prompts and completions attend causally to themselves; completions 2..K of a group
+also attend, together in one call, to their prompt, and the two parts merge by log-sum-exp.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +18,23 @@ from .layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# Queries of a block of written-out scores, and scores of all heads that go through together, within the caches.
+# Tokens of a block of csrc/cpu_attention.cpp, and of the part of a group whose gradients one thread adds up.
+_QUERIES = 64
+_SLICE = 1024
+# Elsewhere: queries of a block of whole rows of scores, and scores of all heads that go through together, within the
+# caches.
 _BLOCK = 192
 _SCORES = 1 << 21
-# From blocks of so many scores on, the matrix unit gains more than its set-up costs.
-_LARGE = 1 << 12
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
     """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns the output, as q, and the log-sum-exp [1, H, T], at least fp32."""
+    if _is_one_operator(q, k, v):
+        out, lse = empty_rows_first(q, *q.shape[1::2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+        tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+        rows = (_dense_rows(x)[0] for x in (q, k, v))
+        torch.ops.strop.cpu_prefix_attention(*rows, tables.segments, tables.blocks, scale, out[0], lse)
+        return out, lse
     out = torch.empty_like(q, memory_format=torch.preserve_format)
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     bounds = (groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
@@ -53,15 +58,75 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from what attention_forward took and returned."""
-    if q.element_size() == 2:
-        return _written_out_backward(grad_out, q, k, v, out, lse, groups, scale)
-    return _whole_rows_backward(grad_out, q, k, v, groups, scale)
+    if _is_one_operator(q, k, v):
+        grads = tuple(empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
+        tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+        shares = lse.new_empty(2, k.shape[1], tables.share_rows, k.shape[3])
+        rows = (_dense_rows(x)[0] for x in (grad_out, q, k, v, out))
+        torch.ops.strop.cpu_prefix_attention_backward(
+            *rows, lse, *tables[:3], scale, shares, *(grad[0] for grad in grads)
+        )
+        return grads
+    wide = (x.to(lse.dtype) for x in (grad_out, q, k, v))
+    return tuple(grad.to(q.dtype) for grad in _whole_rows_backward(*wide, groups, scale))
+
+
+def _is_one_operator(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether csrc/cpu_attention.cpp does all of it."""
+    return q.dtype == torch.bfloat16 and _cpu.takes(q, k, v) and q.shape[3] in range(32, 257, 16)
+
+
+def empty_rows_first(x: Tensor, heads: int, size: int) -> Tensor:
+    """For x [1, H, T, D] an empty [1, heads, T, size] that lies in memory as [T, heads, size]."""
+    return x.new_empty(1, x.shape[2], heads, size).transpose(1, 2)
+
+
+class _Tables(NamedTuple):
+    """What csrc/cpu_attention.cpp is told of the groups, int64: segments [S, 3], blocks [B, 7], slices [N, 6]; and how
+    many rows of gradients its slices share."""
+
+    segments: Tensor
+    blocks: Tensor
+    slices: Tensor
+    share_rows: int
+
+
+@lru_cache(maxsize=8)  # the layers of a model ask for the same tables
+def _tables(prompt_bounds, completion_bounds, completion_group) -> _Tables:
+    completions = [[] for _ in prompt_bounds]
+    for group, bounds in zip(completion_group, completion_bounds, strict=True):
+        completions[group].append(bounds)
+    segments, blocks, slices, column, share_rows = [], [], [], 0, 0
+    for prompt, spans in zip(prompt_bounds, completions, strict=True):
+        before, first_slice = (prompt[0], prompt[0], column), len(slices)
+        for start, end in (prompt, *spans):
+            segments.append((start, end, column))
+            for first in range(start, end, _QUERIES):
+                last = min(first + _QUERIES, end)
+                if len(slices) == first_slice or slices[-1][3] - slices[-1][6] >= _SLICE:
+                    slices.append([len(blocks), 0, prompt[0], 0, 0, -1, first])
+                blocks.append((first, last, start, column, *before))
+                slices[-1][1], slices[-1][3] = len(blocks), last
+            if (start, end) == prompt:
+                before = (*prompt, column)
+            column += (end - start + 1) // 2 * 2
+        for part in slices[first_slice:]:
+            part[4] = share_rows
+            share_rows += part[3] - part[2]
+        if len(slices) > first_slice:
+            slices[-1][5] = first_slice
+    return _Tables(
+        torch.tensor(segments).view(-1, 3),
+        torch.tensor(blocks).view(-1, 7),
+        torch.tensor([part[:6] for part in slices]).view(-1, 6),
+        share_rows,
+    )
 
 
 def _whole_rows_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For fp32 and fp64: all scores of a row are there at once, for a softmax that errs no more than a plain one.
+    """In fp32 or fp64: all scores of a row are there at once, for a softmax that errs no more than a plain one.
 
     e^(score - lse) carries the rounding of lse, and of scores that came out otherwise in the forward; where the softmax
     is sharp, that alone is several times what a plain softmax errs. So the output and lse are of no use here.
@@ -101,154 +166,8 @@ def _causal_softmax_backward(scores: Tensor, grad_weights: Tensor, rows: int, sc
     grad_weights.copy_(torch._softmax_backward_data(grad_weights, scores, -1, scores.dtype)).mul_(scale)
 
 
-def _written_out_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For 16-bit inputs: the scores of equally large blocks are written out in fp32, block by block in the cache.
-
-    The query heads of a key head are stacked as rows, [.., r * N, D], so that every product is one batched call and
-    sums over them. What is not a product csrc/cpu.cpp does in one pass each, or PyTorch in several.
-    """
-    fused = _cpu.takes(grad_out, q, k, v, out)
-    (heads, tokens), key_heads = lse.shape[1:], k.shape[1]
-    grads = tuple(lse.new_zeros(tokens, *x.shape[1::2]) for x in (q, k, v))
-    delta = _row_dot(grad_out, out, lse.dtype, fused)
-    lse = lse[0].mT.contiguous()
-    for batch in _batches(groups.prompt_bounds, groups.completion_bounds, groups.completion_group, heads):
-        (count, rows), keys = batch.rows.shape, batch.keys.shape[1]
-        q_rows, grad_rows = (_stacked(x, batch.rows, key_heads, lse.dtype, fused) for x in (q, grad_out))
-        k_keys, v_keys = (_stacked(x, batch.keys, key_heads, lse.dtype, fused) for x in (k, v))
-        with _matrix_unit(q.dtype == torch.bfloat16 and rows * keys >= _LARGE):
-            weights, grad_scores = torch.bmm(q_rows, k_keys.mT), torch.bmm(grad_rows, v_keys.mT)
-            _softmax_backward(weights, grad_scores, lse, delta, batch, scale, fused)
-            shares = (
-                torch.bmm(grad_scores, k_keys).view(count, heads, rows, -1),
-                torch.bmm(grad_scores.mT, q_rows).view(count, key_heads, keys, -1),
-                torch.bmm(weights.mT, grad_rows).view(count, key_heads, keys, -1),
-            )
-        for grad, share, bounds in zip(grads, shares, (batch.row_bounds, *(batch.key_bounds,) * 2), strict=True):
-            _add_rows(grad, share, bounds, fused)
-    return tuple(grad.to(x.dtype).transpose(0, 1)[None] for grad, x in zip(grads, (q, k, v), strict=True))
-
-
-def _row_dot(grad_out: Tensor, out: Tensor, dtype: torch.dtype, fused: bool) -> Tensor:
-    """Sums of products of rows: two [1, H, T, D] to [T, H]."""
-    if not fused:
-        return (grad_out.to(dtype) * out).sum(-1)[0].mT.contiguous()
-    delta = out.new_empty(out.shape[2], out.shape[1], dtype=dtype)
-    torch.ops.strop.cpu_row_dot(_dense_rows(grad_out)[0], _dense_rows(out)[0], delta)
-    return delta
-
-
-def _stacked(x: Tensor, rows: Tensor, key_heads: int, dtype: torch.dtype, fused: bool) -> Tensor:
-    """[1, H, T, D] at rows [B, N] to [B * Hkv, r * N, D]: the r heads of a key head stacked."""
-    (_, heads, _, size), (count, length) = x.shape, rows.shape
-    stacked = x.new_empty(count * key_heads, heads // key_heads * length, size, dtype=dtype)
-    if fused:
-        torch.ops.strop.cpu_stack_rows(_dense_rows(x)[0], rows, stacked)
-    else:
-        picked = x[0].transpose(0, 1).index_select(0, rows.view(-1)).view(count, length, heads, size)
-        stacked.view(count, heads, length, size).copy_(picked.transpose(1, 2))
-    return stacked
-
-
-def _softmax_backward(
-    scores: Tensor, grad_weights: Tensor, lse: Tensor, delta: Tensor, batch: _Batch, scale: float, fused: bool
-) -> None:
-    """In place: scores [B * Hkv, r * N, M] to softmax weights, the weights' gradient to that of q k^T.
-
-    lse and delta [T, H] of the queries. What a query does not see has weight 0.
-    """
-    if fused:
-        torch.ops.strop.cpu_softmax_backward(scores, grad_weights, lse, delta, batch.rows, batch.visible, scale)
-        return
-    (count, rows), keys = batch.rows.shape, batch.keys.shape[1]
-    lse_rows, delta_rows = (x[batch.rows].transpose(1, 2).reshape(*scores.shape[:2], 1) for x in (lse, delta))
-    scores.mul_(scale).sub_(lse_rows).exp_()
-    hidden = torch.arange(keys) >= batch.visible.unsqueeze(2)
-    scores.view(count, -1, rows, keys).masked_fill_(hidden.unsqueeze(1), 0.0)
-    grad_weights.sub_(delta_rows).mul_(scores).mul_(scale)
-
-
-def _add_rows(total: Tensor, share: Tensor, bounds: Tensor, fused: bool) -> None:
-    """total [T, H, D] += share [B, H, N, D] at the rows from bounds[b, 0] to bounds[b, 1]."""
-    if fused:
-        torch.ops.strop.cpu_add_rows(share, bounds, total)
-        return
-    for block, (start, end) in zip(share, bounds.tolist(), strict=True):
-        total[start:end] += block[:, : end - start].transpose(0, 1)
-
-
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Blocks of attention scores of one padded size: B blocks of N query rows by M keys.
-
-    rows [B, N], keys [B, M]: int64 row offsets; padding repeats row 0. visible [B, N] int64: how many of its block's
-    keys a query sees, 0 for padding. row_bounds, key_bounds [B, 2] int64: half-open ranges of rows.
-    """
-
-    rows: Tensor
-    keys: Tensor
-    visible: Tensor
-    row_bounds: Tensor
-    key_bounds: Tensor
-
-
-@lru_cache(maxsize=8)  # the layers of a model ask for the same batches
-def _batches(prompt_bounds, completion_bounds, completion_group, heads: int) -> tuple[_Batch, ...]:
-    """All scores of the groups, in blocks of at most _BLOCK queries; a batch holds at most _SCORES of them."""
-    sizes: dict[tuple[int, int], list] = {}
-    parts = [(span, span, True) for span in _causal_spans(prompt_bounds, completion_bounds, completion_group)]
-    parts += [(*pair, False) for pair in _cross_spans(prompt_bounds, completion_bounds, completion_group)]
-    for (first, last), (key_start, key_end), is_causal in parts:
-        for start in range(first, last, _BLOCK):
-            end = min(start + _BLOCK, last)
-            seen = end if is_causal else key_end
-            size = (-(end - start) // 32 * -32, -(seen - key_start) // 32 * -32)
-            sizes.setdefault(size, []).append((((start, end), (key_start, seen)), is_causal))
-    batches = []
-    for (rows, keys), blocks in sorted(sizes.items()):
-        step = max(1, _SCORES // (heads * rows * keys))
-        for i in range(0, len(blocks), step):
-            batches.append(_batch(blocks[i : i + step], rows, keys))
-    return tuple(batches)
-
-
-def _batch(blocks: list, rows: int, keys: int) -> _Batch:
-    row_bounds, key_bounds = (torch.tensor([spans[side] for spans, _ in blocks]) for side in (0, 1))
-    is_causal = torch.tensor([causal for _, causal in blocks]).unsqueeze(1)
-    row_index, key_index = row_bounds[:, :1] + torch.arange(rows), key_bounds[:, :1] + torch.arange(keys)
-    row_is_padding, key_is_padding = row_index >= row_bounds[:, 1:], key_index >= key_bounds[:, 1:]
-    visible = torch.where(is_causal, row_index + 1, key_bounds[:, 1:]) - key_bounds[:, :1]
-    return _Batch(
-        rows=row_index.masked_fill_(row_is_padding, 0),
-        keys=key_index.masked_fill_(key_is_padding, 0),
-        visible=visible.masked_fill_(row_is_padding, 0),
-        row_bounds=row_bounds,
-        key_bounds=key_bounds,
-    )
-
-
-@contextmanager
-def _matrix_unit(use: bool) -> Iterator[None]:
-    """While it lasts, if asked, fp32 products run on the CPU's bf16 matrix unit, with fp32 sums and results.
-
-    Operands that were bf16 lose nothing by it; the softmax weights and their gradient are rounded to bf16 as flash
-    attention rounds them. The switch is the process's: products of other threads meanwhile round likewise.
-    """
-    switch = torch.backends.mkldnn.matmul
-    if not use or not hasattr(switch, "fp32_precision"):
-        yield
-        return
-    before, switch.fp32_precision = switch.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
 
 
 def _causal_spans(prompt_bounds, completion_bounds, completion_group) -> list[tuple[int, int]]:

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strop.kernels import _cpu, _cuda, passes, reference
+from strop.kernels import Group, PackedGroups, _cpu, _cuda, passes, reference
+from strop.kernels.attention_cpu import _tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -332,7 +333,8 @@ for op in (torch.ops.strop.cuda_gather_forward.default, torch.ops.strop.cuda_gat
     assert backward.startswith("strop::cuda_gather_backward(Tensor grad,") and backward.endswith("-> () True")
 
 
-CPU = [f"_cpu_{name}" for name in (("avx2", "avx512") if platform.machine() == "x86_64" else ("default",))]
+X86 = platform.machine() == "x86_64"
+CPU = [f"_cpu_{name}" for name in (("avx2", "avx512", "avx512_bf16") if X86 else ("default",))]
 
 
 @pytest.mark.parametrize(
@@ -374,18 +376,42 @@ def test_every_set_of_instructions_compiles_and_has_all_operators(name: str, tmp
     if not library.exists():
         library = tmp_path / library.name
         setup["compile_cpu"](name.removeprefix("_cpu_"), library)
-    runs = f"_cpu_{torch.backends.cpu.get_cpu_capability().lower()}" in (name, "_cpu_avx512")
+    can = {
+        "_cpu_default": True,
+        "_cpu_avx2": torch.cpu._is_avx2_supported(),
+        "_cpu_avx512": torch.cpu._is_avx512_supported(),
+        "_cpu_avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+    }
+    groups = [Group([1] * 150, [[2] * 61, [3] * 9]), Group([], [[1]]), Group([1] * 3, [[2] * 64] * 3)]
+    groups = PackedGroups.pack(groups)
+    torch.manual_seed(0)
+    rows = [torch.randn(n, groups.num_tokens, 48).bfloat16() for n in (4, 4, 2, 2)]  # upstream, q, k, v
+    tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    torch.save((rows, tuple(tables)), tmp_path / "inputs.pt")
     code = f"""
 import torch
 torch.ops.load_library({str(library)!r})
 assert all(hasattr(torch.ops.strop, "cpu_" + name) for name in {_cpu.OPERATORS})
 x, out = torch.randn(1000), torch.empty(1000)
-if {runs}:
+if {can[name]}:
     torch.ops.strop.cpu_silu_mul(x, x, out)
     torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
+    (grad, q, k, v), (segments, blocks, slices, share_rows) = torch.load("inputs.pt")
+    out, lse, grads = torch.empty_like(q), torch.empty(q.shape[:2]), [torch.empty_like(x) for x in (q, k, v)]
+    torch.ops.strop.cpu_prefix_attention(q, k, v, segments, blocks, 0.2, out, lse)
+    shares = torch.empty(2, 2, share_rows, 48)
+    tables = segments, blocks, slices
+    torch.ops.strop.cpu_prefix_attention_backward(grad, q, k, v, out, lse, *tables, 0.2, shares, *grads)
+    torch.save([out, *grads], "results.pt")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    if can[name]:
+        qkv = [x[None].double().requires_grad_() for x in rows[1:]]
+        truth = reference.prefix_attention(*qkv, groups, scale=0.2)
+        truths = [truth, *torch.autograd.grad(truth, qkv, rows[0][None].double())]
+        for found, expected in zip(torch.load(tmp_path / "results.pt"), truths, strict=True):
+            assert (found[None].double() - expected).norm() <= 0.005 * expected.norm()
 
 
 def test_a_compiler_that_fails_says_what_it_said(tmp_path: Path, monkeypatch):
