@@ -1,7 +1,7 @@
 // What surrounds a training step's matrix products on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
-// embeddings, the softmax in fp32 attention's backward, and AdamW. PyTorch's stable ABI: one build serves every PyTorch
-// from 2.11 on. setup.py compiles it once for each set of instructions; the loops are written for the compiler to
-// vectorize.
+// embeddings, the softmax in fp32 attention's backward, the head's softmax, and AdamW. PyTorch's stable ABI: one build
+// serves every PyTorch from 2.11 on. setup.py compiles it once for each set of instructions; the loops are written for
+// the compiler to vectorize.
 //
 // Sums have a fixed order, whatever the number of threads. Where PyTorch's own composition rounds to the tensor's type
 // on the way, so does this, so that values are a transformers model's own.
@@ -195,6 +195,90 @@ void causal_softmax_backward(const Tensor& scores, const Tensor& grad_weights, i
   });
 }
 
+// -- the head's softmax -------------------------------------------------------------------------------------------------
+
+void check_rows(const Tensor& x, ScalarType type, int64_t rows, int64_t columns, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type && x.dim() == 2 && x.size(0) == rows &&
+                      x.size(1) == columns && (x.stride(1) == 1 || columns == 1),
+                  name, " has the wrong type or size, or rows that are not dense");
+}
+
+// The sum of exp(x - shift); scale times each to `to`, if it is given, which may be x.
+template <typename T>
+float exponentials(const T* x, int64_t count, float shift, float scale, T* to) {
+  float sum = 0;
+  if (to) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) {
+      const float e = exp_of(wide(x[j]) - shift);
+      sum += e;
+      narrow(e * scale, to[j]);
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += exp_of(wide(x[j]) - shift);
+  }
+  return sum;
+}
+
+// Columns whose exponentials are summed in fp32 before they go into a sum in fp64.
+constexpr int64_t part_of_sum = 256;
+
+// Logits [N, C] into the running highest and total [N] fp32, total the sum of exp(logit - highest); decay [N] receives
+// what older sums were multiplied by. weights, if it has elements, receives exp(logit - highest); it may be logits.
+void scan_logits(const Tensor& logits, const Tensor& highest, const Tensor& total, const Tensor& decay,
+                 const Tensor& weights) {
+  dispatch(logits, [&](auto element) {
+    using T = decltype(element);
+    const int64_t rows = logits.size(0), columns = logits.size(1), by_row = logits.stride(0);
+    const bool wanted = weights.numel() > 0;
+    const int64_t out_by_row = wanted ? weights.stride(0) : 0;
+    check_rows(logits, type_of<T>, rows, columns, "logits");
+    if (wanted) check_rows(weights, type_of<T>, rows, columns, "weights");
+    check(highest, ScalarType::Float, rows, "highest");
+    check(total, ScalarType::Float, rows, "total");
+    check(decay, ScalarType::Float, rows, "decay");
+    const T* xs = in<T>(logits);
+    T* outs = wanted ? out<T>(weights) : nullptr;
+    float *tops = out<float>(highest), *totals = out<float>(total), *decays = out<float>(decay);
+    parallel_for(0, rows, 4, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T* x = xs + i * by_row;
+        float top = tops[i];
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < columns; ++j) top = wide(x[j]) > top ? wide(x[j]) : top;
+        double sum = 0;
+        for (int64_t at = 0; at < columns; at += part_of_sum)
+          sum += exponentials(x + at, std::min(columns - at, part_of_sum), top, 1.f,
+                              outs ? outs + i * out_by_row + at : nullptr);
+        decays[i] = std::exp(tops[i] - top);
+        totals[i] = float(totals[i] * double(decays[i]) + sum);
+        tops[i] = top;
+      }
+    });
+  });
+}
+
+// gradient [N, C], which may be logits: scale * exp(logit - lse), of scale and lse [N] fp32.
+void softmax_of(const Tensor& logits, const Tensor& lse, const Tensor& scale, const Tensor& gradient) {
+  dispatch(logits, [&](auto element) {
+    using T = decltype(element);
+    const int64_t rows = logits.size(0), columns = logits.size(1);
+    const int64_t by_row = logits.stride(0), out_by_row = gradient.stride(0);
+    check_rows(logits, type_of<T>, rows, columns, "logits");
+    check_rows(gradient, type_of<T>, rows, columns, "gradient");
+    check(lse, ScalarType::Float, rows, "lse");
+    check(scale, ScalarType::Float, rows, "scale");
+    const T* xs = in<T>(logits);
+    const float *lses = in<float>(lse), *scales = in<float>(scale);
+    T* outs = out<T>(gradient);
+    parallel_for(0, rows, 4, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        exponentials(xs + i * by_row, columns, lses[i], scales[i], outs + i * out_by_row);
+    });
+  });
+}
+
 // -- AdamW ------------------------------------------------------------------------------------------------------------
 
 // sums [ceil(numel / 65536)] fp64: of the squares of x, block by block.
@@ -282,6 +366,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
   m.def("cpu_rotate(Tensor x, Tensor cos, Tensor sin, bool back, Tensor(a!) turned) -> ()");
   m.def(
       "cpu_causal_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, int count, float scale) -> ()");
+  m.def(
+      "cpu_scan_logits(Tensor logits, Tensor(a!) highest, Tensor(b!) total, Tensor(c!) decay, Tensor(d!) weights) -> ()");
+  m.def("cpu_softmax_of(Tensor logits, Tensor lse, Tensor scale, Tensor(a!) gradient) -> ()");
   m.def("cpu_square_sums(Tensor x, Tensor(a!) sums) -> ()");
   m.def(
       "cpu_adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight,"
@@ -295,6 +382,8 @@ STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
   m.impl("cpu_silu_mul_backward", TORCH_BOX(&silu_mul_backward));
   m.impl("cpu_rotate", TORCH_BOX(&rotate));
   m.impl("cpu_causal_softmax_backward", TORCH_BOX(&causal_softmax_backward));
+  m.impl("cpu_scan_logits", TORCH_BOX(&scan_logits));
+  m.impl("cpu_softmax_of", TORCH_BOX(&softmax_of));
   m.impl("cpu_square_sums", TORCH_BOX(&square_sums));
   m.impl("cpu_adamw", TORCH_BOX(&adamw));
 }

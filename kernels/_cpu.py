@@ -21,6 +21,8 @@ OPERATORS = (
     "causal_softmax_backward",
     "prefix_attention",
     "prefix_attention_backward",
+    "scan_logits",
+    "softmax_of",
     "square_sums",
     "adamw",
 )
@@ -53,3 +55,8 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the library has operators for these: on the CPU, all bf16 or all fp32."""
     first = tensors[0].dtype
     return first in DTYPES and all(x.device.type == "cpu" and x.dtype == first for x in tensors) and load()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x, copied if the elements of its rows do not lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

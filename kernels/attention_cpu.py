@@ -32,7 +32,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, sca
     if _is_one_operator(q, k, v):
         out, lse = empty_rows_first(q, *q.shape[1::2]), q.new_empty(q.shape[:3], dtype=torch.float32)
         tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
-        rows = (_dense_rows(x)[0] for x in (q, k, v))
+        rows = (_cpu.dense_rows(x)[0] for x in (q, k, v))
         torch.ops.strop.cpu_prefix_attention(*rows, tables.segments, tables.blocks, scale, out[0], lse)
         return out, lse
     out = torch.empty_like(q, memory_format=torch.preserve_format)
@@ -62,7 +62,7 @@ def attention_backward(
         grads = tuple(empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
         tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
         shares = lse.new_empty(2, k.shape[1], tables.share_rows, k.shape[3])
-        rows = (_dense_rows(x)[0] for x in (grad_out, q, k, v, out))
+        rows = (_cpu.dense_rows(x)[0] for x in (grad_out, q, k, v, out))
         torch.ops.strop.cpu_prefix_attention_backward(
             *rows, lse, *tables[:3], scale, shares, *(grad[0] for grad in grads)
         )
@@ -164,10 +164,6 @@ def _causal_softmax_backward(scores: Tensor, grad_weights: Tensor, rows: int, sc
     scores.mul_(scale).view(-1, rows, keys).masked_fill_(future, -torch.inf)
     scores.copy_(scores.softmax(-1))
     grad_weights.copy_(torch._softmax_backward_data(grad_weights, scores, -1, scores.dtype)).mul_(scale)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _causal_spans(prompt_bounds, completion_bounds, completion_group) -> list[tuple[int, int]]:

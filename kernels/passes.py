@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import _cpu
+
 # Elements of the compute type that stay in a core's own cache.
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -104,6 +106,20 @@ def _logits(product: Tensor, cap: float) -> Tensor:
     return product.tanh_().mul_(cap) if cap else product
 
 
+def _scan_logits(logits: Tensor, highest: Tensor, total: Tensor, decay: Tensor, weights: Tensor | None = None) -> None:
+    """csrc/cpu.cpp's part of scan_chunk and gather_forward."""
+    weights = logits.new_empty(0, 0) if weights is None else weights
+    torch.ops.strop.cpu_scan_logits(_cpu.dense_rows(logits), highest, total, decay, weights)
+
+
+def _softmax_of(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
+    """csrc/cpu.cpp's part of gradient_chunk and gather_backward: scale * exp(logits - lse), into out."""
+    dense = out if out.stride(1) == 1 or out.shape[1] == 1 else out.new_empty(out.shape)
+    torch.ops.strop.cpu_softmax_of(_cpu.dense_rows(logits), lse.contiguous(), scale, dense)
+    if dense is not out:
+        out.copy_(dense)
+
+
 def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
     """Take the chunk's scaled product [N, C], vocabulary columns from `start`, into the running sums.
 
@@ -113,6 +129,9 @@ def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights
     dtype = state.total.dtype
     hit_rows, hit_columns = _hits(state.target, start, columns)
     state.target_logit[hit_rows] = _logits(product[hit_rows, hit_columns].to(dtype), cap)
+    if not cap and not (state.weighted.numel() or state.plain.numel() or state.squares.numel()) and _cpu.takes(product):
+        _scan_logits(product, state.highest, state.total, state.decay, weights)
+        return
     moved, part = torch.empty_like(state.total), torch.empty_like(state.total)
     scratch = _scratch(product, columns)
     for block in _blocks(rows, columns):
@@ -154,6 +173,10 @@ def gradient_chunk(
     d_target = at_target[hit_rows]
     if cap:
         d_target = d_target * (1 - product[hit_rows, hit_columns].to(lse.dtype).tanh().square())
+    if not cap and _cpu.takes(product, out):
+        _softmax_of(product, lse, torch.ones_like(lse), out)
+        out[hit_rows, hit_columns] = d_target.to(out.dtype)
+        return
     scratch = _scratch(product, columns)
     for block in _blocks(rows, columns):
         x = scratch[: (block.stop - block.start) * columns].view(-1, columns)
@@ -173,14 +196,17 @@ def gradient_chunk(
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(logp, lse), each [N] in the compute dtype, from logits [N, V] and target [N]; logp 0 in dead rows."""
     rows, vocab = logits.shape
-    highest = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))
-    total = torch.empty_like(highest)
-    scratch = _scratch(logits, vocab)
-    for block in _blocks(rows, vocab):
-        x = scratch[: (block.stop - block.start) * vocab].view(-1, vocab)
-        x.copy_(logits[block])
-        torch.amax(x, 1, out=highest[block])
-        torch.sum(x.sub_(highest[block].unsqueeze(1)).exp_(), 1, out=total[block])
+    highest = logits.new_full((rows,), -torch.inf, dtype=compute_dtype(logits.dtype))
+    total = torch.zeros_like(highest)
+    if _cpu.takes(logits):
+        _scan_logits(logits, highest, total, torch.empty_like(total))
+    else:
+        scratch = _scratch(logits, vocab)
+        for block in _blocks(rows, vocab):
+            x = scratch[: (block.stop - block.start) * vocab].view(-1, vocab)
+            x.copy_(logits[block])
+            torch.amax(x, 1, out=highest[block])
+            torch.sum(x.sub_(highest[block].unsqueeze(1)).exp_(), 1, out=total[block])
     log_total = total.log_()
     target_logit = logits.gather(1, target.clamp_min(0).unsqueeze(1)).squeeze(1).to(highest.dtype)
     logp = (target_logit - highest).sub_(log_total)
@@ -190,9 +216,14 @@ def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
     """Write the gradient of (grad * logp).sum() for logits to out, which may be logits itself; 0 in dead rows."""
     rows, vocab = logits.shape
-    scratch = _scratch(logits, vocab)
     scale = grad.to(lse.dtype).neg().masked_fill_(target < 0, 0.0)
     column = target.clamp_min(0).unsqueeze(1)
+    if _cpu.takes(logits, out):
+        _softmax_of(logits, lse, scale, out)
+        out.scatter_(1, column, (at_target * scale).to(out.dtype).unsqueeze(1))
+        out.index_fill_(0, (target < 0).nonzero().squeeze(1), 0.0)
+        return
+    scratch = _scratch(logits, vocab)
     for block in _blocks(rows, vocab):
         x = scratch[: (block.stop - block.start) * vocab].view(-1, vocab)
         x.copy_(logits[block]).sub_(lse[block].unsqueeze(1)).exp_()

@@ -65,7 +65,7 @@ def _errors(values, truths) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, frozen: bool, head: dict):
+def test_error_is_at_most_twice_that_of_plain_pytorch(csrc, dtype: torch.dtype, frozen: bool, head: dict):
     tensors, target = _inputs(64, 96, 3001, dtype, bias=True)
     with torch.no_grad():
         tensors[1].mul_(0.2)
@@ -116,7 +116,7 @@ def test_a_large_vocabulary_in_a_hidden_size_of_no_power_of_two():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["huge", "equal", "-inf bias"])
-def test_extreme_logits(dtype: torch.dtype, kind: str):
+def test_extreme_logits(csrc, dtype: torch.dtype, kind: str):
     """With a hidden size of 1 and a hidden state of 1 the weight is the logits."""
     vocab = 2048
     weight = torch.zeros(vocab, 1, dtype=dtype) if kind == "equal" else torch.randn(vocab, 1).to(dtype)
@@ -138,7 +138,7 @@ def test_extreme_logits(dtype: torch.dtype, kind: str):
         assert torch.isfinite(torch.autograd.grad(logp.sum(), hidden)[0]).all()
 
 
-def test_logp_is_never_above_zero():
+def test_logp_is_never_above_zero(csrc):
     """Even where the target holds all the probability and everything is rounded to bf16."""
     torch.manual_seed(0)
     weight = torch.randn(1000, 32).bfloat16()
@@ -146,7 +146,7 @@ def test_logp_is_never_above_zero():
     assert (linear_logprob(hidden, weight, torch.arange(1000)) <= 0).all()
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_not_hidden(csrc):
     tensors, target = _inputs(4, 5, 1300, torch.float32)
     with torch.no_grad():
         tensors[0][1, 2] = math.nan
@@ -198,7 +198,7 @@ def test_the_budget_bounds_the_scratch():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_gather_logprob(dtype: torch.dtype, inplace: bool):
+def test_gather_logprob(csrc, dtype: torch.dtype, inplace: bool):
     torch.manual_seed(0)
     logits = (torch.randn(3, 5, 301, dtype=torch.float64) * 4).to(dtype).requires_grad_()
     target = torch.randint(0, 301, (3, 5))
