@@ -194,12 +194,20 @@ def floor_seconds(rates: dict[str, float], *, flops: float = 0.0, bytes: float =
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the number of threads in use."""
+    """The GPU's name, or the CPU's with the instructions that count for matrix products and the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     name = re.sub(r"\((?:R|TM|tm)\)", "", found.group(1)) if found else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    # a virtual machine's processor may hide which of its maker's generations it is of
+    has = {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AVX-512": torch.cpu._is_avx512_supported(),
+        "AVX2": torch.cpu._is_avx2_supported(),
+    }
+    best = next((f"{instructions}, " for instructions, there in has.items() if there), "")
+    return f"{name}, {best}{torch.get_num_threads()} threads"
 
 
 def results_folder(device: torch.device, root: Path | None = None) -> Path:
