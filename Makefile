@@ -34,7 +34,7 @@ lint: $(VENV)/.ready-to-test
 	$(VENV)/bin/ruff check .
 
 # torch comes first: what follows must not choose another one
-$(VENV)/.ready-to-run: setup.py pyproject.toml Makefile csrc/cpu.cpp
+$(VENV)/.ready-to-run: setup.py pyproject.toml Makefile $(wildcard csrc/cpu*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than 3.11; name another one: make run PYTHON=python3.12" >&2; exit 1; }
 	test -x $(PIP) || $(PYTHON) -m venv $(VENV)

@@ -17,8 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import triton
@@ -33,6 +34,7 @@ SHARED_LIMIT = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "100": 227 << 
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 WIDE_ACCESS = re.compile(r"\b(?:LDG|STG)\.\S*128\b")
+_inherited: list[tuple[Case, str]] = []
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -184,6 +186,19 @@ def compile_case(case: Case, target: str) -> Row:
     return Row(case.name, f"sm_{target}", registers, local, spills, shared, limit, wide, tensor_core, tuple(failures))
 
 
+def compile_all(chosen: list[tuple[Case, str]]) -> Iterator[Row]:
+    """compile_case of each, in their order, on all cores."""
+    # forked processes inherit what they are to compile: a kernel cannot be pickled
+    global _inherited
+    _inherited = chosen
+    with get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.imap(_compile_inherited, range(len(chosen)))
+
+
+def _compile_inherited(index: int) -> Row:
+    return compile_case(*_inherited[index])
+
+
 def _cuobjdump(flag: str, path: str) -> str:
     return subprocess.run([CUOBJDUMP, flag, path], check=True, capture_output=True, text=True).stdout
 
@@ -217,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     named = [case for case in cases() if options.only in case.name]
     chosen = [(case, target) for case in named for target in targets if case.only_for in (None, target)]
-    failed = report(rows.append(row) or row for row in (compile_case(*pair) for pair in chosen))
+    failed = report(rows.append(row) or row for row in compile_all(chosen))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(f"{len(rows)} compiled, {len(failed)} failed")

@@ -43,6 +43,13 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     return _SwiGLULinear.apply(gate, up, weight)
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of one shape and dtype, arXiv 2002.05202, for what is no plain linear layer behind it."""
+    if not available(gate, up):
+        return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin, arXiv 2104.09864 with the two halves of a head as pairs, as transformers has it.
 
@@ -91,6 +98,24 @@ class _SwiGLULinear(torch.autograd.Function):
         needs_weight = ctx.needs_input_grad[2]
         grad_weight = grad.flatten(0, -2).mT @ product.flatten(0, -2) if needs_weight else None
         return grad_gate, grad_up, grad_weight
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        product = torch.empty_like(gate)
+        torch.ops.strop.cpu_silu_mul(gate, up, product)
+        ctx.save_for_backward(gate, up)
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        product, grad_gate, grad_up = (torch.empty_like(gate) for _ in range(3))
+        torch.ops.strop.cpu_silu_mul_backward(grad.contiguous(), gate, up, product, grad_gate, grad_up)
+        return grad_gate, grad_up
 
 
 class _Rotary(torch.autograd.Function):

@@ -44,7 +44,11 @@ class Row:
 def load_for_generation(model_dir: Path, dtype: torch.dtype, device: torch.device,
                         trust_remote_code: bool = False) -> nn.Module:
     """A causal LM for a `Generator` only: on the CPU its linear layers are rearranged and no longer train."""
+    from strop.kernels.integrations.transformers import fuse_layers  # imports transformers
+
     model = load_model(model_dir, dtype, device, attention="sdpa", trust_remote_code=trust_remote_code)
+    if device.type == "cpu":
+        fuse_layers(model)
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and (
             dtype == torch.float32 or World(device=device).multiplies_bf16):
         for parent in list(model.modules()):

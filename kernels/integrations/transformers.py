@@ -116,7 +116,7 @@ def _swiglu_forward(module: nn.Module, x: Tensor) -> Tensor:
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
     if type(down) is nn.Linear and down.bias is None:
         return layers.swiglu_linear(gate, up, down.weight)
-    return down(module.act_fn(gate) * up)  # an adapter, or a bias
+    return down(layers.swiglu(gate, up))  # an adapter, a bias, or a weight that lies otherwise
 
 
 @torch.no_grad()
