@@ -8,132 +8,16 @@
 //
 // A block of queries is some tokens of one segment, a prompt or a completion, times some heads that share a key head.
 // Its keys are the prompt before it, if it is a completion's, all of them, and its own segment's, up to the query.
-#include "cpu.h"
+#include "cpu_tiles.h"
 
 #include <atomic>
 #include <memory>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int lanes = 16, most_vectors = 4;  // of a tile of 6 rows, that all its sums stay in registers
-#elif defined(__AVX2__)
-constexpr int lanes = 8, most_vectors = 2;
-#else
-constexpr int lanes = 4, most_vectors = 4;
-#endif
-constexpr int most_rows = 6;
 constexpr int64_t most_queries = 64, most_keys = 128;  // of a block
 constexpr int64_t max_size = 256;                       // of a head
-
-using vec = float __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
-
-// what products take: a pair's elements are neighbours along the sum
-#ifdef __AVX512BF16__
-using item = bf16;
-#else
-using item = float;
-#endif
-constexpr int64_t pair = 4 / sizeof(item);
-
-inline void put(bf16 x, bf16& out) { out = x; }
-inline void put(bf16 x, float& out) { out = wide(x); }
-
-// -- products ---------------------------------------------------------------------------------------------------------
-
-// c[R, V * lanes] = or += a[R, steps * pair] times b[steps, V * lanes, pair]; strides in elements, ldb in columns.
-template <int R, int V>
-void tile(int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb, float* c, int64_t ldc, bool add) {
-  vec sums[R][V];
-  for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) sums[i][v] = add ? *reinterpret_cast<const vec*>(c + i * ldc + v * lanes) : vec{};
-  for (int64_t s = 0; s < steps; ++s, a += pair, b += ldb * pair) {
-#ifdef __AVX512BF16__
-    __m512bh columns[V];
-    for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(b + v * lanes * pair);
-    for (int i = 0; i < R; ++i) {
-      int32_t both;
-      std::memcpy(&both, a + i * lda, sizeof both);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
-      for (int v = 0; v < V; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], x, columns[v]);
-    }
-#else
-    vec columns[V];
-    for (int v = 0; v < V; ++v) columns[v] = *reinterpret_cast<const vec*>(b + v * lanes);
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] += a[i * lda] * columns[v];
-#endif
-  }
-  for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<vec*>(c + i * ldc + v * lanes) = sums[i][v];
-}
-
-template <int V>
-void panel(int64_t rows, int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb, float* c, int64_t ldc,
-           bool add) {
-  for (; rows >= most_rows; rows -= most_rows, a += most_rows * lda, c += most_rows * ldc)
-    tile<most_rows, V>(steps, a, lda, b, ldb, c, ldc, add);
-  switch (rows) {
-    case 5: return tile<5, V>(steps, a, lda, b, ldb, c, ldc, add);
-    case 4: return tile<4, V>(steps, a, lda, b, ldb, c, ldc, add);
-    case 3: return tile<3, V>(steps, a, lda, b, ldb, c, ldc, add);
-    case 2: return tile<2, V>(steps, a, lda, b, ldb, c, ldc, add);
-    case 1: return tile<1, V>(steps, a, lda, b, ldb, c, ldc, add);
-  }
-}
-
-// As tile, of any number of rows; columns, a multiple of 16, are also b's stride.
-void multiply(int64_t rows, int64_t columns, int64_t steps, const item* a, int64_t lda, const item* b, float* c,
-              bool add) {
-  constexpr int64_t width = most_vectors * lanes;
-  int64_t at = 0;
-  for (; at + width <= columns; at += width)
-    panel<most_vectors>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
-  if constexpr (width > 16) {
-    switch ((columns - at) / lanes) {
-      case 3: return panel<3>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
-      case 2: return panel<2>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
-      case 1: return panel<1>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
-    }
-  }
-}
-
-// -- transposition ----------------------------------------------------------------------------------------------------
-
-// to[j * stride + i] = from[i][j]: lanes x lanes numbers of 32 bits.
-inline void turn(const float* const* from, float* to, int64_t stride) {
-  vec rows[lanes];
-  for (int i = 0; i < lanes; ++i) rows[i] = *reinterpret_cast<const vec*>(from[i]);
-#pragma GCC unroll 16
-  for (int step = 1; step < lanes; step *= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & step) continue;
-      const vec low = rows[i], high = rows[i + step];
-#ifdef __clang__
-      for (int l = 0; l < lanes; ++l) {
-        rows[i][l] = l & step ? high[l - step] : low[l];
-        rows[i + step][l] = l & step ? high[l] : low[l + step];
-      }
-#else
-      int32_t first __attribute__((vector_size(4 * lanes))), second __attribute__((vector_size(4 * lanes)));
-#pragma GCC unroll 16
-      for (int l = 0; l < lanes; ++l) {
-        first[l] = l & step ? lanes + l - step : l;
-        second[l] = l & step ? lanes + l : l + step;
-      }
-      rows[i] = __builtin_shuffle(low, high, first);
-      rows[i + step] = __builtin_shuffle(low, high, second);
-#endif
-    }
-  for (int i = 0; i < lanes; ++i) *reinterpret_cast<vec*>(to + i * stride) = rows[i];
-}
-
-// -- operands ---------------------------------------------------------------------------------------------------------
+constexpr float log2_e = 1.44269504f;
 
 // bf16 [H, T, D] with dense rows.
 struct Rows {
@@ -278,15 +162,6 @@ struct Operand {
   const item* at(int64_t head, int64_t token) const { return data + head * by_head + token * by_token; }
 };
 
-// One column of a row of B; `high` counts where rows are interleaved by pairs.
-inline void put_pair(float low, float high, int64_t column, bf16* to) {
-  bf16 x, y;
-  narrow(low, x), narrow(high, y);
-  const uint32_t both = uint32_t(y.bits) << 16 | x.bits;
-  std::memcpy(to + column * 2, &both, sizeof both);
-}
-inline void put_pair(float low, float, int64_t column, float* to) { to[column] = low; }
-
 // Calls work() once on every thread, and what it returned with every i below count; a thread that is done takes the
 // next i, so that it must not matter which thread has it.
 template <typename F>
@@ -298,43 +173,40 @@ void share_out(int64_t count, F work) {
   });
 }
 
-// Scores [rows, columns] of keys from `key` on to what the softmax takes: scaled, and -infinity where a query does not
-// see the key. sees[column]: how many keys of its segment the query sees; `key` counts from the segment's first.
-void scale_and_mask(float* scores, int64_t rows, int64_t columns, float factor, int64_t key, const int32_t* sees) {
-  for (int64_t j = 0; j < rows; ++j) {
-    float* s = scores + j * columns;
-    const int32_t at = int32_t(key + j);
+// Scores [rows, columns] of keys from `key` on: -infinity where a query does not see the key. sees[column]: how many
+// keys of its segment the query sees; `key` counts from the segment's first.
+void mask(float* scores, int64_t rows, int64_t columns, int64_t key, const int32_t* sees) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* s = scores + r * columns;
+    const int32_t at = int32_t(key + r);
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) s[c] = at < sees[c] ? s[c] * factor : -HUGE_VALF;
+    for (int64_t c = 0; c < columns; ++c) s[c] = at < sees[c] ? s[c] : -HUGE_VALF;
   }
 }
 
-// A block of keys' scores to softmax weights as B of a product; top, total and shrink [columns]: the highest score and
-// the sum of weights so far, and what older sums are to be multiplied by. Scores have a row more, at -infinity.
-void softmax(const float* scores, int64_t rows, int64_t columns, float* top, float* total, float* shrink,
+// A block of keys' scores to softmax weights 2^(factor * (score - top)) as B of a product; top, total and shrink
+// [columns]: the highest score and the sum of weights so far, and what older sums are to be multiplied by. Scores have
+// a row more, at -infinity.
+void softmax(const float* scores, int64_t rows, int64_t columns, float factor, float* top, float* total, float* shrink,
              item* weights) {
-  float peak[most_queries];
-  std::copy(top, top + columns, peak);
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* s = scores + r * columns;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) peak[c] = s[c] > peak[c] ? s[c] : peak[c];
-  }
-#pragma omp simd
-  for (int64_t c = 0; c < columns; ++c) {
-    shrink[c] = exp_of(top[c] - peak[c]);
-    total[c] *= shrink[c];
-    top[c] = peak[c];
-  }
-  for (int64_t r = 0; r < rows; r += pair) {
-    const float *low = scores + r * columns, *high = low + columns;
-    item* w = weights + r * columns;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const float x = exp_of(low[c] - top[c]), y = pair == 2 ? exp_of(high[c] - top[c]) : 0.f;
-      total[c] += x + y;
-      put_pair(x, y, c, w);
+  for (int64_t c = 0; c < columns; c += lanes) {
+    const vec old = load(top + c);
+    vec peak = old;
+    for (int64_t r = 0; r < rows; ++r) {
+      const vec s = load(scores + r * columns + c);
+      peak = s > peak ? s : peak;
     }
+    const vec shift = peak * factor, decay = exp2_of(old * factor - shift);
+    vec sum = load(total + c) * decay;
+    for (int64_t r = 0; r < rows; r += pair) {
+      const float* s = scores + r * columns + c;
+      const vec low = exp2_of(load(s) * factor - shift);
+      vec high{};
+      if constexpr (pair == 2) high = exp2_of(load(s + columns) * factor - shift);
+      sum += low + high;
+      put(low, high, weights + r * columns + c * pair);
+    }
+    store(top + c, peak), store(total + c, sum), store(shrink + c, decay);
   }
 }
 
@@ -358,18 +230,30 @@ Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   return n;
 }
 
+// The rows of `blocks` [B, 7], all within the tokens.
+const Block* blocks_of(const Tensor& blocks, int64_t tokens) {
+  const int64_t count = blocks.size(0);
+  check(blocks, ScalarType::Long, count * 7, "blocks");
+  const auto* all = reinterpret_cast<const Block*>(in<int64_t>(blocks));
+  for (const Block* b = all; b < all + count; ++b)
+    STD_TORCH_CHECK(0 <= b->before_start && b->before_start <= b->before_end && b->before_end <= b->own &&
+                        b->own <= b->first && b->first < b->last && b->last <= tokens &&
+                        b->last - b->first <= most_queries,
+                    "blocks are not of these tokens");
+  return all;
+}
+
 // q [H, T, D], k and v [Hkv, T, D] bf16 to attended, as q, and lse [H, T] fp32. segments [S, 3], blocks [B, 7]: above.
 void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments, const Tensor& blocks,
                       double scale, const Tensor& attended, const Tensor& lse) {
   const Sizes n = sizes_of(q, k, v);
   const int64_t count = blocks.size(0), size = n.size;
   check(segments, ScalarType::Long, segments.size(0) * 3, "segments");
-  check(blocks, ScalarType::Long, count * 7, "blocks");
   check(lse, ScalarType::Float, n.heads * n.tokens, "lse");
   const Rows queries(q), keys(k), values(v), outs(attended);
   const Operand key_rows(keys, n.key_heads, n.tokens, size);
   const Copy value_columns = transposed(values, n.key_heads, size, segments);
-  const auto* all = reinterpret_cast<const Block*>(in<int64_t>(blocks));
+  const Block* all = blocks_of(blocks, n.tokens);
   float* lses = out<float>(lse);
   const float factor = float(scale);
   share_out(count * n.key_heads, [&] {
@@ -395,13 +279,8 @@ void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
         for_keys(b, [&](int64_t j, int64_t rows, int64_t column, bool causal) {
           multiply(rows, columns, size / pair, key_rows.at(key_head, j), key_rows.by_token, across_size, scores, false);
           std::fill(scores + rows * columns, scores + (rows + 1) * columns, -HUGE_VALF);
-          if (causal && j + rows > b.first + 1) {
-            scale_and_mask(scores, rows, columns, factor, j - b.own, sees);
-          } else {
-#pragma omp simd
-            for (int64_t x = 0; x < rows * columns; ++x) scores[x] *= factor;
-          }
-          softmax(scores, rows, columns, top, total, shrink, weights);
+          if (causal && j + rows > b.first + 1) mask(scores, rows, columns, j - b.own, sees);
+          softmax(scores, rows, columns, factor * log2_e, top, total, shrink, weights);
           if (!is_first) scale_columns(sums, size, columns, shrink);
           multiply(size, columns, (rows + pair - 1) / pair, value_columns.at(key_head, 0) + column,
                    value_columns.by_row, weights, sums, !is_first);
@@ -411,29 +290,30 @@ void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
         scale_columns(sums, size, columns, shrink);
         back_to_rows(sums, own, size, outs);
         for (int64_t c = 0; c < own.count; ++c)
-          lses[(head + c / own.tokens) * n.tokens + b.first + c % own.tokens] = top[c] + std::log(total[c]);
+          lses[(head + c / own.tokens) * n.tokens + b.first + c % own.tokens] = top[c] * factor + std::log(total[c]);
         head += own.heads;
       }
     };
   });
 }
 
-// From scores and the weights' gradients: softmax weights and the gradients of q k^T, both as rows of A, and the
-// gradients also as B of a sum over keys. lse and delta [columns]. Scores have a row more, at -infinity, gradients at 0.
+// From scores and the weights' gradients: softmax weights and the gradients of q k^T, both as rows of A, and the latter
+// also as B of a sum over keys. lse and delta [columns]. Scores have a row more, at -infinity, gradients at 0.
 void softmax_backward(const float* scores, const float* grad_weights, int64_t rows, int64_t columns, float factor,
                       const float* lse, const float* delta, item* weights, item* grads, item* grads_as_b) {
-  for (int64_t r = 0; r < rows; r += pair) {
-    const float *s = scores + r * columns, *g = grad_weights + r * columns;
-    item *w = weights + r * columns, *a = grads + r * columns, *b = grads_as_b + r * columns;
-#pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const float x = exp_of(s[c] - lse[c]), dx = x * (g[c] - delta[c]) * factor;
-      narrow(x, w[c]), narrow(dx, a[c]);
+  for (int64_t c = 0; c < columns; c += lanes) {
+    const vec shift = load(lse + c) * log2_e, pull = load(delta + c);
+    for (int64_t r = 0; r < rows; r += pair) {
+      const int64_t at = r * columns + c;
+      const vec low = exp2_of(load(scores + at) * (factor * log2_e) - shift);
+      const vec low_grad = low * (load(grad_weights + at) - pull) * factor;
+      vec high{}, high_grad{};
       if constexpr (pair == 2) {
-        const float y = exp_of(s[c + columns] - lse[c]), dy = y * (g[c + columns] - delta[c]) * factor;
-        narrow(y, w[c + columns]), narrow(dy, a[c + columns]);
-        put_pair(dx, dy, c, b);
+        high = exp2_of(load(scores + at + columns) * (factor * log2_e) - shift);
+        high_grad = high * (load(grad_weights + at + columns) - pull) * factor;
       }
+      put(low, high, nullptr, weights + at, columns);
+      put(low_grad, high_grad, grads_as_b + r * columns + c * pair, pair == 2 ? grads + at : nullptr, columns);
     }
   }
 }
@@ -471,14 +351,13 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
   const Sizes n = sizes_of(q, k, v);
   const int64_t count = slices.size(0), size = n.size, rows_of_shares = shares.size(2);
   check(segments, ScalarType::Long, segments.size(0) * 3, "segments");
-  check(blocks, ScalarType::Long, blocks.size(0) * 7, "blocks");
   check(slices, ScalarType::Long, count * 6, "slices");
   check(lse, ScalarType::Float, n.heads * n.tokens, "lse");
   check(shares, ScalarType::Float, 2 * n.key_heads * rows_of_shares * size, "shares");
   const Rows queries(q), keys(k), values(v), grads(grad), outs(attended), grad_queries(grad_q);
   const Operand key_rows(keys, n.key_heads, n.tokens, size), value_rows(values, n.key_heads, n.tokens, size);
   const Copy key_columns = transposed(keys, n.key_heads, size, segments);
-  const auto* all = reinterpret_cast<const Block*>(in<int64_t>(blocks));
+  const Block* all = blocks_of(blocks, n.tokens);
   const auto* slice = reinterpret_cast<const Slice*>(in<int64_t>(slices));
   const float *lses = in<float>(lse), factor = float(scale);
   float* sums = out<float>(shares);
@@ -523,7 +402,7 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
                      weight_grads, false);
             std::fill(scores + rows * columns, scores + (rows + 1) * columns, -HUGE_VALF);
             std::fill(weight_grads + rows * columns, weight_grads + (rows + 1) * columns, 0.f);
-            scale_and_mask(scores, rows, columns, factor, causal ? j - b->own : -most_keys, sees);
+            if (causal && j + rows > b->first + 1) mask(scores, rows, columns, j - b->own, sees);
             softmax_backward(scores, weight_grads, rows, columns, factor, lse_of, delta, weights, score_grads,
                              score_grads_as_b);
             multiply(rows, size, pairs, weights, columns, g_along, grad_values + to, true);

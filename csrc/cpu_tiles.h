@@ -1,0 +1,171 @@
+// Small products in registers and what stands around them: exponentials, rows interleaved by pairs, transposition.
+#pragma once
+
+#include "cpu.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16, most_vectors = 4;  // of a tile of 6 rows, that all its sums stay in registers
+#elif defined(__AVX2__)
+constexpr int lanes = 8, most_vectors = 2;
+#else
+constexpr int lanes = 4, most_vectors = 4;
+#endif
+constexpr int most_rows = 6;
+
+using vec = float __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+
+inline vec load(const float* x) { return *reinterpret_cast<const vec*>(x); }
+inline void store(float* x, vec value) { *reinterpret_cast<vec*>(x) = value; }
+
+// what products take: a pair's elements are neighbours along the sum
+#ifdef __AVX512BF16__
+using item = bf16;
+#else
+using item = float;
+#endif
+constexpr int64_t pair = 4 / sizeof(item);
+
+inline void put(bf16 x, bf16& out) { out = x; }
+inline void put(bf16 x, float& out) { out = wide(x); }
+
+// -- products ---------------------------------------------------------------------------------------------------------
+
+// c[R, V * lanes] = or += a[R, steps * pair] times b[steps, V * lanes, pair]; strides in elements, ldb in columns.
+template <int R, int V>
+void tile(int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  vec sums[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = add ? load(c + i * ldc + v * lanes) : vec{};
+  for (int64_t s = 0; s < steps; ++s, a += pair, b += ldb * pair) {
+#ifdef __AVX512BF16__
+    __m512bh columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(b + v * lanes * pair);
+    for (int i = 0; i < R; ++i) {
+      int32_t both;
+      std::memcpy(&both, a + i * lda, sizeof both);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+      for (int v = 0; v < V; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], x, columns[v]);
+    }
+#else
+    vec columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = load(b + v * lanes);
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < V; ++v) sums[i][v] += a[i * lda] * columns[v];
+#endif
+  }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) store(c + i * ldc + v * lanes, sums[i][v]);
+}
+
+template <int V>
+void panel(int64_t rows, int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb, float* c, int64_t ldc,
+           bool add) {
+  for (; rows >= most_rows; rows -= most_rows, a += most_rows * lda, c += most_rows * ldc)
+    tile<most_rows, V>(steps, a, lda, b, ldb, c, ldc, add);
+  switch (rows) {
+    case 5: return tile<5, V>(steps, a, lda, b, ldb, c, ldc, add);
+    case 4: return tile<4, V>(steps, a, lda, b, ldb, c, ldc, add);
+    case 3: return tile<3, V>(steps, a, lda, b, ldb, c, ldc, add);
+    case 2: return tile<2, V>(steps, a, lda, b, ldb, c, ldc, add);
+    case 1: return tile<1, V>(steps, a, lda, b, ldb, c, ldc, add);
+  }
+}
+
+// As tile, of any number of rows; columns, a multiple of 16, are also b's stride.
+inline void multiply(int64_t rows, int64_t columns, int64_t steps, const item* a, int64_t lda, const item* b, float* c,
+              bool add) {
+  constexpr int64_t width = most_vectors * lanes;
+  int64_t at = 0;
+  for (; at + width <= columns; at += width)
+    panel<most_vectors>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
+  if constexpr (width > 16) {
+    switch ((columns - at) / lanes) {
+      case 3: return panel<3>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
+      case 2: return panel<2>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
+      case 1: return panel<1>(rows, steps, a, lda, b + at * pair, columns, c + at, columns, add);
+    }
+  }
+}
+
+// -- exponentials and pairs -------------------------------------------------------------------------------------------
+
+using ints = int32_t __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
+
+// 2^t for t up to 0, or just above, to 2 units in the last place; 0 below -126. The whole part goes into the exponent,
+// Taylor's series has the rest, on [-1/2, 1/2].
+inline vec exp2_of(vec t) {
+  const vec magic = vec{} + 12582912.f;  // 3 * 2^22: what is added to it is rounded to a whole number
+  const vec whole = t + magic, r = t - (whole - magic);
+  vec p = vec{} + 1.5403530e-4f;
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.f;
+  const ints power = reinterpret_cast<const ints&>(whole) << 23, bits = reinterpret_cast<const ints&>(p) + power;
+  return t < -126.f ? vec{} : reinterpret_cast<const vec&>(bits);
+}
+
+// `lanes` columns of two rows of numbers, as a row of B if `b` is given and as rows of A, `stride` apart, if `rows` is;
+// `high` counts where B's rows are interleaved by pairs.
+#ifdef __AVX512BF16__
+inline void put(vec low, vec high, item* b, item* rows = nullptr, int64_t stride = 0) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  if (b) {
+    // 0 and 16, 1 and 17, ...
+    const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(16));
+    const __m512i by_pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+    _mm512_storeu_si512(b, _mm512_permutexvar_epi16(by_pairs, both));
+  }
+  if (rows) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + stride), _mm512_extracti64x4_epi64(both, 1));
+  }
+}
+#else
+inline void put(vec low, vec, item* b, item* rows = nullptr, int64_t = 0) {
+  if (b) store(b, low);
+  if (rows) store(rows, low);
+}
+#endif
+
+// -- transposition ----------------------------------------------------------------------------------------------------
+
+// to[j * stride + i] = from[i][j]: lanes x lanes numbers of 32 bits.
+inline void turn(const float* const* from, float* to, int64_t stride) {
+  vec rows[lanes];
+  for (int i = 0; i < lanes; ++i) rows[i] = load(from[i]);
+#pragma GCC unroll 16
+  for (int step = 1; step < lanes; step *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & step) continue;
+      const vec low = rows[i], high = rows[i + step];
+#ifdef __clang__
+      for (int l = 0; l < lanes; ++l) {
+        rows[i][l] = l & step ? high[l - step] : low[l];
+        rows[i + step][l] = l & step ? high[l] : low[l + step];
+      }
+#else
+      int32_t first __attribute__((vector_size(4 * lanes))), second __attribute__((vector_size(4 * lanes)));
+#pragma GCC unroll 16
+      for (int l = 0; l < lanes; ++l) {
+        first[l] = l & step ? lanes + l - step : l;
+        second[l] = l & step ? lanes + l : l + step;
+      }
+      rows[i] = __builtin_shuffle(low, high, first);
+      rows[i + step] = __builtin_shuffle(low, high, second);
+#endif
+    }
+  for (int i = 0; i < lanes; ++i) store(to + i * stride, rows[i]);
+}
+
+}  // namespace
