@@ -33,8 +33,9 @@ def linear_logprob(
 
     hidden [N, D], weight [V, D], bias [V]: one dtype of bf16, fp16, fp32, fp64, or autocast's. target [N] integer,
     ignore_index where a row has none. softcap None means no cap. byte_budget bounds the scratch for logits (default
-    64 MiB on the CPU, 512 MiB on a GPU); when it holds all N*V of them they are kept for the backward, else they are
-    computed again there. Where neither weight nor bias needs a gradient, the forward prepares that of hidden.
+    64 MiB on a CPU with AMX, 256 MiB on another, 512 MiB on a GPU); when it holds all N*V of them they are kept for the
+    backward, else they are computed again there. Where neither weight nor bias needs a gradient, the forward prepares
+    that of hidden.
 
     Returns logp [N] in fp32 (fp64 for fp64), 0 for ignored rows; with stats also a dict of them, each [N] in the same
     dtype, 0 for ignored rows and without gradient: "lse" of x, "entropy" in nats, "mean_logit" the mean of x over the

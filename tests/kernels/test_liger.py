@@ -379,7 +379,7 @@ def test_ignored_positions_cost_nothing_and_the_byte_budget_holds(name: str, mon
     for key in tensors:
         if "weight" in key:
             tensors[key] = torch.randn(20_000, WIDTH).requires_grad_(tensors[key].requires_grad)
-    monkeypatch.setitem(chunked._DEFAULT_BYTE_BUDGET, "cpu", 1 << 19)
+    monkeypatch.setattr(chunked, "default_byte_budget", lambda device: 1 << 19)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as watched:
         _ours(name, {}, tensors)
     events = watched.events()
