@@ -25,8 +25,8 @@ RECOMPUTE, KEEP, FROZEN = range(3)
 # A scratch chunk of this many elements stays in the last-level cache of a CPU; on a GPU, launches are what counts.
 _CHUNK_ELEMENTS = {"cpu": 4 << 20, "cuda": 64 << 20}
 _MIN_CHUNK = 1024
-# Logits that are kept save a fourth product: a fifth of a trained head's time on a CPU without a matrix unit (AMX); with
-# one, writing and reading them takes longer than the product.
+# Logits that are kept save a fourth product: a fifth of a trained head's time on a CPU without a matrix unit (AMX);
+# with one, writing and reading them takes longer than the product.
 _DEFAULT_BYTE_BUDGET = {"cpu, AMX": 64 << 20, "cpu": 256 << 20, "cuda": 512 << 20}
 
 
