@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _cpu
 from . import passes as torch_passes
 from .passes import Head, RowState, new_state
 
@@ -33,7 +34,7 @@ _DEFAULT_BYTE_BUDGET = {"cpu, AMX": 64 << 20, "cpu": 256 << 20, "cuda": 512 << 2
 def default_byte_budget(device: torch.device) -> int:
     if device.type != "cpu":
         return _DEFAULT_BYTE_BUDGET["cuda"]
-    return _DEFAULT_BYTE_BUDGET["cpu, AMX" if torch.cpu._is_amx_tile_supported() else "cpu"]
+    return _DEFAULT_BYTE_BUDGET["cpu, AMX" if _cpu.HAS_MATRIX_UNIT else "cpu"]
 
 
 def chunk_width(rows: int, vocab: int, itemsize: int, byte_budget: int, device: torch.device) -> int:
@@ -71,7 +72,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _turned_is_faster(x: Tensor) -> bool:
     """Whether [D, N] @ [N, C] takes less time than the transposed product: half of it on a CPU's matrix unit (AMX);
     without one it takes a tenth more."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _cpu.HAS_MATRIX_UNIT
 
 
 def _row_blocks(x: Tensor) -> Iterator[slice]:

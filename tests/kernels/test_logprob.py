@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import gather_logprob, linear_logprob, reference
+from strop.kernels import _cpu, gather_logprob, linear_logprob, reference
 
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 HEADS = [{}, {"logit_scale": 0.5, "temperature": 0.7}, {"softcap": 3.0, "temperature": 1.3, "logit_scale": 2.0}]
@@ -154,6 +154,19 @@ def test_nan_is_not_hidden(csrc):
     assert logp.isnan().tolist() == [False, True, False, False]
     gradient = torch.autograd.grad(logp.sum(), tensors[0])[0]
     assert gradient[1].isnan().all() and not gradient[0].isnan().any()
+
+
+@pytest.mark.parametrize("has_matrix_unit", [False, True])
+def test_with_a_matrix_unit_and_without(has_matrix_unit: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_cpu, "HAS_MATRIX_UNIT", has_matrix_unit)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 32).bfloat16(), torch.randn(3000, 32).bfloat16()
+    target = torch.randint(3000, (9,))
+    low, high = ([x.to(dtype).requires_grad_() for x in (hidden, weight)] for dtype in (torch.bfloat16, torch.float64))
+    found = torch.autograd.grad(linear_logprob(*low, target).sum(), low)
+    truths = torch.autograd.grad(reference.gather_logprob(high[0] @ high[1].mT, target).sum(), high)
+    for value, truth in zip(found, truths, strict=True):
+        assert (value.double() - truth).norm() <= 0.01 * truth.norm()
 
 
 def test_two_runs_give_identical_bits():
