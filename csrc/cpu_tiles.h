@@ -78,8 +78,8 @@ void panel(int64_t rows, int64_t steps, const item* a, int64_t lda, const item* 
 }
 
 // As tile, of any number of rows; columns, a multiple of 16, are also b's stride.
-inline void multiply(int64_t rows, int64_t columns, int64_t steps, const item* a, int64_t lda, const item* b, float* c,
-              bool add) {
+inline void multiply(int64_t rows, int64_t columns, int64_t steps, const item* a, int64_t lda, const item* b,
+                     float* c, bool add) {
   constexpr int64_t width = most_vectors * lanes;
   int64_t at = 0;
   for (; at + width <= columns; at += width)
