@@ -44,7 +44,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, arXiv 2002.05202, of one shape and dtype: for a down projection that is no plain linear layer."""
+    """silu(gate) * up, arXiv 2002.05202, of one shape and dtype: where the down projection is no plain linear."""
     if not available(gate, up):
         return F.silu(gate) * up
     return _SwiGLU.apply(gate, up)
