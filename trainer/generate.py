@@ -8,17 +8,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from strop.kernels import draw_key, sample_tokens
-from strop.trainer.kvcache import Decode, Prefill, PromptKV, attend_with_cache
+from strop.trainer.kvcache import Beginning, Decode, Prefill, PromptKV, attend_with_cache
 from strop.trainer.models import load_model
 from strop.trainer.world import World
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
-PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 1024  # of the prompts that are prefilled together, each filled up to the longest
 SPARE_GROUPS = 16  # prompts prefilled ahead of need, so that prefills are batched too
+LOOK_AHEAD = 64  # prompts passed over in a prefill because they are cheaper after it
 
 
 @dataclass
@@ -143,6 +145,7 @@ class Batch:
         self.free_groups = list(range(groups))
         self.group_prompt: list[int | None] = [None] * groups
         self.group_left = [0] * groups  # completions of the group that have not finished
+        self.held = Held(groups, max(map(len, prompts)))
         self.waiting: deque[int] = deque()
         self.ready: deque[Row] = deque()
         self.group_logits: Tensor | None = None
@@ -172,14 +175,32 @@ class Batch:
         return fresh
 
     def prefill(self) -> None:
-        chosen, groups, tokens = [], [], 0
-        while self.waiting and self.free_groups and (not chosen or tokens < PREFILL_TOKENS):
-            chosen.append(i := self.waiting.popleft())
-            groups.append(g := heapq.heappop(self.free_groups))
-            tokens += len(self.prompts[i])
+        """Runs some of the waiting prompts, each from where it first differs from one that the cache holds. Those that
+        start like another one of this prefill wait for it to be over."""
+        chosen: list[Beginning] = []
+        later: list[int] = []
+        running: list[int] = []  # groups
+        longest = 0
+        while self.waiting and self.free_groups and len(later) < LOOK_AHEAD:
+            prompt = self.prompts[self.waiting[0]]
+            common = self.held.common(prompt)
+            coming, common[running] = max(common[running], default=0), 0
+            source = int(common.argmax())
+            kept = int(common[source]) if worth_copying(common[source], prompt) else 0
+            if worth_copying(coming - kept, prompt):
+                later.append(self.waiting.popleft())
+                continue
+            longest = max(longest, len(prompt) - kept)
+            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            i, g = self.waiting.popleft(), heapq.heappop(self.free_groups)
+            chosen.append(Beginning(prompt, g, kept, source))
+            running.append(g)
+            self.held.put(g, prompt)
             self.group_prompt[g], self.group_left[g] = i, self.k
             self.ready.extend(Row(i, s, g, key, Completion()) for s, key in enumerate(self.keys[i]))
-        step = Prefill(self.cache, [self.prompts[i] for i in chosen], groups, self.device)
+        self.waiting.extendleft(reversed(later))
+        step = Prefill(self.cache, chosen, self.device)
         logits = self.forward(step, logits_to_keep=step.last)
         if self.group_logits is None:
             self.group_logits = logits.new_zeros(len(self.group_prompt), logits.shape[-1])
@@ -250,6 +271,29 @@ class Batch:
         if not self.group_left[row.group]:
             self.group_prompt[row.group] = None
             heapq.heappush(self.free_groups, row.group)
+
+
+class Held:
+    """What prompts the groups of the cache hold, also those whose completions are done."""
+
+    def __init__(self, groups: int, longest: int):
+        self.tokens = np.full((groups, longest), -1)
+
+    def common(self, prompt: list[int]) -> np.ndarray:
+        """How many tokens `prompt` begins with like each group's, at most all but its last."""
+        differs = self.tokens[:, : len(prompt)] != prompt
+        differs[:, -1] = True
+        return differs.argmax(1)
+
+    def put(self, group: int, prompt: list[int]) -> None:
+        self.tokens[group] = -1
+        self.tokens[group, : len(prompt)] = prompt
+
+
+def worth_copying(tokens: int, prompt: list[int]) -> bool:
+    """Whether so many tokens' keys and values are copied: a few are no gain, and a copy costs the other tokens causal
+    attention."""
+    return tokens >= max(BUCKET, len(prompt) / 8)
 
 
 def _bucket(n: int) -> int:

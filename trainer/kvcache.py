@@ -7,6 +7,7 @@ tokens and reaches this cache through the keyword `kv_step`, which transformers 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,19 +64,32 @@ class PromptKV:
                     chunk[target] = chunk[source]
 
 
-class Prefill:
-    """Prompts, packed end to end in one row of T tokens, go to the groups `groups` of the cache."""
+class Beginning(NamedTuple):
+    """A prompt that goes to `group` of the cache: what its first `kept` tokens need is copied from group `source`."""
 
-    def __init__(self, cache: PromptKV, prompts: list[list[int]], groups: list[int], device: torch.device):
-        lengths = torch.tensor([len(p) for p in prompts])
-        self.cache, self.longest = cache, int(lengths.max())
-        self.groups = torch.tensor(groups, device=device)
-        column = torch.arange(self.longest)
+    prompt: list[int]
+    group: int
+    kept: int
+    source: int
+
+
+class Prefill:
+    """The tokens of `prompts` that are not copied, packed end to end in one row of T tokens."""
+
+    def __init__(self, cache: PromptKV, prompts: list[Beginning], device: torch.device):
+        kept = torch.tensor([p.kept for p in prompts])
+        lengths = torch.tensor([len(p.prompt) for p in prompts]) - kept
+        self.cache, self.longest, self.most_kept = cache, max(len(p.prompt) for p in prompts), int(kept.max())
+        self.groups = torch.tensor([p.group for p in prompts], device=device)
+        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.kept], device=device).view(-1, 2).mT
+        column = torch.arange(int(lengths.max()))
         real = column < lengths[:, None]
-        self.tokens = torch.tensor([t for p in prompts for t in p], device=device)[None]
-        self.positions = column.expand_as(real)[real].to(device)[None]
+        self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.kept :]], device=device)[None]
+        self.position = (kept[:, None] + column).to(device)  # [prompts, longest rest], filling included
+        self.positions = self.position[real.to(device)][None]
+        self.token_group = self.groups.repeat_interleave(lengths.to(device))
         self.last = (lengths.cumsum(0) - 1).to(device)
-        # packed row -> [prompts, longest]: the padding reads token 0, and no real query sees it under the causal mask
+        # packed row -> [prompts, longest rest]: the filling reads token 0, and what comes of it is left out
         self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
         self.unpack = self.unpack.to(device)
         self.pack = real.flatten().nonzero()[:, 0].to(device)
@@ -85,13 +99,16 @@ class Prefill:
         """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D]."""
         if layer not in self.cache.prompt_k:
             self.cache.allocate(layer, k, v)
-        q, k, v = (x.transpose(0, 1)[self.unpack].transpose(1, 2) for x in (q, k, v))  # [prompts, heads, longest, D]
-        self.cache.prompt_k[layer][self.groups, :, : self.longest] = k
-        self.cache.prompt_v[layer][self.groups, :, : self.longest] = v
+        buffers = self.cache.prompt_k[layer], self.cache.prompt_v[layer]
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            if self.most_kept:
+                buffer[self.copies[0], :, : self.most_kept] = buffer[self.copies[1], :, : self.most_kept]
+            buffer[self.token_group, :, self.positions[0]] = new.transpose(0, 1)
+        q = q.transpose(0, 1)[self.unpack].transpose(1, 2)  # [prompts, heads, longest rest, D]
+        k, v = (buffer[self.groups, :, : self.longest] for buffer in buffers)
         mask = None
-        if softcap is not None or (window is not None and window < self.longest):
-            ahead = torch.arange(self.longest, device=q.device)
-            ahead = ahead[:, None] - ahead
+        if softcap is not None or self.most_kept or (window is not None and window < self.longest):
+            ahead = self.position[:, None, :, None] - torch.arange(self.longest, device=q.device)
             mask = (ahead >= 0) & (ahead < (window or self.longest))
         if softcap is None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
@@ -99,7 +116,7 @@ class Prefill:
         else:
             rep = q.shape[1] // k.shape[1]
             scores = q.unflatten(1, (-1, rep)) @ (k[:, :, None].transpose(-1, -2) * scaling)
-            scores = (torch.tanh(scores / softcap) * softcap).float().masked_fill(~mask, -math.inf)
+            scores = (torch.tanh(scores / softcap) * softcap).float().masked_fill(~mask[:, :, None], -math.inf)
             out = (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
         return out.transpose(1, 2).flatten(0, 1)[self.pack]
 

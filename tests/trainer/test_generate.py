@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from strop.trainer.generate import Completion, Generator, load_for_generation
+from strop.trainer.generate import Batch, Completion, Generator, load_for_generation
+from strop.trainer.kvcache import Prefill
 from strop.trainer.models import load_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -102,6 +103,35 @@ def test_neighbours_refills_and_batch_size_change_no_token(llama):
     assert flat(llama.generate(prompts[::-1], ids=ids[::-1], batch_size=7, **how)[::-1]) == flat(whole)
     assert flat(llama.generate([prompts[2]], ids=["c"], batch_size=1, **how)) == flat([whole[2]])
     assert flat([whole[0][:2]]) == flat(llama.generate(prompts[:1], ids=ids[:1], **how | {"k": 2}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [2, 128])
+def test_a_beginning_in_common_is_computed_once(family, batch_size, monkeypatch):
+    system, ask, tell, *ends = make_prompts(30, 9, 11, 3, 1, 6, 12, 2)
+    prompts = [system + kind + end for end in ends for kind in (ask, tell)]
+    prompts += [system, system + ask, prompts[0], prompts[0][:20], ends[3], prompts[2] + prompts[2]]
+    generator = Generator(tiny(family))
+    how = {"max_new_tokens": 12, "temperature": 0.0, "stop_ids": STOP}
+    alone = [generator.generate([p], **how)[0][0].tokens for p in prompts]
+    computed = []
+    run = Batch.forward
+    monkeypatch.setattr(Batch, "forward", lambda self, step, **kwargs: (
+        computed.append(step.tokens.numel() if isinstance(step, Prefill) else 0), run(self, step, **kwargs))[1])
+    got = generator.generate(prompts, k=2, batch_size=batch_size, **how)
+    assert [[c.tokens for c in samples] for samples in got] == [[tokens] * 2 for tokens in alone]
+    assert sum(computed) < 0.5 * sum(map(len, prompts))
+
+
+def test_beginnings_that_differ_are_not_waited_for(llama, monkeypatch):
+    prompts = make_prompts(*[15] * 20)  # alike in no token, or in too few
+    prefills = []
+    run = Batch.prefill
+    monkeypatch.setattr(Batch, "prefill", lambda self: (prefills.append(1), run(self))[1])
+    for shared in ([], [5] * 9):
+        prefills.clear()
+        llama.generate([shared + p for p in prompts], max_new_tokens=1)
+        assert len(prefills) == 1
 
 
 def test_many_small_groups_and_one_large(llama):
