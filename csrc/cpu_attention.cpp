@@ -10,26 +10,13 @@
 // Its keys are the prompt before it, if it is a completion's, all of them, and its own segment's, up to the query.
 #include "cpu_tiles.h"
 
-#include <atomic>
 #include <memory>
 
 namespace {
 
 constexpr int64_t most_queries = 64, most_keys = 128;  // of a block
-constexpr int64_t max_size = 256;                       // of a head
-constexpr float log2_e = 1.44269504f;
 
-// bf16 [H, T, D] with dense rows.
-struct Rows {
-  bf16* data;
-  int64_t by_head, by_token;
-
-  explicit Rows(const Tensor& x) : data(const_cast<bf16*>(in<bf16>(x))), by_head(x.stride(0)), by_token(x.stride(1)) {
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::BFloat16 && x.dim() == 3 && x.stride(2) == 1,
-                    "expected bf16 [heads, tokens, size] with dense rows");
-  }
-  bf16* at(int64_t head, int64_t token) const { return data + head * by_head + token * by_token; }
-};
+using Rows = RowsOf<bf16>;
 
 // A row of `blocks`: tokens first to last of the segment from `own` on; keys before_start to before_end are the prompt.
 // own_at and before_at: where these segments' columns start in a transposed copy.
@@ -58,33 +45,11 @@ struct Queries {
   bf16* row(const Rows& x, int64_t column) const {
     return x.at(head + column / tokens, first + column % tokens);
   }
-};
-
-// The queries' rows as B of a sum over the head's size: [D / pair, columns, pair].
-void across(const Rows& x, const Queries& q, int64_t size, item* to) {
-  float wide_rows[pair == 2 ? 1 : lanes][max_size];
-  const bf16 nothing[max_size] = {};
-  for (int64_t c = 0; c < q.columns; c += lanes) {
-    const float* rows[lanes];
-    for (int64_t i = 0; i < lanes; ++i) {
-      const bf16* row = c + i < q.count ? q.row(x, c + i) : nothing;
-      if constexpr (pair == 2) {
-        rows[i] = reinterpret_cast<const float*>(row);  // two at a time
-      } else {
-        rows[i] = wide_rows[i];
-#pragma omp simd
-        for (int64_t d = 0; d < size; ++d) wide_rows[i][d] = wide(row[d]);
-      }
-    }
-    auto* o = reinterpret_cast<float*>(to) + c;
-    for (int64_t d = 0; d < size / pair; d += lanes) {
-      const int64_t at = std::min(d, size / pair - lanes);  // the last ones perhaps once more
-      const float* from[lanes];
-      for (int i = 0; i < lanes; ++i) from[i] = rows[i] + at;
-      turn(from, o + at * q.columns, q.columns);
-    }
+  // These rows of x as products take them.
+  auto of(const Rows& x) const {
+    return [this, &x](int64_t column) { return column < count ? static_cast<const bf16*>(row(x, column)) : nullptr; };
   }
-}
+};
 
 // The inverse of across, of sums [D, columns], into the queries' rows.
 void back_to_rows(const float* sums, const Queries& q, int64_t size, const Rows& x) {
@@ -100,15 +65,6 @@ void back_to_rows(const float* sums, const Queries& q, int64_t size, const Rows&
         for (int64_t l = 0; l < lanes; ++l) narrow(tile[i * lanes + l], row[l]);
       }
     }
-}
-
-// The queries' rows as B of a sum over queries: [columns / pair, D, pair].
-void along(const Rows& x, const Queries& q, int64_t size, item* to) {
-  for (int64_t c = 0; c < q.columns; ++c) {
-    const bf16* row = c < q.count ? q.row(x, c) : nullptr;
-    item* o = to + c / pair * size * pair + c % pair;
-    for (int64_t d = 0; d < size; ++d) put(row ? row[d] : bf16{0}, o[d * pair]);
-  }
 }
 
 // A copy of keys or values as products take them, of all heads.
@@ -161,17 +117,6 @@ struct Operand {
   }
   const item* at(int64_t head, int64_t token) const { return data + head * by_head + token * by_token; }
 };
-
-// Calls work() once on every thread, and what it returned with every i below count; a thread that is done takes the
-// next i, so that it must not matter which thread has it.
-template <typename F>
-void share_out(int64_t count, F work) {
-  std::atomic<int64_t> next{0};
-  parallel_for(0, count, 1, [&](int64_t, int64_t) {
-    auto run = work();
-    for (int64_t i; (i = next++) < count;) run(i);
-  });
-}
 
 // Scores [rows, columns] of keys from `key` on: -infinity where a query does not see the key. sees[column]: how many
 // keys of its segment the query sees; `key` counts from the segment's first.
@@ -274,7 +219,7 @@ void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
           top[c] = -HUGE_VALF, total[c] = 0;
           sees[c] = int32_t(b.first - b.own + c % own.tokens + 1);
         }
-        across(queries, own, size, across_size);
+        across<bf16>(own.of(queries), columns, size, across_size);
         bool is_first = true;
         for_keys(b, [&](int64_t j, int64_t rows, int64_t column, bool causal) {
           multiply(rows, columns, size / pair, key_rows.at(key_head, j), key_rows.by_token, across_size, scores, false);
@@ -390,10 +335,10 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
             lse_of[c] = is_there ? lses[(head + c / own.tokens) * n.tokens + b->first + c % own.tokens] : HUGE_VALF;
             delta[c] = is_there ? dot(own.row(grads, c), own.row(outs, c), size) : 0.f;
           }
-          across(queries, own, size, q_across);
-          across(grads, own, size, g_across);
-          along(queries, own, size, q_along);
-          along(grads, own, size, g_along);
+          across<bf16>(own.of(queries), columns, size, q_across);
+          across<bf16>(own.of(grads), columns, size, g_across);
+          along<bf16>(own.of(queries), columns, size, q_along);
+          along<bf16>(own.of(grads), columns, size, g_along);
           bool is_first = true;
           for_keys(*b, [&](int64_t j, int64_t rows, int64_t column, bool causal) {
             const int64_t to = (j - part.first) * size, pairs = columns / pair;

@@ -3,6 +3,8 @@
 
 #include "cpu.h"
 
+#include <atomic>
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -32,7 +34,8 @@ using item = float;
 constexpr int64_t pair = 4 / sizeof(item);
 
 inline void put(bf16 x, bf16& out) { out = x; }
-inline void put(bf16 x, float& out) { out = wide(x); }
+template <typename T>
+void put(T x, float& out) { out = wide(x); }
 
 // -- products ---------------------------------------------------------------------------------------------------------
 
@@ -166,6 +169,84 @@ inline void turn(const float* const* from, float* to, int64_t stride) {
 #endif
     }
   for (int i = 0; i < lanes; ++i) store(to + i * stride, rows[i]);
+}
+
+// -- attention's rows -------------------------------------------------------------------------------------------------
+
+constexpr int64_t max_size = 256;  // of a head
+constexpr float log2_e = 1.44269504f;
+
+// [H, T, D] with dense rows.
+template <typename T>
+struct RowsOf {
+  T* data;
+  int64_t by_head, by_token;
+
+  explicit RowsOf(const Tensor& x) : data(const_cast<T*>(in<T>(x))), by_head(x.stride(0)), by_token(x.stride(1)) {
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type_of<T> && x.dim() == 3 && x.stride(2) == 1,
+                    "expected ", std::is_same_v<T, bf16> ? "bf16" : "fp32", " [heads, tokens, size] with dense rows");
+  }
+  T* at(int64_t head, int64_t token) const { return data + head * by_head + token * by_token; }
+};
+
+// Rows as B of a sum over their elements: [size / pair, columns, pair]. row(c) is a pointer, or null for zeros.
+template <typename T, typename F>
+void across(F row, int64_t columns, int64_t size, item* to) {
+  constexpr bool as_is = sizeof(T) * pair == 4;  // a row of pairs, or of fp32
+  float wide_rows[as_is ? 1 : lanes][max_size];
+  const T nothing[max_size] = {};
+  for (int64_t c = 0; c < columns; c += lanes) {
+    const float* rows[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      const T* x = row(c + i);
+      if (!x) x = nothing;
+      if constexpr (as_is) {
+        rows[i] = reinterpret_cast<const float*>(x);
+      } else {
+        rows[i] = wide_rows[i];
+#pragma omp simd
+        for (int64_t d = 0; d < size; ++d) wide_rows[i][d] = wide(x[d]);
+      }
+    }
+    auto* o = reinterpret_cast<float*>(to) + c;
+    for (int64_t d = 0; d < size / pair; d += lanes) {
+      const int64_t at = std::min(d, size / pair - lanes);  // the last ones perhaps once more
+      const float* from[lanes];
+      for (int i = 0; i < lanes; ++i) from[i] = rows[i] + at;
+      turn(from, o + at * columns, columns);
+    }
+  }
+}
+
+// Rows as B of a sum over rows: [count / pair, size, pair]; count a multiple of pair.
+template <typename T, typename F>
+void along(F row, int64_t count, int64_t size, item* to) {
+  const T nothing[max_size] = {};
+  for (int64_t c = 0; c < count; c += pair, to += size * pair) {
+    const T* low = row(c);
+    if (!low) low = nothing;
+    if constexpr (pair == 2) {
+      const T* high = row(c + 1);
+      if (!high) high = nothing;
+      auto* both = reinterpret_cast<uint32_t*>(to);
+#pragma omp simd
+      for (int64_t d = 0; d < size; ++d) both[d] = low[d].bits | uint32_t(high[d].bits) << 16;
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < size; ++d) to[d] = wide(low[d]);
+    }
+  }
+}
+
+// Calls work() once on every thread, and what it returned with every i below count; a thread that is done takes the
+// next i, so that it must not matter which thread has it.
+template <typename F>
+void share_out(int64_t count, F work) {
+  std::atomic<int64_t> next{0};
+  parallel_for(0, count, 1, [&](int64_t, int64_t) {
+    auto run = work();
+    for (int64_t i; (i = next++) < count;) run(i);
+  });
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ OPERATORS = (
     "causal_softmax_backward",
     "prefix_attention",
     "prefix_attention_backward",
+    "cached_attention",
     "scan_logits",
     "softmax_of",
     "square_sums",
@@ -28,29 +29,33 @@ OPERATORS = (
 )
 
 
-def _load() -> bool:
+def _load() -> str:
+    """The instructions that the library which was loaded is for, or nothing."""
     # "default" is what aarch64 has, whatever PyTorch calls its vectors; x86 has none of that name
     names = [torch.backends.cpu.get_cpu_capability().lower(), "default"]
     if names[0] == "avx512" and torch.cpu._is_avx512_bf16_supported():
         names.insert(0, "avx512_bf16")
-    path = next((p for name in names if (p := Path(__file__).with_name(f"_cpu_{name}.so")).is_file()), None)
-    if path is None:
-        return False
-    torch.ops.load_library(path)
+    paths = {name: Path(__file__).with_name(f"_cpu_{name}.so") for name in names}
+    found = next((name for name, path in paths.items() if path.is_file()), "")
+    if not found:
+        return found
+    torch.ops.load_library(paths[found])
     for name in OPERATORS:
         torch.library.register_fake(f"strop::cpu_{name}", lambda *_: None)
-    return True
+    return found
 
 
-# both here, where torch.compile does not look; telling it not to look would import all of it into every process
+# all here, where torch.compile does not look; telling it not to look would import all of it into every process
 _loaded = _load()
 # Intel's AMX, on which products of bf16 are several times as fast as everything around them
 HAS_MATRIX_UNIT: bool = torch.cpu._is_amx_tile_supported()
+# whether the library's small products are of bf16
+MULTIPLIES_PAIRS: bool = _loaded == "avx512_bf16"
 
 
 def load() -> bool:
     """Whether the library is there; False where none was built for this processor."""
-    return _loaded
+    return bool(_loaded)
 
 
 def takes(*tensors: Tensor) -> bool:

@@ -46,6 +46,54 @@ def prefix_attention(
     return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
 
+def attention_over_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    completion_k: Tensor,
+    completion_v: Tensor,
+    chunks: Tensor,
+    group: Tensor,
+    seen: Tensor,
+    length: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """strop.kernels.attention_cached.attention_over_cache, token by token."""
+    heads, rows = k.shape[0], len(completion_k) // (k.shape[0] * int(chunks[:, 1].sum()))
+
+    def own(buffer: Tensor, row: int) -> Tensor:  # a view [Hkv, size, D] for each chunk
+        return [
+            buffer[rows * heads * start : rows * heads * (start + size)].view(rows, heads, size, -1)[row]
+            for start, size in chunks.tolist()
+        ]
+
+    places = list(enumerate(zip(group.tolist(), seen.tolist(), length.tolist(), strict=True)))
+    for i, (g, s, t) in places:
+        for new, prompt, completion in ((k, prompt_k, completion_k), (v, prompt_v, completion_v)):
+            if t < 0:
+                prompt[g, :, s - 1] = new[:, i]
+            else:
+                c = max(c for c, start in enumerate(chunks[:, 0].tolist()) if start <= t)
+                own(completion, i)[c][:, t - int(chunks[c, 0])] = new[:, i]
+    found = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
+    for i, (g, s, t) in places:
+        first = 0 if window is None else max(0, s + t + 1 - window)
+        keys, values = (
+            torch.cat([prompt[g, :, :s], *(own(completion, i) if t >= 0 else [])], 1)[:, first : s + max(t + 1, 0)]
+            for prompt, completion in ((prompt_k, completion_k), (prompt_v, completion_v))
+        )
+        scores = q[:, i].unflatten(0, (heads, -1)) @ keys.mT * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        found[i] = (scores.softmax(-1) @ values).flatten(0, 1)
+    return found
+
+
 def linear_logits(
     hidden: Tensor,
     weight: Tensor,

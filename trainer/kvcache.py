@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strop.kernels import attention_cached
+
 ATTENTION = "strop_generate"
 FIRST_CHUNK = 32  # positions
 IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
@@ -33,6 +35,7 @@ class PromptKV:
         while start < completion_length:
             self.chunks.append((start, min(size, completion_length - start)))
             start, size = start + size, max(start + size, FIRST_CHUNK)
+        self.chunk_table = torch.tensor(self.chunks, device=device).view(-1, 2)
         self.chunk_start, self.chunk_size = (
             torch.tensor([pair[i] for pair in self.chunks for _ in range(pair[1])], device=device) for i in (0, 1))
         self.prompt_k: dict[int, Tensor] = {}
@@ -73,7 +76,41 @@ class Beginning(NamedTuple):
     source: int
 
 
-class Prefill:
+class Step:
+    """Tokens that run together. Of each: `group` whose prompt it continues, so many tokens of it `seen`, and its
+    number `length` in its completion, -1 within a prompt. copies [2, n]: groups to and from which the keys and values
+    of the first most_kept tokens go."""
+
+    cache: PromptKV
+    group: Tensor
+    seen: Tensor
+    length: Tensor
+    copies: Tensor
+    most_kept: int = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+               window: int | None) -> Tensor:
+        """Stores k and v [Hkv, T, D] and attends with q [Hq, T, D] -> [T, Hq, D]."""
+        cache = self.cache
+        if layer not in cache.prompt_k:
+            cache.allocate(layer, k, v)
+        prompt_k, prompt_v = cache.prompt_k[layer], cache.prompt_v[layer]
+        if self.most_kept:
+            for buffer in (prompt_k, prompt_v):
+                buffer[self.copies[0], :, : self.most_kept] = buffer[self.copies[1], :, : self.most_kept]
+        if not attention_cached.takes(q, k, v):
+            return self.composed(layer, q, k, v, scaling, softcap, window)
+        return attention_cached.attention_over_cache(
+            q, k, v, prompt_k, prompt_v, cache.completion_k[layer], cache.completion_v[layer], cache.chunk_table,
+            self.group, self.seen, self.length, scale=scaling, softcap=softcap, window=window)
+
+    def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+                 window: int | None) -> Tensor:
+        """As `attend`, of PyTorch's operators."""
+        raise NotImplementedError
+
+
+class Prefill(Step):
     """The tokens of `prompts` that are not copied, packed end to end in one row of T tokens."""
 
     def __init__(self, cache: PromptKV, prompts: list[Beginning], device: torch.device):
@@ -87,23 +124,19 @@ class Prefill:
         self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.kept :]], device=device)[None]
         self.position = (kept[:, None] + column).to(device)  # [prompts, longest rest], filling included
         self.positions = self.position[real.to(device)][None]
-        self.token_group = self.groups.repeat_interleave(lengths.to(device))
+        self.group, self.seen = self.groups.repeat_interleave(lengths.to(device)), self.positions[0] + 1
+        self.length = torch.full_like(self.seen, -1)
         self.last = (lengths.cumsum(0) - 1).to(device)
         # packed row -> [prompts, longest rest]: the filling reads token 0, and what comes of it is left out
         self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
         self.unpack = self.unpack.to(device)
         self.pack = real.flatten().nonzero()[:, 0].to(device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
-               window: int | None) -> Tensor:
-        """q [Hq, T, D], k and v [Hkv, T, D] -> [T, Hq, D]."""
-        if layer not in self.cache.prompt_k:
-            self.cache.allocate(layer, k, v)
+    def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+                 window: int | None) -> Tensor:
         buffers = self.cache.prompt_k[layer], self.cache.prompt_v[layer]
         for buffer, new in zip(buffers, (k, v), strict=True):
-            if self.most_kept:
-                buffer[self.copies[0], :, : self.most_kept] = buffer[self.copies[1], :, : self.most_kept]
-            buffer[self.token_group, :, self.positions[0]] = new.transpose(0, 1)
+            buffer[self.group, :, self.seen - 1] = new.transpose(0, 1)
         q = q.transpose(0, 1)[self.unpack].transpose(1, 2)  # [prompts, heads, longest rest, D]
         k, v = (buffer[self.groups, :, : self.longest] for buffer in buffers)
         mask = None
@@ -121,7 +154,7 @@ class Prefill:
         return out.transpose(1, 2).flatten(0, 1)[self.pack]
 
 
-class Decode:
+class Decode(Step):
     """One token for each of n rows: row r continues the prompt of group[r] as token number length[r], counted from 0.
 
     members [G, M] int64: the rows of every group, padded with any row; place [n] int64: where row r stands in the
@@ -135,8 +168,8 @@ class Decode:
         self.prompt_width = longest_prompt if 2 * longest_prompt < capacity else capacity  # a slice costs a copy
         self.chunks = cache.reached(longest_completion)
         self.width = self.prompt_width + sum(self.chunks[-1])
-        self.prompt_length, self.length = prompt_length[group], length
-        self.tokens, self.positions = tokens[None], (self.prompt_length + length)[None]
+        self.group, self.seen, self.length = group, prompt_length[group], length
+        self.tokens, self.positions = tokens[None], (self.seen + length)[None]
         self.masks: dict[tuple, Tensor] = {}
         self.writes: dict[int, Tensor] = {}
 
@@ -154,17 +187,16 @@ class Decode:
         if (window, dtype) not in self.masks:
             column = torch.arange(self.width, device=self.length.device)
             completion = column - self.prompt_width
-            position = torch.where(completion < 0, column, completion + self.prompt_length[:, None])
-            seen = torch.where(completion < 0, column < self.prompt_length[:, None], completion <= self.length[:, None])
+            position = torch.where(completion < 0, column, completion + self.seen[:, None])
+            seen = torch.where(completion < 0, column < self.seen[:, None], completion <= self.length[:, None])
             if window is not None:
                 seen &= position > self.positions[0, :, None] - window
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
             self.masks[window, dtype] = mask[:, None, None]
         return self.masks[window, dtype]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
-               window: int | None) -> Tensor:
-        """q [Hq, n, D], k and v [Hkv, n, D] -> [n, Hq, D]."""
+    def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+                 window: int | None) -> Tensor:
         cache, n, heads, groups = self.cache, q.shape[1], k.shape[0], self.members.shape[0]
         for buffer, new in ((cache.completion_k[layer], k), (cache.completion_v[layer], v)):
             buffer.index_copy_(0, self.write(heads), new.transpose(0, 1).reshape(n * heads, -1))

@@ -387,7 +387,11 @@ def test_every_set_of_instructions_compiles_and_has_all_operators(name: str, tmp
     torch.manual_seed(0)
     rows = [torch.randn(n, groups.num_tokens, 48).bfloat16() for n in (4, 4, 2, 2)]  # upstream, q, k, v
     tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
-    torch.save((rows, tuple(tables)), tmp_path / "inputs.pt")
+    places = torch.tensor([(0, 5, -1), (1, 33, 31), (0, 6, -1), (1, 33, 2)]).T.contiguous()
+    shapes = [(2, 2, 40, 48)] * 2 + [(4 * 2 * 32, 48)] * 2
+    cache = [torch.randn(shape).bfloat16() for shape in shapes]
+    cached = [*(x[:, :4] for x in rows[1:]), *cache, torch.tensor([[0, 32]]), *places]
+    torch.save((rows, tuple(tables), cached), tmp_path / "inputs.pt")
     code = f"""
 import torch
 torch.ops.load_library({str(library)!r})
@@ -396,13 +400,15 @@ x, out = torch.randn(1000), torch.empty(1000)
 if {can[name]}:
     torch.ops.strop.cpu_silu_mul(x, x, out)
     torch.testing.assert_close(out, torch.nn.functional.silu(x) * x)
-    (grad, q, k, v), (segments, blocks, slices, share_rows) = torch.load("inputs.pt")
+    (grad, q, k, v), (segments, blocks, slices, share_rows), cached = torch.load("inputs.pt")
     out, lse, grads = torch.empty_like(q), torch.empty(q.shape[:2]), [torch.empty_like(x) for x in (q, k, v)]
     torch.ops.strop.cpu_prefix_attention(q, k, v, segments, blocks, 0.2, out, lse)
     shares = torch.empty(2, 2, share_rows, 48)
     tables = segments, blocks, slices
     torch.ops.strop.cpu_prefix_attention_backward(grad, q, k, v, out, lse, *tables, 0.2, shares, *grads)
-    torch.save([out, *grads], "results.pt")
+    attended = torch.empty(4, 4, 48).bfloat16()
+    torch.ops.strop.cpu_cached_attention(*cached, 0.2, 0.0, 1000, attended)
+    torch.save(([out, *grads], attended), "results.pt")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -410,8 +416,12 @@ if {can[name]}:
         qkv = [x[None].double().requires_grad_() for x in rows[1:]]
         truth = reference.prefix_attention(*qkv, groups, scale=0.2)
         truths = [truth, *torch.autograd.grad(truth, qkv, rows[0][None].double())]
-        for found, expected in zip(torch.load(tmp_path / "results.pt"), truths, strict=True):
+        results, attended = torch.load(tmp_path / "results.pt")
+        for found, expected in zip(results, truths, strict=True):
             assert (found[None].double() - expected).norm() <= 0.005 * expected.norm()
+        exact = [x.double() if x.is_floating_point() else x for x in cached]
+        expected = reference.attention_over_cache(*exact, scale=0.2)
+        assert (attended - expected).norm() <= 0.005 * expected.norm()
 
 
 def test_a_compiler_that_fails_says_what_it_said(tmp_path: Path, monkeypatch):
