@@ -29,8 +29,9 @@ def drift(candidates: dict[str, Path], rows: dict[str, list[Row]], start: Path, 
     for name, path in candidates.items():
         model = load_model(path, dtype, device, "sdpa", trust_remote_code)
         after, own = hidden_states(model, rows[name]), exact(head_of(model))
-        sums = [token_kl(a, own, b, head).sum().item() for a, b in zip(after, before[name], strict=True)]
-        found[name] = ratio(sums, [len(completion) for _, completion in rows[name]])
+        lengths = [len(completion) for _, completion in rows[name]]
+        of_rows = token_kl(torch.cat(after), own, torch.cat(before[name]), head).split(lengths)
+        found[name] = ratio([part.sum().item() for part in of_rows], lengths)
         del model, own
     return found
 
