@@ -7,6 +7,7 @@ also attend, together in one call, to their prompt, and the two parts merge by l
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,6 +92,19 @@ class _Tables(NamedTuple):
     share_rows: int
 
 
+@dataclass
+class _Slice:
+    """Blocks first_block to last_block, which one thread takes, and the rows first to last that hold their keys; the
+    rows' gradients start `at` a row of the shares. group: in a group's last slice the index of its first."""
+
+    first_block: int
+    last_block: int
+    first: int
+    last: int
+    at: int = 0
+    group: int = -1
+
+
 @lru_cache(maxsize=8)  # the layers of a model ask for the same tables
 def _tables(prompt_bounds, completion_bounds, completion_group) -> _Tables:
     completions = [[] for _ in prompt_bounds]
@@ -98,27 +112,30 @@ def _tables(prompt_bounds, completion_bounds, completion_group) -> _Tables:
         completions[group].append(bounds)
     segments, blocks, slices, column, share_rows = [], [], [], 0, 0
     for prompt, spans in zip(prompt_bounds, completions, strict=True):
-        before, first_slice = (prompt[0], prompt[0], column), len(slices)
+        before, of_group, queries = (prompt[0], prompt[0], column), [], 0
         for start, end in (prompt, *spans):
             segments.append((start, end, column))
             for first in range(start, end, _QUERIES):
                 last = min(first + _QUERIES, end)
-                if len(slices) == first_slice or slices[-1][3] - slices[-1][6] >= _SLICE:
-                    slices.append([len(blocks), 0, prompt[0], 0, 0, -1, first])
+                if not of_group or queries >= _SLICE:
+                    of_group.append(_Slice(len(blocks), 0, prompt[0], 0))
+                    queries = 0
                 blocks.append((first, last, start, column, *before))
-                slices[-1][1], slices[-1][3] = len(blocks), last
+                of_group[-1].last_block, of_group[-1].last = len(blocks), last
+                queries += last - first
             if (start, end) == prompt:
                 before = (*prompt, column)
             column += (end - start + 1) // 2 * 2
-        for part in slices[first_slice:]:
-            part[4] = share_rows
-            share_rows += part[3] - part[2]
-        if len(slices) > first_slice:
-            slices[-1][5] = first_slice
+        for part in of_group:
+            part.at = share_rows
+            share_rows += part.last - part.first
+        if of_group:
+            of_group[-1].group = len(slices)
+        slices += of_group
     return _Tables(
         torch.tensor(segments).view(-1, 3),
         torch.tensor(blocks).view(-1, 7),
-        torch.tensor([part[:6] for part in slices]).view(-1, 6),
+        torch.tensor([astuple(part) for part in slices]).view(-1, 6),
         share_rows,
     )
 

@@ -30,6 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not available(x, weight):
         return reference.rms_norm(x, weight, eps)
+    if not torch.is_grad_enabled():  # an autograd.Function takes as long to call as a decoding step's norm itself
+        return _normed(x, weight, eps)[0].view(x.shape)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -47,6 +49,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, arXiv 2002.05202, of one shape and dtype: where the down projection is no plain linear."""
     if not available(gate, up):
         return F.silu(gate) * up
+    if not torch.is_grad_enabled():
+        return _product(gate.contiguous(), up.contiguous())
     return _SwiGLU.apply(gate, up)
 
 
@@ -57,15 +61,23 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if not available(x, cos, sin):
         return reference.rotary(x, cos.detach(), sin.detach())
+    if not torch.is_grad_enabled():
+        return _rotate(x, cos, sin, False)
     return _Rotary.apply(x, cos, sin)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x's rows normed, as they were, and their inverse roots."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out, inverse = torch.empty_like(flat), flat.new_empty(flat.shape[0], dtype=torch.float32)
+    torch.ops.strop.cpu_rms_norm(flat, weight, eps, out, inverse)
+    return out, flat, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out, inverse = torch.empty_like(flat), flat.new_empty(flat.shape[0], dtype=torch.float32)
-        torch.ops.strop.cpu_rms_norm(flat, weight, eps, out, inverse)
+        out, flat, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(flat, weight, inverse)
         return out.view(x.shape)
 
@@ -80,14 +92,18 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(grad.shape), of_blocks.sum(0).to(weight.dtype), None
 
 
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    product = torch.empty_like(gate)
+    torch.ops.strop.cpu_silu_mul(gate, up, product)
+    return product
+
+
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        product = torch.empty_like(gate)
-        torch.ops.strop.cpu_silu_mul(gate, up, product)
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(product, weight)
+        return F.linear(_product(gate, up), weight)
 
     @staticmethod
     @once_differentiable
@@ -104,10 +120,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        product = torch.empty_like(gate)
-        torch.ops.strop.cpu_silu_mul(gate, up, product)
         ctx.save_for_backward(gate, up)
-        return product
+        return _product(gate, up)
 
     @staticmethod
     @once_differentiable

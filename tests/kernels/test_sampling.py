@@ -55,6 +55,17 @@ def test_draws_follow_the_distribution(options: dict, vocab: int):
     assert chi_square < 22.5  # 6 degrees of freedom, p = 0.001
 
 
+@pytest.mark.parametrize("vocab", [1, 128, 1000, 1024])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_temperature_0_takes_the_first_of_the_likeliest(vocab: int, rows: int):
+    torch.manual_seed(0)
+    logits = torch.randn(rows, vocab).mul(4).round().bfloat16()  # many ties
+    token, _ = sample_tokens(logits, _keys(rows), torch.zeros(rows, dtype=torch.int64), temperature=0.0)
+    columns = torch.arange(vocab).expand_as(logits)
+    first = columns.masked_fill(logits < logits.amax(-1, keepdim=True), vocab).amin(-1)
+    assert torch.equal(token, first)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_draw_depends_on_its_own_row_only(options: dict, dtype: torch.dtype):
