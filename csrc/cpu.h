@@ -69,6 +69,14 @@ inline float exp_of(float x) {
 
 inline float sigmoid(float x) { return 1.f / (1.f + exp_of(-x)); }
 
+// Taylor's series near 0, where the other form would cancel.
+inline float tanh_of(float x) {
+  const float s = x * x;
+  const float near = x * (1.f + s * (-1.f / 3 + s * (2.f / 15 + s * (-17.f / 315 + s * (62.f / 2835)))));
+  const float far = 1.f - 2.f / (1.f + exp_of(2 * x));
+  return s < 0.0625f ? near : far;
+}
+
 // -- checks -----------------------------------------------------------------------------------------------------------
 
 template <typename T>

@@ -17,7 +17,6 @@ struct Cache {
   T* data;
   int64_t heads, tokens, size;
 
-  Cache(T* data, int64_t heads, int64_t tokens, int64_t size) : data(data), heads(heads), tokens(tokens), size(size) {}
   T* at(int64_t row, int64_t head, int64_t token) const {
     return data + ((row * heads + head) * tokens + token) * size;
   }
@@ -38,7 +37,7 @@ struct Sums {
   std::unique_ptr<float[]> scores, sums, top, total;
 
   Sums(int64_t count, int64_t size, float scale, float softcap)
-      : size(size), factor(softcap ? log2_e : scale * log2_e), softcap(softcap), inner(2 * scale / softcap) {
+      : size(size), factor(softcap ? log2_e : scale * log2_e), softcap(softcap), inner(scale / softcap) {
     queries.reset(new item[count * size]), weights.reset(new item[count * most_keys]);
     keys.reset(new item[size * most_keys]), values.reset(new item[size * most_keys]);
     scores.reset(new float[count * most_keys]), sums.reset(new float[count * size]);
@@ -64,7 +63,7 @@ struct Sums {
       float* s = &scores[i * columns];
       if (softcap) {
 #pragma omp simd
-        for (int64_t c = 0; c < columns; ++c) s[c] = softcap - 2 * softcap / (1.f + exp_of(inner * s[c]));  // tanh
+        for (int64_t c = 0; c < columns; ++c) s[c] = softcap * tanh_of(inner * s[c]);
       }
       const auto [from, to] = seen(first + i);
       std::fill(s, s + std::clamp<int64_t>(from, 0, columns), -HUGE_VALF);
@@ -115,16 +114,73 @@ struct Sums {
   }
 };
 
-// Tokens that go on from the same prompt, `first` to `last` of the tokens in the order of their groups.
+// Tokens that go on from the same prompt: order[first] to order[last].
 struct Block {
   int64_t group, first, last;
 };
 
-// q [Hq, N, D], k and v [Hkv, N, D]: new tokens, whose keys and values go into the cache first. Token i looks at the
-// first seen[i] tokens of the prompt group[i] and, if length[i] is not negative, at its own completion's up to token
-// number length[i], which it is; else it is the last of the tokens seen. window: how many tokens back it looks, itself
-// among them; softcap: 0 for none. prompt_k, prompt_v [G, Hkv, P, D]; completion_k, completion_v [R * Hkv * C, D]
-// in chunks [R, Hkv, size, D] of tokens from start on, chunks [N, 2]: start, size. attended [N, Hq, D].
+// New tokens and the cache. Token i looks at the first seen[i] tokens of the prompt group[i] and, if length[i] is not
+// negative, at its own completion's up to token number length[i], which it is; else it is the last of those seen.
+// window: how many tokens back it looks, itself among them. order: the tokens by group; shared: query heads of a key
+// head.
+template <typename T>
+struct Attention {
+  RowsOf<T> queries, keys, values;
+  Cache<T> prompt_keys, prompt_values;
+  std::vector<Chunk<T>> own;
+  const int64_t *group, *seen, *length;
+  std::vector<int64_t> order;
+  int64_t window, shared;
+  T* attended;
+
+  void store(int64_t i, int64_t head) const {
+    T *key, *value;
+    if (length[i] < 0) {
+      key = prompt_keys.at(group[i], head, seen[i] - 1), value = prompt_values.at(group[i], head, seen[i] - 1);
+    } else {
+      auto c = own.begin();
+      while (length[i] >= c->start + c->keys.tokens) ++c;
+      key = c->keys.at(i, head, length[i] - c->start), value = c->values.at(i, head, length[i] - c->start);
+    }
+    std::memcpy(key, keys.at(head, i), prompt_keys.size * sizeof(T));
+    std::memcpy(value, values.at(head, i), prompt_keys.size * sizeof(T));
+  }
+
+  // The first token of its prompt and completion, one after the other, that token i looks at.
+  int64_t begin(int64_t i) const { return std::max<int64_t>(0, seen[i] + length[i] + 1 - window); }
+
+  void attend(const Block& b, int64_t head, Sums& sums) const {
+    int64_t first = prompt_keys.tokens, last = 0;  // of the prompt's keys
+    for (int64_t n = b.first; n < b.last; ++n) {
+      const int64_t i = order[n];
+      first = std::min(first, begin(i)), last = std::max(last, seen[i]);
+      for (int64_t s = 0; s < shared; ++s)
+        sums.start((n - b.first) * shared + s, queries.at(head * shared + s, i));
+    }
+    // from a multiple on, so that a token's bits do not depend on where others begin
+    for (int64_t j = first / most_keys * most_keys; j < last; j += most_keys)
+      sums.add(0, (b.last - b.first) * shared, prompt_keys.at(b.group, head, j), prompt_values.at(b.group, head, j),
+               std::min(most_keys, last - j), [&](int64_t query) {
+                 const int64_t i = order[b.first + query / shared];
+                 return std::pair(begin(i) - j, seen[i] - j);
+               });
+    for (int64_t n = b.first; n < b.last; ++n) {
+      const int64_t i = order[n], query = (n - b.first) * shared;
+      for (const Chunk<T>& c : own) {
+        const int64_t end = std::min(c.keys.tokens, length[i] + 1 - c.start);
+        for (int64_t t = std::max<int64_t>(0, begin(i) - seen[i] - c.start); t < end; t += most_keys)
+          sums.add(query, shared, c.keys.at(i, head, t), c.values.at(i, head, t), std::min(most_keys, end - t),
+                   [](int64_t) { return std::pair(int64_t(0), most_keys); });
+      }
+      for (int64_t s = 0; s < shared; ++s)
+        sums.finish(query + s, attended + ((i * prompt_keys.heads + head) * shared + s) * prompt_keys.size);
+    }
+  }
+};
+
+// q [Hq, N, D], k and v [Hkv, N, D] of N new tokens, whose keys and values go into the cache first; group, seen and
+// length [N]: above. prompt_k, prompt_v [G, Hkv, P, D]; completion_k, completion_v [R * Hkv * C, D] in chunks
+// [R, Hkv, size, D] of tokens from start on, chunks [n, 2]: start, size. softcap: 0 for none. attended [N, Hq, D].
 void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prompt_k, const Tensor& prompt_v,
                       const Tensor& completion_k, const Tensor& completion_v, const Tensor& chunks, const Tensor& group,
                       const Tensor& seen, const Tensor& length, double scale, double softcap, int64_t window,
@@ -132,7 +188,7 @@ void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t tokens = q.size(1), size = q.size(2), heads = q.size(0), key_heads = k.size(0);
   const int64_t shared = heads / std::max<int64_t>(key_heads, 1), groups = prompt_k.size(0), room = prompt_k.size(2);
   STD_TORCH_CHECK(k.size(1) == tokens && v.size(1) == tokens && k.size(2) == size && v.size(2) == size &&
-                      v.size(0) == key_heads && shared * key_heads == heads && size % 16 == 0 && size >= 32 &&
+                      v.size(0) == key_heads && shared && shared * key_heads == heads && size % 16 == 0 && size >= 32 &&
                       size <= max_size,
                   "q, k and v do not belong together, or the head's size is no multiple of 16 from 32 to 256");
   for (const Tensor* x : {&group, &seen, &length}) check(*x, ScalarType::Long, tokens, "group, seen or length");
@@ -151,79 +207,44 @@ void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   std::vector<int64_t> order(tokens);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [=](int64_t i, int64_t j) { return of_group[i] < of_group[j]; });
-  const int64_t most_tokens = std::max<int64_t>(1, most_queries / std::max<int64_t>(shared, 1));
+  const int64_t most_tokens = std::max<int64_t>(1, most_queries / shared);
   std::vector<Block> blocks;
-  for (int64_t i = 0; i < tokens; ++i) {
-    const int64_t g = of_group[order[i]];
-    if (blocks.empty() || blocks.back().group != g || i - blocks.back().first == most_tokens)
-      blocks.push_back({g, i, i});
-    blocks.back().last = i + 1;
+  for (int64_t n = 0; n < tokens; ++n) {
+    const int64_t g = of_group[order[n]];
+    if (blocks.empty() || blocks.back().group != g || n - blocks.back().first == most_tokens)
+      blocks.push_back({g, n, n});
+    blocks.back().last = n + 1;
   }
 
   dispatch(q, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) < sizeof(item) || std::is_same_v<T, item>) {
+    if constexpr (sizeof(T) > sizeof(item)) {
+      STD_TORCH_CHECK(false, "fp32 is not taken where bf16 is multiplied");
+    } else {
       check(prompt_k, type_of<T>, groups * key_heads * room * size, "prompt_k");
       check(prompt_v, type_of<T>, groups * key_heads * room * size, "prompt_v");
       check(completion_k, type_of<T>, rows * key_heads * capacity * size, "completion_k");
       check(completion_v, type_of<T>, rows * key_heads * capacity * size, "completion_v");
       check(attended, type_of<T>, tokens * heads * size, "attended");
-      const RowsOf<T> queries(q), keys(k), values(v);
-      const Cache<T> prompt_keys(out<T>(prompt_k), key_heads, room, size);
-      const Cache<T> prompt_values(out<T>(prompt_v), key_heads, room, size);
+      const auto cache = [=](const Tensor& x, int64_t from, int64_t length) {
+        return Cache<T>{out<T>(x) + from, key_heads, length, size};
+      };
       std::vector<Chunk<T>> own;
       for (int64_t c = 0; c < parts; ++c) {
-        const int64_t start = pairs[2 * c], offset = rows * key_heads * start * size;
-        own.push_back({start, {out<T>(completion_k) + offset, key_heads, pairs[2 * c + 1], size},
-                       {out<T>(completion_v) + offset, key_heads, pairs[2 * c + 1], size}});
+        const int64_t start = pairs[2 * c], from = rows * key_heads * start * size, length = pairs[2 * c + 1];
+        own.push_back({start, cache(completion_k, from, length), cache(completion_v, from, length)});
       }
-      T* to = out<T>(attended);
-
+      const Attention<T> attention{RowsOf<T>(q), RowsOf<T>(k), RowsOf<T>(v), cache(prompt_k, 0, room),
+                                   cache(prompt_v, 0, room), own, of_group, sees, at, order, window, shared,
+                                   out<T>(attended)};
       parallel_for(0, tokens * key_heads, 64, [&](int64_t from, int64_t until) {
-        for (int64_t x = from; x < until; ++x) {
-          const int64_t i = x / key_heads, h = x % key_heads;
-          auto c = own.begin();
-          while (c != own.end() && at[i] >= c->start + c->keys.tokens) ++c;
-          const bool in_prompt = at[i] < 0;
-          const int64_t row = in_prompt ? of_group[i] : i, t = in_prompt ? sees[i] - 1 : at[i] - c->start;
-          std::memcpy((in_prompt ? prompt_keys : c->keys).at(row, h, t), keys.at(h, i), size * sizeof(T));
-          std::memcpy((in_prompt ? prompt_values : c->values).at(row, h, t), values.at(h, i), size * sizeof(T));
-        }
+        for (int64_t x = from; x < until; ++x) attention.store(x / key_heads, x % key_heads);
       });
-
       share_out(int64_t(blocks.size()) * key_heads, [&] {
         return [&, sums = Sums(most_tokens * shared, size, float(scale), float(softcap))](int64_t x) mutable {
-          const Block& b = blocks[x / key_heads];
-          const int64_t h = x % key_heads;
-          int64_t most = 0, least = room;  // of the prompt's tokens
-          for (int64_t i = b.first; i < b.last; ++i) {
-            const int64_t token = order[i];
-            most = std::max(most, sees[token]);
-            least = std::min(least, std::max<int64_t>(0, sees[token] + at[token] - window + 1));
-            for (int64_t s = 0; s < shared; ++s)
-              sums.start((i - b.first) * shared + s, queries.at(h * shared + s, token));
-          }
-          for (int64_t j = least; j < most; j += most_keys)
-            sums.add(0, (b.last - b.first) * shared, prompt_keys.at(b.group, h, j), prompt_values.at(b.group, h, j),
-                     std::min(most_keys, most - j), [&](int64_t query) {
-                       const int64_t token = order[b.first + query / shared];
-                       return std::pair(sees[token] + at[token] - window + 1 - j, sees[token] - j);
-                     });
-          for (int64_t i = b.first; i < b.last; ++i) {
-            const int64_t token = order[i], first = std::max<int64_t>(0, at[token] - window + 1);
-            for (const Chunk<T>& c : own) {
-              const int64_t end = std::min(c.keys.tokens, at[token] - c.start + 1);
-              for (int64_t t = std::max<int64_t>(0, first - c.start); t < end; t += most_keys)
-                sums.add((i - b.first) * shared, shared, c.keys.at(token, h, t), c.values.at(token, h, t),
-                         std::min(most_keys, end - t), [](int64_t) { return std::pair(int64_t(0), most_keys); });
-            }
-            for (int64_t s = 0; s < shared; ++s)
-              sums.finish((i - b.first) * shared + s, to + (token * heads + h * shared + s) * size);
-          }
+          attention.attend(blocks[x / key_heads], x % key_heads, sums);
         };
       });
-    } else {
-      STD_TORCH_CHECK(false, "fp32 is not taken where bf16 is multiplied");
     }
   });
 }

@@ -77,9 +77,12 @@ class Beginning(NamedTuple):
 
 
 class Step:
-    """Tokens that run together. Of each: `group` whose prompt it continues, so many tokens of it `seen`, and its
-    number `length` in its completion, -1 within a prompt. copies [2, n]: groups to and from which the keys and values
-    of the first most_kept tokens go."""
+    """Tokens that run together, T of them.
+
+    group, seen, length [T] int64: the prompt that a token continues or is of, how many of the prompt's tokens it sees,
+    and its number in its completion, -1 within a prompt. copies [2, n]: groups to and from which keys and values of the
+    first most_kept tokens are copied beforehand.
+    """
 
     cache: PromptKV
     group: Tensor
@@ -114,18 +117,16 @@ class Prefill(Step):
     """The tokens of `prompts` that are not copied, packed end to end in one row of T tokens."""
 
     def __init__(self, cache: PromptKV, prompts: list[Beginning], device: torch.device):
-        kept = torch.tensor([p.kept for p in prompts])
+        kept, groups = (torch.tensor(x) for x in ([p.kept for p in prompts], [p.group for p in prompts]))
         lengths = torch.tensor([len(p.prompt) for p in prompts]) - kept
-        self.cache, self.longest, self.most_kept = cache, max(len(p.prompt) for p in prompts), int(kept.max())
-        self.groups = torch.tensor([p.group for p in prompts], device=device)
-        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.kept], device=device).view(-1, 2).mT
         column = torch.arange(int(lengths.max()))
-        real = column < lengths[:, None]
+        real, position = column < lengths[:, None], kept[:, None] + column  # [prompts, longest rest], filling included
+        self.cache, self.longest, self.most_kept = cache, max(len(p.prompt) for p in prompts), int(kept.max())
+        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.kept], device=device).view(-1, 2).mT
         self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.kept :]], device=device)[None]
-        self.position = (kept[:, None] + column).to(device)  # [prompts, longest rest], filling included
-        self.positions = self.position[real.to(device)][None]
-        self.group, self.seen = self.groups.repeat_interleave(lengths.to(device)), self.positions[0] + 1
-        self.length = torch.full_like(self.seen, -1)
+        self.positions, self.seen = position[real].to(device)[None], (position[real] + 1).to(device)
+        self.group, self.length = groups.repeat_interleave(lengths).to(device), torch.full_like(self.seen, -1)
+        self.groups, self.position = groups.to(device), position.to(device)
         self.last = (lengths.cumsum(0) - 1).to(device)
         # packed row -> [prompts, longest rest]: the filling reads token 0, and what comes of it is left out
         self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))

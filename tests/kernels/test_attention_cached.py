@@ -21,6 +21,7 @@ PLACES = {  # group, seen, length of each token
 HOW = {
     "plain": {},
     "soft-cap": {"softcap": 2.0},
+    "wide soft-cap": {"softcap": 50.0},
     "window": {"window": 20},
     "narrow": {"window": 1},
     "both": {"softcap": 5.0, "window": 100},
