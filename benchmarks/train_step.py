@@ -446,7 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if cuda else "cpu")
     path = bench.results_folder(device) / "train_step.json"
     kept = json.loads(path.read_text())["cases"] if path.exists() else {}
-    rate = bench.matmul_rate(device, torch.bfloat16 if in_bf16 else torch.float32)
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    rate = bench.matmul_rate(device, dtype)
     sizes = {"device": device.type, "max_tokens": options.max_tokens, "trl_tokens": options.trl_tokens}
     for model, task, shape in itertools.product(
         *(x.split(",") for x in (options.models, options.tasks, options.shapes))
@@ -455,7 +456,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = options.rows * (2 if task == "sft" else 1)
         job = Job(model=model, task=task, prompt=prompt, completion=completion, rows=rows, **sizes)
         for peer in options.peers.split(","):
-            found = measure(job, peer, options.rounds) | {"matmul_rate": rate}
+            found = measure(job, peer, options.rounds)
+            before, rate = rate, bench.matmul_rate(device, dtype)  # a machine's best of both: its clock comes and goes
+            found["matmul_rate"] = max(before, rate)
             ours, theirs = found["strop"], found["peer"]
             print(
                 f"{task} {shape} {peer}: {theirs['seconds'] / ours['seconds']:.2f} times Strop's time, "
