@@ -46,7 +46,8 @@ struct Sums {
 
   template <typename T>
   void start(int64_t query, const T* row) {
-    for (int64_t d = 0; d < size; ++d) put(row[d], queries[query * size + d]);
+    item* to = &queries[query * size];
+    for (int64_t d = 0; d < size; ++d) put(row[d], to[d]);
     std::fill_n(&sums[query * size], size, 0.f);
     top[query] = -HUGE_VALF, total[query] = 0;
   }
@@ -84,8 +85,7 @@ struct Sums {
       const vec x = load(s + c);
       peaks = x > peaks ? x : peaks;
     }
-    float peak = top[query];
-    for (int l = 0; l < lanes; ++l) peak = std::max(peak, peaks[l]);
+    const float old = top[query], peak = std::max(old, highest(peaks));
     if (peak == -HUGE_VALF) {  // it sees none of these keys, and saw none before
       std::memset(to, 0, columns * sizeof(item));
       return;
@@ -93,24 +93,24 @@ struct Sums {
     const vec shift = vec{} + peak * factor;
     vec part{};
     for (int64_t c = 0; c < columns; c += lanes) {
-      float exact[lanes];
       const vec weight = exp2_of(load(s + c) * factor - shift);
-      store(exact, weight), part += weight;
-      for (int l = 0; l < lanes; ++l) narrow(exact[l], to[c + l]);
+      put(weight, to + c), part += weight;
     }
-    const float decay = peak == top[query] ? 1.f : exp2_of(vec{} + top[query] * factor - shift)[0];
-    float sum = total[query] * decay;
-    for (int l = 0; l < lanes; ++l) sum += part[l];
-    if (decay != 1.f)
-      for (int64_t d = 0; d < size; ++d) sums[query * size + d] *= decay;
-    top[query] = peak, total[query] = sum;
+    float decay = 1;
+    if (peak != old) {
+      decay = exp2_of(vec{} + old * factor - shift)[0];
+      float* so_far = &sums[query * size];
+#pragma omp simd
+      for (int64_t d = 0; d < size; ++d) so_far[d] *= decay;
+    }
+    top[query] = peak, total[query] = total[query] * decay + sum(part);
   }
 
   template <typename T>
   void finish(int64_t query, T* row) const {
-    const float inverse = 1.f / total[query];
+    const float inverse = 1.f / total[query], *x = &sums[query * size];
 #pragma omp simd
-    for (int64_t d = 0; d < size; ++d) narrow(sums[query * size + d] * inverse, row[d]);
+    for (int64_t d = 0; d < size; ++d) narrow(x[d] * inverse, row[d]);
   }
 };
 

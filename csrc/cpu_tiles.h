@@ -133,12 +133,29 @@ inline void put(vec low, vec high, item* b, item* rows = nullptr, int64_t stride
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + stride), _mm512_extracti64x4_epi64(both, 1));
   }
 }
+// `lanes` neighbours of a row of A.
+inline void put(vec x, item* row) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
 #else
 inline void put(vec low, vec, item* b, item* rows = nullptr, int64_t = 0) {
   if (b) store(b, low);
   if (rows) store(rows, low);
 }
+inline void put(vec x, item* row) { store(row, x); }
 #endif
+
+inline float highest(vec x) {
+  float found = x[0];
+  for (int l = 1; l < lanes; ++l) found = std::max(found, x[l]);
+  return found;
+}
+
+inline float sum(vec x) {
+  float found = x[0];
+  for (int l = 1; l < lanes; ++l) found += x[l];
+  return found;
+}
 
 // -- transposition ----------------------------------------------------------------------------------------------------
 
