@@ -1,6 +1,7 @@
-// Attention over a shared prompt on a CPU, forward and backward, block by block within a core's cache. Inputs are bf16,
-// sums fp32. Where the processor multiplies pairs of bf16 (AVX-512 BF16), softmax weights and their gradients are
-// rounded to bf16 for the products, as flash attention rounds them; elsewhere products are of fp32.
+// Attention over a shared prompt on a CPU, forward and backward, block by block within a core's cache. Sums are
+// fp32. Where the processor multiplies pairs of bf16 (AVX-512 BF16), inputs are bf16, and softmax weights and their
+// gradients are rounded to bf16 for the products, as flash attention rounds them; elsewhere products are of fp32, and
+// inputs may be.
 //
 // Scores stand transposed, a row for each key and a column for each query, so that every softmax is a column's: its
 // maximum and sum need no step across a vector's lanes. Then all seven products are of one form, rows of A in memory
@@ -15,8 +16,6 @@
 namespace {
 
 constexpr int64_t most_queries = 64, most_keys = 128;  // of a block
-
-using Rows = RowsOf<bf16>;
 
 // A row of `blocks`: tokens first to last of the segment from `own` on; keys before_start to before_end are the prompt.
 // own_at and before_at: where these segments' columns start in a transposed copy.
@@ -42,17 +41,20 @@ struct Queries {
     count = heads * tokens;
     columns = (count + 15) / 16 * 16;
   }
-  bf16* row(const Rows& x, int64_t column) const {
+  template <typename T>
+  T* row(const RowsOf<T>& x, int64_t column) const {
     return x.at(head + column / tokens, first + column % tokens);
   }
   // These rows of x as products take them.
-  auto of(const Rows& x) const {
-    return [this, &x](int64_t column) { return column < count ? static_cast<const bf16*>(row(x, column)) : nullptr; };
+  template <typename T>
+  auto of(const RowsOf<T>& x) const {
+    return [this, &x](int64_t column) { return column < count ? static_cast<const T*>(row(x, column)) : nullptr; };
   }
 };
 
 // The inverse of across, of sums [D, columns], into the queries' rows.
-void back_to_rows(const float* sums, const Queries& q, int64_t size, const Rows& x) {
+template <typename T>
+void back_to_rows(const float* sums, const Queries& q, int64_t size, const RowsOf<T>& x) {
   float tile[lanes * lanes];
   for (int64_t d = 0; d < size; d += lanes)
     for (int64_t c = 0; c < q.columns; c += lanes) {
@@ -60,7 +62,7 @@ void back_to_rows(const float* sums, const Queries& q, int64_t size, const Rows&
       for (int64_t i = 0; i < lanes; ++i) rows[i] = sums + (d + i) * q.columns + c;
       turn(rows, tile, lanes);
       for (int64_t i = 0; i < std::min<int64_t>(lanes, q.count - c); ++i) {
-        bf16* row = q.row(x, c + i) + d;
+        T* row = q.row(x, c + i) + d;
 #pragma omp simd
         for (int64_t l = 0; l < lanes; ++l) narrow(tile[i * lanes + l], row[l]);
       }
@@ -77,7 +79,8 @@ struct Copy {
 
 // [H, D, columns]: transposed, every segment from its column on, which is even, with a 0 after an odd number of tokens.
 // segments [S, 3]: first token, last, column.
-Copy transposed(const Rows& x, int64_t heads, int64_t size, const Tensor& segments) {
+template <typename T>
+Copy transposed(const RowsOf<T>& x, int64_t heads, int64_t size, const Tensor& segments) {
   const int64_t count = segments.size(0), *at = in<int64_t>(segments);
   const int64_t columns = count ? at[3 * count - 1] + at[3 * count - 2] - at[3 * count - 3] + 1 : 0;
   Copy copy{std::unique_ptr<item[]>(new item[heads * size * columns]), size * columns, columns};
@@ -90,21 +93,22 @@ Copy transposed(const Rows& x, int64_t heads, int64_t size, const Tensor& segmen
         for (int64_t d = 0; d < size; ++d)
           for (int64_t u = t; u < std::min(last, t + 16); ++u) put(x.at(h, u)[d], o[d * columns + u - first]);
       if ((last - first) % 2)
-        for (int64_t d = 0; d < size; ++d) put(bf16{0}, o[d * columns + last - first]);
+        for (int64_t d = 0; d < size; ++d) o[d * columns + last - first] = item{};
     }
   });
   return copy;
 }
 
-// Rows in memory order as A: where products take bf16 the input itself will do, elsewhere a copy in fp32 [H, T, D].
+// Rows in memory order as A: the input itself where products take its type, else a copy in fp32 [H, T, D].
+template <typename T>
 struct Operand {
   const item* data;
   int64_t by_head, by_token;
   std::unique_ptr<item[]> items;
 
-  Operand(const Rows& x, int64_t heads, int64_t tokens, int64_t size) {
-    if constexpr (pair == 2) {
-      data = reinterpret_cast<const item*>(x.data), by_head = x.by_head, by_token = x.by_token;
+  Operand(const RowsOf<T>& x, int64_t heads, int64_t tokens, int64_t size) {
+    if constexpr (std::is_same_v<T, item>) {
+      data = x.data, by_head = x.by_head, by_token = x.by_token;
     } else {
       items.reset(new item[heads * tokens * size]);
       item* to = items.get();
@@ -129,19 +133,20 @@ void mask(float* scores, int64_t rows, int64_t columns, int64_t key, const int32
   }
 }
 
-// A block of keys' scores to softmax weights 2^(factor * (score - top)) as B of a product; top, total and shrink
-// [columns]: the highest score and the sum of weights so far, and what older sums are to be multiplied by. Scores have
-// a row more, at -infinity.
+// A block of keys' scores to softmax weights 2^(factor * score - top) as B of a product; top, total and shrink
+// [columns]: the highest factor * score and the sum of weights so far, and what older sums are to be multiplied by.
+// Scores have a row more, at -infinity.
 void softmax(const float* scores, int64_t rows, int64_t columns, float factor, float* top, float* total, float* shrink,
              item* weights) {
   for (int64_t c = 0; c < columns; c += lanes) {
-    const vec old = load(top + c);
-    vec peak = old;
-    for (int64_t r = 0; r < rows; ++r) {
+    vec peak = load(scores + c);
+    for (int64_t r = 1; r < rows; ++r) {
       const vec s = load(scores + r * columns + c);
       peak = s > peak ? s : peak;
     }
-    const vec shift = peak * factor, decay = exp2_of(old * factor - shift);
+    // rounded once, and then the same in every weight and in lse, that it cancels
+    const vec old = load(top + c), scaled = peak * factor, shift = scaled > old ? scaled : old;
+    const vec decay = exp2_of(old - shift);
     vec sum = load(total + c) * decay;
     for (int64_t r = 0; r < rows; r += pair) {
       const float* s = scores + r * columns + c;
@@ -151,7 +156,7 @@ void softmax(const float* scores, int64_t rows, int64_t columns, float factor, f
       sum += low + high;
       put(low, high, weights + r * columns + c * pair);
     }
-    store(top + c, peak), store(total + c, sum), store(shrink + c, decay);
+    store(top + c, shift), store(total + c, sum), store(shrink + c, decay);
   }
 }
 
@@ -188,19 +193,25 @@ const Block* blocks_of(const Tensor& blocks, int64_t tokens) {
   return all;
 }
 
-// q [H, T, D], k and v [Hkv, T, D] bf16 to attended, as q, and lse [H, T] fp32. segments [S, 3], blocks [B, 7]: above.
-void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments, const Tensor& blocks,
-                      double scale, const Tensor& attended, const Tensor& lse) {
+// Of fp32 lse is fp64: where a softmax is sharp, fp32's rounding of it would be all of the weights' error.
+template <typename T>
+using Lse = std::conditional_t<std::is_same_v<T, float>, double, float>;
+template <typename T>
+constexpr ScalarType type_of_lse = std::is_same_v<T, float> ? ScalarType::Double : ScalarType::Float;
+
+template <typename T>
+void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments, const Tensor& blocks,
+            double scale, const Tensor& attended, const Tensor& lse) {
   const Sizes n = sizes_of(q, k, v);
   const int64_t count = blocks.size(0), size = n.size;
   check(segments, ScalarType::Long, segments.size(0) * 3, "segments");
-  check(lse, ScalarType::Float, n.heads * n.tokens, "lse");
-  const Rows queries(q), keys(k), values(v), outs(attended);
-  const Operand key_rows(keys, n.key_heads, n.tokens, size);
+  check(lse, type_of_lse<T>, n.heads * n.tokens, "lse");
+  const RowsOf<T> queries(q), keys(k), values(v), outs(attended);
+  const Operand<T> key_rows(keys, n.key_heads, n.tokens, size);
   const Copy value_columns = transposed(values, n.key_heads, size, segments);
   const Block* all = blocks_of(blocks, n.tokens);
-  float* lses = out<float>(lse);
-  const float factor = float(scale);
+  auto* lses = out<Lse<T>>(lse);
+  const float factor = float(scale * log2_e);
   share_out(count * n.key_heads, [&] {
     constexpr int64_t width = most_queries;
     auto items = std::make_unique<item[]>((size + most_keys + 2) * width);
@@ -219,13 +230,13 @@ void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
           top[c] = -HUGE_VALF, total[c] = 0;
           sees[c] = int32_t(b.first - b.own + c % own.tokens + 1);
         }
-        across<bf16>(own.of(queries), columns, size, across_size);
+        across<T>(own.of(queries), columns, size, across_size);
         bool is_first = true;
         for_keys(b, [&](int64_t j, int64_t rows, int64_t column, bool causal) {
           multiply(rows, columns, size / pair, key_rows.at(key_head, j), key_rows.by_token, across_size, scores, false);
           std::fill(scores + rows * columns, scores + (rows + 1) * columns, -HUGE_VALF);
           if (causal && j + rows > b.first + 1) mask(scores, rows, columns, j - b.own, sees);
-          softmax(scores, rows, columns, factor * log2_e, top, total, shrink, weights);
+          softmax(scores, rows, columns, factor, top, total, shrink, weights);
           if (!is_first) scale_columns(sums, size, columns, shrink);
           multiply(size, columns, (rows + pair - 1) / pair, value_columns.at(key_head, 0) + column,
                    value_columns.by_row, weights, sums, !is_first);
@@ -235,7 +246,8 @@ void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
         scale_columns(sums, size, columns, shrink);
         back_to_rows(sums, own, size, outs);
         for (int64_t c = 0; c < own.count; ++c)
-          lses[(head + c / own.tokens) * n.tokens + b.first + c % own.tokens] = top[c] * factor + std::log(total[c]);
+          lses[(head + c / own.tokens) * n.tokens + b.first + c % own.tokens] =
+              Lse<T>((top[c] + std::log2(double(total[c]))) * ln_2);
         head += own.heads;
       }
     };
@@ -243,19 +255,21 @@ void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 }
 
 // From scores and the weights' gradients: softmax weights and the gradients of q k^T, both as rows of A, and the latter
-// also as B of a sum over keys. lse and delta [columns]. Scores have a row more, at -infinity, gradients at 0.
-void softmax_backward(const float* scores, const float* grad_weights, int64_t rows, int64_t columns, float factor,
-                      const float* lse, const float* delta, item* weights, item* grads, item* grads_as_b) {
+// also as B of a sum over keys. shift, rest and delta [columns]: lse * log2 e in two parts, and grad . attended. Scores
+// have a row more, at -infinity, gradients at 0.
+void softmax_backward(const float* scores, const float* grad_weights, int64_t rows, int64_t columns, float scale,
+                      float factor, const float* shift, const float* rest, const float* delta, item* weights,
+                      item* grads, item* grads_as_b) {
   for (int64_t c = 0; c < columns; c += lanes) {
-    const vec shift = load(lse + c) * log2_e, pull = load(delta + c);
+    const vec most = load(shift + c), least = load(rest + c), pull = load(delta + c);
     for (int64_t r = 0; r < rows; r += pair) {
       const int64_t at = r * columns + c;
-      const vec low = exp2_of(load(scores + at) * (factor * log2_e) - shift);
-      const vec low_grad = low * (load(grad_weights + at) - pull) * factor;
+      const vec low = exp2_of(load(scores + at) * factor - most - least);
+      const vec low_grad = low * (load(grad_weights + at) - pull) * scale;
       vec high{}, high_grad{};
       if constexpr (pair == 2) {
-        high = exp2_of(load(scores + at + columns) * (factor * log2_e) - shift);
-        high_grad = high * (load(grad_weights + at + columns) - pull) * factor;
+        high = exp2_of(load(scores + at + columns) * factor - most - least);
+        high_grad = high * (load(grad_weights + at + columns) - pull) * scale;
       }
       put(low, high, nullptr, weights + at, columns);
       put(low_grad, high_grad, grads_as_b + r * columns + c * pair, pair == 2 ? grads + at : nullptr, columns);
@@ -263,11 +277,12 @@ void softmax_backward(const float* scores, const float* grad_weights, int64_t ro
   }
 }
 
-float dot(const bf16* x, const bf16* y, int64_t count) {
-  float sum = 0;
+template <typename T>
+float dot(const T* x, const T* y, int64_t count) {
+  Lse<T> sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += wide(x[i]) * wide(y[i]);
-  return sum;
+  for (int64_t i = 0; i < count; ++i) sum += Lse<T>(wide(x[i])) * wide(y[i]);
+  return float(sum);
 }
 
 void add(float* total, const float* x, int64_t count) {
@@ -275,7 +290,8 @@ void add(float* total, const float* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) total[i] += x[i];
 }
 
-void narrow_row(const float* x, int64_t count, bf16* to) {
+template <typename T>
+void narrow_row(const float* x, int64_t count, T* to) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) narrow(x[i], to[i]);
 }
@@ -287,24 +303,23 @@ struct Slice {
   int64_t first_block, last_block, first, last, at, group;
 };
 
-// The gradients of q, k and v, as these, from that of `attended`. slices [N, 6]: above; shares [2, Hkv, rows,
-// D] fp32: scratch.
-void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                               const Tensor& attended, const Tensor& lse, const Tensor& segments, const Tensor& blocks,
-                               const Tensor& slices, double scale, const Tensor& shares, const Tensor& grad_q,
-                               const Tensor& grad_k, const Tensor& grad_v) {
+template <typename T>
+void attend_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& attended,
+                     const Tensor& lse, const Tensor& segments, const Tensor& blocks, const Tensor& slices, double scale,
+                     const Tensor& shares, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
   const Sizes n = sizes_of(q, k, v);
   const int64_t count = slices.size(0), size = n.size, rows_of_shares = shares.size(2);
   check(segments, ScalarType::Long, segments.size(0) * 3, "segments");
   check(slices, ScalarType::Long, count * 6, "slices");
-  check(lse, ScalarType::Float, n.heads * n.tokens, "lse");
+  check(lse, type_of_lse<T>, n.heads * n.tokens, "lse");
   check(shares, ScalarType::Float, 2 * n.key_heads * rows_of_shares * size, "shares");
-  const Rows queries(q), keys(k), values(v), grads(grad), outs(attended), grad_queries(grad_q);
-  const Operand key_rows(keys, n.key_heads, n.tokens, size), value_rows(values, n.key_heads, n.tokens, size);
+  const RowsOf<T> queries(q), keys(k), values(v), grads(grad), outs(attended), grad_queries(grad_q);
+  const Operand<T> key_rows(keys, n.key_heads, n.tokens, size), value_rows(values, n.key_heads, n.tokens, size);
   const Copy key_columns = transposed(keys, n.key_heads, size, segments);
   const Block* all = blocks_of(blocks, n.tokens);
   const auto* slice = reinterpret_cast<const Slice*>(in<int64_t>(slices));
-  const float *lses = in<float>(lse), factor = float(scale);
+  const auto* lses = in<Lse<T>>(lse);
+  const float by = float(scale), factor = float(scale * log2_e);
   float* sums = out<float>(shares);
   const int64_t by_kind = n.key_heads * rows_of_shares * size;
   share_out(count * n.key_heads, [&] {
@@ -327,18 +342,20 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
         for (int64_t head = end - n.shared; head < end;) {
           const Queries own(*b, head, end);
           const int64_t columns = own.columns;
-          float lse_of[width], delta[width];
+          float shift[width], rest[width], delta[width];
           int32_t sees[width];
           for (int64_t c = 0; c < columns; ++c) {
             const bool is_there = c < own.count;
             sees[c] = int32_t(b->first - b->own + c % own.tokens + 1);
-            lse_of[c] = is_there ? lses[(head + c / own.tokens) * n.tokens + b->first + c % own.tokens] : HUGE_VALF;
+            const int64_t at = (head + c / own.tokens) * n.tokens + b->first + c % own.tokens;
+            const double exact = is_there ? lses[at] / ln_2 : 0.;
+            shift[c] = is_there ? float(exact) : HUGE_VALF, rest[c] = is_there ? float(exact - shift[c]) : 0.f;
             delta[c] = is_there ? dot(own.row(grads, c), own.row(outs, c), size) : 0.f;
           }
-          across<bf16>(own.of(queries), columns, size, q_across);
-          across<bf16>(own.of(grads), columns, size, g_across);
-          along<bf16>(own.of(queries), columns, size, q_along);
-          along<bf16>(own.of(grads), columns, size, g_along);
+          across<T>(own.of(queries), columns, size, q_across);
+          across<T>(own.of(grads), columns, size, g_across);
+          along<T>(own.of(queries), columns, size, q_along);
+          along<T>(own.of(grads), columns, size, g_along);
           bool is_first = true;
           for_keys(*b, [&](int64_t j, int64_t rows, int64_t column, bool causal) {
             const int64_t to = (j - part.first) * size, pairs = columns / pair;
@@ -348,8 +365,8 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
             std::fill(scores + rows * columns, scores + (rows + 1) * columns, -HUGE_VALF);
             std::fill(weight_grads + rows * columns, weight_grads + (rows + 1) * columns, 0.f);
             if (causal && j + rows > b->first + 1) mask(scores, rows, columns, j - b->own, sees);
-            softmax_backward(scores, weight_grads, rows, columns, factor, lse_of, delta, weights, score_grads,
-                             score_grads_as_b);
+            softmax_backward(scores, weight_grads, rows, columns, by, factor, shift, rest, delta, weights,
+                             score_grads, score_grads_as_b);
             multiply(rows, size, pairs, weights, columns, g_along, grad_values + to, true);
             multiply(rows, size, pairs, score_grads, columns, q_along, grad_keys + to, true);
             multiply(size, columns, (rows + pair - 1) / pair, key_columns.at(key_head, 0) + column, key_columns.by_row,
@@ -361,7 +378,7 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
         }
     };
   });
-  const Rows to_keys(grad_k), to_values(grad_v);
+  const RowsOf<T> to_keys(grad_k), to_values(grad_v);
   share_out(count * n.key_heads, [&] {
     return [&](int64_t i) {
       const Slice& whole = slice[i / n.key_heads];
@@ -375,6 +392,25 @@ void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor
           narrow_row(total, size, (kind ? to_values : to_keys).at(key_head, t));
       }
     };
+  });
+}
+
+// q [H, T, D], k and v [Hkv, T, D] to attended, as q, and lse [H, T] fp32, of fp32 fp64. segments [S, 3], blocks
+// [B, 7]: above.
+void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments, const Tensor& blocks,
+                      double scale, const Tensor& attended, const Tensor& lse) {
+  dispatch_taken(q, [&](auto element) { attend<decltype(element)>(q, k, v, segments, blocks, scale, attended, lse); });
+}
+
+// The gradients of q, k and v, as these, from that of `attended`. slices [N, 6]: above; shares [2, Hkv, rows, D] fp32:
+// scratch.
+void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& attended, const Tensor& lse, const Tensor& segments, const Tensor& blocks,
+                               const Tensor& slices, double scale, const Tensor& shares, const Tensor& grad_q,
+                               const Tensor& grad_k, const Tensor& grad_v) {
+  dispatch_taken(q, [&](auto element) {
+    attend_backward<decltype(element)>(grad, q, k, v, attended, lse, segments, blocks, slices, scale, shares, grad_q,
+                                       grad_k, grad_v);
   });
 }
 

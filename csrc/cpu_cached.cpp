@@ -216,36 +216,32 @@ void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
     blocks.back().last = n + 1;
   }
 
-  dispatch(q, [&](auto element) {
+  dispatch_taken(q, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) > sizeof(item)) {
-      STD_TORCH_CHECK(false, "fp32 is not taken where bf16 is multiplied");
-    } else {
-      check(prompt_k, type_of<T>, groups * key_heads * room * size, "prompt_k");
-      check(prompt_v, type_of<T>, groups * key_heads * room * size, "prompt_v");
-      check(completion_k, type_of<T>, rows * key_heads * capacity * size, "completion_k");
-      check(completion_v, type_of<T>, rows * key_heads * capacity * size, "completion_v");
-      check(attended, type_of<T>, tokens * heads * size, "attended");
-      const auto cache = [=](const Tensor& x, int64_t from, int64_t length) {
-        return Cache<T>{out<T>(x) + from, key_heads, length, size};
-      };
-      std::vector<Chunk<T>> own;
-      for (int64_t c = 0; c < parts; ++c) {
-        const int64_t start = pairs[2 * c], from = rows * key_heads * start * size, length = pairs[2 * c + 1];
-        own.push_back({start, cache(completion_k, from, length), cache(completion_v, from, length)});
-      }
-      const Attention<T> attention{RowsOf<T>(q), RowsOf<T>(k), RowsOf<T>(v), cache(prompt_k, 0, room),
-                                   cache(prompt_v, 0, room), own, of_group, sees, at, order, window, shared,
-                                   out<T>(attended)};
-      parallel_for(0, tokens * key_heads, 64, [&](int64_t from, int64_t until) {
-        for (int64_t x = from; x < until; ++x) attention.store(x / key_heads, x % key_heads);
-      });
-      share_out(int64_t(blocks.size()) * key_heads, [&] {
-        return [&, sums = Sums(most_tokens * shared, size, float(scale), float(softcap))](int64_t x) mutable {
-          attention.attend(blocks[x / key_heads], x % key_heads, sums);
-        };
-      });
+    check(prompt_k, type_of<T>, groups * key_heads * room * size, "prompt_k");
+    check(prompt_v, type_of<T>, groups * key_heads * room * size, "prompt_v");
+    check(completion_k, type_of<T>, rows * key_heads * capacity * size, "completion_k");
+    check(completion_v, type_of<T>, rows * key_heads * capacity * size, "completion_v");
+    check(attended, type_of<T>, tokens * heads * size, "attended");
+    const auto cache = [=](const Tensor& x, int64_t from, int64_t length) {
+      return Cache<T>{out<T>(x) + from, key_heads, length, size};
+    };
+    std::vector<Chunk<T>> own;
+    for (int64_t c = 0; c < parts; ++c) {
+      const int64_t start = pairs[2 * c], from = rows * key_heads * start * size, length = pairs[2 * c + 1];
+      own.push_back({start, cache(completion_k, from, length), cache(completion_v, from, length)});
     }
+    const Attention<T> attention{RowsOf<T>(q), RowsOf<T>(k), RowsOf<T>(v), cache(prompt_k, 0, room),
+                                 cache(prompt_v, 0, room), own, of_group, sees, at, order, window, shared,
+                                 out<T>(attended)};
+    parallel_for(0, tokens * key_heads, 64, [&](int64_t from, int64_t until) {
+      for (int64_t x = from; x < until; ++x) attention.store(x / key_heads, x % key_heads);
+    });
+    share_out(int64_t(blocks.size()) * key_heads, [&] {
+      return [&, sums = Sums(most_tokens * shared, size, float(scale), float(softcap))](int64_t x) mutable {
+        attention.attend(blocks[x / key_heads], x % key_heads, sums);
+      };
+    });
   });
 }
 

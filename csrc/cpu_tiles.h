@@ -44,7 +44,7 @@ template <int R, int V>
 void tile(int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   vec sums[R][V];
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) sums[i][v] = add ? load(c + i * ldc + v * lanes) : vec{};
+    for (int v = 0; v < V; ++v) sums[i][v] = vec{};
   for (int64_t s = 0; s < steps; ++s, a += pair, b += ldb * pair) {
 #ifdef __AVX512BF16__
     __m512bh columns[V];
@@ -63,7 +63,10 @@ void tile(int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb,
 #endif
   }
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) store(c + i * ldc + v * lanes, sums[i][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + i * ldc + v * lanes;
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);  // at the end: many short sums err less than a long one
+    }
 }
 
 template <int V>
@@ -191,7 +194,19 @@ inline void turn(const float* const* from, float* to, int64_t stride) {
 // -- attention's rows -------------------------------------------------------------------------------------------------
 
 constexpr int64_t max_size = 256;  // of a head
-constexpr float log2_e = 1.44269504f;
+constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+
+// Calls f with a value of the element's type, which products must take.
+template <typename F>
+void dispatch_taken(const Tensor& x, F f) {
+  dispatch(x, [&](auto element) {
+    if constexpr (sizeof(element) > sizeof(item)) {
+      STD_TORCH_CHECK(false, "fp32 is not taken where bf16 is multiplied");
+    } else {
+      f(element);
+    }
+  });
+}
 
 // [H, T, D] with dense rows.
 template <typename T>

@@ -49,8 +49,6 @@ def _load() -> str:
 _loaded = _load()
 # Intel's AMX, on which products of bf16 are several times as fast as everything around them
 HAS_MATRIX_UNIT: bool = torch.cpu._is_amx_tile_supported()
-# whether the library's small products are of bf16
-MULTIPLIES_PAIRS: bool = _loaded == "avx512_bf16"
 
 
 def load() -> bool:
@@ -62,6 +60,14 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the library has operators for these: on the CPU, all bf16 or all fp32."""
     first = tensors[0].dtype
     return first in DTYPES and all(x.device.type == "cpu" and x.dtype == first for x in tensors) and load()
+
+
+def multiplies(*tensors: Tensor) -> bool:
+    """Whether the library's small products are of these, rows of 32 to 256 numbers in steps of 16: bf16, and fp32 where
+    the processor does not multiply bf16."""
+    if not takes(*tensors) or any(x.shape[-1] not in range(32, 257, 16) for x in tensors):
+        return False
+    return tensors[0].dtype == torch.bfloat16 or _loaded != "avx512_bf16"
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def _explicit(q: Tensor, v: Tensor, window: int, cap: float, triton: bool) -> bo
 
 
 def _forward(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
-    """out [1, H, T, Dv] and lse [1, H, T] in fp32, or fp64 for fp64; lse is empty where the backward needs none."""
+    """out [1, H, T, Dv] and lse [1, H, T], at least fp32; lse is empty where the backward needs none."""
     if triton:
         from ._triton import attention_launch
 
@@ -170,8 +170,10 @@ def _rows_first(x: Tensor) -> Tensor:
 
 
 def _forward_fake(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
-    shape = (0,) if _explicit(q, v, window, cap, triton) else q.shape[:3]
-    lse = q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    explicit = _explicit(q, v, window, cap, triton)
+    plain = torch.promote_types(q.dtype, torch.float32)
+    dtype = plain if explicit or triton else attention_cpu.lse_dtype(q, k, v)
+    lse = q.new_empty((0,) if explicit else q.shape[:3], dtype=dtype)
     return attention_cpu.empty_rows_first(q, q.shape[1], v.shape[3]), lse
 
 

@@ -12,11 +12,8 @@ _NO_WINDOW = 1 << 40
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether attention_over_cache has an operator for q [Hq, N, D], k and v [Hkv, N, D]: bf16, or fp32 where the
-    processor does not multiply bf16, and heads of 32 to 256 numbers in steps of 16."""
-    if not _cpu.takes(q, k, v) or q.shape[2] not in range(32, 257, 16):
-        return False
-    return q.dtype == torch.bfloat16 or not _cpu.MULTIPLIES_PAIRS
+    """Whether attention_over_cache has an operator for q [Hq, N, D], k and v [Hkv, N, D]."""
+    return _cpu.multiplies(q, k, v)
 
 
 def attention_over_cache(

@@ -1,5 +1,6 @@
-"""Prefix attention on the CPU: for bf16 one operator each way, csrc/cpu_attention.cpp; for all else, and where that was
-not built, PyTorch's flash attention forward and whole rows of scores backward.
+"""Prefix attention on the CPU: one operator each way, csrc/cpu_attention.cpp, for bf16, and for fp32 where the machine
+does not multiply bf16; for all else, and where that was not built, PyTorch's flash attention forward and whole rows of
+scores backward.
 
 Flash attention goes in two parts: prompts and completions attend causally to themselves; completions 2..K of a group
 also attend, together in one call, to their prompt, and the two parts merge by log-sum-exp.
@@ -29,15 +30,15 @@ _SCORES = 1 << 21
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
-    """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns the output, as q, and the log-sum-exp [1, H, T], at least fp32."""
-    if _is_one_operator(q, k, v):
-        out, lse = empty_rows_first(q, *q.shape[1::2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns the output, as q, and the log-sum-exp [1, H, T] in lse_dtype."""
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q, k, v))
+    if _cpu.multiplies(q, k, v):
+        out = empty_rows_first(q, *q.shape[1::2])
         tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
         rows = (_cpu.dense_rows(x)[0] for x in (q, k, v))
         torch.ops.strop.cpu_prefix_attention(*rows, tables.segments, tables.blocks, scale, out[0], lse)
         return out, lse
     out = torch.empty_like(q, memory_format=torch.preserve_format)
-    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     bounds = (groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
     for start, end in _causal_spans(*bounds):
         rows = slice(start, end)
@@ -59,10 +60,10 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from what attention_forward took and returned."""
-    if _is_one_operator(q, k, v):
+    if _cpu.multiplies(q, k, v):
         grads = tuple(empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
         tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
-        shares = lse.new_empty(2, k.shape[1], tables.share_rows, k.shape[3])
+        shares = q.new_empty(2, k.shape[1], tables.share_rows, k.shape[3], dtype=torch.float32)
         rows = (_cpu.dense_rows(x)[0] for x in (grad_out, q, k, v, out))
         torch.ops.strop.cpu_prefix_attention_backward(
             *rows, lse, *tables[:3], scale, shares, *(grad[0] for grad in grads)
@@ -72,9 +73,11 @@ def attention_backward(
     return tuple(grad.to(q.dtype) for grad in _whole_rows_backward(*wide, groups, scale))
 
 
-def _is_one_operator(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether csrc/cpu_attention.cpp does all of it."""
-    return q.dtype == torch.bfloat16 and _cpu.takes(q, k, v) and q.shape[3] in range(32, 257, 16)
+def lse_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """At least fp32, and fp64 where the operator takes fp32: of a sharp softmax fp32's rounding of it would be seen."""
+    if q.dtype == torch.float32 and _cpu.multiplies(q, k, v):
+        return torch.float64
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def empty_rows_first(x: Tensor, heads: int, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from strop.kernels import _cpu, attention_cached, reference
 
 pytestmark = pytest.mark.usefixtures("library")
 
+BF16 = _cpu._loaded == "avx512_bf16"  # the library's products are of bf16
 CHUNKS = torch.tensor([[0, 32], [32, 32], [64, 64], [128, 128]])
 PLACES = {  # group, seen, length of each token
     "one token": [(0, 1, -1)],
@@ -55,7 +56,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(places: str, heads: int, k
     assert all(torch.equal(a, b) for a, b in zip(stored[3:7], plainly_stored[3:7], strict=True))
 
 
-@pytest.mark.skipif(_cpu.MULTIPLIES_PAIRS, reason="fp32 is PyTorch's where bf16 is multiplied")
+@pytest.mark.skipif(BF16, reason="fp32 is PyTorch's where bf16 is multiplied")
 @pytest.mark.parametrize("how", HOW)
 def test_fp32(how: str):
     inputs, how = _inputs(PLACES["completions"], 9, 3, 64, torch.float32), {"scale": 0.3, **HOW[how]}
@@ -73,7 +74,7 @@ def test_what_it_does_not_take():
     assert not attention_cached.takes(*(x[..., :16] for x in (q, k, v)))
     assert not attention_cached.takes(*(x[..., :40] for x in (q, k, v)))
     assert not attention_cached.takes(q.half(), k.half(), v.half())
-    assert attention_cached.takes(q.float(), k.float(), v.float()) != _cpu.MULTIPLIES_PAIRS
+    assert attention_cached.takes(q.float(), k.float(), v.float()) != BF16
 
 
 def test_a_tokens_bits_depend_on_no_other_and_on_no_thread():
