@@ -5,8 +5,8 @@
 A step is that of benchmarks.train_step, DPO with 8 pairs. The times are those that operators spend themselves, by what
 they were called from: the head (linear_logprob), attention (prefix_attention), the optimizer (AdamW alone), and what is
 left, layers, by kind. Attention is one operator each way with all its products, as is flash attention forward, which
-counts for itself and stands where the operator was not built. The floor is the FLOPs of the step at the rate of the fastest matrix product
-of the same run.
+counts for itself and stands where the operator was not built. The floor is the FLOPs of the step at the rate of the
+fastest matrix product of the same run.
 """
 
 from __future__ import annotations
