@@ -83,7 +83,8 @@ def test_tensorboard_holds_what_the_record_holds_also_after_going_back(tmp_path)
     metrics = make(tmp_path, tensorboard=True)
     for step in (1, 2, 3):
         metrics.log("round-00/dpo", step, {"rewards/margins": step / 2})
-    again = make(tmp_path, tensorboard=True)  # the first was killed: never closed
+    metrics.writer.close()  # the first is killed; its thread would write its file anew after ten seconds
+    again = make(tmp_path, tensorboard=True)
     again.log("round-00/dpo", 3, {"rewards/margins": 7.0, "loss": math.nan})
     again.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
