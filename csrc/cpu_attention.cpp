@@ -15,8 +15,6 @@
 
 namespace {
 
-constexpr int64_t most_queries = 64, most_keys = 128;  // of a block
-
 // A row of `blocks`: tokens first to last of the segment from `own` on; keys before_start to before_end are the prompt.
 // own_at and before_at: where these segments' columns start in a transposed copy.
 struct Block {
@@ -167,19 +165,6 @@ void scale_columns(float* x, int64_t rows, int64_t columns, const float* by) {
   }
 }
 
-struct Sizes {
-  int64_t heads, key_heads, tokens, size, shared;  // shared: query heads of a key head
-};
-
-Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const Sizes n{q.size(0), k.size(0), q.size(1), q.size(2), q.size(0) / std::max<int64_t>(k.size(0), 1)};
-  STD_TORCH_CHECK(k.size(1) == n.tokens && v.size(1) == n.tokens && k.size(2) == n.size && v.size(2) == n.size &&
-                      v.size(0) == n.key_heads && n.shared * n.key_heads == n.heads && n.size % 16 == 0 &&
-                      n.size >= 32 && n.size <= max_size,
-                  "q, k and v do not belong together, or the head's size is no multiple of 16 from 32 to 256");
-  return n;
-}
-
 // The rows of `blocks` [B, 7], all within the tokens.
 const Block* blocks_of(const Tensor& blocks, int64_t tokens) {
   const int64_t count = blocks.size(0);
@@ -305,8 +290,9 @@ struct Slice {
 
 template <typename T>
 void attend_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& attended,
-                     const Tensor& lse, const Tensor& segments, const Tensor& blocks, const Tensor& slices, double scale,
-                     const Tensor& shares, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
+                     const Tensor& lse, const Tensor& segments, const Tensor& blocks, const Tensor& slices,
+                     double scale, const Tensor& shares, const Tensor& grad_q, const Tensor& grad_k,
+                     const Tensor& grad_v) {
   const Sizes n = sizes_of(q, k, v);
   const int64_t count = slices.size(0), size = n.size, rows_of_shares = shares.size(2);
   check(segments, ScalarType::Long, segments.size(0) * 3, "segments");

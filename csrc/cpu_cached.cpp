@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int64_t most_queries = 64, most_keys = 128;  // of a block
-
 // [groups or rows, heads, tokens, D]: one head's keys or values lie in one piece.
 template <typename T>
 struct Cache {
@@ -85,12 +83,13 @@ struct Sums {
       const vec x = load(s + c);
       peaks = x > peaks ? x : peaks;
     }
-    const float old = top[query], peak = std::max(old, highest(peaks));
+    // times factor and rounded once, so that it is the same in all that it cancels in
+    const float old = top[query], peak = std::max(old, highest(peaks) * factor);
     if (peak == -HUGE_VALF) {  // it sees none of these keys, and saw none before
       std::memset(to, 0, columns * sizeof(item));
       return;
     }
-    const vec shift = vec{} + peak * factor;
+    const vec shift = vec{} + peak;
     vec part{};
     for (int64_t c = 0; c < columns; c += lanes) {
       const vec weight = exp2_of(load(s + c) * factor - shift);
@@ -98,7 +97,7 @@ struct Sums {
     }
     float decay = 1;
     if (peak != old) {
-      decay = exp2_of(vec{} + old * factor - shift)[0];
+      decay = exp2_of(vec{} + old - shift)[0];
       float* so_far = &sums[query * size];
 #pragma omp simd
       for (int64_t d = 0; d < size; ++d) so_far[d] *= decay;
@@ -185,12 +184,9 @@ void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const Tensor& completion_k, const Tensor& completion_v, const Tensor& chunks, const Tensor& group,
                       const Tensor& seen, const Tensor& length, double scale, double softcap, int64_t window,
                       const Tensor& attended) {
-  const int64_t tokens = q.size(1), size = q.size(2), heads = q.size(0), key_heads = k.size(0);
-  const int64_t shared = heads / std::max<int64_t>(key_heads, 1), groups = prompt_k.size(0), room = prompt_k.size(2);
-  STD_TORCH_CHECK(k.size(1) == tokens && v.size(1) == tokens && k.size(2) == size && v.size(2) == size &&
-                      v.size(0) == key_heads && shared && shared * key_heads == heads && size % 16 == 0 && size >= 32 &&
-                      size <= max_size,
-                  "q, k and v do not belong together, or the head's size is no multiple of 16 from 32 to 256");
+  const Sizes of = sizes_of(q, k, v);
+  const int64_t key_heads = of.key_heads, tokens = of.tokens, size = of.size, shared = of.shared;
+  const int64_t groups = prompt_k.size(0), room = prompt_k.size(2);
   for (const Tensor* x : {&group, &seen, &length}) check(*x, ScalarType::Long, tokens, "group, seen or length");
   check(chunks, ScalarType::Long, chunks.size(0) * 2, "chunks");
   const int64_t *of_group = in<int64_t>(group), *sees = in<int64_t>(seen), *at = in<int64_t>(length);
@@ -222,7 +218,7 @@ void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
     check(prompt_v, type_of<T>, groups * key_heads * room * size, "prompt_v");
     check(completion_k, type_of<T>, rows * key_heads * capacity * size, "completion_k");
     check(completion_v, type_of<T>, rows * key_heads * capacity * size, "completion_v");
-    check(attended, type_of<T>, tokens * heads * size, "attended");
+    check(attended, type_of<T>, tokens * of.heads * size, "attended");
     const auto cache = [=](const Tensor& x, int64_t from, int64_t length) {
       return Cache<T>{out<T>(x) + from, key_heads, length, size};
     };

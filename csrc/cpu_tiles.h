@@ -193,7 +193,8 @@ inline void turn(const float* const* from, float* to, int64_t stride) {
 
 // -- attention's rows -------------------------------------------------------------------------------------------------
 
-constexpr int64_t max_size = 256;  // of a head
+constexpr int64_t max_size = 256;                       // of a head
+constexpr int64_t most_queries = 64, most_keys = 128;  // of a block of scores
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
 // Calls f with a value of the element's type, which products must take.
@@ -206,6 +207,19 @@ void dispatch_taken(const Tensor& x, F f) {
       f(element);
     }
   });
+}
+
+struct Sizes {
+  int64_t heads, key_heads, tokens, size, shared;  // shared: query heads of a key head
+};
+
+inline Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const Sizes n{q.size(0), k.size(0), q.size(1), q.size(2), q.size(0) / std::max<int64_t>(k.size(0), 1)};
+  STD_TORCH_CHECK(k.size(1) == n.tokens && v.size(1) == n.tokens && k.size(2) == n.size && v.size(2) == n.size &&
+                      v.size(0) == n.key_heads && n.shared && n.shared * n.key_heads == n.heads && n.size % 16 == 0 &&
+                      n.size >= 32 && n.size <= max_size,
+                  "q, k and v do not belong together, or the head's size is no multiple of 16 from 32 to 256");
+  return n;
 }
 
 // [H, T, D] with dense rows.

@@ -126,7 +126,7 @@ class Prefill(Step):
         self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.kept :]], device=device)[None]
         self.positions, self.seen = position[real].to(device)[None], (position[real] + 1).to(device)
         self.group, self.length = groups.repeat_interleave(lengths).to(device), torch.full_like(self.seen, -1)
-        self.groups, self.position = groups.to(device), position.to(device)
+        self.groups, self.padded_positions = groups.to(device), position.to(device)
         self.last = (lengths.cumsum(0) - 1).to(device)
         # packed row -> [prompts, longest rest]: the filling reads token 0, and what comes of it is left out
         self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
@@ -142,7 +142,7 @@ class Prefill(Step):
         k, v = (buffer[self.groups, :, : self.longest] for buffer in buffers)
         mask = None
         if softcap is not None or self.most_kept or (window is not None and window < self.longest):
-            ahead = self.position[:, None, :, None] - torch.arange(self.longest, device=q.device)
+            ahead = self.padded_positions[:, None, :, None] - torch.arange(self.longest, device=q.device)
             mask = (ahead >= 0) & (ahead < (window or self.longest))
         if softcap is None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,

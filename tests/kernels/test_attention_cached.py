@@ -21,6 +21,7 @@ PLACES = {  # group, seen, length of each token
 }
 HOW = {
     "plain": {},
+    "sharp": {"scale": 3.0},
     "soft-cap": {"softcap": 2.0},
     "wide soft-cap": {"softcap": 50.0},
     "window": {"window": 20},
