@@ -18,7 +18,7 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from strop.trainer.world import World
+from strop.trainer.run.world import World
 
 from . import measure
 from .train_step import Job, model_folder, strop_step

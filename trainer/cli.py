@@ -9,8 +9,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from strop.trainer.commands import VERBS, run_verb
 from strop.trainer.config import Recipe
+from strop.trainer.errors import UserError
+from strop.trainer.reports.commands import VERBS, run_verb
 
 SECRET = re.compile(r"(^|_)(api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)$", re.I)
 RECIPES = Path(__file__).parent / "recipes"
@@ -53,7 +54,7 @@ class _Read:
 
 
 def parse(argv: list[str]) -> Command:
-    """Raises ValueError, one mistake a line."""
+    """Raises UserError, one mistake a line."""
     if argv[:1] and argv[0] in VERBS:
         return Command(verb=argv[0], arguments=[a for a in argv[1:] if a != "--debug"], debug="--debug" in argv)
     command, read, overrides, name = Command(), None, [], "quickstart"
@@ -65,14 +66,14 @@ def parse(argv: list[str]) -> Command:
         elif argument == "--debug":
             command.debug = True
         elif argument.startswith("-"):
-            raise ValueError(f"{argument}: no such option; --help lists what there is")
+            raise UserError(f"{argument}: no such option; --help lists what there is")
         elif "=" in argument:
             overrides.append(argument)
         elif read is None:
             path = find_recipe(argument)
             name, read = path.stem, read_recipe(path)
         else:
-            raise ValueError(f"{argument}: a second recipe; one is enough, override its keys with key=value")
+            raise UserError(f"{argument}: a second recipe; one is enough, override its keys with key=value")
     if command.help:
         return command
     read = read or read_recipe(find_recipe(name))
@@ -92,17 +93,17 @@ def answer(command: Command) -> None:
 
 
 def find_recipe(argument: str) -> Path:
-    """A recipe file by its path or by the name it ships under. Raises ValueError if there is neither."""
+    """A recipe file by its path or by the name it ships under. Raises UserError if there is neither."""
     path = Path(argument)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ValueError(f"{path}: no such recipe file")
+            raise UserError(f"{path}: no such recipe file")
         return path
     shipped = RECIPES / f"{argument}.yaml"
     if not shipped.is_file():
         near = difflib.get_close_matches(argument, [*VERBS, *shipped_recipes()], n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{argument}: no such recipe; {hint}there are {', '.join(shipped_recipes())}, or name a .yaml "
+        raise UserError(f"{argument}: no such recipe; {hint}there are {', '.join(shipped_recipes())}, or name a .yaml "
                          f"file (other commands: {', '.join(VERBS)})")
     return shipped
 
@@ -112,21 +113,21 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(path: Path) -> _Read:
-    """The file as data with the line of every key. Raises ValueError on broken or doubled YAML."""
+    """The file as data with the line of every key. Raises UserError on broken or doubled YAML."""
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
+        raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ValueError(f"{where}: not YAML ({getattr(e, 'problem', None) or e})") from e
+        raise UserError(f"{where}: not YAML ({getattr(e, 'problem', None) or e})") from e
     if root is None:
-        raise ValueError(f"{path}: the file is empty; a recipe is a mapping of keys, see --help")
+        raise UserError(f"{path}: the file is empty; a recipe is a mapping of keys, see --help")
     if not isinstance(data, dict):
-        raise ValueError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+        raise UserError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
     read = _Read(data)
     _note_lines(root, (), path, read.lines)
     return read
@@ -138,7 +139,7 @@ def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
         seen = set()
         for key, value in node.value:
             if key.value in seen:
-                raise ValueError(f"{path}:{key.start_mark.line + 1}: {key.value}: the key stands here twice")
+                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: the key stands here twice")
             seen.add(key.value)
             _note_lines(value, (*at, key.value), path, lines)
             lines[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
@@ -148,23 +149,23 @@ def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
 
 
 def apply_override(read: _Read, override: str) -> None:
-    """Sets `a.b.0.c=value` in the tree. Raises ValueError where the path leads nowhere."""
+    """Sets `a.b.0.c=value` in the tree. Raises UserError where the path leads nowhere."""
     key, _, text = override.partition("=")
     refuse_secrets({key.split(".")[-1]: text}, (), {(): "command line"})
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as e:
-        raise ValueError(f"command line: {override}: the value is not YAML ({getattr(e, 'problem', e)})") from e
+        raise UserError(f"command line: {override}: the value is not YAML ({getattr(e, 'problem', e)})") from e
     path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     at: Any = read.data
     for i, part in enumerate(path):
         last = i == len(path) - 1
         if isinstance(at, list):
             if not isinstance(part, int) or part >= len(at):
-                raise ValueError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a list of {len(at)}; "
+                raise UserError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a list of {len(at)}; "
                                  "its entries are .0, .1, ...")
         elif not isinstance(at, dict):
-            raise ValueError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a value, it has no keys")
+            raise UserError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a value, it has no keys")
         elif not last and at.get(part) is None:
             at[part] = {}
         if last:
@@ -175,27 +176,22 @@ def apply_override(read: _Read, override: str) -> None:
 
 
 def check(read: _Read) -> Recipe:
-    """Validates. Raises ValueError with a line for each mistake: where, key=value, what is wrong, the nearest name."""
+    """Validates. Raises UserError with a line for each mistake: where, key=value, what is wrong, the nearest name."""
     refuse_secrets(read.data, (), read.lines)
     try:
         return Recipe.model_validate(read.data)
     except ValidationError as e:
-        raise ValueError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
+        raise UserError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
 
 
 def refuse_secrets(value, path: tuple, lines: dict) -> None:
-    """Raises ValueError at a key that is named like a secret, without its value: a recipe goes into files and logs."""
+    """Raises UserError at a key that is named like a secret, without its value: a recipe goes into files and logs."""
     for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if isinstance(key, str) and SECRET.search(key):
             where = next(lines[p] for p in ((*path, key)[:n] for n in range(len(path) + 1, -1, -1)) if p in lines)
-            raise ValueError(f"{where}: {'.'.join(map(str, (*path, key)))}: secrets are not taken from recipes or the "
+            raise UserError(f"{where}: {'.'.join(map(str, (*path, key)))}: secrets are not taken from recipes or the "
                              "command line, which are written down; set the environment variable of the service")
         refuse_secrets(below, (*path, key), lines)
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as a file that `parse` reads back."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _explain(error: dict, read: _Read) -> str:

@@ -1,11 +1,16 @@
 """Every key of a recipe: its type, default, unit and limits. Unknown keys fail with the nearest name.
 
-A recipe is a YAML file; `key=value` on the command line overrides it. What is here is all there is.
+A recipe is a YAML file; `key=value` on the command line overrides it. Stages receive sections of it, or parts of
+sections, and the hash of what a stage receives is its key: a field that cannot change a result is `UNKEYED`.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from strop.trainer.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -14,8 +19,60 @@ PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Verifier = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math"]
 
 
+UNKEYED = {"key": "none"}  # changing the field re-runs nothing
+BY_CONTENT = {"key": "content"}  # the field names a text file, whose content counts
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
+
+    def only(self, *names: str) -> "Part":
+        """The named fields, for a stage that the rest of the section does not concern."""
+        return Part(self, names)
+
+    def key(self) -> dict:
+        """What a stage's result depends on if it receives this section, as JSON values."""
+        return Part(self, type(self).model_fields).key()
+
+
+class Part:
+    """Some fields of a section, read as attributes; any other name raises AttributeError."""
+
+    def __init__(self, section: Section, names):
+        self._section, self._names = section, tuple(names)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_") or name not in self._names:
+            raise AttributeError(f"this part of {type(self._section).__name__} has no field {name}")
+        return getattr(self._section, name)
+
+    def key(self) -> dict:
+        """As Section.key. Raises UserError if a file that counts by its content cannot be read."""
+        found = {}
+        for name in self._names:
+            how = (type(self._section).model_fields[name].json_schema_extra or {}).get("key")
+            value = getattr(self._section, name)
+            if how == "content":
+                found[name] = value and read_text(name, value)
+            elif how != "none":
+                found[name] = _key_of(value)
+        return found
+
+
+def _key_of(value):
+    if isinstance(value, Section):
+        return value.key()
+    if isinstance(value, list | tuple):
+        return [_key_of(v) for v in value]
+    return value
+
+
+def read_text(name: str, path: str | Path) -> str:
+    """The text of a file that the recipe names under key `name`. Raises UserError if it cannot be read."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{name}={path}: not readable as text ({e})") from e
 
 
 class Model(Section):
@@ -24,7 +81,8 @@ class Model(Section):
         description="Hugging Face folder of a causal LM, a .gguf file, or package:NAME for a GGUF that an installed "
         "Python package ships (converted once into a cache directory)",
     )
-    chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = Field(None, json_schema_extra=BY_CONTENT,
+                                      description="Jinja file that replaces the tokenizer's chat template")
     trust_remote_code: bool = Field(False, description="execute Python that the model folder ships")
 
 
@@ -154,7 +212,7 @@ class Train(Section):
     eps: PositiveFloat = Field(1e-8, description="AdamW's")
     grad_clip: float = Field(1.0, ge=0.0, description="norm of the whole gradient; 0 is off")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    checkpoint_steps: Positive = Field(50, description="steps between resume points")
+    checkpoint_steps: Positive = Field(50, json_schema_extra=UNKEYED, description="steps between resume points")
     snapshots: NotNegative = Field(0, description="weights kept on the way, evenly spaced, for merge")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="keeps an exponential average of the weights; 0 is off")
 
@@ -183,7 +241,8 @@ class Merge(Section):
         ["sft", "dpo"], min_length=1, description="average: each name stands for all checkpoints its stage kept")
     weights: list[PositiveFloat] | None = Field(None, description="average: one a member; default uniform")
     interpolate: Share = Field(1.0, description="1 keeps the merged weights, 0 the round's start; linear between")
-    promote: Literal["best", "last"] = Field("best", description="which weights go on: the best on the validation "
+    promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
+                                             description="which weights go on: the best on the validation "
                                              "split among start, sft, dpo and merge, or always merge's")
 
     @model_validator(mode="after")
@@ -196,16 +255,20 @@ class Merge(Section):
 class Evaluate(Section):
     max_new_tokens: Positive = Field(64, description="tokens a completion may have")
     batch_size: Positive = Field(128, description="completions decoded together, on each rank")
-    bootstrap: Positive = Field(10_000, description="resamples of the paired bootstrap interval")
+    bootstrap: Positive = Field(10_000, json_schema_extra=UNKEYED,
+                                description="resamples of the paired bootstrap interval")
     kl_prompts: NotNegative = Field(16, description="held-out prompts on which KL to the start weights is measured; "
                                     "0 is off")
 
 
 class Log(Section):
-    interval: Positive = Field(1, description="steps between log lines and metric reductions")
-    tensorboard: bool = Field(True, description="write tensorboard/ beside metrics.jsonl")
-    report_to: list[Literal["wandb", "trackio"]] = Field([], description="send metrics there as well, e.g. [wandb]; it "
-                                                         "may use the network, with keys from the environment only")
+    interval: Positive = Field(1, json_schema_extra=UNKEYED,
+                               description="steps between log lines and metric reductions")
+    tensorboard: bool = Field(True, json_schema_extra=UNKEYED, description="write tensorboard/ beside metrics.jsonl")
+    report_to: list[Literal["wandb", "trackio"]] = Field(
+        [], json_schema_extra=UNKEYED,
+        description="send metrics there as well, e.g. [wandb]; this may use the network, with keys from the "
+        "environment only")
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -215,7 +278,8 @@ class Log(Section):
 
 class Recipe(Section):
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
-    output_dir: str = Field("runs", description="folder that holds run directories")
+    method: Literal["llama3"] = Field("llama3", description="the post-training method: a function in trainer/methods")
+    output_dir: str = Field("runs", json_schema_extra=UNKEYED, description="folder that holds run directories")
     seed: NotNegative = Field(0, description="seed of data order and sampling")
     rounds: Positive = Field(2, description="rounds of sample, score, select, SFT, DPO, merge, evaluate")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
@@ -224,7 +288,8 @@ class Recipe(Section):
         "not, by which it is several times faster; master weights are fp32 always")
     attention: Literal["auto", "triton", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="backend of attention in training: auto is our Triton kernel on a GPU, PyTorch elsewhere")
-    threads: NotNegative = Field(0, description="CPU threads a rank; 0 shares the cores among the ranks")
+    threads: NotNegative = Field(0, json_schema_extra=UNKEYED,
+                                 description="CPU threads a rank; 0 shares the cores among the ranks")
     model: Model = Field(Model(), description="the weights all starts from")
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")
@@ -236,7 +301,7 @@ class Recipe(Section):
     dpo: Dpo = Field(Dpo(), description="preference optimisation on pairs")
     merge: Merge = Field(Merge(), description="averaging the round's weights")
     evaluate: Evaluate = Field(Evaluate(), description="greedy pass rate on validation and test prompts")
-    log: Log = Field(Log(), description="what is written down while it runs")
+    log: Log = Field(Log(), json_schema_extra=UNKEYED, description="what is written down while it runs")
 
     @model_validator(mode="after")
     def agree(self):
@@ -261,3 +326,11 @@ class Recipe(Section):
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
         return self
+
+
+RECIPES: dict[str, type[Recipe]] = {"llama3": Recipe}  # the keys of each method
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as a file that the command line reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from strop.trainer.store import write_table
+from strop.trainer.run.tables import write_table
 
 
 def prompts_of(folder: Path, ids, **columns) -> Path:

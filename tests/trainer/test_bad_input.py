@@ -17,10 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from strop.trainer.console import Console
+from strop.trainer.run.console import Console
 from strop.trainer.main import main
-from strop.trainer.store import Store, list_files, read_json, read_table
-from strop.trainer.world import World
+from strop.trainer.run.artifacts import list_files
+from strop.trainer.run.files import read_json
+from strop.trainer.run.store import Store
+from strop.trainer.run.tables import read_table
+from strop.trainer.run.world import World
 
 TRAINER = Path(__file__).parents[2] / "trainer"
 ERRORS = TRAINER.parent / "docs" / "errors.md"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from training import recipe_of, select_of, stage_in
 
 from strop.kernels import Group
-from strop.trainer.batch import (
+from strop.trainer.training.batch import (
     Example,
     Packing,
     collate,
@@ -18,8 +18,8 @@ from strop.trainer.batch import (
     plan_steps,
     share_out,
 )
-from strop.trainer.pairs import load_pairs
-from strop.trainer.perf import Sizes, training_flops
+from strop.trainer.training.pairs import load_pairs
+from strop.trainer.training.flops import Sizes, training_flops
 from strop.trainer.stages.reference import first_looks
 from strop.trainer.stages.sft import load_examples
 

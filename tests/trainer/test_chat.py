@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from strop.trainer.chat import (
+from strop.trainer.data.chat import (
     encode_completion,
     encode_conversation,
     encode_prompt,

@@ -3,7 +3,7 @@ import pytest
 from strop.trainer.cli import help_text, parse, shipped_recipes, to_yaml
 from strop.trainer.config import Recipe
 from strop.trainer.main import main
-from strop.trainer.world import World
+from strop.trainer.run.world import World
 
 GOOD = "data:\n  sources:\n    - name: a\n      path: a.jsonl\n      verifier: exact\n"
 

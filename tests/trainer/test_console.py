@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from strop.trainer.console import Console, Progress, duration, plain_table
+from strop.trainer.run.console import Console, Progress, duration, plain_table
 
 
 class Terminal(io.StringIO):

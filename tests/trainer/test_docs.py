@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from strop.trainer.cli import check, read_recipe
-from strop.trainer.commands import VERBS, take_port
+from strop.trainer.reports.commands import VERBS, take_port
 from strop.trainer.main import main
-from strop.trainer.store import read_table
+from strop.trainer.run.tables import read_table
 
 REPO = Path(__file__).parents[2]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
@@ -101,8 +101,8 @@ def test_every_command(page, command, desk, monkeypatch, capsys):
         return
     monkeypatch.chdir(desk)
     if arguments[:1] == ["watch"]:
-        from strop.trainer.rundir import find_run
-        from strop.trainer.watch import serve
+        from strop.trainer.reports.reading import find_run
+        from strop.trainer.reports.watch import serve
 
         rest, _ = take_port(arguments[1:])
         serve(find_run(*rest), 0).server_close()

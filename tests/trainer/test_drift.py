@@ -6,10 +6,11 @@ import pytest
 import torch
 from training import recipe_of, stage_in
 
-from strop.trainer.drift import drift, ratio
-from strop.trainer.models import load_model
+from strop.trainer.models.kl import drift, ratio
+from strop.trainer.models.loading import load_model
 from strop.trainer.stages.evaluate import evaluate
-from strop.trainer.store import read_json, read_table
+from strop.trainer.run.files import read_json
+from strop.trainer.run.tables import read_table
 
 CPU = torch.device("cpu")
 ROWS = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14, 15, 16]), ([20] * 9, [21])]
@@ -63,8 +64,8 @@ def test_the_standard_error_is_that_of_a_ratio_of_means():
 def test_evaluate_records_it_for_every_candidate(tiny_model, moved, tmp_path):
     import pyarrow as pa
 
-    from strop.trainer.prompts import SCHEMA
-    from strop.trainer.store import write_table
+    from strop.trainer.data.sources import SCHEMA
+    from strop.trainer.run.tables import write_table
 
     rows = [{"prompt_id": f"p{i}", "source": "s", "split": "validation" if i < 3 else "test", "answer": "1",
              "messages": [{"role": "user", "content": f"say {i}"}], "verifier": "exact", "verifier_args": "{}",

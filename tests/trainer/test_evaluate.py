@@ -9,13 +9,15 @@ import torch
 
 from strop.trainer import generate
 from strop.trainer.config import Recipe
-from strop.trainer.console import Console
-from strop.trainer.prompts import SCHEMA
-from strop.trainer.results import paired_bootstrap
+from strop.trainer.run.console import Console
+from strop.trainer.data.sources import SCHEMA
+from strop.trainer.reports.statistics import paired_bootstrap
 from strop.trainer.stages import evaluate as module
 from strop.trainer.stages.evaluate import evaluate
-from strop.trainer.store import Stage, read_json, read_table, write_table
-from strop.trainer.world import World
+from strop.trainer.run.files import read_json
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table, write_table
+from strop.trainer.run.world import World
 
 STOP = set(range(3, 98, 5))
 
@@ -102,7 +104,7 @@ def test_a_lower_bar_lets_half_points_pass(tiny_model, prompts, verdicts, tmp_pa
 
 
 def test_completions_are_the_greedy_ones(tiny_model, prompts, verdicts, tmp_path):
-    from strop.trainer.chat import encode_prompt, load_tokenizer
+    from strop.trainer.data.chat import encode_prompt, load_tokenizer
 
     stage = make_stage(tmp_path / "out")
     evaluate(stage, recipe(), prompts=prompts, candidates={"base": tiny_model})

@@ -9,12 +9,12 @@ import torch
 import yaml
 from training import largest_difference
 
-from strop.trainer.card import card_info, model_card
+from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.config import Recipe
-from strop.trainer.console import Console
-from strop.trainer.export import export, parent_licences
-from strop.trainer.rundir import read_run
-from strop.trainer.store import read_json, write_json
+from strop.trainer.run.console import Console
+from strop.trainer.reports.export import export, parent_licences
+from strop.trainer.reports.reading import read_run
+from strop.trainer.run.files import read_json, write_json
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from strop.kernels import Group, PackedGroups
 from strop.kernels.integrations.transformers import register
-from strop.trainer.batch import Example, collate
-from strop.trainer.chat import encode_completion, encode_conversation, encode_prompt
-from strop.trainer.console import Console
-from strop.trainer.engine import Scorer, add_lora
-from strop.trainer.probe import by_logits, probe
+from strop.trainer.training.batch import Example, collate
+from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt
+from strop.trainer.run.console import Console
+from strop.trainer.training.local import add_lora
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.probe import by_logits, probe
 
 CPU = torch.device("cpu")
 FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Phi", "Phi3", "SmolLM3", "Olmo", "Olmo2"]

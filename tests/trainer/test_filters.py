@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from strop.trainer.config import Filter, ReadyData, Recipe
-from strop.trainer.filters import HeldOut, near_duplicates, repetition, truncation
-from strop.trainer.prompts import held_out_of, prompts
-from strop.trainer.readydata import ready_pairs, ready_sft
-from strop.trainer.rows import Quarantine
-from strop.trainer.store import Drops, read_table
+from strop.trainer.data.dedup import HeldOut, near_duplicates
+from strop.trainer.data.quality import repetition, truncation
+from strop.trainer.data.sources import held_out_of, prompts
+from strop.trainer.data.ready import ready_pairs, ready_sft
+from strop.trainer.data.rows import Quarantine
+from strop.trainer.run.tables import Drops, read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chats import tokenizer_of, turns

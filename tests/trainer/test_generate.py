@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
-from strop.trainer.generate import Batch, Completion, Generator, load_for_generation
-from strop.trainer.kvcache import Prefill
-from strop.trainer.models import load_model
+from strop.trainer.sampling.in_process import Batch, Completion, Generator, load_for_generation
+from strop.trainer.sampling.kv_cache import Prefill
+from strop.trainer.models.loading import load_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,

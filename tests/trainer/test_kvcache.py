@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from strop.kernels import _cpu, attention_cached
-from strop.trainer.kvcache import Beginning, Decode, Prefill, PromptKV
+from strop.trainer.sampling.kv_cache import Beginning, Decode, Prefill, PromptKV
 
 CPU = torch.device("cpu")
 HOW = {"plain": (None, None), "soft-cap": (5.0, None), "window": (None, 25), "both": (3.0, 40)}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from training import largest_difference
 
-from strop.trainer.store import read_json, read_table, write_table
+from strop.trainer.run.files import read_json
+from strop.trainer.run.tables import read_table, write_table
 
 REPO = Path(__file__).parents[2]
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from strop.trainer.console import Console
-from strop.trainer.metrics import Metrics, read_metrics, step_line
+from strop.trainer.run.console import Console
+from strop.trainer.run.metrics import Metrics, read_metrics, step_line
 
 
 def make(run_dir, **options):

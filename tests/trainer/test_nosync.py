@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
-from strop.trainer.engine import Engine, add_lora
-from strop.trainer.masters import Masters
-from strop.trainer.stages.dpo import dpo
+from strop.trainer.training.local import Engine, add_lora
+from strop.trainer.training.masters import Masters
+from strop.trainer.stages.preference import dpo
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.sft import sft
-from strop.trainer.world import World
+from strop.trainer.run.world import World
 
 
 def without_fused(optimizer, *args, fused, **options):

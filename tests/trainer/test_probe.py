@@ -17,9 +17,9 @@ from transformers import (
 
 from strop.kernels import Group, PackedGroups
 from strop.kernels.integrations.transformers import register
-from strop.trainer.console import Console
-from strop.trainer.engine import Scorer
-from strop.trainer.probe import probe
+from strop.trainer.run.console import Console
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.probe import probe
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,

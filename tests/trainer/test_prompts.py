@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strop.trainer.config import Recipe
-from strop.trainer.prompts import allot, normalise, prompts
-from strop.trainer.rows import read_rows
-from strop.trainer.store import read_table
+from strop.trainer.data.sources import allot, normalise, prompts
+from strop.trainer.data.rows import read_rows
+from strop.trainer.run.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from training import stage_in

@@ -5,11 +5,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from strop.trainer.chat import encode_completion, encode_conversation, encode_prompt, encode_text
+from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt, encode_text
 from strop.trainer.config import Filter, ReadyData
-from strop.trainer.readydata import ready_pairs, ready_sft
-from strop.trainer.rows import Quarantine
-from strop.trainer.store import Drops
+from strop.trainer.data.ready import ready_pairs, ready_sft
+from strop.trainer.data.rows import Quarantine
+from strop.trainer.run.tables import Drops
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chats import tokenizer_of, turns

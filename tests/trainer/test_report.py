@@ -9,9 +9,11 @@ import pytest
 import yaml
 from browser import BINARY, DRIVER, chromium
 
-from strop.trainer.charts import Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
-from strop.trainer.report import write_report
-from strop.trainer.store import DROPS, content_hash, list_files, write_json, write_table
+from strop.trainer.reports.charts import Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
+from strop.trainer.reports.html import write_report
+from strop.trainer.run.artifacts import content_hash, list_files
+from strop.trainer.run.files import write_json
+from strop.trainer.run.tables import DROPS, write_table
 
 SOURCES = ("sums", "products")
 EVIL = '</div><script>alert("x")</script><b onclick=x>&amp; {{ 7*7 }}'

@@ -10,11 +10,12 @@ import torch
 
 from strop.trainer import generate
 from strop.trainer.config import Recipe
-from strop.trainer.console import Console
-from strop.trainer.prompts import SCHEMA, allot
+from strop.trainer.run.console import Console
+from strop.trainer.data.sources import SCHEMA, allot
 from strop.trainer.stages.sample import draw_prompts, sample
-from strop.trainer.store import Stage, read_table, write_table
-from strop.trainer.world import World
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table, write_table
+from strop.trainer.run.world import World
 
 
 def recipe(**how) -> Recipe:

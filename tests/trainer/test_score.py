@@ -5,9 +5,9 @@ import pyarrow as pa
 import pytest
 
 from strop.trainer.config import Recipe
-from strop.trainer.samples import read_scored
+from strop.trainer.data.samples import read_scored
 from strop.trainer.stages.score import score
-from strop.trainer.store import read_table, write_table
+from strop.trainer.run.tables import read_table, write_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from rounds import prompts_of, round_of, sample_of

@@ -160,7 +160,7 @@ def test_code_of_a_model_runs_if_asked_and_loudly(tiny_model, tiny_recipe, tmp_p
 
 
 def test_a_chat_template_reaches_neither_files_nor_python(tiny_model, tmp_path):
-    from strop.trainer.chat import encode_prompt, load_tokenizer
+    from strop.trainer.data.chat import encode_prompt, load_tokenizer
 
     secret = tmp_path / "secret"
     secret.write_text("do_not_read_me")
@@ -174,7 +174,7 @@ def test_a_chat_template_reaches_neither_files_nor_python(tiny_model, tmp_path):
 
 def test_text_of_users_is_no_template(tiny_recipe, tmp_path, capfd):
     """Braces and control tokens in prompts stay what they are: text."""
-    from strop.trainer.store import read_table
+    from strop.trainer.run.tables import read_table
 
     lines = [{"prompt": "{{ 7 * 7 }} {prompt} {0.__class__} <|im_end|> %s" + str(i), "answer": "1"} for i in range(40)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
@@ -207,7 +207,7 @@ def test_nothing_in_the_package_loads_pickles_or_runs_text():
 
 
 def test_torch_is_told_to_load_safetensors_only(tiny_model, tmp_path):
-    from strop.trainer.models import load_model
+    from strop.trainer.models.loading import load_model
 
     folder = tmp_path / "m"
     shutil.copytree(tiny_model, folder)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strop.trainer.config import Recipe
 from strop.trainer.stages.select import pick, select
-from strop.trainer.store import Drops, read_table
+from strop.trainer.run.tables import Drops, read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chats import tokenizer_of, turns

@@ -4,9 +4,12 @@ import os
 import pyarrow as pa
 import pytest
 
-from strop.trainer.console import Console
-from strop.trainer.store import Drops, Stage, Store, external, read_table, write_json, write_table
-from strop.trainer.world import World
+from strop.trainer.run.console import Console
+from strop.trainer.run.artifacts import external
+from strop.trainer.run.files import write_json
+from strop.trainer.run.store import Stage, Store
+from strop.trainer.run.tables import Drops, read_table, write_table
+from strop.trainer.run.world import World
 
 
 def store(path, **keys):

@@ -11,8 +11,8 @@ import pytest
 from training import recipe_of
 
 from strop.trainer.cli import parse
-from strop.trainer.console import Console
-from strop.trainer.metrics import open_metrics, read_metrics
+from strop.trainer.run.console import Console
+from strop.trainer.run.metrics import open_metrics, read_metrics
 
 
 class Fake(types.ModuleType):

@@ -7,14 +7,15 @@ from training import Log, largest_difference, recipe_of, select_of, stage_in, we
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import Group, _cpu, linear_logprob, optimizer
-from strop.trainer.batch import Example, collate
-from strop.trainer.engine import Engine, Scorer, learning_rate
-from strop.trainer.models import load_model
-from strop.trainer.pairs import ReferenceTable, load_pairs
-from strop.trainer.stages.dpo import dpo
+from strop.trainer.training.batch import Example, collate
+from strop.trainer.training.local import Engine, learning_rate
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.models.loading import load_model
+from strop.trainer.training.pairs import ReferenceTable, load_pairs
+from strop.trainer.stages.preference import dpo
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.sft import load_examples, sft
-from strop.trainer.world import World
+from strop.trainer.run.world import World
 
 CPU = torch.device("cpu")
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from strop.kernels import Group, preference_loss, preference_means
-from strop.trainer.batch import Example, collate
-from strop.trainer.chat import load_tokenizer
-from strop.trainer.engine import Scorer
-from strop.trainer.models import load_model
+from strop.trainer.training.batch import Example, collate
+from strop.trainer.data.chat import load_tokenizer
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": "say 3 or 4: ", "chosen": "3", "rejected": "four, I think"},

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.trainer.isolated import Child
-from strop.trainer.verifiers import ARGUMENTS, check, check_answer, numbers, parse_number, verify
+from strop.trainer.scoring.sandbox import Child
+from strop.trainer.scoring.rules import ARGUMENTS, check, check_answer, numbers, parse_number, verify
 
 
 def score(verifier, completion, answer, metadata=None, **args):

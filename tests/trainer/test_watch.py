@@ -13,8 +13,8 @@ from browser import BINARY, DRIVER, chromium
 from test_report import Page as Html
 from test_report import make_run
 
-from strop.trainer.store import write_json
-from strop.trainer.watch import Page, serve, watch
+from strop.trainer.run.files import write_json
+from strop.trainer.reports.watch import Page, serve, watch
 
 needs_chromium = pytest.mark.skipif(not (BINARY and DRIVER), reason="chromium and chromedriver are not installed")
 HOLD = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); " \

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from strop.trainer.config import Recipe
-from strop.trainer.console import Console
-from strop.trainer.store import Stage, write_table
-from strop.trainer.world import World
+from strop.trainer.run.console import Console
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import write_table
+from strop.trainer.run.world import World
 
 
 class Log:

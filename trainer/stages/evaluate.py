@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from strop.trainer.chat import load_tokenizer, stop_ids
-from strop.trainer.config import Recipe
-from strop.trainer.drift import drift
-from strop.trainer.generate import Generator, load_for_generation
-from strop.trainer.models import DTYPES, context_length
-from strop.trainer.prompts import prompt_tokens
-from strop.trainer.store import Drops, Stage, read_part, read_table, write_json, write_table
-from strop.trainer.verifiers import verify
+from strop.trainer.config import Evaluate, Part, Score
+from strop.trainer.data.chat import stop_ids
+from strop.trainer.errors import UserError
+from strop.trainer.models.kl import drift
+from strop.trainer.models.loading import DTYPES, ModelFolder
+from strop.trainer.run.files import write_json
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import Drops, read_table, write_table
+from strop.trainer.sampling.in_process import Generator, load_for_generation
+from strop.trainer.sampling.shards import Shard, fitting, run_shards
+from strop.trainer.scoring.rules import verify
 
 SPLITS = ("validation", "test")
 SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source", pa.string()),
@@ -23,53 +26,42 @@ SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source
                     ("tokens", pa.list_(pa.int32()))])
 
 
-def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[str, Path],
-             start: Path | None = None) -> None:
+def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, compute: Part, prompts: Path,
+             candidates: dict[str, Path], start: Path | None = None) -> None:
     """Writes results.parquet (a row for each candidate and prompt), summary.json and drops.parquet; with `start`, the
     weights the run began with, also kl.json: how far each candidate is from them.
 
-    Runs on every rank; shards of prompts are the unit of resume. Raises ValueError if no held-out prompt fits.
+    Runs on every rank; shards of prompts are the unit of resume. Raises UserError if no held-out prompt fits.
     """
-    how, world = recipe.evaluate, stage.world
     rows = [r for r in read_table(prompts / "prompts.parquet").to_pylist() if r["split"] in SPLITS]
     rows.sort(key=lambda r: (SPLITS.index(r["split"]), r["prompt_id"]))
     parts: list[Path] = []
-    asked: dict[str, list[dict]] = {}  # of each candidate, the first prompts, on which the KL is measured
-    drops = Drops(stage)
-    for c, (name, model) in enumerate(candidates.items()):
-        tokenizer = load_tokenizer(model, recipe.model.chat_template, recipe.model.trust_remote_code)
-        room, fitting = context_length(model, recipe.model.trust_remote_code) - how.max_new_tokens, []
-        for row in rows:
-            tokens = prompt_tokens(tokenizer, row)
-            if len(tokens) <= room:
-                fitting.append(row | {"tokens": tokens})
-            else:
-                drops.add("overlong", prompt_id=row["prompt_id"], source=row["source"],
-                          detail=f"{len(tokens)} tokens, candidate {name}")
-        if not fitting:
-            raise ValueError(f"{stage.name}: none of {len(rows)} held-out prompts leaves room for evaluate."
-                             f"max_new_tokens={how.max_new_tokens} in the context of candidate {name}")
-        shards = [fitting[i : i + how.batch_size] for i in range(0, len(fitting), how.batch_size)]
-        paths = [stage.work / f"{c:02}-{i:05}.parquet" for i in range(len(shards))]
-        mine = range(world.rank, len(shards), world.size)
-        todo = [i for i in mine if not is_done(paths[i], name, shards[i])]
-        kept = sum(len(shards[i]) for i in mine) - sum(len(shards[i]) for i in todo)
-        if todo:
-            generator = Generator(load_for_generation(model, DTYPES[recipe.dtype], world.device,
-                                                      recipe.model.trust_remote_code))
-            stop = stop_ids(tokenizer, model)
-            total = sum(len(shards[i]) for i in mine)
-            with stage.console.progress(f"{stage.name} {name}", total, done=kept) as bar:
-                for i in todo:
-                    completions = generator.generate(
-                        [row["tokens"] for row in shards[i]], max_new_tokens=how.max_new_tokens, temperature=0.0,
-                        stop_ids=stop, batch_size=how.batch_size, on_progress=bar.advance)
-                    write_table(paths[i], judge(tokenizer, name, shards[i], completions, recipe.score.correct_at))
-            del generator
-        parts += paths
-        asked[name] = fitting[:how.kl_prompts]
-    world.barrier()
-    if world.first:
+    first: dict[str, list[dict]] = {}  # each candidate's first prompts, on which the KL is measured
+    drops, n = Drops(stage), evaluate.batch_size
+    for c, (name, weights) in enumerate(candidates.items()):
+        folder = ModelFolder(weights, model)
+        tokenizer = folder.tokenizer()
+        fits = fitting(tokenizer, rows, folder.context_length() - evaluate.max_new_tokens, drops, f", candidate {name}")
+        if not fits:
+            raise UserError(f"{stage.name}: none of {len(rows)} held-out prompts leaves room for evaluate."
+                            f"max_new_tokens={evaluate.max_new_tokens} in the context of candidate {name}")
+        shards = [Shard(stage.work / f"{c:02}-{i // n:05}.parquet", fits[i:i + n],
+                        [(name, row["prompt_id"]) for row in fits[i:i + n]]) for i in range(0, len(fits), n)]
+
+        def load(folder=folder, tokenizer=tokenizer):
+            stop = stop_ids(tokenizer, folder.path)
+            generator = Generator(load_for_generation(folder, DTYPES[compute.dtype], stage.world.device))
+            return lambda rows, on_progress: generator.generate(
+                [row["tokens"] for row in rows], max_new_tokens=evaluate.max_new_tokens, temperature=0.0,
+                stop_ids=stop, batch_size=n, on_progress=on_progress)
+
+        def to_table(rows, completions, tokenizer=tokenizer, name=name):
+            return judge(tokenizer, name, rows, completions, score.correct_at)
+
+        run_shards(stage, f"{stage.name} {name}", shards, ("candidate", "prompt_id"), SCHEMA, load, to_table)
+        parts += [shard.path for shard in shards]
+        first[name] = fits[:evaluate.kl_prompts]
+    if stage.world.first:
         results = pa.concat_tables([SCHEMA.empty_table(), *map(read_table, parts)])
         write_table(stage.dir / "results.parquet", results)
         rows = results.to_pylist()
@@ -79,20 +71,14 @@ def evaluate(stage: Stage, recipe: Recipe, *, prompts: Path, candidates: dict[st
         stage.counts |= {f"{name}/{split}": found["pass_rate"] for name, splits in summary.items()
                          for split, found in splits.items()}
         stage.counts["tokens"] = sum(row["completion_tokens"] for row in rows)
-        if start and candidates and how.kl_prompts:
+        if start and candidates and evaluate.kl_prompts:
             tokens = {(row["candidate"], row["prompt_id"]): row["tokens"] for row in rows}
-            own = {name: [(row["tokens"], tokens[name, row["prompt_id"]]) for row in first]
-                   for name, first in asked.items()}
-            moved = drift(candidates, own, start, DTYPES[recipe.dtype], world.device, recipe.model.trust_remote_code)
+            own = {name: [(row["tokens"], tokens[name, row["prompt_id"]]) for row in asked]
+                   for name, asked in first.items()}
+            folders = {name: ModelFolder(path, model) for name, path in candidates.items()}
+            moved = drift(folders, own, ModelFolder(start, model), DTYPES[compute.dtype], stage.world.device)
             write_json(stage.dir / "kl.json", moved)
             stage.counts |= {f"{name}/kl": found["kl"] for name, found in moved.items()}
-
-
-def is_done(path: Path, candidate: str, shard: list[dict]) -> bool:
-    """Whether `path` holds the candidate's results on `shard`; a file that does not is made again."""
-    table = read_part(path, SCHEMA)
-    return (table is not None and set(table["candidate"].to_pylist()) == {candidate}
-            and table["prompt_id"].to_pylist() == [row["prompt_id"] for row in shard])
 
 
 def judge(tokenizer, candidate: str, shard: list[dict], completions: list, correct_at: float) -> pa.Table:

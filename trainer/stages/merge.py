@@ -8,30 +8,32 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from strop.trainer.config import Recipe
-from strop.trainer.models import finish_folder, weight_files
-from strop.trainer.store import Stage, writing
+from strop.trainer.config import Merge
+from strop.trainer.errors import UserError
+from strop.trainer.models.folders import finish_folder, weight_files
+from strop.trainer.run.files import writing
+from strop.trainer.run.store import Stage
 
 
-def merge(stage: Stage, recipe: Recipe, *, start: Path, sft: Path | None, dpo: Path | None) -> None:
+def merge(stage: Stage, *, merge: Merge, start: Path, trained: dict[str, Path]) -> None:
     """Writes model/: the round's last weights, an average or their EMA, then drawn towards `start`.
 
-    start is a model folder; sft and dpo are the artifacts of those stages, None where a stage was off.
+    start: a model folder. trained: the artifacts of the stages that trained, in order, by the names that
+    merge.members uses.
     """
-    section = recipe.merge
-    mixture = mixture_of(recipe, start, sft, dpo)
-    if section.interpolate < 1:
-        mixture = [(path, weight * section.interpolate) for path, weight in mixture]
-        mixture.append((start, 1 - section.interpolate))
+    mixture = mixture_of(merge, start, trained)
+    if merge.interpolate < 1:
+        mixture = [(path, weight * merge.interpolate) for path, weight in mixture]
+        mixture.append((start, 1 - merge.interpolate))
     average(mixture, stage.dir / "model")
     stage.counts["checkpoints"] = len(mixture)
 
 
-def mixture_of(recipe: Recipe, start: Path, sft: Path | None, dpo: Path | None) -> list[tuple[Path, float]]:
+def mixture_of(section: Merge, start: Path, trained: dict[str, Path]) -> list[tuple[Path, float]]:
     """The folders to average and their weights, which add up to 1."""
-    section, last = recipe.merge, dpo or sft
-    if last is None:
+    if not trained:
         return [(start, 1.0)]
+    last = list(trained.values())[-1]
     if section.method == "last":
         return [(last / "model", 1.0)]
     if section.method == "ema":
@@ -39,8 +41,8 @@ def mixture_of(recipe: Recipe, start: Path, sft: Path | None, dpo: Path | None) 
     mixture = []
     weights = section.weights or [1.0] * len(section.members)
     for name, weight in zip(section.members, weights, strict=True):
-        stage = {"sft": sft, "dpo": dpo}.get(name)
-        checkpoints = [start] if name == "start" else [*sorted((stage / "snapshots").glob("step-*")), stage / "model"]
+        folder = trained.get(name, start)
+        checkpoints = [start] if name == "start" else [*sorted((folder / "snapshots").glob("step-*")), folder / "model"]
         if section.weights is None:  # uniform over checkpoints, not over stages
             mixture += [(c, 1.0) for c in checkpoints]
         else:
@@ -52,7 +54,7 @@ def mixture_of(recipe: Recipe, start: Path, sft: Path | None, dpo: Path | None) 
 def average(mixture: list[tuple[Path, float]], target: Path) -> None:
     """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32.
 
-    Raises ValueError where the folders do not hold the same tensors.
+    Raises UserError where the folders do not hold the same tensors.
     """
     first, files = mixture[0][0], [weight_files(path) for path, _ in mixture]
     for found in files:  # a head tied to the embedding may or may not be written out
@@ -61,7 +63,7 @@ def average(mixture: list[tuple[Path, float]], target: Path) -> None:
     for (path, _), found in zip(mixture, files, strict=True):
         if found.keys() != files[0].keys():
             odd = sorted(found.keys() ^ files[0].keys())
-            raise ValueError(f"{path}: does not hold the tensors of {first} ({odd[0]}); they cannot be averaged")
+            raise UserError(f"{path}: does not hold the tensors of {first} ({odd[0]}); they cannot be averaged")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -5,14 +5,15 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from strop.trainer.batch import Example, collate, microbatches, plan_steps
-from strop.trainer.config import Recipe
-from strop.trainer.engine import Scorer
-from strop.trainer.models import DTYPES, context_length, load_model
-from strop.trainer.pairs import load_pairs
-from strop.trainer.perf import sizes_of, training_flops
-from strop.trainer.probe import probe
-from strop.trainer.store import Stage, read_table, write_table
+from strop.trainer.config import Part
+from strop.trainer.models.loading import DTYPES, ModelFolder
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table, write_table
+from strop.trainer.training.batch import Example, collate, microbatches, plan_steps
+from strop.trainer.training.flops import sizes_of, training_flops
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.pairs import load_pairs
+from strop.trainer.training.probe import probe
 
 CHUNK = 64  # microbatches a file: the unit of resume
 SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()), ("chosen", pa.list_(pa.float32())),
@@ -20,22 +21,21 @@ SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()), ("cho
 
 
 @torch.no_grad()
-def reference(stage: Stage, recipe: Recipe, *, select: Path, model: Path) -> None:
-    """Writes reference.parquet: per pair the fp32 log-probs of its loss tokens under `model`, with a fingerprint of the
-    tokens and masks that they belong to.
+def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int, select: Path,
+              weights: Path) -> None:
+    """Writes reference.parquet: per pair the fp32 log-probs of its loss tokens under `weights`, with a fingerprint of
+    its tokens and masks.
 
     The pairs run in the microbatches in which DPO sees them first, so that on as many ranks of the same machine equal
     weights give equal bits, in bf16 too.
     """
-    world, section = stage.world, recipe.dpo
-    context = context_length(model, recipe.model.trust_remote_code)
-    pairs = load_pairs(stage, select / "pairs.parquet", recipe, context, record=False)
-    loaded = load_model(model, DTYPES[recipe.dtype], world.device, trust_remote_code=recipe.model.trust_remote_code,
-                        backend=recipe.attention)
+    world, folder = stage.world, ModelFolder(weights, model)
+    pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=False)
+    loaded = folder.load(DTYPES[compute.dtype], world.device, backend=compute.attention)
     sizes = sizes_of(loaded)
     costs = [training_flops(sizes, pair) for pair in pairs]
-    plan = plan_steps(pairs, section.epochs, section.batch_size, recipe.seed)
-    mine = first_looks(pairs, plan, costs, section.max_tokens, world.size)[world.rank]
+    plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
+    mine = first_looks(pairs, plan, costs, dpo.max_tokens, world.size)[world.rank]
     todo = [mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)]
     parts = [stage.work / f"part-{world.size}-{world.rank}-{i:05}.parquet" for i in range(len(todo))]
     if not all(p.exists() for p in parts):

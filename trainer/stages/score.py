@@ -5,19 +5,21 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from strop.trainer.config import Recipe
-from strop.trainer.samples import read_samples
-from strop.trainer.store import Stage, read_table, write_table
-from strop.trainer.verifiers import verify
+from strop.trainer.config import Score
+from strop.trainer.data.samples import read_samples
+from strop.trainer.errors import UserError
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table, write_table
+from strop.trainer.scoring.rules import verify
 
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("score", pa.float64()),
                     ("correct", pa.bool_()), ("extracted", pa.string())])
 
 
-def score(stage: Stage, recipe: Recipe, *, prompts: Path, sample: Path) -> None:
+def score(stage: Stage, *, score: Score, prompts: Path, sample: Path) -> None:
     """Writes scores.parquet. A sample is correct if it stopped by itself and scores at least score.correct_at.
 
-    Raises ValueError if a sample's prompt is not among the prompts.
+    Raises UserError if a sample's prompt is not among the prompts.
     """
     asked = {row["prompt_id"]: row for row in read_table(prompts / "prompts.parquet").to_pylist()}
     samples, rows = read_samples(sample), []
@@ -26,7 +28,7 @@ def score(stage: Stage, recipe: Recipe, *, prompts: Path, sample: Path) -> None:
         for row in samples:
             prompt = asked.get(row["prompt_id"])
             if prompt is None:
-                raise ValueError(f"{sample}: prompt {row['prompt_id']} is not in {prompts}; delete the folder to have "
+                raise UserError(f"{sample}: prompt {row['prompt_id']} is not in {prompts}; delete the folder to have "
                                  "it sampled again")
             key = row["prompt_id"], row["completion"]
             if key not in known:
@@ -34,7 +36,7 @@ def score(stage: Stage, recipe: Recipe, *, prompts: Path, sample: Path) -> None:
                                     json.loads(prompt["verifier_args"]), json.loads(prompt["metadata"]))
             value, extracted = known[key]
             rows.append({"prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "score": value,
-                         "correct": row["finish"] == "stop" and value >= recipe.score.correct_at,
+                         "correct": row["finish"] == "stop" and value >= score.correct_at,
                          "extracted": extracted})
             progress.advance(1)
     write_table(stage.dir / "scores.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))

@@ -7,17 +7,21 @@ often each prompt was solved, round by round.
 import hashlib
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
-from strop.trainer.chat import load_tokenizer, stop_ids
-from strop.trainer.config import Recipe
-from strop.trainer.filters import unfit_tokens
-from strop.trainer.prompts import held_out_of
-from strop.trainer.readydata import ready_pairs, ready_sft
-from strop.trainer.rows import Quarantine
-from strop.trainer.samples import read_scored
-from strop.trainer.store import Drops, Stage, read_table, write_table
+from strop.trainer.config import Filter, Part, Select
+from strop.trainer.data.chat import stop_ids
+from strop.trainer.data.contamination import held_out_of
+from strop.trainer.data.quality import unfit_tokens
+from strop.trainer.data.ready import ready_pairs, ready_sft
+from strop.trainer.data.rows import Quarantine
+from strop.trainer.data.samples import read_scored
+from strop.trainer.errors import UserError
+from strop.trainer.models.loading import ModelFolder
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import Drops, read_table, write_table
 
 TOKENS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
 SFT = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id", pa.string()),
@@ -33,25 +37,35 @@ DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("r
                         ("correct", COUNTS), ("pass_rate", pa.float64())])
 
 
-def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, history: list[tuple[Path, Path]],
-           model: Path) -> None:
+class Rules(NamedTuple):
+    """How samples are picked: the sections select and filter, and the seed of random ties."""
+
+    select: Select
+    filter: Filter
+    seed: int
+
+
+def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: Part, sources: dict[str, dict],
+           seed: int, round: int, prompts: Path | None, history: list[tuple[Path, Path]], tokenizer: Path) -> None:
     """Writes sft.parquet, pairs.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
     `history` holds the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the
-    newest counts. `model` is the folder whose tokenizer encodes ready data. Raises ValueError if nothing is left.
+    newest counts. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
+    max_bad_rows. sources: name -> prompt_template and templated. Raises UserError if nothing is left.
     """
-    tokenizer = load_tokenizer(model, recipe.model.chat_template, recipe.model.trust_remote_code)
-    stops = stop_ids(tokenizer, model)
-    drops, quarantine = Drops(stage), Quarantine(recipe.data.max_bad_rows)
-    sft_rows, pair_rows = [], []
+    folder = ModelFolder(tokenizer, model)
+    tokenizer = folder.tokenizer()
+    stops = stop_ids(tokenizer, folder.path)
+    drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
+    sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed)
     pool = _pool(prompts, history)
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
     newest = len(history) - 1
     for prompt_id, samples in pool.items():
-        counted = [s for s in samples if recipe.select.accumulate or s["round"] == newest]
+        counted = [s for s in samples if select.accumulate or s["round"] == newest]
         if counted:
             source = samples[0]["source"]
-            best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], recipe, drops)
+            best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             sft_rows += [_sft_row(s, source) for s in best]
             pair_rows += [_pair_row(c, r, source, stops) for c, r in pairs]
     now = [s for samples in pool.values() for s in samples if s["round"] == newest]
@@ -59,11 +73,11 @@ def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, hi
         stage.counts |= {"prompts": len({s["prompt_id"] for s in now}),
                          "solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
                          "pass_rate": sum(s["correct"] for s in now) / len(now)}
-    held = held_out_of(prompts, recipe) if prompts and (recipe.data.sft or recipe.data.preferences) else None
-    for data in (d for d in recipe.data.sft if d.rounds == "all" or round in d.rounds):
-        sft_rows += ready_sft(tokenizer, data, recipe.filter, held, drops, quarantine)
-    for data in (d for d in recipe.data.preferences if d.rounds == "all" or round in d.rounds):
-        pair_rows += ready_pairs(tokenizer, data, recipe.filter, held, drops, quarantine)
+    held = held_out_of(prompts, filter.decontaminate, sources) if prompts and (data.sft or data.preferences) else None
+    for ready in (d for d in data.sft if d.rounds == "all" or round in d.rounds):
+        sft_rows += ready_sft(tokenizer, ready, filter, held, drops, quarantine)
+    for ready in (d for d in data.preferences if d.rounds == "all" or round in d.rounds):
+        pair_rows += ready_pairs(tokenizer, ready, filter, held, drops, quarantine)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
     write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
@@ -75,7 +89,7 @@ def select(stage: Stage, recipe: Recipe, *, round: int, prompts: Path | None, hi
                            f"first is {quarantine.rows[0]['where']}: {quarantine.rows[0]['error']}")
     if not sft_rows and not pair_rows:
         reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in stage.counts.items() if "dropped/" in k)
-        raise ValueError(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise sample.k "
+        raise UserError(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise sample.k "
                          "or sample.prompts, give easier prompts, or lower select.sft_min_score and select.pair_margin")
 
 
@@ -89,7 +103,7 @@ def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:
     for r, (sample, scored) in enumerate(history):
         for row in read_scored(sample, scored):
             if asked.get(row["prompt_id"], {}).get("split") != "train":
-                raise ValueError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
+                raise UserError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
                                  "delete the folder to have it sampled again")
             pool[row["prompt_id"]].append(row | {"round": r, "source": asked[row["prompt_id"]]["source"]})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
@@ -104,7 +118,7 @@ def solved(prompt_id: str, samples: list[dict]) -> dict:
             "pass_rate": sum(map(sum, drawn)) / len(samples)}
 
 
-def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, recipe: Recipe,
+def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rules: Rules,
          drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]]]:
     """One prompt's samples for SFT and its pairs (chosen, rejected).
 
@@ -112,19 +126,19 @@ def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rec
     round. Samples in neither are dropped, each with the first reason that applies.
     """
     told = {"prompt_id": prompt_id, "source": source}
-    if not recipe.select.pass_rate_min <= pass_rate <= recipe.select.pass_rate_max:
+    if not rules.select.pass_rate_min <= pass_rate <= rules.select.pass_rate_max:
         for s in samples:
             drops.add("pass_rate", **told, sample_index=s["sample_index"],
                       detail=f"{_origin(s)}: {pass_rate:.3f} over all rounds")
         return [], []
     fates: dict[tuple[int, int], str] = {}
-    best = _best(samples, recipe, fates)
+    best = _best(samples, rules, fates)
     if not best:
         top = max(s["score"] for s in samples)
         drops.add("unsolved", **told, detail=f"best score {top:g} of {len(samples)} samples")
     pairs, seen = [], set()
     for r in sorted({s["round"] for s in samples}):
-        found, reason, detail = _pairs([s for s in samples if s["round"] == r], recipe)
+        found, reason, detail = _pairs([s for s in samples if s["round"] == r], rules)
         if not found:
             drops.add(reason, **told, detail=f"round-{r:02}: no pair, {detail}")
         for chosen, rejected in found:
@@ -142,10 +156,10 @@ def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rec
     return best, pairs
 
 
-def _best(samples: list[dict], recipe: Recipe, fates: dict) -> list[dict]:
+def _best(samples: list[dict], rules: Rules, fates: dict) -> list[dict]:
     """The sft_per_prompt best distinct samples; every other one's reason goes into `fates`."""
-    section, best, seen = recipe.select, [], set()
-    for s in sorted(samples, key=lambda s: (-s["score"], *_tie(s, recipe))):
+    section, best, seen = rules.select, [], set()
+    for s in sorted(samples, key=lambda s: (-s["score"], *_tie(s, rules))):
         tokens = tuple(s["completion_tokens"])
         if not s["completion"].strip():
             fates[_id(s)] = "empty"
@@ -155,7 +169,7 @@ def _best(samples: list[dict], recipe: Recipe, fates: dict) -> list[dict]:
             fates[_id(s)] = "cut"
         elif s["score"] < section.sft_min_score:
             fates[_id(s)] = "low_score"
-        elif unfit := unfit_tokens(s["completion_tokens"], recipe.filter)[0]:
+        elif unfit := unfit_tokens(s["completion_tokens"], rules.filter)[0]:
             fates[_id(s)] = unfit
         elif len(best) == section.sft_per_prompt:
             fates[_id(s)] = "not_best"
@@ -165,15 +179,15 @@ def _best(samples: list[dict], recipe: Recipe, fates: dict) -> list[dict]:
     return best
 
 
-def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]], str, str]:
+def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], str, str]:
     """(pairs, else the reason, its detail) of one prompt in one round.
 
     Chosen must have stopped by itself, since a cut completion would teach not to end, and must pass the filters.
     Rejected comes from the samples that are at least pair_margin worse: stopped ones first (so that ending is not what
     tells them apart), the worst of these, and by tie_break. No sample stands in two pairs, and equal scores make none.
     """
-    section, distinct = recipe.select, {}
-    for s in sorted(samples, key=lambda s: _tie(s, recipe)):
+    section, distinct = rules.select, {}
+    for s in sorted(samples, key=lambda s: _tie(s, rules)):
         if s["completion"].strip():
             distinct.setdefault(tuple(s["completion_tokens"]), s)
     left = list(distinct.values())  # by tie_break
@@ -185,7 +199,7 @@ def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]]
         return [], "tie", f"no score is below the best, {chosen[0]['score']:g}"
     if gap < section.pair_margin:
         return [], "margin", f"best minus worst is {gap:g}"
-    reasons = [unfit_tokens(s["completion_tokens"], recipe.filter)[0] for s in chosen]
+    reasons = [unfit_tokens(s["completion_tokens"], rules.filter)[0] for s in chosen]
     pairs: list[tuple[dict, dict]] = []
     for best in (s for s, reason in zip(chosen, reasons, strict=True) if not reason):
         worse = [s for s in left if 0 < best["score"] - s["score"] >= section.pair_margin]
@@ -199,13 +213,13 @@ def _pairs(samples: list[dict], recipe: Recipe) -> tuple[list[tuple[dict, dict]]
     return pairs, "", ""
 
 
-def _tie(s: dict, recipe: Recipe) -> tuple:
+def _tie(s: dict, rules: Rules) -> tuple:
     """Orders samples of equal score; the earlier round first: the best so far gives way only to a better one."""
-    if recipe.select.tie_break == "shortest":
+    if rules.select.tie_break == "shortest":
         return len(s["completion_tokens"]), s["round"], s["sample_index"]
-    if recipe.select.tie_break == "first":
+    if rules.select.tie_break == "first":
         return s["round"], s["sample_index"]
-    text = f"{recipe.seed}:tie:{s['prompt_id']}:{s['round']}:{s['sample_index']}"
+    text = f"{rules.seed}:tie:{s['prompt_id']}:{s['round']}:{s['sample_index']}"
     return (hashlib.blake2b(text.encode(), digest_size=16).digest(),)
 
 
@@ -226,7 +240,7 @@ def _sft_row(s: dict, source: str) -> dict:
 
 def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dict:
     if chosen["prompt_tokens"] != rejected["prompt_tokens"]:
-        raise ValueError(f"prompt {chosen['prompt_id']}: its samples of {_origin(chosen)} have different prompt "
+        raise UserError(f"prompt {chosen['prompt_id']}: its samples of {_origin(chosen)} have different prompt "
                          "tokens; delete the folder of that sample stage to have it made again")
     row = {"row_id": f"{_origin(chosen)}/{chosen['prompt_id']}/{chosen['sample_index']}-{rejected['sample_index']}",
            "source": source, "prompt_id": chosen["prompt_id"], "prompt_tokens": chosen["prompt_tokens"], "weight": 1.0,

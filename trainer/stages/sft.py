@@ -1,28 +1,34 @@
-"""SFT: next-token loss on the best completions, prompts masked, normalised by the loss tokens of the global batch."""
+"""SFT: next-token loss on the best completions, prompts masked, normalized by the loss tokens of the global batch."""
 
 from pathlib import Path
 
 import torch
 
 from strop.kernels import Group
-from strop.trainer.batch import Example, plan_steps
-from strop.trainer.config import Recipe
-from strop.trainer.engine import Engine, Scorer, train
-from strop.trainer.models import context_length
-from strop.trainer.probe import probe
-from strop.trainer.store import Drops, Stage, read_table
+from strop.trainer.config import Log, Lora, Part, Sft
+from strop.trainer.errors import UserError
+from strop.trainer.models.loading import ModelFolder
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import Drops, read_table
+from strop.trainer.training.batch import Example, plan_steps
+from strop.trainer.training.local import Engine
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.loop import train
+from strop.trainer.training.probe import probe
 
 NAMES = ("nll", "tokens", "correct", "entropy")
 
 
-def sft(stage: Stage, recipe: Recipe, *, select: Path, start: Path) -> None:
-    """Trains `start` on select/sft.parquet; writes model/, and snapshots/ and ema/ if asked for."""
-    section = recipe.sft
-    context = context_length(start, recipe.model.trust_remote_code)
-    limit = min(section.max_length or 1 << 30, context, section.max_tokens)
+def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
+        start: Path) -> None:
+    """Trains the weights `start` on select/sft.parquet; writes model/, and snapshots/ and ema/ if asked for.
+
+    compute: the recipe's dtype and attention. Raises UserError if no row is left to train on."""
+    folder = ModelFolder(start, model)
+    limit = min(sft.max_length or 1 << 30, folder.context_length(), sft.max_tokens)
     examples = load_examples(stage, select / "sft.parquet", limit)
-    plan = plan_steps(examples, section.epochs, section.batch_size, recipe.seed)
-    engine = Engine(start, section, recipe, stage, len(plan))
+    plan = plan_steps(examples, sft.epochs, sft.batch_size, seed)
+    engine = Engine(folder, sft, stage, len(plan), compute=compute, lora=lora, seed=seed)
     scorer = Scorer(engine.model, probe(engine.model, stage.console))
 
     def totals(rows):
@@ -39,7 +45,7 @@ def sft(stage: Stage, recipe: Recipe, *, select: Path, start: Path) -> None:
         nll, tokens, correct, entropy = sums.tolist()
         return {"loss": nll / tokens, "mean_token_accuracy": correct / tokens, "entropy": entropy / tokens}
 
-    train(stage, engine, scorer, examples, plan, totals, loss, NAMES, finish)
+    train(stage, engine, examples, plan, totals, loss, NAMES, finish, log.interval)
     tokens = sum(examples[i].tokens for rows in plan for i in rows)
     stage.counts |= {"rows": len(examples), "steps": len(plan), "tokens": tokens}
 
@@ -61,6 +67,6 @@ def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:
     if stage.world.first:
         drops.write()
     if not examples:
-        raise ValueError(f"{path}: no row is left to train on; see drops.parquet there and in {stage.dir}, or set "
+        raise UserError(f"{path}: no row is left to train on; see drops.parquet there and in {stage.dir}, or set "
                          "sft.enabled=false")
     return examples

@@ -1,0 +1,231 @@
+"""Ready-made SFT and preference data in TRL's columns, as rows of the tables that select writes.
+
+Conversational rows (lists of messages) go through the chat template, plain strings do not: they are tokenised as they
+stand, with the end-of-sequence token behind them. `tools` and `chat_template_kwargs` columns reach the template.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from strop.trainer.config import Filter, ReadyData
+from strop.trainer.data.chat import Encoded, encode_completion, encode_conversation, encode_prompt, encode_text
+from strop.trainer.data.contamination import HeldOut
+from strop.trainer.data.dedup import near_duplicates
+from strop.trainer.data.quality import truncation, unfit_tokens
+from strop.trainer.data.rows import Quarantine, kind, read_rows, to_messages
+from strop.trainer.errors import UserError
+from strop.trainer.run.tables import Drops
+
+
+class Unfit(Exception):
+    """A well-formed row that cannot be trained on; the argument is (reason, detail)."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An encoded row. `completions` is the one of SFT, or chosen and rejected. `asked` is what users say in it, `said`
+    the last words of each completion."""
+
+    where: str
+    n: int
+    prompt: list[int]
+    completions: tuple[Encoded, ...]
+    asked: str
+    said: tuple[str, ...]
+
+
+def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
+              quarantine: Quarantine) -> list[dict]:
+    """Rows of sft.parquet from `messages`, or `prompt` + `completion`.
+
+    Exact duplicates are dropped, what repeats a prompt of `held`, and what `filters` say. Raises UserError if the file
+    cannot be read or has more malformed rows than the quarantine takes.
+    """
+    return [{"row_id": f"{data.name}/{row.n}", "source": data.name, "prompt_id": None, "sample_index": None,
+             "prompt_tokens": row.prompt, "completion_tokens": row.completions[0].tokens,
+             "loss_mask": row.completions[0].loss_mask, "score": None, "weight": data.weight, "origin": data.name}
+            for row in _ready(_sft_row, tokenizer, data, filters, held, drops, quarantine)]
+
+
+def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
+                quarantine: Quarantine) -> list[dict]:
+    """Rows of pairs.parquet from `prompt` + `chosen` + `rejected`, or from `chosen` and `rejected` that both begin with
+    the prompt.
+
+    Pairs of equal completions are dropped, and as in `ready_sft`; the rules of quality look at chosen alone, since what
+    is bad about rejected may be what is to be learned. Raises UserError as `ready_sft` does.
+    """
+    rows = []
+    for row in _ready(_pair_row, tokenizer, data, filters, held, drops, quarantine):
+        chosen, rejected = row.completions
+        rows.append({"row_id": f"{data.name}/{row.n}", "source": data.name, "prompt_id": None,
+                     "prompt_tokens": row.prompt, "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens,
+                     "chosen_mask": chosen.loss_mask, "rejected_mask": rejected.loss_mask,
+                     "chosen_template": chosen.template_mask, "rejected_template": rejected.template_mask,
+                     "chosen_score": None, "rejected_score": None, "weight": data.weight, "origin": data.name})
+    return rows
+
+
+def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
+           quarantine: Quarantine) -> list[Ready]:
+    """The rows of a file that can be trained on; every other one is dropped with the first reason that applies."""
+    rows: list[Ready] = []
+    seen = set()
+    for row in _encoded(encode, tokenizer, data, drops, quarantine):
+        key = tuple(row.prompt), *(tuple(c.tokens) for c in row.completions)
+        if key in seen:
+            drops.add("duplicate", source=data.name, detail=row.where)
+            continue
+        seen.add(key)
+        rows.append(row)
+    if held is not None:
+        held.survey(row.asked for row in rows)
+    fit = []
+    for row in rows:
+        reason, detail = _unfit(row, filters, held)
+        if reason:
+            drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
+        else:
+            fit.append(row)
+    if not data.near_duplicates or not filters.near_duplicates:
+        return fit
+    gone = set()
+    for i, j, similarity in near_duplicates([(row.asked, *row.said) for row in fit], filters.near_duplicates):
+        gone.add(i)
+        drops.add("near_duplicate", source=data.name,
+                  detail=f"{fit[i].where}: {similarity:.2f} like {fit[j].where}")
+    return [row for i, row in enumerate(fit) if i not in gone]
+
+
+def _unfit(row: Ready, filters: Filter, held: HeldOut | None) -> tuple[str, str]:
+    """(reason, detail) why the row must not be trained on, or empty."""
+    if held is not None and (found := held.match(row.asked)):
+        return "contaminated", f"shares {found[1]!r} with held-out prompt {found[0]}"
+    learned = row.completions[0]
+    reason, detail = unfit_tokens([t for t, on in zip(learned.tokens, learned.loss_mask, strict=True) if on], filters)
+    if reason:
+        return reason, detail
+    why = "" if filters.keep_truncated else truncation(row.said[0])
+    return ("truncated", why) if why else ("", "")
+
+
+def _encoded(encode: Callable, tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> Iterator[Ready]:
+    for n, row in enumerate(read_rows(data.path), 1):
+        try:
+            if row.data is None:
+                raise UserError(row.error)
+            yield Ready(row.where, n, *encode(tokenizer, row.data))
+        except Unfit as e:
+            reason, detail = e.args
+            drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
+        except UserError as e:
+            quarantine.add(data.path, row.where, str(e), row.text or json.dumps(row.data, default=str)[:500])
+            drops.add("malformed", source=data.name, detail=f"{row.where}: {e}")
+
+
+def _sft_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded], str, tuple[str]]:
+    kwargs = _template_kwargs(row)
+    if row.get("messages") is not None:
+        messages = to_messages(row["messages"], "messages")
+        _not_empty(messages, "messages")
+        prompt, learned = encode_conversation(tokenizer, messages, **kwargs)
+        return prompt, (learned,), _asked(messages), (_last(messages),)
+    prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion")
+    if isinstance(prompt, str):
+        if not completion.strip():
+            raise Unfit("empty", "completion is empty")
+        ids, learned = encode_text(tokenizer, prompt, completion)
+        return ids, (learned,), prompt, (completion,)
+    _not_empty(completion, "completion")
+    learned = encode_completion(tokenizer, prompt, completion, **kwargs)
+    return encode_prompt(tokenizer, prompt, **kwargs), (learned,), _asked([*prompt, *completion]), (_last(completion),)
+
+
+def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
+    kwargs = _template_kwargs(row)
+    implicit = row.get("prompt") is None
+    names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
+    values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt")
+    prompt, chosen, rejected = _split_prompt(*values) if implicit else values
+    if isinstance(prompt, str):
+        if not chosen.strip() or not rejected.strip():
+            raise Unfit("empty", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
+        ids, one = encode_text(tokenizer, prompt, chosen)
+        other = encode_text(tokenizer, prompt, rejected)[1]
+        asked, said = prompt, (chosen, rejected)
+    else:
+        _not_empty(chosen, "chosen")
+        _not_empty(rejected, "rejected")
+        ids = encode_prompt(tokenizer, prompt, **kwargs)
+        one, other = (encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
+        asked, said = _asked([*prompt, *chosen]), (_last(chosen), _last(rejected))
+    if one.tokens == other.tokens:
+        raise Unfit("identical", "chosen equals rejected")
+    return ids, (one, other), asked, said
+
+
+def _asked(messages: list[dict]) -> str:
+    return "\n".join(m["content"] for m in messages if m["role"] == "user")
+
+
+def _last(messages: list[dict]) -> str:
+    return next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), "")
+
+
+def _columns(row: dict, names: tuple[str, ...], wanted: str) -> list:
+    """The named columns, all strings or all lists of messages."""
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        there = ", ".join(k for k, v in row.items() if v is not None) or "none"
+        raise UserError(f"column {missing[0]!r} is missing (there are: {there}); give {wanted}")
+    values = [row[name] for name in names]
+    if all(isinstance(v, str) for v in values):
+        return values
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, list):
+            wanted = "a list of messages, as the others do" if isinstance(value, str) else "a string or messages"
+            raise UserError(f"column {name!r} must hold {wanted}, is {kind(value)}")
+    return [to_messages(value, name) for name, value in zip(names, values, strict=True)]
+
+
+def _split_prompt(chosen: Any, rejected: Any) -> tuple:
+    """The prompt that both begin with: shared messages; of strings the shared characters, back to white space, which
+    goes to the completions."""
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    if isinstance(chosen, list):
+        if n == len(chosen) or n == len(rejected):
+            if chosen == rejected:
+                raise Unfit("identical", "chosen equals rejected")
+            raise Unfit("empty", "one of chosen and rejected is the beginning of the other")
+        if n == 0:
+            raise UserError("columns 'chosen' and 'rejected' do not begin with the same messages; give a column "
+                             "'prompt'")
+        return chosen[:n], chosen[n:], rejected[n:]
+    if chosen == rejected:
+        raise Unfit("identical", "chosen equals rejected")
+    while n and not (n < len(chosen) and chosen[n].isspace() and n < len(rejected) and rejected[n].isspace()):
+        n -= 1
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _template_kwargs(row: dict) -> dict:
+    """What TRL's columns `tools` and `chat_template_kwargs` hand to the template."""
+    tools, extra = row.get("tools"), row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as e:
+            raise UserError(f"column 'tools' is not JSON ({e})") from e
+    if not isinstance(extra, dict):
+        raise UserError(f"column 'chat_template_kwargs' must hold an object, is {kind(extra)}")
+    return ({"tools": tools} if tools else {}) | {k: v for k, v in extra.items() if v is not None}
+
+
+def _not_empty(messages: list[dict], name: str) -> None:
+    for i, m in enumerate(messages):
+        if m["role"] == "assistant" and not m["content"].strip() and not m.get("tool_calls"):
+            raise Unfit("empty", f"{name}[{i}].content is empty")

@@ -1,0 +1,164 @@
+"""Reading a user's rows: JSONL with line numbers, Parquet, a folder saved by `datasets`; bad rows go to quarantine."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from strop.trainer.errors import UserError
+from strop.trainer.run.files import reason_of, write_atomic
+
+
+@dataclass(frozen=True)
+class Row:
+    """`where` is file:line (rows of Parquet and saved datasets count from 1). `data` is None where `error` says why."""
+
+    where: str
+    data: dict[str, Any] | None
+    error: str = ""
+    text: str = ""  # what a malformed line held, for the quarantine
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Every row of `path`; a malformed one comes with its error.
+
+    Raises UserError if `path` is missing, unreadable as a whole, empty, or of a format that is not known.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if path.is_dir():
+        rows = _tables(path, _saved_dataset(path))
+    elif path.suffix in (".jsonl", ".ndjson", ".json"):
+        rows = _jsonl(path)
+    elif path.suffix == ".parquet":
+        rows = _tables(path, _parquet(path))
+    else:
+        raise UserError(f"{path}: unknown format; give a .jsonl or .parquet file, or a folder saved by `datasets`")
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{path}: holds no rows; give a file with at least one, or leave it out of the recipe")
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with open(path, "rb") as f:
+        for n, line in enumerate(f, 1):  # split at newlines only: JSON strings may hold other Unicode line ends
+            where = f"{path}:{n}"
+            try:
+                text = line.decode("utf-8-sig" if n == 1 else "utf-8").strip()
+            except UnicodeDecodeError as e:
+                yield Row(where, None, f"not UTF-8 at byte {e.start} of the line", repr(line[:500]))
+                continue
+            if not text:
+                continue
+            if n == 1 and text.startswith("["):
+                raise UserError(f"{where}: begins with '[', so it is one JSON array; write one object a line (JSONL)")
+            try:
+                data = json.loads(text)
+            except (json.JSONDecodeError, RecursionError, ValueError) as e:
+                yield Row(where, None, f"not JSON ({e})", text[:500])
+                continue
+            if "\\ud" in text.lower() and not _is_text(data):
+                yield Row(where, None, "holds half of a surrogate pair (\\ud800 to \\udfff), no character", text[:500])
+            elif isinstance(data, dict):
+                yield Row(where, data)
+            else:
+                yield Row(where, None, f"must be a JSON object, is {kind(data)}", text[:500])
+
+
+def _is_text(data) -> bool:
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _tables(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    n = 0
+    try:
+        for batch in batches:
+            for data in batch.to_pylist():
+                n += 1
+                yield Row(f"{path}:{n}", data)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not readable after row {n} ({reason_of(e)}); write the file again") from e
+
+
+def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
+        yield from file.iter_batches(1024)
+
+
+def _saved_dataset(path: Path) -> Iterator[pa.RecordBatch]:
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
+        raise UserError(f"{path}: holds several splits ({splits}); name one of its folders")
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        files = [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: is no folder saved by `datasets` (no readable state.json); make one with "
+                         "Dataset.save_to_disk") from e
+    for name in files:
+        with pa.memory_map(str(path / name)) as source, pa.ipc.open_stream(source) as stream:
+            yield from stream
+
+
+class Quarantine:
+    """Malformed rows of the files of one stage. `max_bad_rows` of them are tolerated per file."""
+
+    def __init__(self, max_bad_rows: int):
+        self.max_bad_rows, self.rows = max_bad_rows, []
+        self._count: dict[str, int] = {}
+
+    def add(self, path: str, where: str, error: str, text: str = "") -> None:
+        """Raises UserError once a file has more bad rows than the recipe tolerates."""
+        self.rows.append({"where": where, "error": error, "row": text})
+        self._count[path] = self._count.get(path, 0) + 1
+        if self._count[path] > self.max_bad_rows:
+            told = f"; {self._count[path] - 1} bad rows came before it" if self._count[path] > 1 else ""
+            raise UserError(f"{where}: {error}{told} (data.max_bad_rows={self.max_bad_rows}; fix the row, or raise "
+                             "data.max_bad_rows to set such rows aside)")
+
+    def write(self, path: Path) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def kind(value: Any) -> str:
+    """The type of a JSON value, in the words of JSON."""
+    names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def to_messages(value: Any, column: str) -> list[dict]:
+    """A list of messages as it came from JSON or Parquet, cleaned: text blocks joined, empty fields left out.
+
+    Raises UserError, naming the column, where it is none.
+    """
+    if not isinstance(value, list) or not value:
+        raise UserError(f"column {column!r} must hold a list of messages, is {kind(value) if value else 'empty'}")
+    return [_message(m, f"{column}[{i}]") for i, m in enumerate(value)]
+
+
+def _message(message: Any, name: str) -> dict:
+    if not isinstance(message, dict):
+        raise UserError(f"{name} must be a message with role and content, is {kind(message)}")
+    if not isinstance(message.get("role"), str):
+        raise UserError(f"{name}.role must be a string, is {kind(message.get('role'))}")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(b, dict) and isinstance(b.get("text"), str) for b in content):
+        content = "".join(b["text"] for b in content)
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise UserError(f"{name}.content must be a string, is {kind(content)}")
+    return {k: v for k, v in message.items() if v is not None} | {"content": content}

@@ -1,0 +1,5 @@
+"""Methods: plain functions method(run, recipe) -> the published artifact. The recipe's key `method` picks one."""
+
+from strop.trainer.methods.llama3 import llama3
+
+METHODS = {"llama3": llama3}

@@ -1,0 +1,39 @@
+"""The post-training loop of Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 4.1), one round after another."""
+
+from strop.trainer.config import Recipe
+from strop.trainer.methods.run import Run
+from strop.trainer.run.artifacts import Artifact
+
+
+def llama3(run: Run, recipe: Recipe) -> Artifact:
+    """Runs recipe.rounds rounds and returns the published model: a folder that plain transformers loads.
+
+    A round samples K completions per prompt from the best weights so far, scores them, selects the best for SFT and
+    best-worst pairs for preference training, fine-tunes, runs DPO against the SFT weights, averages weights, and
+    promotes what does best on the validation split. Without data.sources it trains on ready-made data alone.
+    """
+    weights, history = run.start, []
+    prompts = run.prompts() if recipe.data.sources else None
+    if prompts:
+        run.evaluate(recipe.evaluate, {"base": weights}, name="baseline")
+    for _ in run.rounds(recipe.rounds):
+        if prompts:
+            samples = run.sample(recipe.sample, weights, prompts)
+            history.append((samples, run.score(recipe.score, samples, prompts)))
+        selected = run.select(recipe.select, prompts, history)
+
+        candidates, trained = {"start": weights}, {}
+        policy = weights if recipe.sft.start == "previous" else run.start
+        if recipe.sft.enabled:
+            trained["sft"] = run.sft(recipe.sft, selected, policy)
+            policy = candidates["sft"] = trained["sft"].model
+        if recipe.dpo.enabled:
+            reference = {"sft": policy, "base": run.start, "previous": weights}[recipe.dpo.reference]
+            trained["dpo"] = run.prefer(recipe.dpo, selected, policy, reference)
+            candidates["dpo"] = trained["dpo"].model
+        candidates["merge"] = run.merge(recipe.merge, weights, trained).model
+
+        if prompts:
+            run.evaluate(recipe.evaluate, candidates)
+        weights = run.promote(recipe.merge, candidates)
+    return run.publish(weights)

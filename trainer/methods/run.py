@@ -1,0 +1,177 @@
+"""What a method works with: verbs that run or reuse stages, and the promotion of weights."""
+
+from pathlib import Path
+
+from strop.trainer.config import Dpo, Evaluate, Merge, Recipe, Sample, Score, Select, Sft
+from strop.trainer.models.folders import Base
+from strop.trainer.run.artifacts import Artifact, external
+from strop.trainer.run.files import read_json, write_json
+from strop.trainer.run.store import Store
+from strop.trainer.stages.evaluate import evaluate
+from strop.trainer.stages.merge import merge
+from strop.trainer.stages.preference import check_loss, dpo
+from strop.trainer.stages.prompts import prompts
+from strop.trainer.stages.publish import publish
+from strop.trainer.stages.reference import reference
+from strop.trainer.stages.sample import sample
+from strop.trainer.stages.score import score
+from strop.trainer.stages.select import select
+from strop.trainer.stages.sft import sft
+
+PAIR_ROWS = ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")
+
+
+class Run:
+    """The verbs of a method. Each takes its section of the recipe and artifacts, and returns an artifact: the cached
+    one if it is up to date, else a new one. While the store plans, nothing runs, and an artifact that does not exist
+    yet has no hash.
+
+    start: the weights that the recipe names. Verbs inside `rounds` write to round-NN/<name>.
+    """
+
+    def __init__(self, store: Store, recipe: Recipe, base: Base):
+        self.store, self.recipe = store, recipe
+        self.start = external(base.path) if base.path.exists() else Artifact(base.path, None)
+        self.round: int | None = None
+        self.measured: dict[str, tuple[Artifact, str]] = {}  # weights' hash -> (evaluation, candidate in it)
+        self.promotions: list[dict] = []
+        self._loading = recipe.model.only("chat_template", "trust_remote_code")
+        self._numbers = recipe.only("dtype", "device")
+        self._compute = recipe.only("dtype", "device", "attention")
+        self._prompts: Artifact | None = None
+        self._base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
+                      "base_hash": self.start.hash}
+        store.about = {"name": recipe.name, "method": recipe.method, "base": self._base}
+        if recipe.dpo.enabled:
+            check_loss(recipe.dpo)
+
+    def rounds(self, n: int):
+        """Yields 0 to n - 1; verbs called meanwhile belong to that round."""
+        for self.round in range(n):
+            if not self.store.planning:
+                self.store.console.heading(f"round {self.round + 1} of {n}")
+            yield self.round
+        self.round = None
+
+    def _stage(self, name: str, function, kind: str, config: dict, inputs: dict, **how) -> Artifact:
+        folder = name if self.round is None else f"round-{self.round:02}/{name}"
+        return self.store.stage(folder, function, kind=kind, config=config, inputs=inputs, round=self.round, **how)
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def prompts(self) -> Artifact:
+        """The prompts of data.sources, filtered and split. Evaluations use its held-out splits."""
+        r = self.recipe
+        config = {"data": r.data.only("sources", "validation", "test", "max_bad_rows"), "seed": r.seed,
+                  "filter": r.filter.only("near_duplicates", "decontaminate", "max_repetition")}
+        files = {s.name: external(s.path) for s in r.data.sources if s.path}
+        self._prompts = self._stage("prompts", prompts, "prompts", config, {}, depends=files)
+        return self._prompts
+
+    def sample(self, section: Sample, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
+        """K completions of this round's prompts by `weights`."""
+        r = self.recipe
+        config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": r.seed,
+                  "model": self._loading, "compute": self._numbers}
+        return self._stage(name, sample, "samples", config,
+                           {"round": self.round, "weights": weights, "prompts": prompts}, all_ranks=True)
+
+    def score(self, section: Score, samples: Artifact, prompts: Artifact, name: str = "score") -> Artifact:
+        """A score for every completion."""
+        return self._stage(name, score, "scores", {"score": section}, {"prompts": prompts, "sample": samples})
+
+    def select(self, section: Select, prompts: Artifact | None, history: list[tuple[Artifact, Artifact]],
+               name: str = "select") -> Artifact:
+        """SFT rows and pairs from the (samples, scores) of all rounds so far and from ready data of this round."""
+        r = self.recipe
+        config = {"select": section, "filter": r.filter, "data": r.data.only("sft", "preferences", "max_bad_rows"),
+                  "sources": {s.name: {"prompt_template": s.prompt_template, "templated": s.templated}
+                              for s in r.data.sources}, "model": self._loading, "seed": r.seed}
+        ready = {f"ready.{d.name}": external(d.path) for d in r.data.sft + r.data.preferences
+                 if d.rounds == "all" or self.round in d.rounds}
+        return self._stage(name, select, "selection", config,
+                           {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start},
+                           depends=ready)
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def _training(self, **sections) -> dict:
+        return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
+                           "log": self.recipe.log, "seed": self.recipe.seed}
+
+    def sft(self, section: Sft, selected: Artifact, start: Artifact, name: str = "sft") -> Artifact:
+        """`start` fine-tuned on the selected completions; its weights are `.model`."""
+        return self._stage(name, sft, "training", self._training(sft=section), {"select": selected, "start": start},
+                           title="SFT", all_ranks=True)
+
+    def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
+               name: str = "dpo") -> Artifact:
+        """`policy` trained on the selected pairs against the log-probs of `reference_weights`."""
+        config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
+                  "seed": self.recipe.seed}
+        table = self._stage("reference", reference, "log-probs", config,
+                            {"select": selected, "weights": reference_weights}, all_ranks=True)
+        inputs = {"select": selected, "policy": policy, "reference": table,
+                  "same_weights": reference_weights.hash == policy.hash}
+        return self._stage(name, dpo, "training", self._training(dpo=section), inputs, title="DPO", all_ranks=True)
+
+    def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
+        """The average that the section asks for, over the checkpoints of `trained` and `start`."""
+        return self._stage(name, merge, "weights", {"merge": section}, {"start": start, "trained": trained})
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, section: Evaluate, candidates: dict[str, Artifact], name: str = "evaluate") -> Artifact | None:
+        """Pass rates of those candidates whose weights were not measured before, on the held-out prompts."""
+        fresh = {a.hash or candidate: candidate for candidate, a in reversed(candidates.items())}
+        fresh = {candidate: candidates[candidate] for key, candidate in fresh.items() if key not in self.measured}
+        inputs = {"prompts": self._prompts, "candidates": dict(sorted(fresh.items()))}
+        if self.measured:
+            inputs["start"] = self.start
+        config = {"evaluate": section, "score": self.recipe.score, "model": self._loading, "compute": self._numbers}
+        done = self._stage(name, evaluate, "evaluation", config, inputs, all_ranks=True)
+        self.measured |= {a.hash: (done, candidate) for candidate, a in fresh.items()}
+        return done
+
+    def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
+        """The weights that go on: the best pass rate on the validation split, later candidates winning ties; the last
+        candidate if section.promote is "last" or nothing was measured."""
+        known = all(a.hash is not None and a.hash in self.measured for a in candidates.values())
+        chosen = list(candidates)[-1]
+        if known and section.promote == "best":
+            chosen = max(reversed(candidates), key=lambda name: self._pass_rate(candidates[name]))
+        where = {name: [str(self.measured[a.hash][0].path.relative_to(self.store.run_dir)), self.measured[a.hash][1]]
+                 for name, a in candidates.items() if a.hash in self.measured}
+        self.promotions.append({"round": self.round, "promoted": chosen, "hash": candidates[chosen].hash,
+                                "weights": self._folder(candidates[chosen]), "candidates": where})
+        if not self.store.planning and self.store.world.first:
+            write_json(self.store.run_dir / "promotions.json", self.promotions)
+            self.store.console.line(f"round-{self.round:02}: promoted {chosen}")
+        return candidates[chosen]
+
+    def _folder(self, weights: Artifact) -> str | None:
+        """Where the weights are in the run directory; None for the weights it started from."""
+        own = self.store.run_dir in weights.path.parents
+        return weights.path.relative_to(self.store.run_dir).as_posix() if own else None
+
+    def _pass_rate(self, weights: Artifact) -> float:
+        evaluation, candidate = self.measured[weights.hash]
+        self.store.verify(evaluation)
+        return read_json(evaluation.path / "summary.json")[candidate]["validation"]["pass_rate"]
+
+    def publish(self, weights: Artifact) -> Artifact:
+        """A folder that plain transformers loads, with a model card."""
+        r = self.recipe
+        self.store.verify([evaluation for evaluation, _ in self.measured.values()])
+        config = {"recipe": r, "bootstrap": r.evaluate.bootstrap, "base": self._base}
+        last = self._stage("final", publish, "model", config,
+                           {"weights": weights, "prompts": self._prompts, "promotions": self.promotions})
+        self.store.verify(last)
+        return last
+
+
+def plan(method, recipe: Recipe, base: Base, run_dir: Path, world, console) -> Store:
+    """A store whose `plan` lists what method(run, recipe) would do in this run directory; nothing is run or written."""
+    store = Store(run_dir, world, console, planning=True)
+    method(Run(store, recipe, base), recipe)
+    return store

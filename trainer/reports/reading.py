@@ -1,0 +1,217 @@
+"""Reading a run directory, finished or not: its plan, its artifacts, its results, and the process that runs it."""
+
+import difflib
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import yaml
+
+from strop.trainer.errors import UserError
+from strop.trainer.reports.statistics import round_results
+from strop.trainer.run.artifacts import content_hash
+from strop.trainer.run.console import PROGRESS
+from strop.trainer.run.files import read_json
+from strop.trainer.run.metrics import read_metrics
+from strop.trainer.run.store import PLAN
+from strop.trainer.run.tables import read_table
+
+UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what a half-written or damaged artifact can cause
+
+
+@dataclass
+class RunRecord:
+    """What a run directory holds. `problems` collects what could not be read; readers go on without it."""
+
+    dir: Path
+    config: dict = field(default_factory=dict)
+    config_text: str = ""
+    plan: dict = field(default_factory=dict)  # plan.json, see Store
+    manifests: dict[str, dict] = field(default_factory=dict)  # by stage, oldest first
+    partial: list[str] = field(default_factory=list)
+    promotions: list[dict] = field(default_factory=list)
+    metrics: dict[str, list[dict]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, function, *args, default=None):
+        try:
+            return function(*args)
+        except UNREADABLE as e:
+            self.problems.append(f"{what}: {type(e).__name__ if not str(e) else str(e).splitlines()[0]}")
+            return default
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name", self.dir.name))
+
+    @property
+    def stages(self) -> list[dict]:
+        """The entries of plan.json, in order; of a run without one, what its manifests tell."""
+        made = [{"stage": stage, "kind": m.get("kind", "other"), "title": stage.split("/")[-1], "inputs": {},
+                 "round": int(stage.split("/")[0].removeprefix("round-")) if "/" in stage else None, "state": "done"}
+                for stage, m in self.manifests.items()]
+        return self.plan.get("stages") or made
+
+    @property
+    def rounds(self) -> int:
+        return len({s["round"] for s in self.stages if s["round"] is not None})
+
+    def is_done(self, stage: dict) -> bool:
+        return stage["stage"] in self.manifests and stage["state"] != "stale"
+
+    def of_kind(self, kind: str) -> list[dict]:
+        """The done stages of a kind, in the order of the plan."""
+        return [s for s in self.stages if s["kind"] == kind and s["stage"] in self.manifests]
+
+    @property
+    def finished(self) -> bool:
+        return next_stage(self) is None and bool(self.manifests)
+
+    @property
+    def base(self) -> tuple[str, str] | None:
+        """Where the start weights were evaluated: (evaluation, candidate in it)."""
+        for s in self.of_kind("evaluation"):
+            for name in self.manifests[s["stage"]]["inputs"]:
+                if name.startswith("candidates."):
+                    return s["stage"], name.removeprefix("candidates.")
+        return None
+
+    @property
+    def current(self) -> tuple[str, str] | None:
+        """Where the newest promoted weights were evaluated: (evaluation, candidate in it)."""
+        for promotion in reversed(self.promotions):
+            if where := promotion["candidates"].get(promotion["promoted"]):
+                return where[0], where[1]
+        return None
+
+    @property
+    def model(self) -> Path | None:
+        """The published model folder, else the newest promoted weights; None before the first promotion."""
+        if published := self.of_kind("model"):
+            return self.dir / published[-1]["stage"]
+        return next((self.dir / p["weights"] for p in reversed(self.promotions) if p["weights"]), None)
+
+    def results(self) -> list[dict]:
+        """Pass rates and paired gains of the start weights and of every round's candidates, see `round_results`."""
+        return round_results(self.dir, self.promotions, self.base, self.resamples)
+
+    def table(self, stage: str, name: str | None = None) -> pa.Table:
+        """A table of a stage: run.table("round-00/select", "pairs"). Without a name: its only table, or all shards of
+        a stage that samples. Raises UserError if there is none of that name."""
+        files = sorted((self.dir / stage).glob("*.parquet" if name is None else f"{name}.parquet"))
+        if name is None:
+            files = [f for f in files if f.stem != "drops"]
+        if not files or (len(files) > 1 and not all(f.name.startswith("shard-") for f in files)):
+            there = ", ".join(f.stem for f in sorted((self.dir / stage).glob("*.parquet"))) or "none"
+            raise UserError(f"{self.dir / stage}: no table {name or ''}; there are: {there}")
+        return pa.concat_tables([read_table(f) for f in files])
+
+    @property
+    def resamples(self) -> int:
+        return int(self.config.get("evaluate", {}).get("bootstrap", 10_000))
+
+
+def find_run(argument: str | Path) -> Path:
+    """A run directory by its path, or by its name under runs/. Raises UserError if there is neither."""
+    for path in (Path(argument), Path("runs") / argument):
+        if path.is_dir() and any((path / name).exists() for name in ("config.yaml", PLAN)):
+            return path
+    if Path(argument).is_dir():
+        raise UserError(f"{argument}: not a run directory, it has no config.yaml")
+    there = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
+    near = difflib.get_close_matches(Path(argument).name, there, n=1, cutoff=0.5)
+    known = f"did you mean {near[0]}?" if near else f"under runs/ there are: {', '.join(there) or 'none'}"
+    raise UserError(f"{argument}: no such run directory; {known}")
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Reads what the directory holds; damaged parts end up in `problems`."""
+    run = RunRecord(run_dir)
+    if (run_dir / "config.yaml").exists():
+        run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        try:
+            config = yaml.safe_load(run.config_text)
+            run.config = config if isinstance(config, dict) else {}
+        except yaml.YAMLError:
+            run.problems.append("config.yaml: not YAML")
+    if (run_dir / PLAN).exists():
+        run.plan = run.attempt(PLAN, read_json, run_dir / PLAN, default={})
+    found = []
+    for path in sorted([*run_dir.glob("*/manifest.json"), *run_dir.glob("round-*/*/manifest.json")]):
+        stage = path.parent.relative_to(run_dir).as_posix()
+        manifest = run.attempt(f"{stage}/manifest.json", read_json, path)
+        if manifest and manifest.get("stage") == stage:  # not one that is partly done or set aside
+            found.append(manifest)
+    order = {s["stage"]: i for i, s in enumerate(run.plan.get("stages", []))}
+    found.sort(key=lambda m: (m["created"], order.get(m["stage"], len(order))))
+    run.manifests = {m["stage"]: m for m in found}
+    run.partial = sorted(str(p.relative_to(run_dir)).removesuffix(".partial")
+                         for p in [*run_dir.glob("*.partial"), *run_dir.glob("round-*/*.partial")])
+    if (run_dir / "promotions.json").exists():
+        promotions = run.attempt("promotions.json", read_json, run_dir / "promotions.json", default=[])
+        # after a key has changed, promotions of rounds still to be re-run may point at artifacts that were set aside
+        run.promotions = [p for p in promotions if all(w[0] in run.manifests for w in p["candidates"].values())]
+    for row in read_metrics(run_dir / "metrics.jsonl"):
+        run.metrics.setdefault(row["stage"], []).append(row)
+    return run
+
+
+def planned(run: RunRecord) -> list[tuple[str, list[dict]]]:
+    """(row's name, its stages) of the plan, in order: what comes before the rounds, each round, what comes after."""
+    rows: list[tuple[str, list[dict]]] = []
+    for stage in run.stages:
+        name = f"round {stage['round']}" if stage["round"] is not None else "end" if rows and (
+            rows[-1][0] != "start") else "start"
+        if not rows or rows[-1][0] != name:
+            rows.append((name, []))
+        rows[-1][1].append(stage)
+    return rows
+
+
+def next_stage(run: RunRecord) -> str | None:
+    """The first stage of the plan that is not done."""
+    return next((s["stage"] for s in run.stages if not run.is_done(s)), None)
+
+
+def holder(run_dir: Path) -> int | None:
+    """The id of the process that runs in this directory, None if there is none (on this machine)."""
+    try:
+        pid = int((run_dir / ".lock").read_text().strip())
+        os.kill(pid, 0)
+        with open(run_dir / ".lock") as f:  # the id may belong to another process by now: is the lock held?
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return pid
+    except PermissionError:  # another user's process
+        return pid
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def progress(run_dir: Path) -> dict | None:
+    """The last progress note: label, done, total, unit, pace, left (seconds or null), updated (epoch)."""
+    try:
+        found = read_json(run_dir / PROGRESS)
+    except (UserError, OSError):
+        return None
+    return found if isinstance(found, dict) and {"label", "done", "total", "updated"} <= found.keys() else None
+
+
+def lineage(run: RunRecord) -> list[dict]:
+    """Which artifacts each artifact was made from, found by content hash; what no stage made came from outside."""
+    makers = {}
+    for stage, m in run.manifests.items():
+        makers[content_hash(m["files"])] = stage
+        for folder in {f.split("/")[0] for f in m["files"] if "/" in f}:
+            files = {k.removeprefix(f"{folder}/"): v for k, v in m["files"].items() if k.startswith(f"{folder}/")}
+            makers.setdefault(content_hash(files), f"{stage}/{folder}")
+    rows = []
+    for stage, m in run.manifests.items():
+        inputs = [{"name": name, "hash": value[:12], "maker": makers.get(value)} for name, value in m["inputs"].items()
+                  if isinstance(value, str) and len(value) == 32]
+        rows.append({"stage": stage, "hash": content_hash(m["files"])[:12], "inputs": inputs, "created": m["created"],
+                     "files": len(m["files"])})
+    return rows

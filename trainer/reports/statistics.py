@@ -1,0 +1,99 @@
+"""What a run achieved: pass rates of base and of every round's weights, and paired gains between them."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from strop.trainer.run.files import read_json
+from strop.trainer.run.tables import read_table
+
+
+def correct(run_dir: Path, where: tuple[str, str], split: str) -> dict[str, bool]:
+    """prompt_id -> correct, of one candidate of an evaluate artifact."""
+    artifact, candidate = where
+    table = read_table(run_dir / artifact / "results.parquet").select(["candidate", "split", "prompt_id", "correct"])
+    return {r["prompt_id"]: r["correct"] for r in table.to_pylist()
+            if (r["candidate"], r["split"]) == (candidate, split)}
+
+
+def gain(run_dir: Path, new: tuple[str, str], old: tuple[str, str], split: str, resamples: int) -> dict:
+    """Pass rate of `new` less that of `old` on the same prompts, with a 95 % paired bootstrap interval."""
+    after, before = correct(run_dir, new, split), correct(run_dir, old, split)
+    ids = sorted(after.keys() & before.keys())
+    assert len(ids) == len(after) == len(before), (new, old, split)
+    a, b = (np.array([side[i] for i in ids], dtype=float) for side in (after, before))
+    value, low, high = paired_bootstrap(a, b, resamples, 0)
+    return {"split": split, "gain": value, "low": low, "high": high}
+
+
+def round_results(run_dir: Path, promotions: list[dict], base: tuple[str, str] | None, resamples: int) -> list[dict]:
+    """A row for the start weights and for each candidate of each round: `round`, `stop`, `promoted`, the splits' pass
+    rates, and on the test split `over_base` and `part` (the gain over the candidate before it in the round).
+
+    A round's first candidate is what the round began with, so it gets no row. base: where the start weights were
+    evaluated; without it there are no results."""
+    if base is None:
+        return []
+    rows = [{"round": None, "stop": "base", "promoted": False, "where": base, **rates(run_dir, base)}]
+    for promotion in promotions:
+        stops = {stop: tuple(where) for stop, where in promotion["candidates"].items()}
+        for before, stop in pairwise(stops):
+            where = stops[stop]
+            rows.append({"round": promotion["round"], "stop": stop, "promoted": promotion["promoted"] == stop,
+                         "where": where, "before": before, **rates(run_dir, where),
+                         "over_base": gain(run_dir, where, base, "test", resamples),
+                         "part": gain(run_dir, where, stops[before], "test", resamples)})
+    return rows
+
+
+def rates(run_dir: Path, where: tuple[str, str]) -> dict:
+    summary = read_json(run_dir / where[0] / "summary.json")[where[1]]
+    return {split: summary[split] for split in ("validation", "test")}
+
+
+def print_results(console, results: list[dict]) -> None:
+    """The table of rounds at the end of a run, from `round_results`."""
+    rows = []
+    for r in results:
+        name = "base" if r["round"] is None else f"{r['round']:02} {r['stop']}{' *' if r['promoted'] else ''}"
+        rows.append([name, f"{r['validation']['pass_rate']:.1%}", f"{r['test']['pass_rate']:.1%}",
+                     points(r.get("over_base")), f"{points(r['part'])} over {r['before']}" if "part" in r else "",
+                     f"{r['test']['mean_length']:.1f}", f"{r['test']['cut_share']:.1%}"])
+    if rows:
+        console.table("rounds (* promoted; points with 95 % paired bootstrap interval on the test split)",
+                      ["weights", "validation", "test", "gain over base", "part of it", "length", "cut"], rows)
+
+
+def points(g: dict | None) -> str:
+    return f"{100 * g['gain']:+.1f} [{100 * g['low']:+.1f}, {100 * g['high']:+.1f}]" if g else ""
+
+
+def paired_bootstrap(new: np.ndarray, old: np.ndarray, resamples: int, seed: int,
+                     level: float = 0.95) -> tuple[float, float, float]:
+    """(gain, low, high): the mean of `new` - `old` and its percentile interval over resampled prompts.
+
+    new, old: [prompts], entry i of both belongs to the same prompt. Raises ValueError if they differ in length or are
+    empty.
+    """
+    if new.shape != old.shape or new.ndim != 1 or not len(new):
+        raise ValueError(f"paired_bootstrap needs two arrays of the same prompts, got shapes {new.shape}, {old.shape}")
+    # prompts with equal differences are exchangeable, so how often each difference is drawn is multinomial
+    values, counts = np.unique(new.astype(np.float64) - old.astype(np.float64), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(new), counts / len(new), size=resamples)
+    low, high = np.quantile(drawn @ values / len(new), [(1 - level) / 2, (1 + level) / 2])
+    return float(values @ counts / len(new)), float(low), float(high)
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share seen in n trials (Wilson's score interval)."""
+    z = 1.959964
+    if n == 0:
+        return 0.0, 1.0
+    centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"

@@ -1,0 +1,122 @@
+"""A live page of a run: the report, served to this machine only and brought up to date while the run goes on."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from strop.trainer.errors import UserError
+from strop.trainer.reports.html import moving, render, settled
+from strop.trainer.reports.reading import RunRecord, find_run, holder, progress, read_run
+from strop.trainer.reports.show import how_far, state
+
+PORT = 8765
+
+
+def watch(console, argument: str, port: int | None = None) -> None:
+    """Serves the page until Ctrl-C. Without `port` the usual one, or a free one where that is taken.
+
+    Raises UserError if there is no such run or the port asked for is taken.
+    """
+    run_dir = find_run(argument)
+    server = serve(run_dir, port)
+    console.line(f"http://127.0.0.1:{server.server_port}/   {run_dir}   Ctrl-C ends the page, not the run")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        console.line("")
+    finally:
+        server.server_close()
+
+
+def serve(run_dir: Path, port: int | None = None) -> ThreadingHTTPServer:
+    """A server of the page on the loopback address, not yet serving."""
+    handler = type("Handler", (PageHandler,), {"page": Page(run_dir)})
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", PORT if port is None else port), handler)
+    except OSError as e:
+        if port is not None:
+            raise UserError(f"--port {port}: cannot listen there ({e.strerror}); choose another one") from e
+        return ThreadingHTTPServer(("127.0.0.1", 0), handler)
+
+
+class Page:
+    """The page of a run as it stands; what stages left behind is read again only when a stage was made."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.lock = run_dir, threading.Lock()
+        self.stamp = self.html = self.made = self.kept = None
+
+    def get(self, known: str = "") -> tuple[str, str | None]:
+        """(stamp, page); no page where the stamp is the one that is known."""
+        with self.lock:
+            stamp = stamp_of(self.run_dir)
+            if stamp != self.stamp:
+                run = read_run(self.run_dir)
+                made = [(stage, m["key"], m["created"]) for stage, m in run.manifests.items()]
+                if made != self.made:
+                    self.kept, self.made = settled(run), made
+                self.html = render(self.kept | moving(run) | {"live": live(run, stamp)})
+                self.stamp = stamp
+            return stamp, None if known == stamp else self.html
+
+
+def stamp_of(run_dir: Path) -> str:
+    """Changes whenever something in the run directory changes that the page shows."""
+    seen = [holder(run_dir)]
+    for path in [*run_dir.glob("*"), *run_dir.glob("round-*/*")]:
+        if path.name != "report.html":
+            try:
+                found = path.stat()
+            except OSError:  # moved on meanwhile
+                continue
+            seen.append((str(path), found.st_mtime_ns, found.st_size))
+    return hashlib.blake2b(repr(sorted(map(repr, seen))).encode(), digest_size=12).hexdigest()
+
+
+def live(run: RunRecord, stamp: str) -> dict:
+    """The banner: running, finished or stopped, and how far the stage at work is."""
+    pid, at = holder(run.dir), progress(run.dir)
+    if pid:
+        share = min(1.0, at["done"] / at["total"]) if at and at["total"] else None
+        done = f"{len(run.promotions)} of {run.rounds} rounds done"
+        return {"stamp": stamp, "kind": "running", "text": "  ·  ".join([done, *([how_far(at)] if at else [])]),
+                "share": share}
+    kind = "finished" if run.finished else "stopped"
+    return {"stamp": stamp, "kind": kind, "text": state(run, None).partition(" ")[2].lstrip(", "), "share": None}
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """GET / and GET /page?stamp=...; nothing else of the machine can be reached through it."""
+
+    page: Page
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        host = self.headers.get("Host", "").rsplit(":", 1)[0]
+        if host not in ("127.0.0.1", "localhost"):  # a foreign page that had its name resolved to this machine
+            return self.answer(403, "this page is for 127.0.0.1 only")
+        url = urlsplit(self.path)
+        if url.path not in ("/", "/page"):
+            return self.answer(404, "no such page")
+        known = parse_qs(url.query).get("stamp", [""])[0]
+        try:
+            _, html = self.page.get(known)
+        except Exception as e:  # a run directory in motion: the next request finds it settled
+            return self.answer(503, f"{type(e).__name__}: {e}")
+        return self.answer(204 if html is None else 200, html or "", "text/html")
+
+    def answer(self, status: int, text: str, kind: str = "text/plain") -> None:
+        body = text.encode("utf-8", "replace")
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        if status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass

@@ -1,0 +1,211 @@
+"""What a person sees while a run goes on: progress bars on a terminal, whole plain lines everywhere else."""
+
+import json
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0  # between two plain progress lines
+PROGRESS = "progress.json"  # how far the running stage is
+NOTE_SECONDS = 1.0  # between two notes of how far a stage is
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data quoted in a message must not drive the terminal
+
+
+def duration(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss; "-:--" where they are unknown."""
+    if not 0 <= seconds < 1e8:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def plain_table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of an aligned table of any width: first column to the left, columns of numbers to the right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    right = [is_numeric(rows, i) for i in range(len(columns))]
+    lines = []
+    for row in [columns, ["-" * w for w in widths], *rows]:
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def is_numeric(rows: list[list[str]], column: int) -> bool:
+    return column > 0 and all(row[column][:1] in "+-±[.0123456789" for row in rows)
+
+
+class Progress:
+    """Counts items (and tokens) done of a total, and knows the pace. `advance` is cheap: call it per batch."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int, clock=time.monotonic):
+        self.label, self.total, self.unit = label, total, unit
+        self.done, self.resumed, self.tokens = done, done, 0
+        self.clock, self.start = clock, clock()
+        self.show = lambda final: None
+        self.note: Path | None = None
+        self.noted = -NOTE_SECONDS
+
+    def advance(self, items: int = 1, tokens: int = 0) -> None:
+        self.done += items
+        self.tokens += tokens
+        self.show(False)
+        if self.note and self.clock() - self.noted >= NOTE_SECONDS:
+            self.noted = self.clock()
+            self.write_note()
+
+    def write_note(self) -> None:
+        """Replaces the file `note`, for those who watch from outside; a note that cannot be written is left out."""
+        left = self.left()
+        known = left < 1e8
+        note = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit,
+                "pace": self.pace() if known else "", "left": left if known else None, "updated": time.time()}
+        temporary = self.note.with_name(f".{self.note.name}.tmp")
+        with suppress(OSError):
+            temporary.write_text(json.dumps(note) + "\n", encoding="utf-8")
+            temporary.replace(self.note)
+
+    def left(self) -> float:
+        """Seconds left at the pace so far; what an earlier process had done does not count as pace."""
+        fresh = self.done - self.resumed
+        return (self.clock() - self.start) * (self.total - self.done) / fresh if fresh > 0 else float("inf")
+
+    def pace(self) -> str:
+        """Tokens a second; items a second where no tokens are counted and items have a name."""
+        elapsed = self.clock() - self.start
+        if elapsed <= 0:
+            return ""
+        if self.tokens:
+            return f"{self.tokens / elapsed:,.0f} tok/s"
+        return f"{(self.done - self.resumed) / elapsed:,.1f} {self.unit}/s" if self.unit != "tokens" else ""
+
+
+class Console:
+    """Prints for the first rank; on other ranks (`enabled=False`) every method is silent.
+
+    `plain=None` decides itself: bars on a terminal, plain lines when stdout is a file, a pipe or a CI job's log.
+    `note`: a file that always says how far the stage at work is.
+    """
+
+    note: Path | None = None
+
+    def __init__(self, enabled: bool = True, plain: bool | None = None, file: TextIO | None = None):
+        self.enabled, self.file = enabled, file
+        if plain is None:
+            dumb = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "").lower() not in ("", "0", "false")
+            plain = dumb or not (file or sys.stdout).isatty()
+        self.plain = plain
+        self.rich = None if plain else RichConsole(file=file, highlight=False)
+        self.bars: RichProgress | None = None  # one live display holds all open bars: rich allows no second
+        self.open = 0
+
+    def line(self, text: str) -> None:
+        """One line as it stands: no markup, no wrapping, no colour codes."""
+        self._print(text)
+
+    def warn(self, text: str) -> None:
+        self._print(f"warning: {text}", style="yellow")
+
+    def heading(self, text: str) -> None:
+        self._print(f"\n== {text} ==", style="bold")
+
+    def table(self, title: str, columns: list[str], rows: list[list]) -> None:
+        """A titled table; cells are shown as `str` makes them."""
+        columns, rows = [clean(str(c)) for c in columns], [[clean(str(c)) for c in row] for row in rows]
+        if not self.enabled:
+            return
+        if self.plain:
+            self._print("\n".join([f"\n{title}", *plain_table(columns, rows)]))
+            return
+        table = Table(title=escape(clean(title)), title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if is_numeric(rows, i) else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        self.rich.print(table)
+
+    @contextmanager
+    def progress(self, label: str, total: int, unit: str = "tokens", done: int = 0):
+        """Yields a `Progress`: `advance(items, tokens)`. `unit` names the items where they are not tokens; `done` of
+        them were finished by an earlier, killed process."""
+        bar = Progress(label, total, unit, done)
+        if self.enabled and self.note:
+            bar.note = self.note
+            bar.write_note()
+        if not self.enabled:
+            yield bar
+        elif self.plain:
+            yield from self._plain_progress(bar)
+        else:
+            yield from self._rich_progress(bar)
+
+    def _plain_progress(self, bar: Progress):
+        shown = bar.clock()
+
+        def show(final: bool) -> None:
+            nonlocal shown
+            now = bar.clock()
+            if not final and (now - shown < PLAIN_SECONDS or bar.done >= bar.total):
+                return
+            shown = now
+            when = f"took {duration(now - bar.start)}" if final else f"{duration(bar.left())} left"
+            self._print("  ".join(filter(None, [bar.label, f"{bar.done:,}/{bar.total:,}", bar.pace(), when])))
+
+        bar.show = show
+        yield bar
+        show(True)  # not in a `finally`: a stage that failed has not finished
+
+    def _rich_progress(self, bar: Progress):
+        if self.bars is None:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+                       TextColumn("{task.fields[pace]}"), TextColumn("{task.fields[when]}"))
+            self.bars = RichProgress(*columns, console=self.rich)
+            self.bars.start()
+        self.open += 1
+        bars = self.bars
+        task = bars.add_task(bar.label, total=bar.total, completed=bar.done, pace="", when="")
+
+        def show(final: bool) -> None:
+            bars.update(task, completed=bar.done, pace=bar.pace(), when=f"{duration(bar.left())} left")
+
+        bar.show = show
+        try:
+            yield bar
+            bars.update(task, when=f"took {duration(bar.clock() - bar.start)}")
+        finally:
+            self.open -= 1
+            if not self.open:
+                bars.stop()
+                self.bars = None
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        if not self.enabled:
+            return
+        text = clean(text)
+        file = self.file or sys.stdout
+        encoding = getattr(file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)
+        try:
+            if self.plain:
+                file.write(text + "\n")  # one write a line, so that ranks and libraries cannot cut into it
+                file.flush()
+            else:
+                self.rich.print(text, style=style, markup=False, soft_wrap=True)
+        except BrokenPipeError:  # the reader went away (`| head`): the run is worth more than its echo
+            self.enabled = False
+            if file is sys.stdout:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def clean(text: str) -> str:
+    return CONTROL.sub("�", text)

@@ -1,0 +1,158 @@
+"""Metrics of a run: metrics.jsonl is the record, TensorBoard and the console are views of it.
+
+A line of metrics.jsonl is one JSON object: `stage`, `step`, `time` (seconds since the epoch) and the values under
+TRL's names, side by side. A value that is not finite is `null`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from strop.trainer.run.console import Console
+from strop.trainer.run.files import writing
+from strop.trainer.run.trackers import Tracker, open_trackers
+
+RESERVED = ("stage", "step", "time")
+SHOWN = {  # what a console line has room for: name -> (label, format); the rest is in the files
+    "loss": ("loss", ".4g"),
+    "nll_loss": ("nll", ".4g"),
+    "rewards/margins": ("margin", ".3g"),
+    "rewards/accuracies": ("accuracy", ".0%"),
+    "mean_token_accuracy": ("token_accuracy", ".1%"),
+    "learning_rate": ("lr", ".1e"),
+    "lr": ("lr", ".1e"),
+    "grad_norm": ("grad_norm", ".2g"),
+}
+
+
+def step_line(stage: str, step: int, values: dict[str, float], total: int | None = None) -> str:
+    """`round-00/sft  step 12/40  loss 1.234  lr 1.0e-05  grad_norm 0.8  1,234 tok/s`"""
+    parts = [stage, f"step {step}/{total}" if total else f"step {step}"]
+    parts += [f"{label} {values[name]:{form}}" for name, (label, form) in SHOWN.items() if name in values]
+    if "tokens_per_second" in values:
+        parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Rows of a metrics.jsonl in order; lines cut by a kill are left out. No file, no rows."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and all(name in row for name in RESERVED):
+            rows.append(row)
+    return rows
+
+
+def open_metrics(recipe, run_dir: Path, console: Console, enabled: bool) -> "Metrics":
+    """The metrics of a run as its recipe asks for them. Raises UserError if a tracker cannot be had."""
+    trackers = open_trackers(recipe, run_dir, console) if enabled and recipe.log.report_to else ()
+    return Metrics(run_dir, console, recipe.log.tensorboard, enabled, trackers)
+
+
+class Metrics:
+    """Logs steps; one writer a run (`enabled` on the first rank only, elsewhere every method does nothing).
+
+    Logging a step that the stage has logged before means that the stage went back to a checkpoint (or started anew):
+    that step and the later ones of that stage are taken out first.
+    """
+
+    def __init__(self, run_dir: Path, console: Console, tensorboard: bool = True, enabled: bool = True,
+                 trackers: Sequence[Tracker] = ()):
+        self.enabled, self.console, self.trackers = enabled, console, trackers
+        self.writer = None
+        if not enabled:
+            return
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.events = Path(run_dir) / "tensorboard" if tensorboard else None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._rewrite(read_metrics(self.path))  # heals a line that a kill cut
+
+    def log(self, stage: str, step: int, values: dict[str, float], total: int | None = None) -> None:
+        """Writes one step of `stage` everywhere. `total` is the stage's number of steps, for the console."""
+        if not self.enabled:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        taken = [name for name in values if name in RESERVED]
+        if taken:
+            raise ValueError(f"metric {taken[0]!r} of stage {stage}: the name is reserved; rename it")
+        if step <= self.last.get(stage, -1):
+            self.rewind(stage, step - 1)
+        row = {"stage": stage, "step": step, "time": round(time.time(), 3)} | values
+        with writing(self.path):
+            self.file.write(encode(row) + "\n")
+            self.file.flush()
+        self.last[stage] = step
+        self._to_tensorboard(row)
+        for tracker in self.trackers:
+            tracker.log(stage, {"step": step} | values)
+        self.console.line(step_line(stage, step, values, total))
+
+    def stage_done(self, manifest: dict) -> None:
+        """Sends a stage's counts (pass rates, KL, tokens, drops, ...) to the trackers; the manifest is their record."""
+        for tracker in self.trackers:
+            tracker.log(f"stages/{manifest['stage']}", manifest["counts"] | {"seconds": manifest["seconds"]})
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets what `stage` logged after `step`: a stage calls it when it starts (0) or resumes (its checkpoint)."""
+        if self.enabled and self.last.get(stage, -1) > step:
+            rows = read_metrics(self.path)
+            self._rewrite([row for row in rows if row["stage"] != stage or row["step"] <= step])
+
+    def close(self) -> None:
+        if self.enabled:
+            self.file.close()
+            if self.writer:
+                self.writer.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _rewrite(self, rows: list[dict]) -> None:
+        if getattr(self, "file", None):
+            self.file.close()
+        temporary = self.path.with_name(".metrics.jsonl.tmp")
+        with temporary.open("w", encoding="utf-8") as f:
+            f.writelines(encode(row) + "\n" for row in rows)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.last: dict[str, int] = {}
+        for row in rows:
+            self.last[row["stage"]] = max(row["step"], self.last.get(row["stage"], -1))
+        if self.events:
+            self._replay(rows)
+
+    def _replay(self, rows: list[dict]) -> None:
+        """TensorBoard cannot take a step back and loses its queue in a kill: write its events anew from the record."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is wanted
+
+        if self.writer:
+            self.writer.close()
+        for old in self.events.glob("events.out.tfevents.*"):
+            old.unlink()
+        self.writer = SummaryWriter(self.events, flush_secs=10)
+        for row in rows:
+            self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: dict) -> None:
+        if self.writer is None:
+            return
+        for name, value in row.items():
+            if name not in RESERVED:
+                value = math.nan if value is None else value
+                self.writer.add_scalar(f"{row['stage']}/{name}", value, row["step"], walltime=row["time"])
+
+
+def encode(row: dict) -> str:
+    """One line of strict JSON: NaN and infinities, which JSON has not, become null."""
+    safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(safe, ensure_ascii=False, allow_nan=False)

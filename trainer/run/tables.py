@@ -1,0 +1,61 @@
+"""Parquet tables of a run, and the record of rows that a stage drops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from strop.trainer.errors import UserError
+from strop.trainer.run.files import reason_of, write_atomic
+
+if TYPE_CHECKING:  # readers of run directories need no torch
+    from strop.trainer.run.store import Stage
+
+
+DROPS = pa.schema([(c, pa.string()) for c in ("stage", "prompt_id")] + [("sample_index", pa.int32())]
+                  + [(c, pa.string()) for c in ("source", "reason", "detail")])
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes Parquet, atomically, with the same bytes for the same rows and a checksum in every page."""
+    write_atomic(path, lambda p: pq.write_table(table, p, compression="zstd", write_page_checksum=True))
+
+
+def read_table(path: Path) -> pa.Table:
+    """Raises UserError if the file is missing, not Parquet or damaged."""
+    try:
+        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{path}: not readable as Parquet ({reason_of(e)}); delete its folder to have it made "
+                         "again") from e
+
+
+def read_part(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """A part that an earlier process may have written: None if it is not there, is torn or is of another kind."""
+    if not path.exists():
+        return None
+    try:
+        table = read_table(path)
+    except UserError:
+        return None
+    return table if table.schema == schema else None
+
+
+class Drops:
+    """Rows that a stage leaves out, each with its reason; written as drops.parquet and counted."""
+
+    def __init__(self, stage: Stage):
+        self.stage, self.rows = stage, []
+
+    def add(self, reason: str, *, prompt_id=None, sample_index=None, source=None, detail="") -> None:
+        self.rows.append({"stage": self.stage.name, "prompt_id": prompt_id, "sample_index": sample_index,
+                          "source": source, "reason": reason, "detail": str(detail)})
+
+    def write(self) -> None:
+        write_table(self.stage.dir / "drops.parquet", pa.Table.from_pylist(self.rows, schema=DROPS))
+        for row in self.rows:
+            name = f"dropped/{row['reason']}"
+            self.stage.counts[name] = self.stage.counts.get(name, 0) + 1

@@ -1,0 +1,81 @@
+"""Experiment trackers (Weights & Biases, trackio): views of a run beside metrics.jsonl, each only if asked for."""
+
+import importlib
+import os
+import secrets
+from pathlib import Path
+
+from strop.trainer.errors import UserError
+from strop.trainer.run.files import read_json, write_json
+
+
+class Tracker:
+    """One tracker's record of a run. What fails while the run goes on is said once, and the run goes on without it."""
+
+    def __init__(self, module, console):
+        self.module, self.console, self.stages = module, console, set()
+
+    def log(self, stage: str, values: dict) -> None:
+        """Values under `<stage>/<name>`. A stage that went back to a checkpoint logs some steps again."""
+        if self.module is None:
+            return
+        try:
+            if stage not in self.stages and hasattr(self.module, "define_metric"):
+                self.module.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self.stages.add(stage)
+            self.module.log({f"{stage}/{name}": value for name, value in values.items()})
+        except Exception as e:  # a tracker is a view; metrics.jsonl has it all
+            self.drop(e)
+
+    def close(self) -> None:
+        if self.module is not None:
+            try:
+                self.module.finish()
+            except Exception as e:
+                self.drop(e)
+
+    def drop(self, e: Exception) -> None:
+        name, self.module = self.module.__name__, None
+        self.console.warn(f"{name}: {first_line(e)}; nothing more is sent there, metrics.jsonl has everything")
+
+
+def open_trackers(recipe, run_dir: Path, console) -> list[Tracker]:
+    """Those that log.report_to names; a resumed run goes on under the same id, kept in trackers.json.
+
+    Keys, modes and projects come from their own environment variables (WANDB_API_KEY, WANDB_MODE, WANDB_PROJECT,
+    TRACKIO_PROJECT, ...), never from the recipe. Raises UserError if one is not installed or does not start.
+    """
+    wanted = recipe.log.report_to
+    modules = {name: load(name) for name in wanted}
+    path = run_dir / "trackers.json"
+    run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ids = read_json(path) if path.exists() else {}
+    if fresh := [name for name in wanted if name not in ids]:
+        ids |= {name: secrets.token_hex(4) for name in fresh}
+        write_json(path, ids)
+    trackers, config = [], recipe.model_dump(mode="json")
+    for name, module in modules.items():
+        project = os.environ.get(f"{name.upper()}_PROJECT", "strop")
+        how = {"name": f"{recipe.name}-{ids[name]}"}
+        if name == "wandb":
+            how = {"name": recipe.name, "id": ids[name], "dir": str(run_dir)}
+        try:
+            module.init(project=project, config=config, resume="allow", **how)
+        except Exception as e:
+            raise UserError(f"log.report_to={name}: it does not start: {first_line(e)}; see to that, or take {name} "
+                             "out of log.report_to") from e
+        trackers.append(Tracker(module, console))
+    return trackers
+
+
+def load(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        if e.name != name:
+            raise UserError(f"log.report_to={name}: {first_line(e)}") from e
+        raise UserError(f"log.report_to={name}: {name} is not installed: pip install {name}") from e
+
+
+def first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).strip() or '?').splitlines()[0]}"

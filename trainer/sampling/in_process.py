@@ -1,0 +1,295 @@
+"""The in-process sampling engine: K completions of many prompts, decoded together in one batch that stays full."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from strop.kernels import draw_key, sample_tokens
+from strop.trainer.errors import UserError
+from strop.trainer.models.loading import ModelFolder, max_positions
+from strop.trainer.run.world import World
+from strop.trainer.sampling.kv_cache import Beginning, Decode, Prefill, PromptKV, attend_with_cache
+
+BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
+PREFILL_TOKENS = 1024  # of the prompts that are prefilled together, each filled up to the longest
+SPARE_GROUPS = 16  # prompts prefilled ahead of need, so that prefills are batched too
+LOOK_AHEAD = 64  # prompts passed over in a prefill because they are cheaper after it
+
+
+@dataclass
+class Completion:
+    """tokens as sampled, the stop token included; logp: sum under the untempered model; finish: stop or length."""
+
+    tokens: list[int] = field(default_factory=list)
+    logp: float = 0.0
+    finish: str = ""
+
+
+@dataclass
+class Row:
+    """One completion in the making: the `sample`-th of `prompt`, whose keys and values lie in `group` of the cache."""
+
+    prompt: int
+    sample: int
+    group: int
+    key: int
+    completion: Completion
+
+
+def load_for_generation(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A causal LM for a `Generator` only: on the CPU its linear layers are rearranged and no longer train."""
+    from strop.kernels.integrations.transformers import fuse_layers  # imports transformers
+
+    model = folder.load(dtype, device, attention="sdpa")
+    if device.type == "cpu":
+        fuse_layers(model)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+            dtype == torch.float32 or World(device=device).multiplies_bf16):
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, PackedLinear(child))
+    return model
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies in the layout that oneDNN's products take, so that no call rearranges it."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Generator:
+    """Samples from a causal LM that transformers runs with a replaceable attention function.
+
+    The model is used as it stands (weights, dtype, device); its attention implementation is replaced. Raises
+    ValueError on models that keep state outside attention or attend in ways the cache does not know.
+    """
+
+    def __init__(self, model: nn.Module):
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+        if unknown := kinds - {"full_attention", "sliding_attention"}:
+            raise UserError(f"{type(model).__name__} has layers of type {', '.join(sorted(unknown))}: the in-process "
+                             "sampler supports full_attention and sliding_attention")
+        self.model, self.context = model.eval(), max_positions(model.config)
+        self.device = next(model.parameters()).device
+        attend_with_cache(model)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], *, k: int = 1, ids: Sequence[str] | None = None,
+                 seed: int = 0, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 stop_ids: Collection[int] = (), batch_size: int = 128,
+                 on_progress: Callable[[int, int], None] | None = None) -> list[list[Completion]]:
+        """`k` completions of every prompt, in the prompts' order.
+
+        A pure function of its arguments, the weights and the thread count. ids: what the draws of a prompt are keyed
+        by, default its index. temperature 0 is greedy. batch_size: completions decoded together.
+        on_progress(completions finished, tokens drawn) is called after every step. Raises ValueError on an empty
+        prompt and on one that leaves no room for max_new_tokens in the model's context.
+        """
+        for i, prompt in enumerate(prompts):
+            if not prompt or len(prompt) + max_new_tokens > self.context:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens: it needs at least 1, and with max_new_tokens="
+                                 f"{max_new_tokens} at most {self.context - max_new_tokens}")
+        if not prompts:
+            return []
+        batch = Batch(self.model, self.device, [list(p) for p in prompts], k, max_new_tokens, batch_size)
+        keys = [[draw_key(seed, ids[i] if ids else str(i), s) for s in range(k)] for i in range(len(prompts))]
+        batch.queue(keys)
+        stop = frozenset(stop_ids)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+        def draw(rows: list[int], logits: Tensor) -> None:
+            finished = batch.draw(rows, logits, sampling, stop)
+            if on_progress:
+                on_progress(finished, len(rows))
+
+        while True:
+            while fresh := batch.refill():
+                draw(fresh, batch.first_logits(fresh))
+            if not batch.compact():
+                break
+            draw(list(range(batch.active)), batch.step())
+        done: list[list[Completion]] = [[] for _ in prompts]
+        for row in sorted(batch.finished, key=lambda row: row.sample):
+            done[row.prompt].append(row.completion)
+        return done
+
+
+class Batch:
+    """Rows in flight, the prompts they continue, and those that wait. All of it lives on the host but the cache."""
+
+    def __init__(self, model: nn.Module, device: torch.device, prompts: list[list[int]], k: int, max_new_tokens: int,
+                 batch_size: int):
+        self.model, self.device, self.prompts, self.max_new_tokens = model, device, prompts, max_new_tokens
+        groups = min(len(prompts), -(-batch_size // k) + SPARE_GROUPS)
+        batch_size = min(batch_size, len(prompts) * k)
+        self.k, self.rows, self.finished = k, [None] * batch_size, []
+        self.free_groups = list(range(groups))
+        self.group_prompt: list[int | None] = [None] * groups
+        self.group_left = [0] * groups  # completions of the group that have not finished
+        self.held = Held(groups, max(map(len, prompts)))
+        self.waiting: deque[int] = deque()
+        self.ready: deque[Row] = deque()
+        self.group_logits: Tensor | None = None
+        longest = _bucket(max(map(len, prompts)))
+        self.cache = PromptKV(groups, longest, _bucket(batch_size), _bucket(max_new_tokens), device)
+
+    def queue(self, keys: list[list[int]]) -> None:
+        """All prompts, longest first: neighbours are of like length, and the longest completions do not come last."""
+        self.keys = keys
+        self.waiting.extend(sorted(range(len(self.prompts)), key=lambda i: (-len(self.prompts[i]), i)))
+
+    @property
+    def active(self) -> int:
+        return sum(row is not None for row in self.rows)
+
+    def refill(self) -> list[int]:
+        """Gives every free row the next completion; the rows that got one, which then await their first token."""
+        fresh = []
+        for r, row in enumerate(self.rows):
+            if row is None:
+                if not self.ready and self.waiting and self.free_groups:
+                    self.prefill()
+                if not self.ready:
+                    break
+                self.rows[r] = self.ready.popleft()
+                fresh.append(r)
+        return fresh
+
+    def prefill(self) -> None:
+        """Runs some of the waiting prompts, each from where it first differs from one that the cache holds. Those that
+        start like another one of this prefill wait for it to be over."""
+        chosen: list[Beginning] = []
+        later: list[int] = []
+        running: list[int] = []  # groups
+        longest = 0
+        while self.waiting and self.free_groups and len(later) < LOOK_AHEAD:
+            prompt = self.prompts[self.waiting[0]]
+            common = self.held.common(prompt)
+            coming, common[running] = max(common[running], default=0), 0
+            source = int(common.argmax())
+            kept = int(common[source]) if worth_copying(common[source], prompt) else 0
+            if worth_copying(coming - kept, prompt):
+                later.append(self.waiting.popleft())
+                continue
+            longest = max(longest, len(prompt) - kept)
+            if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
+                break
+            i, g = self.waiting.popleft(), heapq.heappop(self.free_groups)
+            chosen.append(Beginning(prompt, g, kept, source))
+            running.append(g)
+            self.held.put(g, prompt)
+            self.group_prompt[g], self.group_left[g] = i, self.k
+            self.ready.extend(Row(i, s, g, key, Completion()) for s, key in enumerate(self.keys[i]))
+        self.waiting.extendleft(reversed(later))
+        step = Prefill(self.cache, chosen, self.device)
+        logits = self.forward(step, logits_to_keep=step.last)
+        if self.group_logits is None:
+            self.group_logits = logits.new_zeros(len(self.group_prompt), logits.shape[-1])
+        self.group_logits[step.groups] = logits
+
+    def forward(self, step: Prefill | Decode, **kwargs) -> Tensor:
+        """Logits [positions, V]."""
+        return self.model(input_ids=step.tokens, position_ids=step.positions, use_cache=False, kv_step=step,
+                          **kwargs).logits[0]
+
+    def first_logits(self, rows: list[int]) -> Tensor:
+        return self.group_logits[torch.tensor([self.rows[r].group for r in rows], device=self.device)]
+
+    def compact(self) -> int:
+        """Moves the last rows into the holes that no completion is left for; how many rows are in flight."""
+        holes = [r for r, row in enumerate(self.rows[: self.active]) if row is None]
+        last = [r for r in range(self.active, len(self.rows)) if self.rows[r] is not None]
+        if holes:
+            self.cache.move(last, holes, max(len(self.rows[r].completion.tokens) for r in last))
+            for source, target in zip(last, holes, strict=True):
+                self.rows[target], self.rows[source] = self.rows[source], None
+        return self.active
+
+    def step(self) -> Tensor:
+        """Feeds every row its last token; logits [rows in flight, V]."""
+        rows = self.rows[: self.active]
+        padding = _bucket(len(rows)) - len(rows)
+        used = max(row.group for row in rows) + 1
+        members = [[0] * self.k for _ in range(used)]
+        filled, place = [0] * used, []
+        for r, row in enumerate(rows):
+            members[row.group][filled[row.group]] = r
+            place.append(row.group * self.k + filled[row.group])
+            filled[row.group] += 1
+        columns = torch.tensor([
+            [row.completion.tokens[-1] for row in rows] + [0] * padding, [row.group for row in rows] + [0] * padding,
+            [len(row.completion.tokens) - 1 for row in rows] + [0] * padding, place + [0] * padding])
+        tokens, group, length, place = columns.to(self.device)
+        lengths = torch.tensor([len(self.prompts[i]) if i is not None else 1 for i in self.group_prompt])
+        decode = Decode(self.cache, tokens, group, length, lengths.to(self.device),
+                        torch.tensor(members).to(self.device), place,
+                        longest_prompt=_bucket(max(len(self.prompts[row.prompt]) for row in rows)),
+                        longest_completion=_bucket(max(len(row.completion.tokens) for row in rows)))
+        return self.forward(decode)[: len(rows)]
+
+    def draw(self, rows: list[int], logits: Tensor, sampling: dict, stop: frozenset[int]) -> int:
+        """Draws the next token of `rows` and retires those that end with it; how many did."""
+        flight = [self.rows[r] for r in rows]
+        key, position = torch.tensor([[row.key for row in flight],
+                                      [len(row.completion.tokens) for row in flight]]).to(self.device)
+        token, logp = sample_tokens(logits, key, position, **sampling)
+        tokens, logps = torch.stack((token.double(), logp.double())).tolist()  # the step's only wait for the device
+        ended = 0
+        for r, row, t, lp in zip(rows, flight, tokens, logps, strict=True):
+            completion = row.completion
+            completion.tokens.append(int(t))
+            completion.logp += lp
+            if int(t) in stop or len(completion.tokens) == self.max_new_tokens:
+                completion.finish = "stop" if int(t) in stop else "length"
+                self.retire(r, row)
+                ended += 1
+        return ended
+
+    def retire(self, r: int, row: Row) -> None:
+        self.rows[r] = None
+        self.finished.append(row)
+        self.group_left[row.group] -= 1
+        if not self.group_left[row.group]:
+            self.group_prompt[row.group] = None
+            heapq.heappush(self.free_groups, row.group)
+
+
+class Held:
+    """What prompts the groups of the cache hold, also those whose completions are done."""
+
+    def __init__(self, groups: int, longest: int):
+        self.tokens = np.full((groups, longest), -1)
+
+    def common(self, prompt: list[int]) -> np.ndarray:
+        """How many tokens `prompt` begins with like each group's, at most all but its last."""
+        differs = self.tokens[:, : len(prompt)] != prompt
+        differs[:, -1] = True
+        return differs.argmax(1)
+
+    def put(self, group: int, prompt: list[int]) -> None:
+        self.tokens[group] = -1
+        self.tokens[group, : len(prompt)] = prompt
+
+
+def worth_copying(tokens: int, prompt: list[int]) -> bool:
+    """Whether so many tokens' keys and values are copied: a few are no gain, and a copy costs the other tokens causal
+    attention."""
+    return tokens >= max(BUCKET, len(prompt) / 8)
+
+
+def _bucket(n: int) -> int:
+    return -(-n // BUCKET) * BUCKET

@@ -1,0 +1,251 @@
+"""Keys and values of prompts and of the completions that continue them, and attention over both.
+
+A prompt's keys and values are stored once and read once a step for all its completions. The model runs on one row of
+tokens and reaches this cache through the keyword `kv_step`, which transformers hands down to the attention function.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from strop.kernels import attention_cached
+from strop.trainer.errors import UserError
+
+ATTENTION = "strop_generate"
+FIRST_CHUNK = 32  # positions
+IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
+
+
+class PromptKV:
+    """Buffers a layer, made when it is first used. prompt_k, prompt_v: [groups, kv heads, prompt length, head dim].
+
+    completion_k, completion_v: all completions' positions in chunks [rows, kv heads, chunk size, head dim] that lie
+    one after another in flat memory. A product over whole chunks needs no copy, which one over a slice of a longer
+    buffer does; and a step reads only the chunks that its longest completion has reached.
+    """
+
+    def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int, device: torch.device):
+        self.prompt_shape, self.rows, self.completion_length = (groups, prompt_length), rows, completion_length
+        self.chunks: list[tuple[int, int]] = []  # (start, size), sizes doubling
+        start, size = 0, FIRST_CHUNK
+        while start < completion_length:
+            self.chunks.append((start, min(size, completion_length - start)))
+            start, size = start + size, max(start + size, FIRST_CHUNK)
+        self.chunk_table = torch.tensor(self.chunks, device=device).view(-1, 2)
+        self.chunk_start, self.chunk_size = (
+            torch.tensor([pair[i] for pair in self.chunks for _ in range(pair[1])], device=device) for i in (0, 1))
+        self.prompt_k: dict[int, Tensor] = {}
+        self.prompt_v: dict[int, Tensor] = {}
+        self.completion_k: dict[int, Tensor] = {}
+        self.completion_v: dict[int, Tensor] = {}
+
+    def allocate(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k and v [Hkv, T, D] give the heads, the dtype and the device."""
+        for x, prompt, completion in ((k, self.prompt_k, self.completion_k), (v, self.prompt_v, self.completion_v)):
+            groups, length = self.prompt_shape
+            prompt[layer] = x.new_zeros(groups, x.shape[0], length, x.shape[2])
+            completion[layer] = x.new_zeros(self.rows * x.shape[0] * self.completion_length, x.shape[2])
+
+    def reached(self, longest: int) -> list[tuple[int, int]]:
+        return [chunk for chunk in self.chunks if chunk[0] < longest]
+
+    def chunk(self, buffer: Tensor, heads: int, start: int, size: int) -> Tensor:
+        """View [rows, heads, size, D] of a completion buffer."""
+        first = self.rows * heads * start
+        return buffer[first : first + self.rows * heads * size].view(self.rows, heads, size, -1)
+
+    def move(self, source: list[int], target: list[int], longest: int) -> None:
+        """Copies what the rows `source` hold of completions up to `longest` tokens to the rows `target`."""
+        for layer, prompt in self.prompt_k.items():
+            for buffer in (self.completion_k[layer], self.completion_v[layer]):
+                for start, size in self.reached(longest):
+                    chunk = self.chunk(buffer, prompt.shape[1], start, size)
+                    chunk[target] = chunk[source]
+
+
+class Beginning(NamedTuple):
+    """A prompt that goes to `group` of the cache: what its first `kept` tokens need is copied from group `source`."""
+
+    prompt: list[int]
+    group: int
+    kept: int
+    source: int
+
+
+class Step:
+    """Tokens that run together, T of them.
+
+    group, seen, length [T] int64: the prompt that a token continues or is of, how many of the prompt's tokens it sees,
+    and its number in its completion, -1 within a prompt. copies [2, n]: groups to and from which keys and values of the
+    first most_kept tokens are copied beforehand.
+    """
+
+    cache: PromptKV
+    group: Tensor
+    seen: Tensor
+    length: Tensor
+    copies: Tensor
+    most_kept: int = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+               window: int | None) -> Tensor:
+        """Stores k and v [Hkv, T, D] and attends with q [Hq, T, D] -> [T, Hq, D]."""
+        cache = self.cache
+        if layer not in cache.prompt_k:
+            cache.allocate(layer, k, v)
+        prompt_k, prompt_v = cache.prompt_k[layer], cache.prompt_v[layer]
+        if self.most_kept:
+            for buffer in (prompt_k, prompt_v):
+                buffer[self.copies[0], :, : self.most_kept] = buffer[self.copies[1], :, : self.most_kept]
+        if not attention_cached.takes(q, k, v):
+            return self.composed(layer, q, k, v, scaling, softcap, window)
+        return attention_cached.attention_over_cache(
+            q, k, v, prompt_k, prompt_v, cache.completion_k[layer], cache.completion_v[layer], cache.chunk_table,
+            self.group, self.seen, self.length, scale=scaling, softcap=softcap, window=window)
+
+    def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+                 window: int | None) -> Tensor:
+        """As `attend`, of PyTorch's operators."""
+        raise NotImplementedError
+
+
+class Prefill(Step):
+    """The tokens of `prompts` that are not copied, packed end to end in one row of T tokens."""
+
+    def __init__(self, cache: PromptKV, prompts: list[Beginning], device: torch.device):
+        kept, groups = (torch.tensor(x) for x in ([p.kept for p in prompts], [p.group for p in prompts]))
+        lengths = torch.tensor([len(p.prompt) for p in prompts]) - kept
+        column = torch.arange(int(lengths.max()))
+        real, position = column < lengths[:, None], kept[:, None] + column  # [prompts, longest rest], filling included
+        self.cache, self.longest, self.most_kept = cache, max(len(p.prompt) for p in prompts), int(kept.max())
+        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.kept], device=device).view(-1, 2).mT
+        self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.kept :]], device=device)[None]
+        self.positions, self.seen = position[real].to(device)[None], (position[real] + 1).to(device)
+        self.group, self.length = groups.repeat_interleave(lengths).to(device), torch.full_like(self.seen, -1)
+        self.groups, self.padded_positions = groups.to(device), position.to(device)
+        self.last = (lengths.cumsum(0) - 1).to(device)
+        # packed row -> [prompts, longest rest]: the filling reads token 0, and what comes of it is left out
+        self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
+        self.unpack = self.unpack.to(device)
+        self.pack = real.flatten().nonzero()[:, 0].to(device)
+
+    def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+                 window: int | None) -> Tensor:
+        buffers = self.cache.prompt_k[layer], self.cache.prompt_v[layer]
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer[self.group, :, self.seen - 1] = new.transpose(0, 1)
+        q = q.transpose(0, 1)[self.unpack].transpose(1, 2)  # [prompts, heads, longest rest, D]
+        k, v = (buffer[self.groups, :, : self.longest] for buffer in buffers)
+        mask = None
+        if softcap is not None or self.most_kept or (window is not None and window < self.longest):
+            ahead = self.padded_positions[:, None, :, None] - torch.arange(self.longest, device=q.device)
+            mask = (ahead >= 0) & (ahead < (window or self.longest))
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
+                                                 enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            rep = q.shape[1] // k.shape[1]
+            scores = q.unflatten(1, (-1, rep)) @ (k[:, :, None].transpose(-1, -2) * scaling)
+            scores = (torch.tanh(scores / softcap) * softcap).float().masked_fill(~mask[:, :, None], -math.inf)
+            out = (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+        return out.transpose(1, 2).flatten(0, 1)[self.pack]
+
+
+class Decode(Step):
+    """One token for each of n rows: row r continues the prompt of group[r] as token number length[r], counted from 0.
+
+    members [G, M] int64: the rows of every group, padded with any row; place [n] int64: where row r stands in the
+    flattened members. prompt_length [G] int64.
+    """
+
+    def __init__(self, cache: PromptKV, tokens: Tensor, group: Tensor, length: Tensor, prompt_length: Tensor,
+                 members: Tensor, place: Tensor, longest_prompt: int, longest_completion: int):
+        self.cache, self.members, self.place = cache, members, place
+        capacity = cache.prompt_shape[1]
+        self.prompt_width = longest_prompt if 2 * longest_prompt < capacity else capacity  # a slice costs a copy
+        self.chunks = cache.reached(longest_completion)
+        self.width = self.prompt_width + sum(self.chunks[-1])
+        self.group, self.seen, self.length = group, prompt_length[group], length
+        self.tokens, self.positions = tokens[None], (self.seen + length)[None]
+        self.masks: dict[tuple, Tensor] = {}
+        self.writes: dict[int, Tensor] = {}
+
+    def write(self, heads: int) -> Tensor:
+        """Where the new keys and values go in a layer's completion buffer: [n * heads]."""
+        if heads not in self.writes:
+            row_head = torch.arange(self.length.numel() * heads, device=self.length.device).view(-1, heads)
+            start, size = self.cache.chunk_start[self.length], self.cache.chunk_size[self.length]
+            first = self.cache.rows * heads * start + self.length - start
+            self.writes[heads] = (first[:, None] + row_head * size[:, None]).flatten()
+        return self.writes[heads]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive [n, 1, 1, width]: 0 where the row's token may look, else -inf."""
+        if (window, dtype) not in self.masks:
+            column = torch.arange(self.width, device=self.length.device)
+            completion = column - self.prompt_width
+            position = torch.where(completion < 0, column, completion + self.seen[:, None])
+            seen = torch.where(completion < 0, column < self.seen[:, None], completion <= self.length[:, None])
+            if window is not None:
+                seen &= position > self.positions[0, :, None] - window
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+            self.masks[window, dtype] = mask[:, None, None]
+        return self.masks[window, dtype]
+
+    def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
+                 window: int | None) -> Tensor:
+        cache, n, heads, groups = self.cache, q.shape[1], k.shape[0], self.members.shape[0]
+        for buffer, new in ((cache.completion_k[layer], k), (cache.completion_v[layer], v)):
+            buffer.index_copy_(0, self.write(heads), new.transpose(0, 1).reshape(n * heads, -1))
+        prompt_k = cache.prompt_k[layer][:groups, :, : self.prompt_width]
+        prompt_v = cache.prompt_v[layer][:groups, :, : self.prompt_width]
+        own_k, own_v = ([cache.chunk(buffer, heads, *chunk)[:n] for chunk in self.chunks]
+                        for buffer in (cache.completion_k[layer], cache.completion_v[layer]))
+        q = (q * scaling).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
+        q_column = q.transpose(-1, -2)
+        scores = torch.cat((self.by_row(self.by_group(q) @ prompt_k.transpose(-1, -2)),
+                            *((chunk @ q_column).transpose(-1, -2) for chunk in own_k)), -1)
+        if softcap is not None:
+            scores = torch.tanh(scores.float() / softcap) * softcap
+        p = (scores + self.mask(window, scores.dtype)).softmax(-1, dtype=torch.float32).to(v.dtype)
+        p_prompt, *p_own = p.split([self.prompt_width, *(size for _, size in self.chunks)], -1)
+        out = self.by_row(self.by_group(p_prompt) @ prompt_v)
+        for p_chunk, chunk in zip(p_own, own_v, strict=True):
+            out += p_chunk @ chunk
+        return out.flatten(1, 2)
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """[n, Hkv, rep, X] -> [G, Hkv, M * rep, X]"""
+        return x[self.members].transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """[G, Hkv, M * rep, X] -> [n, Hkv, rep, X]"""
+        return x.unflatten(2, (self.members.shape[1], -1)).transpose(1, 2).flatten(0, 1)[self.place]
+
+
+def cached_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                     scaling: float, softcap: float | None = None, sliding_window: int | None = None,
+                     kv_step: Prefill | Decode | None = None, **other):
+    """transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None).
+
+    Raises ValueError on a missing step, on a mask, and on keywords it does not know (attention sinks and such).
+    """
+    unknown = sorted(k for k, v in other.items() if k not in IGNORED and v is not None)
+    if kv_step is None or attention_mask is not None or unknown:
+        why = f"uses {', '.join(unknown)}" if unknown else "does not hand keywords down to its attention"
+        raise UserError(f"{type(module).__name__} {why}: the in-process sampler does not support this model")
+    out = kv_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, softcap, sliding_window)
+    return out[None], None
+
+
+def attend_with_cache(model: nn.Module) -> None:
+    """Gives a transformers model `cached_attention` for its attention function."""
+    from transformers import AttentionInterface  # seconds of imports, which a recipe's mistakes need not wait for
+
+    AttentionInterface.register(ATTENTION, cached_attention)
+    model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,62 @@
+"""The loop that every stage of completions shares: which prompts fit, which shards are done, who samples the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from strop.trainer.data.chat import prompt_tokens
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import Drops, read_part, write_table
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Prompts that are sampled together. `ids` are the values of the key columns that its file must hold, in order."""
+
+    path: Path
+    rows: list[dict]
+    ids: list[tuple]
+
+
+def fitting(tokenizer, rows: list[dict], room: int, drops: Drops, detail: str = "") -> list[dict]:
+    """The rows whose prompt has at most `room` tokens, with their `tokens`; the others are dropped as overlong."""
+    kept = []
+    for row in rows:
+        tokens = prompt_tokens(tokenizer, row)
+        if len(tokens) <= room:
+            kept.append(row | {"tokens": tokens})
+        else:
+            drops.add("overlong", prompt_id=row["prompt_id"], source=row["source"],
+                      detail=f"{len(tokens)} tokens{detail}")
+    return kept
+
+
+def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ...], schema: pa.Schema,
+               load: Callable[[], Callable], to_table: Callable[[list[dict], list], pa.Table]) -> None:
+    """Writes the file of every shard that is not done; shard i belongs to rank i modulo the number of ranks.
+
+    load() returns generate(rows, on_progress) -> a list of completions per row; it is called once, and only if
+    something is left to do. to_table(rows, completions) gives a table of `schema`, a row per id of the shard.
+    """
+    mine = shards[stage.world.rank::stage.world.size]
+    todo = [shard for shard in mine if not is_done(shard, key, schema)]
+    total = sum(len(shard.ids) for shard in mine)
+    kept = total - sum(len(shard.ids) for shard in todo)
+    if kept:
+        stage.console.line(f"{label}: {len(mine) - len(todo)} of {len(mine)} shards ({kept} completions) done before")
+    if todo:
+        generate = load()
+        with stage.console.progress(label, total, done=kept) as bar:
+            for shard in todo:
+                write_table(shard.path, to_table(shard.rows, generate(shard.rows, bar.advance)))
+    stage.world.barrier()
+
+
+def is_done(shard: Shard, key: tuple[str, ...], schema: pa.Schema) -> bool:
+    """Whether the shard's file holds exactly its ids; a file that does not is written again."""
+    table = read_part(shard.path, schema)
+    return table is not None and shard.ids == list(zip(*(table[name].to_pylist() for name in key), strict=True))

@@ -1,0 +1,136 @@
+"""Prompts: read or generated, hashed, filtered, and split by content into train, validation and test."""
+
+import time
+from collections import Counter
+from functools import partial
+
+import pyarrow as pa
+
+from strop.trainer.config import Filter, Part
+from strop.trainer.data.contamination import held_out
+from strop.trainer.data.dedup import near_duplicates
+from strop.trainer.data.quality import repetition
+from strop.trainer.data.rows import Quarantine
+from strop.trainer.data.sources import dumps, source_rows
+from strop.trainer.data.splits import assign_splits
+from strop.trainer.data.text import words
+from strop.trainer.errors import UserError
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import Drops, write_table
+from strop.trainer.scoring import rules
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split", pa.string()),
+                    ("messages", MESSAGES), ("answer", pa.string()), ("verifier", pa.string()),
+                    ("verifier_args", pa.string()), ("metadata", pa.string())])
+
+
+REPORT_SECONDS = 10.0
+
+
+MUCH = 0.2  # of a source
+
+
+def prompts(stage: Stage, *, data: Part, filter: Part, seed: int) -> None:
+    """Writes prompts.parquet, drops.parquet and quarantine.jsonl.
+
+    Raises UserError on sources that cannot be read, more bad rows than data.max_bad_rows in a file, or fewer distinct
+    prompts than data.test and data.validation need.
+    """
+    drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
+    rows, seen = [], {}
+    for source in data.sources:
+        verifier = source.verifier or "reasoning_gym"
+        try:
+            rules.check(verifier, source.verifier_args)
+            if source.reasoning_gym:
+                rules.check("reasoning_gym", {"dataset": source.reasoning_gym})
+        except UserError as e:
+            raise UserError(f"data.sources, {source.name}: {e}") from e
+        shown = time.monotonic()
+        check_answer = partial(rules.check_answer, verifier, source.verifier_args)
+        for row in source_rows(source, seed, check_answer, drops, quarantine):
+            if time.monotonic() - shown > REPORT_SECONDS:
+                shown = time.monotonic()
+                stage.console.line(f"{stage.name}: {source.name}, read up to {row['where']}, {len(rows):,} prompts")
+            first = seen.setdefault(row["prompt_id"], row)
+            if first is not row:
+                detail = row.pop("where") + ("" if first["answer"] == row["answer"] else ", with another answer")
+                drops.add("duplicate", prompt_id=row["prompt_id"], source=source.name, detail=detail)
+            else:
+                rows.append(row | {"verifier": verifier, "verifier_args": dumps(source.verifier_args)})
+    rows = drop_near_duplicates(drop_repetitive(rows, filter, drops), data, filter, drops)
+    try:
+        assign_splits(rows, data, seed)
+    except UserError as e:
+        gone = ", ".join(f"{reason} {n}" for reason, n in Counter(row["reason"] for row in drops.rows).items())
+        raise UserError(f"{e} (dropped: {gone})" if gone else str(e)) from e
+    rows = drop_contaminated(rows, data, filter, drops)
+    warn_of_templates(stage, data, rows, drops)
+    write_table(stage.dir / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
+    drops.write()
+    quarantine.write(stage.dir / "quarantine.jsonl")
+    splits = Counter(row["split"] for row in rows)
+    stage.counts |= {"prompts": len(rows), **{s: splits[s] for s in ("train", "validation", "test")}}
+    if quarantine.rows:
+        worst = quarantine.rows[0]
+        stage.console.warn(f"{len(quarantine.rows)} malformed rows set aside in {stage.name}/quarantine.jsonl; the "
+                           f"first is {worst['where']}: {worst['error']}")
+
+
+def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> list[dict]:
+    """The rows whose text repeats itself no more than filter.max_repetition."""
+    kept = []
+    for row in rows:
+        share = repetition(words(row["text"]))
+        if share <= filter.max_repetition:
+            kept.append(row)
+        else:
+            drops.add("repetitive", prompt_id=row["prompt_id"], source=row["source"],
+                      detail=f"{row['where']}: {share:.2f} of its 4-grams stood before")
+    return kept
+
+
+def drop_near_duplicates(rows: list[dict], data: Part, filter: Filter | Part, drops: Drops) -> list[dict]:
+    """The rows without those that are like an earlier one of their source, if it is not templated."""
+    threshold, gone = filter.near_duplicates, set()
+    for source in data.sources if threshold else ():
+        mine = [row for row in rows if row["source"] == source.name and not source.templated]
+        for i, j, similarity in near_duplicates([(row["text"],) for row in mine], threshold):
+            gone.add(mine[i]["prompt_id"])
+            drops.add("near_duplicate", prompt_id=mine[i]["prompt_id"], source=source.name,
+                      detail=f"{mine[i]['where']}: {similarity:.2f} like {mine[j]['where']}")
+    return [row for row in rows if row["prompt_id"] not in gone]
+
+
+def drop_contaminated(rows: list[dict], data: Part, filter: Filter | Part, drops: Drops) -> list[dict]:
+    """The rows without training prompts that repeat a held-out one.
+
+    Raises UserError if no training prompt is left."""
+    if not filter.decontaminate:
+        return rows
+    held = held_out(rows, filter.decontaminate, {s.name for s in data.sources if s.templated})
+    splits, kept = {row["prompt_id"]: row["split"] for row in rows}, []
+    for row in rows:
+        found = held.match(row["text"], row["source"]) if row["split"] == "train" else None
+        if found is None:
+            kept.append(row)
+        else:
+            drops.add("contaminated", prompt_id=row["prompt_id"], source=row["source"],
+                      detail=f"{row['where']}: shares {found[1]!r} with {splits[found[0]]} prompt {found[0]}")
+    if not any(row["split"] == "train" for row in kept):
+        raise UserError(f"filter.decontaminate={filter.decontaminate}: every training prompt repeats a held-"
+                         "out one; give more varied prompts, raise it, or set it to 0 to train on them all the same")
+    return kept
+
+
+def warn_of_templates(stage: Stage, data: Part, rows: list[dict], drops: Drops) -> None:
+    """Says so where the filters take much of a source: most likely its prompts come from templates."""
+    left = Counter(row["source"] for row in rows)
+    for i, source in enumerate(data.sources):
+        gone = Counter(row["reason"] for row in drops.rows if row["source"] == source.name)
+        n = gone["near_duplicate"] + gone["contaminated"]
+        if not source.templated and n > MUCH * (n + left[source.name]):
+            stage.console.warn(f"{stage.name}: {n:,} of {n + left[source.name]:,} prompts of source {source.name} are "
+                               f"near duplicates or repeat held-out ones (drops.parquet has each); if they come from "
+                               f"templates, set data.sources.{i}.templated=true to keep them")

@@ -1,0 +1,66 @@
+"""Arithmetic of speed: what a training step costs, and what the device could do."""
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from strop.trainer.training.batch import Example
+
+# dense matrix-product rates in bf16 by the vendors' data sheets, FLOP/s
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "MI300X": 1307e12}
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that the device could reach: the data sheet's for a known GPU, else measured on a matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, value in PEAKS.items():
+            if key in name and dtype == torch.bfloat16:
+                return value
+    n = 1024
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cost of a token depends on: parameters of the matrix products between embedding and head, parameters of
+    the head, and layers x heads x head size."""
+
+    body: int
+    head: int
+    width: int
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """Sizes of a causal LM. Adapters do not count: the same rows then cost the same with and without them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if p.dim() == 2 and "lora_" not in name)
+    body -= base.get_input_embeddings().weight.numel()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = base.get_output_embeddings().weight.numel()
+    return Sizes(body, head, config.num_hidden_layers * config.num_attention_heads * size)
+
+
+def training_flops(sizes: Sizes, example: Example) -> int:
+    """FLOPs of forward and backward (3 forwards) over the real tokens of a packed example: its prompt once, attention
+    counted causally, the head on targets only."""
+    prompt = len(example.group.prompt)
+    pairs = prompt * (prompt + 1) // 2
+    for completion in example.group.completions:
+        pairs += len(completion) * (len(completion) + 1) // 2 + len(completion) * prompt
+    return 3 * (2 * sizes.body * example.tokens + 2 * sizes.head * sum(example.targets()) + 4 * sizes.width * pairs)

@@ -1,0 +1,176 @@
+"""One model in training: bf16 compute over fp32 masters, moments and accumulated gradients; step and checkpoint."""
+
+import copy
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from strop.trainer.config import Lora, Part, Train
+from strop.trainer.errors import UserError
+from strop.trainer.models.folders import save_model
+from strop.trainer.models.loading import DTYPES, ModelFolder
+from strop.trainer.run.artifacts import check_file, list_files
+from strop.trainer.run.files import read_json, write_json, writing
+from strop.trainer.run.store import Stage
+from strop.trainer.training.masters import Masters
+
+
+def learning_rate(step: int, steps: int, section: Train) -> float:
+    """The rate of step 0 <= step < steps: a linear warm-up that reaches the peak, then the schedule."""
+    warmup = math.ceil(steps * section.warmup_ratio)
+    if step < warmup:
+        return section.lr * (step + 1) / warmup
+    if section.schedule == "constant":
+        return section.lr
+    progress = (step - warmup) / max(1, steps - warmup)
+    shape = 1 - progress if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return section.lr * (section.min_lr_ratio + (1 - section.min_lr_ratio) * shape)
+
+
+class Engine:
+    """A model in training. Every rank holds all of it; gradients are added over the ranks once a step."""
+
+    def __init__(self, folder: ModelFolder, section: Train, stage: Stage, steps: int, *, compute: Part, lora: Lora,
+                 seed: int):
+        """compute: the recipe's dtype and attention. Every rank draws the same fresh adapters from `seed`."""
+        self.section, self.world, self.steps, self.folder = section, stage.world, steps, folder
+        self.lora, self.seed, self.dtype = lora, seed, DTYPES[compute.dtype]
+        model = folder.load(self.dtype, stage.world.device, backend=compute.attention)
+        if section.activation_checkpointing:
+            # the older name serves transformers before 5.20
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        disable_dropout(model)
+        if lora.rank:
+            model = add_lora(model, lora, seed)
+        model.train()
+        self.model = model
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.weights = Masters([p for p in model.parameters() if p.requires_grad], section, stage.world)
+        self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
+        self.step_index = 0
+        self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, as the resume point knows them
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        return self.weights.masters
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """Adds gradients over the ranks, clips, updates masters and weights. Returns the gradient norm, unclipped."""
+        norm = self.weights.step(self.step_index + 1, learning_rate(self.step_index, self.steps, self.section))
+        if self.ema is not None:
+            torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - self.section.ema_decay)
+        self.step_index += 1
+        return norm
+
+    # -- what is written ----------------------------------------------------------------------------------------------
+
+    def save(self, target: Path) -> None:
+        """Writes the weights as a Hugging Face folder (adapters merged in; the adapter beside them). Rank 0 only."""
+        if not self.world.first:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not self.lora.rank:
+            save_model(self.model, self.folder.path, target)
+            return
+        merged = copy.deepcopy(self.model).merge_and_unload()
+        save_model(merged, self.folder.path, target)
+        self.model.save_pretrained(target / "adapter")
+
+    def save_ema(self, target: Path) -> None:
+        """Writes the averaged weights, leaving the model's own as they are."""
+        if self.ema is None or not self.world.first:
+            return
+        own = [m.detach().clone() for m in self.masters]
+        self.weights.copy(self.ema)
+        self.save(target)
+        self.weights.copy(own)
+
+    def save_checkpoint(self, work: Path) -> None:
+        """A resume point: masters, moments, average, step, and hashes. The one before goes when this is complete.
+
+        Raises UserError where it cannot be written; the one before then stands."""
+        if not self.world.first:
+            return
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            tensors[f"master/{name}"] = master.detach()
+            for key, value in self.weights.optimizer.state[master].items():
+                tensors[f"{key}/{name}"] = value
+        for name, value in zip(self.names, self.ema or [], strict=self.ema is not None):
+            tensors[f"ema/{name}"] = value
+        for folder in (work.parent / "snapshots").glob("step-*"):
+            if not any(name.startswith(f"snapshots/{folder.name}/") for name in self.kept):
+                self.kept |= {f"snapshots/{folder.name}/{n}": entry for n, entry in list_files(folder).items()}
+        target = work / f"step-{self.step_index:06}"
+        temporary = work / f".checkpoint-{self.step_index:06}"
+        with writing(target, temporary):
+            temporary.mkdir()
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+            with open(temporary / "state.safetensors", "rb") as f:
+                os.fsync(f.fileno())
+            write_json(temporary / "state.json", {"step": self.step_index, "steps": self.steps, "kept": self.kept,
+                                                  "files": list_files(temporary / "state.safetensors")})
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+        for old in work.glob("step-*"):
+            if old != target:
+                shutil.rmtree(old)
+
+    @torch.no_grad()
+    def resume(self, work: Path) -> bool:
+        """Loads the newest resume point, if there is one. Raises UserError if it is damaged."""
+        self.world.barrier()
+        points = sorted(work.glob("step-*"))
+        if not points:
+            return False
+        state = read_json(points[-1] / "state.json")
+        if self.world.first:
+            remedy = f"delete the folder {work} to have the stage trained anew from its start"
+            for name, entry in state["files"].items():
+                check_file(points[-1] / name, entry, remedy)
+            for name, entry in state["kept"].items():
+                check_file(work.parent / name, entry, remedy)
+        self.world.barrier()
+        self.kept = state["kept"]
+        tensors = load_file(points[-1] / "state.safetensors", device=str(self.world.device))
+        for name, master in zip(self.names, self.masters, strict=True):
+            master.copy_(tensors[f"master/{name}"])
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors]
+            self.weights.optimizer.state[master] = {k: tensors[f"{k}/{name}"] for k in keys}
+        if self.ema is not None:
+            self.ema = [tensors[f"ema/{name}"] for name in self.names]
+        self.weights.copy(self.masters)
+        self.step_index = state["step"]
+        self.world.barrier()  # nobody overwrites what another rank still reads
+        return True
+
+
+def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
+    """Wraps the model with fresh adapters, the same ones on every rank."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as e:
+        raise UserError("lora.rank is set, but peft is not installed: pip install peft") from e
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+                                             target_modules=lora.target_modules, task_type="CAUSAL_LM"))
+    if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
+        raise UserError(f"lora.target_modules={lora.target_modules}: an adapter on the head is not supported, the "
+                         "fused head would ignore it; leave it out")
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Log-ratios of policy and reference mean nothing under dropout, so the model's own is off."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

@@ -1,0 +1,121 @@
+"""The training loop: steps of packed microbatches, logging, checkpoints, snapshots."""
+
+import time
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import torch
+
+from strop.trainer.errors import UserError
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import write_table
+from strop.trainer.training.batch import Example, Packing, collate, microbatches
+from strop.trainer.training.flops import peak_flops, sizes_of, training_flops
+from strop.trainer.training.local import Engine, learning_rate
+
+
+@dataclass
+class Step:
+    """What a microbatch's loss function may use: its rows and the counts of the whole global step."""
+
+    index: int
+    rows: list[int]
+    totals: dict[str, int] = field(default_factory=dict)
+
+
+def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]], totals, loss,
+          names: tuple[str, ...], finish, interval: int = 1) -> None:
+    """Runs the steps of `plan`, resumes and checkpoints, logs.
+
+    totals(rows) -> dict of counts over a global step; loss(groups, step) -> (scalar, fp32 vector of sums in the order
+    of `names`) for one microbatch, already normalised by the step's totals, so that adding over microbatches and ranks
+    gives the step's loss. finish(sums [names] on the host) -> the values to log, every
+    `interval` steps.
+    """
+    section, world, work = engine.section, engine.world, stage.work
+    if engine.resume(work):
+        stage.console.line(f"{stage.name}: resumed at step {engine.step_index} of {len(plan)}")
+        stage.metrics.rewind(stage.name, engine.step_index)
+    keep = {round(len(plan) * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {0, len(plan)}
+    peak = peak_flops(world.device, engine.dtype)
+    sizes = sizes_of(engine.model)
+    costs = [training_flops(sizes, example) for example in examples]
+    whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
+    for rows in plan[:engine.step_index]:  # steps that were done before count too
+        whole.add(microbatches(examples, rows, costs, section.max_tokens, world.size))
+    sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
+    started = time.perf_counter()
+    with stage.console.progress(stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
+        while engine.step_index < len(plan):
+            rows = plan[engine.step_index]
+            if engine.lora.dropout:
+                torch.manual_seed(hash((engine.seed, engine.step_index, world.rank)))
+            step, value_sum = Step(engine.step_index, [], totals(rows)), torch.zeros((), device=world.device)
+            shares = microbatches(examples, rows, costs, section.max_tokens, world.size)
+            for i, step.rows in enumerate(shares[world.rank]):
+                if i:
+                    engine.weights.fold()
+                groups = collate(examples, step.rows, world.device)
+                value, vector = loss(groups, step)
+                value.backward()
+                sums += vector
+                value_sum += value.detach()
+            seen.append(torch.stack([value_sum, engine.step()]))
+            whole.add(shares)
+            packing.add(shares)
+            distinct = sum(examples[i].tokens for i in rows)
+            if engine.step_index % interval == 0 or engine.step_index == len(plan):
+                seconds = time.perf_counter() - started
+                packed = torch.cat([sums, *seen])
+                world.sum_([packed])  # the one reduction of the interval
+                host = packed.cpu()  # and the one wait for the device
+                stop_if_not_finite(stage, engine, examples, plan, host[len(names):])
+                values = finish(host[:len(names)])
+                values |= {"grad_norm": host[len(names) + 1::2].mean().item() / world.size,
+                           "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
+                           "tokens_per_second": packing.tokens / seconds,
+                           "mfu": packing.flops / seconds / peak / world.size, **packing.values()}
+                if world.device.type == "cuda":
+                    values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
+                stage.metrics.log(stage.name, engine.step_index, values, total=len(plan))
+                sums.zero_()
+                seen.clear()
+                packing = Packing(examples, costs, section.max_tokens)
+                started = time.perf_counter()
+            bar.advance(1, tokens=distinct)
+            is_point = engine.step_index % section.checkpoint_steps == 0 and engine.step_index < len(plan)
+            if seen and (is_point or engine.step_index in keep):  # what is not finite is never written
+                packed = torch.cat(seen)
+                world.sum_([packed])
+                stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
+            if engine.step_index in keep:
+                engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
+            if is_point:
+                engine.save_checkpoint(work)
+    stage.counts |= {"microbatches": whole.microbatches} | whole.values()
+    engine.save(stage.dir / "model")
+    engine.save_ema(stage.dir / "ema")
+
+
+def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]],
+                       seen: torch.Tensor) -> None:
+    """Raises UserError at the first of the last steps whose loss or gradient norm is not finite, and writes its batch
+    beside the resume point. seen [2 * steps] on the host: loss and gradient norm of each, added over the ranks."""
+    bad = (~seen.view(-1, 2).isfinite()).any(1).nonzero()
+    if not len(bad):
+        return
+    first = int(bad[0])
+    index = engine.step_index - len(seen) // 2 + first
+    loss, norm = seen[2 * first:2 * first + 2].tolist()
+    rows = [examples[i] for i in plan[index]]
+    path, points = stage.work / f"bad-step-{index + 1:06}.parquet", sorted(stage.work.glob("step-*"))
+    if engine.world.first:
+        write_table(path, pa.Table.from_pylist([{
+            "row_id": e.row_id, "prompt_tokens": list(e.group.prompt), "weight": e.weight,
+            "completion_tokens": [list(c) for c in e.group.completions],
+            "loss_masks": [list(m) for m in e.group.loss_masks] if e.group.loss_masks else None} for e in rows]))
+    ids = ", ".join(e.row_id for e in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+    raise UserError(f"{stage.name}: step {index + 1}: loss={loss:g} and grad_norm={norm / engine.world.size:g} must "
+                     f"be finite; its batch (rows {ids}) is in {path}, the last good checkpoint is "
+                     f"{points[-1] if points else 'the start of the stage'}; lower {stage.name.split('/')[-1]}.lr or "
+                     "look at these rows")

@@ -1,0 +1,66 @@
+"""Preference pairs as examples, and the reference log-probs that belong to them."""
+
+from pathlib import Path
+
+import torch
+
+from strop.kernels import Group
+from strop.trainer.config import Dpo, Part
+from strop.trainer.errors import UserError
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import Drops, read_table
+from strop.trainer.training.batch import Example
+
+
+def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool) -> list[Example]:
+    """Rows of pairs.parquet as examples of two completions, chosen first. Dropped and counted: pairs that do not fit,
+    pairs whose completions are equal, and pairs of which one side has no loss token left. `record` writes the drops."""
+    drops, examples = Drops(stage), []
+    limit = min(section.max_length or 1 << 30, context)
+    for row in read_table(path).to_pylist():
+        masks = [row["chosen_mask"], row["rejected_mask"]]
+        if section.mask_template_tokens:
+            masks = [[m and not t for m, t in zip(mask, row[f"{side}_template"], strict=True)]
+                     for side, mask in zip(("chosen", "rejected"), masks, strict=True)]
+        completions = [row["chosen_tokens"], row["rejected_tokens"]]
+        example = Example(row["row_id"], Group(row["prompt_tokens"], completions, masks), row["weight"])
+        longest = len(row["prompt_tokens"]) + max(map(len, completions))
+        reason = detail = None
+        if longest > limit:
+            reason, detail = "overlong", f"{longest} tokens, {limit} fit"
+        elif example.tokens > section.max_tokens:
+            reason, detail = "overlong", f"a pair of {example.tokens} tokens, dpo.max_tokens={section.max_tokens}"
+        elif completions[0] == completions[1]:
+            reason = "identical"
+        elif 0 in example.targets():
+            reason, detail = "empty", "one side has no loss token"
+        if reason:
+            drops.add(reason, prompt_id=row["prompt_id"], source=row["source"], detail=detail or "")
+        else:
+            examples.append(example)
+    if record and stage.world.first:
+        drops.write()
+    if not examples:
+        raise UserError(f"{path}: no pair is left to train on; see drops.parquet there and in {stage.dir}, or set "
+                         "dpo.enabled=false")
+    return examples
+
+
+class ReferenceTable:
+    """fp32 reference log-probs by row. Raises UserError where a row's tokens or masks are not those it was made for."""
+
+    def __init__(self, path: Path):
+        self.rows = {r["row_id"]: r for r in read_table(path).to_pylist()}
+        self.path = path
+
+    def of(self, examples: list[Example], indices: list[int], device: torch.device) -> torch.Tensor:
+        """[targets] fp32 in the order of the packed groups of these examples."""
+        values: list[float] = []
+        for i in indices:
+            row = self.rows.get(examples[i].row_id)
+            if row is None or row["fingerprint"] != examples[i].fingerprint():
+                raise UserError(f"{self.path}: pair {examples[i].row_id} is not there with these tokens and masks; "
+                                 "delete its folder to have it made again")
+            values += row["chosen"] + row["rejected"]
+        tensor = torch.tensor(values, dtype=torch.float32)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
