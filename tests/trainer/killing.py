@@ -140,7 +140,7 @@ def agent(task: dict) -> None:
 
 
 def serve() -> None:
-    for name in ("strop.trainer.main", "strop.trainer.loop", "strop.trainer.report", "pyarrow.dataset",
+    for name in ("strop.trainer.main", "strop.trainer.loop", "strop.trainer.reports.html", "pyarrow.dataset",
                  "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
                  "transformers.models.auto.tokenization_auto"):
         importlib.import_module(name)

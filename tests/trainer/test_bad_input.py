@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from strop.trainer.run.console import Console
 from strop.trainer.main import main
 from strop.trainer.run.artifacts import list_files
+from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
 from strop.trainer.run.store import Store
 from strop.trainer.run.tables import read_table
@@ -165,7 +165,7 @@ def damaged_at_last(place: Place) -> None:
 def stopped_in_training(place: Place) -> None:
     """A run that was killed behind its first resume point, which is damaged since."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.engine.stop_if_not_finite", stop_at_step_2)
+        patch.setattr("strop.trainer.training.loop.stop_if_not_finite", stop_at_step_2)
         with pytest.raises(InterruptedError):
             main([str(place.recipe), "rounds=1", "--debug"])
     flip(place.run / "round-00/sft.partial" / "work/step-000001/state.safetensors")
@@ -295,11 +295,11 @@ CASES = {
     "a model that the probe refuses": (unknown_head, [], "LlamaForCausalLM"),
     "a loss that is not finite": (explode, [], "round-00/sft: step 2: "),
     "a full disk under a table": (no_space_for("scores"), [], "score.partial/scores.parquet"),
-    "a full disk under a resume point": (lambda p: full(p, "strop.trainer.engine.save_file", SafetensorError(
+    "a full disk under a resume point": (lambda p: full(p, "strop.trainer.training.local.save_file", SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)")), [], "work/step-000001"),
     "a full disk under weights": (lambda p: full(p, "transformers.PreTrainedModel.save_pretrained", OSError(
         errno.ENOSPC, "No space left on device")), [], "sft.partial/model"),
-    "a read-only run directory": (lambda p: full(p, "strop.trainer.store.Path.mkdir", OSError(
+    "a read-only run directory": (lambda p: full(p, "strop.trainer.run.store.Path.mkdir", OSError(
         errno.EROFS, "Read-only file system")), [], "make it writable or choose another output_dir="),
     "an output_dir that is a file": (None, ["output_dir={dir}/prompts.jsonl"], "prompts.jsonl/tiny"),
     "a run directory in use": (held, [], "is running it"),

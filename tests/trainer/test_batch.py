@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from training import recipe_of, select_of, stage_in
 
 from strop.kernels import Group
+from strop.trainer.stages.reference import first_looks
+from strop.trainer.stages.sft import load_examples
 from strop.trainer.training.batch import (
     Example,
     Packing,
@@ -18,10 +20,8 @@ from strop.trainer.training.batch import (
     plan_steps,
     share_out,
 )
-from strop.trainer.training.pairs import load_pairs
 from strop.trainer.training.flops import Sizes, training_flops
-from strop.trainer.stages.reference import first_looks
-from strop.trainer.stages.sft import load_examples
+from strop.trainer.training.pairs import load_pairs
 
 BUDGET = 8192
 LLAMA_1B = Sizes(body=973_000_000, head=2048 * 128_256, width=16 * 32 * 64)

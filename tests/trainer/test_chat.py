@@ -12,7 +12,6 @@ from strop.trainer.data.chat import (
     encode_conversation,
     encode_prompt,
     encode_text,
-    load_tokenizer,
     stop_ids,
 )
 
@@ -263,16 +262,16 @@ def test_piece_gets_no_leading_space_from_a_sentencepiece_tokenizer():
 def test_load_tokenizer(tmp_path):
     tokenizer_of("llama3").save_pretrained(tmp_path)
     (tmp_path / "t.jinja").write_text(MERGING)
-    assert load_tokenizer(tmp_path).chat_template == FAMILIES["llama3"][0]
-    assert load_tokenizer(tmp_path, tmp_path / "t.jinja").chat_template == MERGING
+    assert ModelFolder(tmp_path).tokenizer().chat_template == FAMILIES["llama3"][0]
+    assert ModelFolder(tmp_path, Model(chat_template=str(tmp_path / "t.jinja"))).tokenizer().chat_template == MERGING
     with pytest.raises(ValueError, match=r"model\.chat_template=.*missing\.jinja"):
-        load_tokenizer(tmp_path, tmp_path / "missing.jinja")
+        ModelFolder(tmp_path, Model(chat_template=str(tmp_path / "missing.jinja"))).tokenizer()
 
 
 def test_folder_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="tokenizer") as e:
-        load_tokenizer(tmp_path)
+        ModelFolder(tmp_path).tokenizer()
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -281,14 +280,14 @@ def test_base_model_without_template(tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no chat template.*set model\.chat_template"):
-        load_tokenizer(tmp_path)
+        ModelFolder(tmp_path).tokenizer()
 
 
 def test_template_that_throws(tmp_path):
     tokenizer_of("llama3").save_pretrained(tmp_path)
     (tmp_path / "bad.jinja").write_text("{% for m in messages %}{{ m['content'] }")
     with pytest.raises(ValueError, match="chat template refuses the messages"):
-        encode_prompt(load_tokenizer(tmp_path, tmp_path / "bad.jinja"), QUESTION)
+        encode_prompt(ModelFolder(tmp_path, Model(chat_template=str(tmp_path / "bad.jinja"))).tokenizer(), QUESTION)
 
 
 def test_stop_ids_join_generation_config_and_template(tmp_path):

@@ -10,8 +10,8 @@ import yaml
 from test_report import make_run
 
 from strop.trainer.reports.compare import compare, difference, differences
-from strop.trainer.run.console import Console
 from strop.trainer.reports.reading import read_run
+from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json, write_json
 from strop.trainer.run.tables import read_table, write_table
 

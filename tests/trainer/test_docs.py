@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from strop.trainer.cli import check, read_recipe
-from strop.trainer.reports.commands import VERBS, take_port
 from strop.trainer.main import main
+from strop.trainer.reports.commands import VERBS, take_port
 from strop.trainer.run.tables import read_table
 
 REPO = Path(__file__).parents[2]

@@ -4,11 +4,11 @@ import statistics
 
 import pytest
 import torch
+from stagecalls import evaluate
 from training import recipe_of, stage_in
 
 from strop.trainer.models.kl import drift, ratio
-from strop.trainer.models.loading import load_model
-from strop.trainer.stages.evaluate import evaluate
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.files import read_json
 from strop.trainer.run.tables import read_table
 
@@ -19,7 +19,7 @@ ROWS = [([5, 6, 7], [8, 9]), ([10, 11], [12, 13, 14, 15, 16]), ([20] * 9, [21])]
 @pytest.fixture(scope="module")
 def moved(tiny_model, tmp_path_factory):
     """The tiny model with its weights shaken."""
-    model = load_model(tiny_model, torch.float32, CPU, "sdpa")
+    model = ModelFolder(tiny_model).load(torch.float32, CPU, "sdpa")
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -41,10 +41,10 @@ def by_hand(model, start, rows):
 
 
 def test_it_is_the_kl_summed_over_the_vocabulary(tiny_model, moved, monkeypatch):
-    sums = by_hand(*(load_model(m, torch.float32, CPU, "sdpa") for m in (moved, tiny_model)), ROWS)
-    monkeypatch.setattr("strop.trainer.drift.CHUNK", 2)
+    sums = by_hand(*(ModelFolder(m).load(torch.float32, CPU, "sdpa") for m in (moved, tiny_model)), ROWS)
+    monkeypatch.setattr("strop.trainer.models.kl.CHUNK", 2)
     for budget in (1, 20, 4096):  # each row alone, two together, all together
-        monkeypatch.setattr("strop.trainer.drift.BUDGET", budget)
+        monkeypatch.setattr("strop.trainer.models.kl.BUDGET", budget)
         found = drift({"sft": moved}, {"sft": ROWS}, tiny_model, torch.float32, CPU)["sft"]
         assert found["kl"] == pytest.approx(sum(sums) / 8, rel=1e-4) and found["kl"] > 1e-3
         assert (found["prompts"], found["tokens"]) == (3, 8)

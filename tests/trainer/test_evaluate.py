@@ -6,18 +6,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from stagecalls import evaluate
 
-from strop.trainer import generate
 from strop.trainer.config import Recipe
-from strop.trainer.run.console import Console
 from strop.trainer.data.sources import SCHEMA
 from strop.trainer.reports.statistics import paired_bootstrap
-from strop.trainer.stages import evaluate as module
-from strop.trainer.stages.evaluate import evaluate
+from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
+from strop.trainer.sampling import in_process as generate
+from strop.trainer.stages import evaluate as module
 
 STOP = set(range(3, 98, 5))
 
@@ -104,12 +104,12 @@ def test_a_lower_bar_lets_half_points_pass(tiny_model, prompts, verdicts, tmp_pa
 
 
 def test_completions_are_the_greedy_ones(tiny_model, prompts, verdicts, tmp_path):
-    from strop.trainer.data.chat import encode_prompt, load_tokenizer
+    from strop.trainer.data.chat import encode_prompt
 
     stage = make_stage(tmp_path / "out")
     evaluate(stage, recipe(), prompts=prompts, candidates={"base": tiny_model})
-    tokenizer = load_tokenizer(tiny_model)
-    model = generate.load_for_generation(tiny_model, torch.float32, torch.device("cpu"))
+    tokenizer = ModelFolder(tiny_model).tokenizer()
+    model = generate.load_for_generation(ModelFolder(tiny_model), torch.float32, torch.device("cpu"))
     messages = {r["prompt_id"]: r["messages"] for r in read_table(prompts / "prompts.parquet").to_pylist()}
     for r in read_table(stage.dir / "results.parquet").to_pylist()[:12]:
         tokens = encode_prompt(tokenizer, messages[r["prompt_id"]])

@@ -9,11 +9,11 @@ import torch
 import yaml
 from training import largest_difference
 
-from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.config import Recipe
-from strop.trainer.run.console import Console
+from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.reports.export import export, parent_licences
 from strop.trainer.reports.reading import read_run
+from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json, write_json
 
 

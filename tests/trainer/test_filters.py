@@ -7,13 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from stagecalls import prompts
 
 from strop.trainer.config import Filter, ReadyData, Recipe
 from strop.trainer.data.dedup import HeldOut, near_duplicates
 from strop.trainer.data.quality import repetition, truncation
-from strop.trainer.data.sources import held_out_of, prompts
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
+from strop.trainer.data.sources import held_out_of
 from strop.trainer.run.tables import Drops, read_table
 
 sys.path.insert(0, str(Path(__file__).parent))

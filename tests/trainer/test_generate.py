@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.sampling.in_process import Batch, Completion, Generator, load_for_generation
 from strop.trainer.sampling.kv_cache import Prefill
-from strop.trainer.models.loading import load_model
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
@@ -201,7 +201,7 @@ def test_rearranged_weights_compute_the_same(family, tmp_path):
     tiny(family).save_pretrained(tmp_path)
     tokens, cpu = torch.tensor(make_prompts(30)), torch.device("cpu")
     with torch.no_grad():
-        exact = load_model(tmp_path, torch.float32, cpu, "sdpa")(tokens).logits
-        plain = load_model(tmp_path, torch.bfloat16, cpu, "sdpa")(tokens).logits
-        packed = load_for_generation(tmp_path, torch.bfloat16, cpu)(tokens).logits
+        exact = ModelFolder(tmp_path).load(torch.float32, cpu, "sdpa")(tokens).logits
+        plain = ModelFolder(tmp_path).load(torch.bfloat16, cpu, "sdpa")(tokens).logits
+        packed = load_for_generation(ModelFolder(tmp_path), torch.bfloat16, cpu)(tokens).logits
     assert (packed - exact).norm() <= 1.5 * (plain - exact).norm()

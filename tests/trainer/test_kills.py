@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from killing import Server
 
-from strop.trainer.run.metrics import read_metrics
 from strop.trainer.run.artifacts import list_files
 from strop.trainer.run.files import read_json
+from strop.trainer.run.metrics import read_metrics
 
 REPO = Path(__file__).parents[2]
 TIMES = {"final/README.md", "final/results.json"}  # the card tells how long the stages took

@@ -3,9 +3,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stagecalls import merge, mixture_of
 from training import recipe_of, stage_in, weights_of
 
-from strop.trainer.stages.merge import average, merge, mixture_of
+from strop.trainer.stages.merge import average
 
 
 def shifted(model, folder, by, dtype=torch.float32):

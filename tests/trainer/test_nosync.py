@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stagecalls import dpo, reference, sft
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
@@ -21,12 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
+from strop.trainer.run.world import World
 from strop.trainer.training.local import Engine, add_lora
 from strop.trainer.training.masters import Masters
-from strop.trainer.stages.preference import dpo
-from strop.trainer.stages.reference import reference
-from strop.trainer.stages.sft import sft
-from strop.trainer.run.world import World
 
 
 def without_fused(optimizer, *args, fused, **options):
@@ -92,7 +90,7 @@ def device(request, monkeypatch, tiny_model):
         with mode:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
 
-    def load_model(path, dtype, *_, **__):
+    def load(folder, dtype, *_, **__):
         with unset_fake_temporarily():
             config = AutoConfig.from_pretrained(tiny_model)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stagecalls import prompts
 
 from strop.trainer.config import Recipe
-from strop.trainer.data.sources import allot, normalise, prompts
 from strop.trainer.data.rows import read_rows
+from strop.trainer.data.sources import allot, normalize
 from strop.trainer.run.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -112,7 +113,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
 
 
 def contents(rows, split):
-    return {normalise(user(r)) for r in rows if r["split"] == split}
+    return {normalize(user(r)) for r in rows if r["split"] == split}
 
 
 @pytest.mark.parametrize("seed", range(5))

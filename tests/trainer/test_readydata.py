@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt, encode_text
 from strop.trainer.config import Filter, ReadyData
+from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt, encode_text
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
 from strop.trainer.run.tables import Drops

@@ -7,15 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from stagecalls import sample
 
-from strop.trainer import generate
 from strop.trainer.config import Recipe
-from strop.trainer.run.console import Console
 from strop.trainer.data.sources import SCHEMA, allot
-from strop.trainer.stages.sample import draw_prompts, sample
+from strop.trainer.run.console import Console
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
+from strop.trainer.sampling import in_process as generate
+from strop.trainer.stages.sample import draw_prompts
 
 
 def recipe(**how) -> Recipe:

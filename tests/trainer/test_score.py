@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from stagecalls import score
 
 from strop.trainer.config import Recipe
 from strop.trainer.data.samples import read_scored
-from strop.trainer.stages.score import score
 from strop.trainer.run.tables import read_table, write_table
 
 sys.path.insert(0, str(Path(__file__).parent))

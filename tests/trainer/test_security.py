@@ -29,7 +29,7 @@ def hook(event, args):
         frames = [f"{f.filename}:{f.name}" for f in traceback.extract_stack()[:-1]]
         seen.append([event, repr(args)[:200], frames[-6:]])
 from strop.trainer.main import main
-import strop.trainer.loop, strop.trainer.report  # what libraries do while they load is not the run's
+import strop.trainer.methods.running  # what libraries do while they load is not the run's
 sys.addaudithook(hook)
 code = main(sys.argv[2:])
 with open(sys.argv[1], "w") as f:
@@ -62,7 +62,7 @@ def test_a_run_opens_no_connection_unpickles_nothing_and_writes_no_secret(tiny_r
     done, seen = audited(tmp_path, tiny_recipe, "rounds=1", "log.tensorboard=true", **secrets)
     assert done.returncode == 0, done.stderr
     children = [s for s in seen if s[0] == "subprocess.Popen"]
-    assert all("strop.trainer.isolated" in s[1] for s in children) and children, children  # the verifier's child
+    assert all("strop.trainer.scoring.sandbox" in s[1] for s in children) and children, children  # the verifier's child
     assert [s for s in seen if s[0] != "subprocess.Popen"] == []
     run = tmp_path / "runs" / "tiny"
     files = [p for p in run.rglob("*") if p.is_file()]
@@ -160,14 +160,14 @@ def test_code_of_a_model_runs_if_asked_and_loudly(tiny_model, tiny_recipe, tmp_p
 
 
 def test_a_chat_template_reaches_neither_files_nor_python(tiny_model, tmp_path):
-    from strop.trainer.data.chat import encode_prompt, load_tokenizer
+    from strop.trainer.data.chat import encode_prompt
 
     secret = tmp_path / "secret"
     secret.write_text("do_not_read_me")
     for text in ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", f"{{% include '{secret}' %}}",
                  "{{ self.__init__.__globals__ }}", "{% for i in range(10**10) %}{% endfor %}"):
         (tmp_path / "t.jinja").write_text(text)
-        tokenizer = load_tokenizer(tiny_model, tmp_path / "t.jinja")
+        tokenizer = ModelFolder(tiny_model, Model(chat_template=str(tmp_path / "t.jinja"))).tokenizer()
         with pytest.raises(ValueError, match="the chat template refuses the messages"):
             encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
 
@@ -207,12 +207,12 @@ def test_nothing_in_the_package_loads_pickles_or_runs_text():
 
 
 def test_torch_is_told_to_load_safetensors_only(tiny_model, tmp_path):
-    from strop.trainer.models.loading import load_model
+    from strop.trainer.models.loading import ModelFolder
 
     folder = tmp_path / "m"
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "fired")))
     with pytest.raises(ValueError, match="transformers cannot load it"):
-        load_model(folder, torch.float32, torch.device("cpu"))
+        ModelFolder(folder).load(torch.float32, torch.device("cpu"))
     assert not (tmp_path / "fired").exists()

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stagecalls import select
 
 from strop.trainer.config import Recipe
-from strop.trainer.stages.select import pick, select
 from strop.trainer.run.tables import Drops, read_table
+from strop.trainer.stages.select import pick
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chats import tokenizer_of, turns

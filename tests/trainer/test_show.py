@@ -10,10 +10,10 @@ import pytest
 from test_report import make_run
 from test_watch import at_work, note
 
-from strop.trainer.run.console import Console
 from strop.trainer.main import main
 from strop.trainer.reports.reading import find_run, holder, next_stage, read_run
 from strop.trainer.reports.show import show
+from strop.trainer.run.console import Console
 
 
 @pytest.fixture(scope="module")

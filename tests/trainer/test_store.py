@@ -4,8 +4,8 @@ import os
 import pyarrow as pa
 import pytest
 
-from strop.trainer.run.console import Console
 from strop.trainer.run.artifacts import external
+from strop.trainer.run.console import Console
 from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage, Store
 from strop.trainer.run.tables import Drops, read_table, write_table

@@ -3,19 +3,18 @@ import shutil
 
 import pytest
 import torch
+from stagecalls import dpo, reference, sft
 from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import Group, _cpu, linear_logprob, optimizer
+from strop.trainer.models.loading import ModelFolder
+from strop.trainer.run.world import World
+from strop.trainer.stages.sft import load_examples
 from strop.trainer.training.batch import Example, collate
 from strop.trainer.training.local import Engine, learning_rate
 from strop.trainer.training.logprobs import Scorer
-from strop.trainer.models.loading import load_model
 from strop.trainer.training.pairs import ReferenceTable, load_pairs
-from strop.trainer.stages.preference import dpo
-from strop.trainer.stages.reference import reference
-from strop.trainer.stages.sft import load_examples, sft
-from strop.trainer.run.world import World
 
 CPU = torch.device("cpu")
 
@@ -65,7 +64,7 @@ def test_one_microbatch_of_all_rows_equals_rows_one_by_one(tmp_path, tiny_model)
 
 def test_sft_loss_is_the_mean_over_loss_tokens_of_separate_rows(tmp_path, tiny_model):
     _, loss = gradients(tmp_path, tiny_model, 8, 4096)
-    model = load_model(tiny_model, torch.float32, CPU, "sdpa")
+    model = ModelFolder(tiny_model).load(torch.float32, CPU, "sdpa")
     total = count = 0
     for e in load_examples(stage_in(tmp_path / "x", "sft"), tmp_path / "select" / "sft.parquet", 4096):
         row = torch.tensor([[*e.group.prompt, *e.group.completions[0]]])
@@ -117,7 +116,8 @@ def wide_model(tiny_model, tmp_path_factory):
 def test_in_bf16_step_zero_is_exact(tmp_path, wide_model, monkeypatch, keys):
     """The reference ran in the very microbatches of the steps, so not even rounding differs."""
     seen, log = [], Log()
-    monkeypatch.setattr("strop.trainer.stages.dpo.step_zero", lambda logp, ref, *_: seen.append(logp.equal(ref)) or 0.0)
+    monkeypatch.setattr("strop.trainer.stages.preference.step_zero",
+                        lambda logp, ref, *_: seen.append(logp.equal(ref)) or 0.0)
     lora, keys = {"lora": keys["lora"]} if "lora" in keys else {}, {k: v for k, v in keys.items() if k != "lora"}
     recipe = recipe_of(dtype="bfloat16", dpo={"batch_size": 5, "max_tokens": 64} | keys, **lora)
     select, table = select_of(tmp_path / "select", 20), stage_in(tmp_path / "reference", "reference")
@@ -161,7 +161,7 @@ def test_cached_reference_equals_a_live_one(tmp_path, tiny_model):
     reference(table, recipe, select=tmp_path / "select", model=moved)
     pairs = load_pairs(table, tmp_path / "select" / "pairs.parquet", recipe, 512, record=True)
     indices = list(range(len(pairs)))[::-1]  # another order and another packing than the table was made with
-    live = Scorer(load_model(moved, torch.float32, CPU))(collate(pairs, indices, CPU)).detach()
+    live = Scorer(ModelFolder(moved).load(torch.float32, CPU))(collate(pairs, indices, CPU)).detach()
     cached = ReferenceTable(table.dir / "reference.parquet").of(pairs, indices, CPU)
     torch.testing.assert_close(cached, live, rtol=0, atol=1e-5)
     other = [Example(p.row_id, Group([5, *p.group.prompt], p.group.completions, p.group.loss_masks)) for p in pairs]
@@ -190,7 +190,7 @@ def test_drops_are_counted_not_silent(tmp_path, tiny_model):
 
 def in_bf16(model, tmp_path):
     start = tmp_path / "bf16"
-    load_model(model, torch.bfloat16, CPU, "sdpa").save_pretrained(start)
+    ModelFolder(model).load(torch.bfloat16, CPU, "sdpa").save_pretrained(start)
     for file in model.glob("tokenizer*"):
         shutil.copy(file, start)
     return start
@@ -205,7 +205,7 @@ def masters_after(tmp_path, name, start, **keys):
             kept.update({n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.dpo.Engine", Keeping)
+        patch.setattr("strop.trainer.stages.preference.Engine", Keeping)
         run_dpo(tmp_path, name, start, **keys)
     return kept
 
@@ -259,7 +259,7 @@ def test_separate_rows_train_like_packed_ones(tmp_path, tiny_model, monkeypatch)
         model.set_attn_implementation("sdpa")
         return False
 
-    monkeypatch.setattr("strop.trainer.stages.dpo.probe", refuses)
+    monkeypatch.setattr("strop.trainer.stages.preference.probe", refuses)
     run_dpo(tmp_path, "apart", tiny_model, apart)
     for a, b in zip(packed.rows, apart.rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(
@@ -290,7 +290,8 @@ def test_lora_trains_adapters_only_and_hands_over_whole_weights(tmp_path, tiny_m
 
 
 def test_not_finite_stops_and_names_the_rows(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr("strop.trainer.engine.linear_logprob", lambda *a, **k: _broken(linear_logprob(*a, **k)))
+    monkeypatch.setattr("strop.trainer.training.logprobs.linear_logprob",
+                        lambda *a, **k: _broken(linear_logprob(*a, **k)))
     with pytest.raises(ValueError, match=r"step 1: loss=nan and grad_norm=nan must be finite; its batch \(rows r0"):
         run_sft(tmp_path, "nan", tiny_model)
 

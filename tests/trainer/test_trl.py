@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from strop.kernels import Group, preference_loss, preference_means
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.training.batch import Example, collate
-from strop.trainer.data.chat import load_tokenizer
 from strop.trainer.training.logprobs import Scorer
-from strop.trainer.models.loading import load_model
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": "say 3 or 4: ", "chosen": "3", "rejected": "four, I think"},
@@ -18,7 +17,7 @@ ROWS = [{"prompt": "say 3 or 4: ", "chosen": "3", "rejected": "four, I think"},
 
 def moved(model_dir):
     """Reference weights: the same model a little off."""
-    model = load_model(model_dir, torch.float32, CPU, "eager")
+    model = ModelFolder(model_dir).load(torch.float32, CPU, "eager")
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -33,11 +32,11 @@ def test_dpo_trainer_computes_the_same_loss_metrics_and_gradients(tiny_model, tm
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    policy, reference = load_model(tiny_model, torch.float32, CPU, "eager"), moved(tiny_model)
+    policy, reference = ModelFolder(tiny_model).load(torch.float32, CPU, "eager"), moved(tiny_model)
     config = DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
                        gradient_checkpointing=False, disable_dropout=True, **options)
     trainer = DPOTrainer(policy, ref_model=reference, args=config, train_dataset=Dataset.from_list(ROWS),
-                         processing_class=load_tokenizer(tiny_model))
+                         processing_class=ModelFolder(tiny_model).tokenizer())
     rows = list(trainer.train_dataset)
     batch = trainer.data_collator(rows)
     trainer.model.train()
@@ -46,13 +45,13 @@ def test_dpo_trainer_computes_the_same_loss_metrics_and_gradients(tiny_model, tm
     logged = {k: v[-1] for k, v in trainer._metrics["train"].items() if isinstance(v, list)}
     gradients = {n: p.grad for n, p in policy.named_parameters()}
 
-    ours = load_model(tiny_model, torch.float32, CPU)
+    ours = ModelFolder(tiny_model).load(torch.float32, CPU)
     ref_dir = tmp_path / "reference"
     reference.save_pretrained(ref_dir)
     pairs = [Example(str(i), Group(r["prompt_ids"], [r["chosen_ids"], r["rejected_ids"]])) for i, r in enumerate(rows)]
     groups = collate(pairs, list(range(4)), CPU)
     with torch.no_grad():
-        ref = Scorer(load_model(ref_dir, torch.float32, CPU))(groups)
+        ref = Scorer(ModelFolder(ref_dir).load(torch.float32, CPU))(groups)
     loss, metrics = preference_loss(
         Scorer(ours)(groups), ref, segments=groups.target_segment, num_segments=8, beta=options["beta"],
         nll_weight=0.2 if "loss_type" in options else 0.0)

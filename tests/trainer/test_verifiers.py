@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.trainer.scoring.sandbox import Child
 from strop.trainer.scoring.rules import ARGUMENTS, check, check_answer, numbers, parse_number, verify
+from strop.trainer.scoring.sandbox import Child
 
 
 def score(verifier, completion, answer, metadata=None, **args):
@@ -155,7 +155,7 @@ def test_every_entry_passes_its_own_verifier_after_json(dataset):
 def test_what_a_model_writes_is_not_executed(dataset, hostile, tmp_path, monkeypatch):
     import reasoning_gym
 
-    monkeypatch.setattr("strop.trainer.verifiers.GYM_SECONDS", 1.0)
+    monkeypatch.setattr("strop.trainer.scoring.rules.GYM_SECONDS", 1.0)
 
     entry = json.loads(json.dumps(reasoning_gym.create_dataset(dataset, size=1, seed=1)[0]))
     began = time.perf_counter()

@@ -13,8 +13,8 @@ from browser import BINARY, DRIVER, chromium
 from test_report import Page as Html
 from test_report import make_run
 
-from strop.trainer.run.files import write_json
 from strop.trainer.reports.watch import Page, serve, watch
+from strop.trainer.run.files import write_json
 
 needs_chromium = pytest.mark.skipif(not (BINARY and DRIVER), reason="chromium and chromedriver are not installed")
 HOLD = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); " \
@@ -93,7 +93,7 @@ def test_nothing_is_sent_again_while_nothing_changes(tmp_path):
 def test_finished_stages_are_read_once(tmp_path, monkeypatch):
     run = make_run(tmp_path / "demo", until="round-00/dpo")
     calls = []
-    monkeypatch.setattr("strop.trainer.watch.settled", lambda r, s=sys.modules["strop.trainer.report"].settled:
+    monkeypatch.setattr("strop.trainer.reports.watch.settled", lambda r, s=sys.modules["strop.trainer.reports.html"].settled:
                         calls.append(1) or s(r))
     page = Page(run)
     for done in (1, 2, 3):

@@ -1,0 +1,69 @@
+"""Stage functions called with a whole recipe, as the methods' verbs call them with its sections."""
+
+from strop.trainer.stages import evaluate as evaluate_stage
+from strop.trainer.stages import merge as merge_stage
+from strop.trainer.stages import preference, publish
+from strop.trainer.stages import prompts as prompts_stage
+from strop.trainer.stages import reference as reference_stage
+from strop.trainer.stages import sample as sample_stage
+from strop.trainer.stages import score as score_stage
+from strop.trainer.stages import select as select_stage
+from strop.trainer.stages import sft as sft_stage
+
+
+def prompts(stage, recipe):
+    prompts_stage.prompts(stage, data=recipe.data, filter=recipe.filter, seed=recipe.seed)
+
+
+def sample(stage, recipe, *, round, model, prompts):
+    sample_stage.sample(stage, sample=recipe.sample, model=recipe.model, compute=recipe, seed=recipe.seed, round=round,
+                        shares={s.name: s.share for s in recipe.data.sources}, weights=model, prompts=prompts)
+
+
+def score(stage, recipe, **inputs):
+    score_stage.score(stage, score=recipe.score, **inputs)
+
+
+def select(stage, recipe, *, model, **inputs):
+    sources = {s.name: {"prompt_template": s.prompt_template, "templated": s.templated} for s in recipe.data.sources}
+    select_stage.select(stage, select=recipe.select, filter=recipe.filter, data=recipe.data, model=recipe.model,
+                        sources=sources, seed=recipe.seed, tokenizer=model, **inputs)
+
+
+def rules(recipe):
+    return select_stage.Rules(recipe.select, recipe.filter, recipe.seed)
+
+
+def training(recipe) -> dict:
+    return {"lora": recipe.lora, "model": recipe.model, "compute": recipe, "log": recipe.log, "seed": recipe.seed}
+
+
+def sft(stage, recipe, **inputs):
+    sft_stage.sft(stage, sft=recipe.sft, **training(recipe), **inputs)
+
+
+def dpo(stage, recipe, **inputs):
+    preference.dpo(stage, dpo=recipe.dpo, **training(recipe), **inputs)
+
+
+def reference(stage, recipe, *, select, model):
+    reference_stage.reference(stage, dpo=recipe.dpo, model=recipe.model, compute=recipe, seed=recipe.seed,
+                              select=select, weights=model)
+
+
+def merge(stage, recipe, *, start, sft, dpo):
+    trained = {name: folder for name, folder in (("sft", sft), ("dpo", dpo)) if folder}
+    merge_stage.merge(stage, merge=recipe.merge, start=start, trained=trained)
+
+
+def mixture_of(recipe, start, sft, dpo):
+    return merge_stage.mixture_of(recipe.merge, start, {n: f for n, f in (("sft", sft), ("dpo", dpo)) if f})
+
+
+def evaluate(stage, recipe, **inputs):
+    evaluate_stage.evaluate(stage, evaluate=recipe.evaluate, score=recipe.score, model=recipe.model, compute=recipe,
+                            **inputs)
+
+
+def final(stage, recipe, **inputs):
+    publish.publish(stage, recipe=recipe, bootstrap=recipe.evaluate.bootstrap, **inputs)
