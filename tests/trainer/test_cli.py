@@ -1,7 +1,7 @@
 import pytest
 
-from strop.trainer.cli import help_text, parse, shipped_recipes, to_yaml
-from strop.trainer.config import Recipe
+from strop.trainer.cli import help_text, parse, shipped_recipes
+from strop.trainer.config import Recipe, to_yaml
 from strop.trainer.main import main
 from strop.trainer.run.world import World
 

@@ -64,8 +64,8 @@ def test_the_standard_error_is_that_of_a_ratio_of_means():
 def test_evaluate_records_it_for_every_candidate(tiny_model, moved, tmp_path):
     import pyarrow as pa
 
-    from strop.trainer.data.sources import SCHEMA
     from strop.trainer.run.tables import write_table
+    from strop.trainer.stages.prompts import SCHEMA
 
     rows = [{"prompt_id": f"p{i}", "source": "s", "split": "validation" if i < 3 else "test", "answer": "1",
              "messages": [{"role": "user", "content": f"say {i}"}], "verifier": "exact", "verifier_args": "{}",

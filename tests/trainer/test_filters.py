@@ -10,11 +10,11 @@ import pytest
 from stagecalls import prompts
 
 from strop.trainer.config import Filter, ReadyData, Recipe
-from strop.trainer.data.dedup import HeldOut, near_duplicates
+from strop.trainer.data.contamination import HeldOut, held_out_of
+from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import repetition, truncation
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
-from strop.trainer.data.sources import held_out_of
 from strop.trainer.run.tables import Drops, read_table
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from strop.trainer.cli import SECRET
-from strop.trainer.config import Recipe
+from strop.trainer.config import Model, Recipe
 from strop.trainer.main import main
+from strop.trainer.models.loading import ModelFolder
 
 REPO = Path(__file__).parents[2]
 
