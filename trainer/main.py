@@ -19,18 +19,18 @@ except ModuleNotFoundError as e:
 
 
 def run(command: Command) -> None:
-    from strop.trainer.methods.running import plan_recipe, run_recipe
+    from strop.trainer.methods.running import planned, train
     from strop.trainer.reports.statistics import print_results
     from strop.trainer.run.console import Console
 
     started, console = time.perf_counter(), Console(enabled=os.environ.get("RANK", "0") == "0")
     if command.plan:
-        recipe, store = plan_recipe(command.recipe, console)
-        console.line(to_yaml(recipe))
+        store = planned(command.recipe, console)
+        console.line(to_yaml(store.recipe))
         console.table(f"plan of {store.run_dir}", ["stage", "state", "why"],
                       [[s["stage"], s["state"], s["why"]] for s in store.plan])
         return
-    done = run_recipe(command.recipe, console)
+    done = train(command.recipe, console=console)
     print_results(console, done.results())
     console.line(f"{time.perf_counter() - started:.0f} s   weights {done.model}   report {done.dir / 'report.html'}")
 

@@ -1,11 +1,15 @@
-"""Running or planning a recipe in its run directory."""
+"""Running or planning a recipe in its run directory: what the command line and `import strop` call."""
 
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from strop.trainer.cli import load_recipe
 from strop.trainer.config import Recipe, to_yaml
+from strop.trainer.environment import prepare_environment
 from strop.trainer.methods import METHODS
 from strop.trainer.methods.run import Run
-from strop.trainer.models.folders import Base, find_base
+from strop.trainer.models.folders import find_base
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
 from strop.trainer.run.console import PROGRESS, Console
@@ -14,26 +18,54 @@ from strop.trainer.run.metrics import open_metrics
 from strop.trainer.run.store import Store
 from strop.trainer.run.world import join
 
+Named = str | Path | dict | Recipe  # a recipe: a YAML file, a shipped recipe's name, its keys, or the recipe itself
 
-def plan_recipe(recipe: Recipe, console: Console) -> tuple[Recipe, Store]:
-    """The recipe with every default resolved, and a store whose `plan` lists what a run would do. Writes nothing."""
+
+def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, *,
+          console: Console | None = None) -> RunRecord:
+    """Runs a recipe to its end, or resumes it, and returns what its run directory then holds.
+
+    recipe: a YAML file, the name of a shipped recipe, a dict of keys or a Recipe. overrides: dotted keys and their
+    values, e.g. {"sample.k": 16}. Under torchrun every rank calls it. Raises UserError for what a user can fix;
+    completed stages are kept, and the same call resumes."""
+    with open_run(recipe, overrides, console=console) as run:
+        run.store.plan = planned(run.recipe, run.store.console).plan if run.store.world.first else []
+        METHODS[run.recipe.method](run, run.recipe)
+    return read_run(run.store.run_dir)
+
+
+def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None) -> list[dict]:
+    """What `train` would do: a dict per stage with its kind, inputs, state ("done", "stale" or "to run") and why.
+
+    Nothing is run or written. Raises UserError as train does."""
+    return planned(load_recipe(recipe, overrides), Console(enabled=False)).plan
+
+
+def planned(recipe: Recipe, console: Console) -> Store:
+    """A store that has planned the recipe's method; its `recipe` has every default resolved."""
+    prepare_environment()
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
-    return recipe, follow(recipe, find_base(recipe.model, console, convert=False), store)
-
-
-def follow(recipe: Recipe, base: Base, store: Store) -> Store:
-    METHODS[recipe.method](Run(store, recipe, base), recipe)
+    store.recipe = recipe
+    METHODS[recipe.method](Run(store, recipe, find_base(recipe.model, console, convert=False)), recipe)
     return store
 
 
-def run_recipe(recipe: Recipe, console: Console) -> RunRecord:
-    """Runs or resumes a recipe and returns what its run directory then holds. Every rank calls it.
+@contextmanager
+def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, *,
+             console: Console | None = None):
+    """Locks the recipe's run directory and yields a Run, for methods of your own:
 
-    Raises UserError for what a user can mend; completed stages are kept, and the same call resumes."""
+        with strop.open_run("mine.yaml") as run:
+            weights = strop.methods.llama3(run, run.recipe)
+
+    Every stage that the method's verbs complete is kept, and the same code resumes. Raises UserError as train does."""
+    prepare_environment()
+    recipe = load_recipe(recipe, overrides)
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
+    console = console or Console(enabled=world.first)
     run_dir, text = Path(recipe.output_dir) / recipe.name, to_yaml(recipe)
     store = Store(run_dir, world, console)
     store.lock()
@@ -42,18 +74,16 @@ def run_recipe(recipe: Recipe, console: Console) -> RunRecord:
         console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   "
                      f"base {base.name}")
         store.metrics = open_metrics(recipe, run_dir, console, world.first)
-        console.note = run_dir / PROGRESS
-        store.after = [store.metrics.stage_done, Refresh(run_dir, console)]
+        console.note, store.after = run_dir / PROGRESS, [store.metrics.stage_done, Refresh(run_dir, console)]
         if world.first:
-            store.plan = follow(recipe, base, Store(run_dir, world, console, planning=True)).plan
             write_atomic(run_dir / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
-        follow(recipe, base, store)
+        yield Run(store, recipe, base)
         store.metrics.close()
         if world.first:
             write_report(run_dir)
         world.barrier()
-        return read_run(run_dir)
     finally:
         console.note = None
         store.unlock()
         world.close()
+
