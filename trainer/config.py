@@ -53,7 +53,7 @@ class Part:
             how = (type(self._section).model_fields[name].json_schema_extra or {}).get("key")
             value = getattr(self._section, name)
             if how == "content":
-                found[name] = value and read_text(name, value)
+                found[name] = value and read_text(f"{type(self._section).__name__.lower()}.{name}", value)
             elif how != "none":
                 found[name] = _key_of(value)
         return found

@@ -307,7 +307,8 @@ CASES = {
     "a cut table": (damaged("round-00/select/sft.parquet", "round-00/sft", halve), [], "select/sft.parquet"),
     "a table that is gone": (damaged("round-00/score/scores.parquet", "round-00/select", Path.unlink), [],
                              "delete the folder"),
-    "damaged weights": (damaged("round-00/sft/model/model.safetensors", "round-00/dpo"), [], "round-00/sft to have"),
+    "damaged weights": (damaged("round-00/sft/model/model.safetensors", "round-00/dpo"), [],
+                        "round-00/sft to re-run it"),
     "damaged results": (damaged("baseline/summary.json", "round-00/merge", lambda p: p.write_text(p.read_text().replace(
         '"pass_rate": 0.0', '"pass_rate": 1.0'))), [], "baseline/summary.json: damaged"),
     "damaged final weights": (damaged_at_last, [], "final/model.safetensors"),

@@ -45,13 +45,14 @@ def test_it_is_the_kl_summed_over_the_vocabulary(tiny_model, moved, monkeypatch)
     monkeypatch.setattr("strop.trainer.models.kl.CHUNK", 2)
     for budget in (1, 20, 4096):  # each row alone, two together, all together
         monkeypatch.setattr("strop.trainer.models.kl.BUDGET", budget)
-        found = drift({"sft": moved}, {"sft": ROWS}, tiny_model, torch.float32, CPU)["sft"]
+        found = drift({"sft": ModelFolder(moved)}, {"sft": ROWS}, ModelFolder(tiny_model), torch.float32, CPU)["sft"]
         assert found["kl"] == pytest.approx(sum(sums) / 8, rel=1e-4) and found["kl"] > 1e-3
         assert (found["prompts"], found["tokens"]) == (3, 8)
 
 
 def test_the_same_weights_have_not_moved(tiny_model):
-    assert drift({"base": tiny_model}, {"base": ROWS}, tiny_model, torch.bfloat16, CPU)["base"]["kl"] == 0.0
+    same = ModelFolder(tiny_model)
+    assert drift({"base": same}, {"base": ROWS}, same, torch.bfloat16, CPU)["base"]["kl"] == 0.0
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_means():

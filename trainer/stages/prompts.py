@@ -40,13 +40,14 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int) -> None:
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
     rows, seen = [], {}
     for source in data.sources:
-        verifier = source.verifier or "reasoning_gym"
+        verifier, key = source.verifier or "reasoning_gym", f"data.sources, {source.name}"
         try:
             rules.check(verifier, source.verifier_args)
             if source.reasoning_gym:
+                key += f": reasoning_gym={source.reasoning_gym}"
                 rules.check("reasoning_gym", {"dataset": source.reasoning_gym})
         except UserError as e:
-            raise UserError(f"data.sources, {source.name}: {e}") from e
+            raise UserError(f"{key}: {e}") from e
         shown = time.monotonic()
         check_answer = partial(rules.check_answer, verifier, source.verifier_args)
         for row in source_rows(source, seed, check_answer, drops, quarantine):
