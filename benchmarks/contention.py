@@ -3,9 +3,9 @@ Strop sets it (trainer/environment.py).
 
     python -m benchmarks.contention [--tries 3] [--write]
 
-A step is that of benchmarks.train_step: DPO, SmolLM2-135M, 4 pairs of 64:32 tokens, all cores. A try is a process of its
-own that takes steps alone, then beside each neighbor; both settings take turns. A neighbor is `sh -c 'while :; do :;
-done'` at the given niceness. --write keeps the numbers in benchmarks/results/<device>/contention.json.
+A step is that of benchmarks.train_step: DPO, SmolLM2-135M, 4 pairs of 64:32 tokens, all cores. A try is a process that
+takes steps alone, then beside each neighbor; both settings take turns. A neighbor is `sh -c 'while :; do :; done'` at
+the given niceness. --write keeps the numbers in benchmarks/results/<device>/contention.json.
 """
 
 from __future__ import annotations
