@@ -225,7 +225,7 @@ class Console:
                 file.flush()
             else:
                 self.rich.print(text, style=style, markup=False, soft_wrap=True)
-        except BrokenPipeError:  # the reader went away (`| head`): the run is worth more than its echo
+        except OSError:  # the reader (`| head`) or the terminal is gone: the run is worth more than its echo
             self.enabled = False
             if file is sys.stdout:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
