@@ -53,6 +53,11 @@ def milliseconds(seconds: float) -> str:
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms * 1e3:.0f} µs"
 
 
+def figures(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def mebibytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
@@ -63,11 +68,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def not_run(cases: dict[str, dict]) -> str:
-    """Who did not run and why, those with the same reason together."""
+    """Who ran in none of the cases and why, those with the same reason together."""
     reasons: dict[str, list[str]] = {}
+    ran = contenders_of(cases)
     for case in cases.values():
         for name, found in case["contenders"].items():
-            if "failed" in found:
+            if "failed" in found and name not in ran:
                 where = reasons.setdefault(found["failed"], [])
                 if name not in where:
                     where.append(name)
@@ -86,7 +92,7 @@ def contenders_of(cases: dict[str, dict]) -> list[str]:
 
 
 def family_section(family: str, label: Callable[[dict], str], memory: bool = True) -> str:
-    """A row per case, a column per contender: time, fraction of the floor and, with `memory`, peak memory."""
+    """A row per case, a column per contender: ms (fraction of the floor) and, with `memory`, peak MiB."""
     parts = []
     for result in results():
         cases = family_cases(result, family)
@@ -103,10 +109,10 @@ def family_section(family: str, label: Callable[[dict], str], memory: bool = Tru
                 if "seconds" not in f:
                     cells.append("")
                     continue
-                cell = f"{milliseconds(f['seconds'])} ({f['fraction_of_floor']:.0%})"
+                cell = f"{figures(f['seconds'] * 1e3)} ({f['fraction_of_floor']:.0%})"
                 cell = f"**{cell}**" if f["seconds"] == min(measured) else cell
-                cells.append(f"{cell}, {mebibytes(f['peak_bytes'])}" if memory else cell)
-            rows.append([label(case), milliseconds(case["floor"]["seconds"]), *cells])
+                cells.append(f"{cell}, {figures(f['peak_bytes'] / 2**20)}" if memory else cell)
+            rows.append([label(case), figures(case["floor"]["seconds"] * 1e3), *cells])
         parts += [measured_on(result), table(["", "floor", *names], rows), not_run(cases)]
     if not any("cuda" in result["environment"] for result in results()):
         parts.append(f"**{GPU}**: {NOT_YET}.")
@@ -183,8 +189,7 @@ def train_step_section() -> str:
         cases = list(result["cases"].values())
         for model in dict.fromkeys(case["model"] for case in cases):
             rows = [train_step_row(case) for case in cases if case["model"] == model]
-            header = ["", "peer", "Strop", "TRL", "speedup", "FLOP ratio", "Strop tokens/s"]
-            header += ["Strop peak", "TRL peak", "MFU"]
+            header = ["", "peer", "Strop, s", "TRL, s", "speedup", "FLOP ratio", "Strop, GiB", "TRL, GiB", "MFU"]
             parts += [f"{measured_on(result)}, {model}", table(header, rows)]
         plot = plots.train_step(result, PAGE.parent / "plots" / f"{path.parent.name}-train-step.svg")
         parts.append(f"![Seconds per step, Strop and TRL]({plot.relative_to(PAGE.parent).as_posix()})")
@@ -198,11 +203,10 @@ def train_step_row(case: dict) -> list[str]:
     return [
         f"{case['task'].upper()} {case['prompt']}:{case['completion']}",
         case["side"].replace("trl", "TRL,"),
-        *(f"{side['seconds']:.2f} s" for side in (ours, theirs)),
+        *(f"{side['seconds']:.2f}" for side in (ours, theirs)),
         f"**{theirs['seconds'] / ours['seconds']:.1f}**",
         f"{case['flop_ratio']:.1f}",
-        f"{case['tokens'] / ours['seconds']:,.0f}",
-        *(f"{side['peak_bytes'] / 2**30:.1f} GiB" for side in (ours, theirs)),
+        *(f"{side['peak_bytes'] / 2**30:.1f}" for side in (ours, theirs)),
         f"{case['flops'] / ours['seconds'] / case['matmul_rate']:.0%}",
     ]
 
@@ -215,8 +219,8 @@ def step_profile_section() -> str:
         rows = []
         for name, case in result["cases"].items():
             shares = [f"{case['seconds'].get(kind, 0) / case['step_seconds']:.0%}" for kind in kinds]
-            rows.append([name, f"{case['step_seconds']:.2f} s", *shares, f"{case['floor_seconds']:.2f} s"])
-        parts += [measured_on(result), table(["", "step", *kinds, "floor"], rows)]
+            rows.append([name, f"{case['step_seconds']:.2f}", *shares, f"{case['floor_seconds']:.2f}"])
+        parts += [measured_on(result), table(["", "step, s", *kinds, "floor, s"], rows)]
     if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/step_profile.json")):
         parts.append(f"**{GPU}**: {NOT_YET}.")
     return "\n\n".join(parts)
