@@ -111,6 +111,7 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
     from strop.kernels import preference_loss
     from strop.kernels.layout import Group
     from strop.trainer.config import Recipe
+    from strop.trainer.models.loading import ModelFolder
     from strop.trainer.run.console import Console
     from strop.trainer.run.world import World, keep_freed_memory
     from strop.trainer.training.batch import Example, collate, microbatches
@@ -134,7 +135,9 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
         {"dtype": job.dtype, "data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
     )
     stage = SimpleNamespace(world=World(device=device), console=Console(enabled=False))
-    engine = Engine(folder, recipe.dpo, recipe, stage, 1 << 20)
+    engine = Engine(
+        ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed
+    )
     scorer = Scorer(engine.model)
     examples = [
         Example(str(i), Group(prompt, completions))

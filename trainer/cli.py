@@ -28,9 +28,9 @@ Runs rounds of rejection sampling, SFT and DPO. Without arguments it runs the re
   --debug     show the traceback of an error
   --help      this text
 
-The same command resumes a run that stopped; a changed key runs again what depends on it.
-The other commands look at runs; `strop show --help` and so on say more.
-In a checkout `torchrun trainer/main.py` is `strop`; several processes: torchrun --nproc-per-node=2 trainer/main.py ...
+The same command resumes a run that stopped; changing a key re-runs what depends on it.
+Each of the other commands has its own --help, e.g. `strop show --help`.
+In a checkout, `torchrun trainer/main.py` is `strop`; two processes: torchrun --nproc-per-node=2 trainer/main.py ...
 
 Keys, with type, default and meaning:
 """
@@ -67,14 +67,14 @@ def parse(argv: list[str]) -> Command:
         elif argument == "--debug":
             command.debug = True
         elif argument.startswith("-"):
-            raise UserError(f"{argument}: no such option; --help lists what there is")
+            raise UserError(f"{argument}: unknown option; see --help")
         elif "=" in argument:
             overrides.append(argument)
         elif read is None:
             path = find_recipe(argument)
             name, read = path.stem, read_recipe(path)
         else:
-            raise UserError(f"{argument}: a second recipe; one is enough, override its keys with key=value")
+            raise UserError(f"{argument}: a second recipe; give one, and override its keys with key=value")
     if command.help:
         return command
     read = read or read_recipe(find_recipe(name))
@@ -140,7 +140,7 @@ def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
         seen = set()
         for key, value in node.value:
             if key.value in seen:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: the key stands here twice")
+                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: duplicate key")
             seen.add(key.value)
             _note_lines(value, (*at, key.value), path, lines)
             lines[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"

@@ -110,7 +110,7 @@ def test_a_run_is_found_by_path_and_by_name(finished, tmp_path, monkeypatch):
     (["show"], "show takes 1 argument, 0 given; usage: strop show RUN"),
     (["show", "a", "b"], "show takes 1 argument, 2 given"),
     (["compare", "a"], "compare takes at least 2 arguments, 1 given"),
-    (["export", "a", "b", "--force"], "--force: no such option of export"),
+    (["export", "a", "b", "--force"], "--force: unknown option of export"),
     (["watch", "a", "--port", "x"], "--port x: a number from 1 to 65535 is needed"),
     (["watch", "a", "--port=99999"], "--port 99999: a number"),
     (["show", "nowhere"], "nowhere: no such run directory"),

@@ -29,8 +29,6 @@ class Base:
     license: str | None = None
 
 
-
-
 def find_base(model: Model, console, convert: bool = True) -> Base:
     """The folder that `model.path` names; a GGUF is converted into the cache, once (`convert`=False only says
     where to). Raises UserError if there is no such model."""
@@ -77,12 +75,6 @@ def card_license(card: Path) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
     found = re.match(r"---\n(?:.*\n)*?license:\s*([A-Za-z0-9.-]+)\s*\n(?:.*\n)*?---", text)
     return found.group(1).lower() if found else None
-
-
-
-
-
-
 
 
 def save_model(model: nn.Module, source: Path, target: Path) -> None:

@@ -26,8 +26,6 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split
 
 
 REPORT_SECONDS = 10.0
-
-
 MUCH = 0.2  # of a source
 
 
