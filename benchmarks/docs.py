@@ -219,8 +219,9 @@ def step_profile_section() -> str:
         rows = []
         for name, case in result["cases"].items():
             shares = [f"{case['seconds'].get(kind, 0) / case['step_seconds']:.0%}" for kind in kinds]
-            rows.append([name, f"{case['step_seconds']:.2f}", *shares, f"{case['floor_seconds']:.2f}"])
-        parts += [measured_on(result), table(["", "step, s", *kinds, "floor, s"], rows)]
+            rows.append([name.split(", ")[1], f"{case['step_seconds']:.2f}", *shares, f"{case['floor_seconds']:.2f}"])
+        models = ", ".join(dict.fromkeys(name.split(", ")[0] for name in result["cases"]))
+        parts += [f"{measured_on(result)}, {models}", table(["", "step, s", *kinds, "floor, s"], rows)]
     if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/step_profile.json")):
         parts.append(f"**{GPU}**: {NOT_YET}.")
     return "\n\n".join(parts)
