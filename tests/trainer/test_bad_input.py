@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.run.artifacts import list_files
 from strop.trainer.run.console import Console
@@ -384,7 +385,7 @@ def test_every_reason_for_leaving_a_row_out_is_in_the_table():
 
 
 def test_debug_shows_the_traceback(place):
-    with pytest.raises(ValueError, match=r"prompts\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl: no such file"):
         place.prompts.unlink()
         main([str(place.recipe), "--debug"])
 

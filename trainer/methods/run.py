@@ -136,9 +136,10 @@ class Run:
     def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
         """The weights that go on: the best pass rate on the validation split, later candidates winning ties; the last
         candidate if section.promote is "last" or nothing was measured."""
-        known = all(a.hash is not None and a.hash in self.measured for a in candidates.values())
+        evaluations = [self.measured[a.hash][0] for a in candidates.values() if a.hash in self.measured]
+        waiting = any(evaluation.hash is None for evaluation in evaluations)  # only while planning
         chosen = list(candidates)[-1]
-        if known and section.promote == "best":
+        if section.promote == "best" and len(evaluations) == len(candidates) and not waiting:
             chosen = max(reversed(candidates), key=lambda name: self._pass_rate(candidates[name]))
         where = {name: [str(self.measured[a.hash][0].path.relative_to(self.store.run_dir)), self.measured[a.hash][1]]
                  for name, a in candidates.items() if a.hash in self.measured}
@@ -147,6 +148,8 @@ class Run:
         if not self.store.planning and self.store.world.first:
             write_json(self.store.run_dir / "promotions.json", self.promotions)
             self.store.console.line(f"round-{self.round:02}: promoted {chosen}")
+        if section.promote == "best" and waiting:
+            return Artifact(candidates[chosen].path, None)
         return candidates[chosen]
 
     def _folder(self, weights: Artifact) -> str | None:

@@ -16,7 +16,7 @@ from strop.trainer.run.console import PROGRESS, Console
 from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import open_metrics
 from strop.trainer.run.store import Store
-from strop.trainer.run.world import join
+from strop.trainer.run.world import World, join
 
 Named = str | Path | dict | Recipe  # a recipe: a YAML file, a shipped recipe's name, its keys, or the recipe itself
 
@@ -29,7 +29,8 @@ def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None,
     values, e.g. {"sample.k": 16}. Under torchrun every rank calls it. Raises UserError for what a user can fix;
     completed stages are kept, and the same call resumes."""
     with open_run(recipe, overrides, console=console) as run:
-        run.store.plan = planned(run.recipe, run.store.console).plan if run.store.world.first else []
+        if run.store.world.first:
+            run.store.plan = _planned(run.recipe, run.store.world, Console(enabled=False)).plan
         METHODS[run.recipe.method](run, run.recipe)
     return read_run(run.store.run_dir)
 
@@ -45,7 +46,10 @@ def planned(recipe: Recipe, console: Console) -> Store:
     """A store that has planned the recipe's method; its `recipe` has every default resolved."""
     prepare_environment()
     world = join(recipe.device, recipe.threads)
-    recipe = world.settle_dtype(recipe)
+    return _planned(world.settle_dtype(recipe), world, console)
+
+
+def _planned(recipe: Recipe, world: World, console: Console) -> Store:
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
     store.recipe = recipe
     METHODS[recipe.method](Run(store, recipe, find_base(recipe.model, console, convert=False)), recipe)
