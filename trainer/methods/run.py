@@ -38,7 +38,6 @@ class Run:
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
         self._compute = recipe.only("dtype", "device", "attention")
-        self._prompts: Artifact | None = None
         self._base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
                       "base_hash": self.start.hash}
         store.about = {"name": recipe.name, "method": recipe.method, "base": self._base}
@@ -60,13 +59,12 @@ class Run:
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def prompts(self) -> Artifact:
-        """The prompts of data.sources, filtered and split. Evaluations use its held-out splits."""
+        """The prompts of data.sources, filtered and split into train, validation and test."""
         r = self.recipe
         config = {"data": r.data.only("sources", "validation", "test", "max_bad_rows"), "seed": r.seed,
                   "filter": r.filter.only("near_duplicates", "decontaminate", "max_repetition")}
         files = {s.name: external(s.path) for s in r.data.sources if s.path}
-        self._prompts = self._stage("prompts", prompts, "prompts", config, {}, depends=files)
-        return self._prompts
+        return self._stage("prompts", prompts, "prompts", config, {}, depends=files)
 
     def sample(self, section: Sample, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
         """K completions of this round's prompts by `weights`."""
@@ -109,7 +107,7 @@ class Run:
         """`policy` trained on the selected pairs against the log-probs of `reference_weights`."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
                   "seed": self.recipe.seed}
-        table = self._stage("reference", reference, "log-probs", config,
+        table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
                   "same_weights": reference_weights.hash == policy.hash}
@@ -121,11 +119,12 @@ class Run:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, section: Evaluate, candidates: dict[str, Artifact], name: str = "evaluate") -> Artifact | None:
+    def evaluate(self, section: Evaluate, prompts: Artifact, candidates: dict[str, Artifact],
+                 name: str = "evaluate") -> Artifact:
         """Pass rates of those candidates whose weights were not measured before, on the held-out prompts."""
         fresh = {a.hash or candidate: candidate for candidate, a in reversed(candidates.items())}
         fresh = {candidate: candidates[candidate] for key, candidate in fresh.items() if key not in self.measured}
-        inputs = {"prompts": self._prompts, "candidates": dict(sorted(fresh.items()))}
+        inputs = {"prompts": prompts, "candidates": dict(sorted(fresh.items()))}
         if self.measured:
             inputs["start"] = self.start
         config = {"evaluate": section, "score": self.recipe.score, "model": self._loading, "compute": self._numbers}
@@ -168,7 +167,7 @@ class Run:
         self.store.verify([evaluation for evaluation, _ in self.measured.values()])
         config = {"recipe": r, "bootstrap": r.evaluate.bootstrap, "base": self._base}
         last = self._stage("final", publish, "model", config,
-                           {"weights": weights, "prompts": self._prompts, "promotions": self.promotions})
+                           {"weights": weights, "promotions": self.promotions})
         self.store.verify(last)
         return last
 
