@@ -72,16 +72,16 @@ def _in_place(case: Case, x: SimpleNamespace):
 def _csrc(case: Case, x: SimpleNamespace):
     if not x.logits.is_cuda:
         raise Unavailable("CUDA C++")
-    from strop.kernels import _cuda
+    from strop.kernels.head import cuda
 
     call = _call(gather_logprob, x.logits, x.target)
 
     def preferring() -> tuple[Tensor, ...]:
-        before, _cuda.prefer = _cuda.prefer, True
+        before, cuda.prefer = cuda.prefer, True
         try:
             return call()
         finally:
-            _cuda.prefer = before
+            cuda.prefer = before
 
     return preferring
 

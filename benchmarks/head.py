@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.kernels import linear_logprob
-from strop.kernels.chunked import default_byte_budget
+from strop.kernels.head.chunked import default_byte_budget
 
 from .shapes import SMOLLM2, Head, head_inputs, heads, tokens
 from .suite import DTYPES, Case, Unavailable

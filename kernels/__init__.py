@@ -18,8 +18,8 @@ if __name__ == "kernels":
         del __file__
 else:
     from .attention import prefix_attention
-    from .layout import Group, PackedGroups, SeparateRows
-    from .logprob import gather_logprob, linear_logprob
+    from .head import gather_logprob, linear_logprob
+    from .layout import Group, PackedGroups
     from .preference import LOSS_TYPES, PREFERENCE_METRICS, linear_preference_loss, preference_loss, preference_means
     from .sampling import draw_key, sample_tokens
 
@@ -28,7 +28,6 @@ else:
         "PREFERENCE_METRICS",
         "Group",
         "PackedGroups",
-        "SeparateRows",
         "draw_key",
         "gather_logprob",
         "linear_logprob",

@@ -2,7 +2,7 @@
 read is kept, nothing they made.
 
 csrc/cpu.cpp does the work, and rounds on the way where transformers' own layers do. Where it has no operators
-(`available`) the plain functions of strop.kernels.reference do it. On a GPU Liger's kernels do.
+(`available`) plain PyTorch does it. On a GPU Liger's kernels do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _cpu, reference
+from . import _cpu
 
 # Rows of which csrc/cpu.cpp sums the weight's gradient by itself.
 _NORM_BLOCK = 64
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [..., D] and weight [D] of one dtype. Statistics in fp32, for fp64 in fp64.
     """
     if not available(x, weight):
-        return reference.rms_norm(x, weight, eps)
+        return rms_norm_reference(x, weight, eps)
     if not torch.is_grad_enabled():  # an autograd.Function takes as long to call as a decoding step's norm itself
         return _normed(x, weight, eps)[0].view(x.shape)
     return _RMSNorm.apply(x, weight, eps)
@@ -41,7 +41,7 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     Returns [..., D].
     """
     if not available(gate, up, weight):
-        return reference.swiglu_linear(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight)
     return _SwiGLULinear.apply(gate, up, weight)
 
 
@@ -60,10 +60,22 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [1, H, T, D], cos and sin [1, T, D] of one dtype. Gradients for x only.
     """
     if not available(x, cos, sin):
-        return reference.rotary(x, cos.detach(), sin.detach())
+        return rotary_reference(x, cos.detach(), sin.detach())
     if not torch.is_grad_enabled():
         return _rotate(x, cos, sin, False)
     return _Rotary.apply(x, cos, sin)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight [D] * (x [..., D] / sqrt(mean(x^2) + eps)), arXiv 1910.07467, rounded to x's dtype before the product."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, H, T, D] turned by cos and sin [1, T, D], arXiv 2104.09864 with a head's halves as pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,24 +45,6 @@ class Bounds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeparateRows:
-    """The same completions one a row, right-padded, the prompt repeated: for models that cannot run packed.
-
-    input_ids, attention_mask, position_ids: [completions, longest row] int64. pred_index [targets] int64 indexes the
-    flattened [completions * longest row] hidden states. target, target_segment and target_bounds are those of the
-    PackedGroups the rows came from, in the same order.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    pred_index: Tensor
-    target: Tensor
-    target_segment: Tensor
-    target_bounds: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
 class PackedGroups:
     """One packed row of T tokens: groups follow each other, each a prompt and then its completions, without padding.
 
@@ -185,31 +167,6 @@ class PackedGroups:
     def pin_memory(self) -> PackedGroups:
         """The same layout with its tensors in page-locked memory, so that `to(..., non_blocking=True)` overlaps."""
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
-
-    def separate(self, pad_id: int = 0) -> SeparateRows:
-        """The same completions one a row, right-padded with `pad_id`, the prompt repeated before each."""
-        prompts = [self.prompt_bounds[g] for g in self.completion_group]
-        lengths = [pe - ps + ce - cs for (ps, pe), (cs, ce) in zip(prompts, self.completion_bounds, strict=True)]
-        width = max(lengths)
-        source = [
-            [*range(ps, pe), *range(cs, ce), *[-1] * (width - length)]
-            for (ps, pe), (cs, ce), length in zip(prompts, self.completion_bounds, lengths, strict=True)
-        ]
-        source = torch.tensor(source, dtype=torch.int64).to(self.input_ids.device)
-        real = source >= 0
-        input_ids = torch.where(real, self.input_ids[source.clamp_min(0)], pad_id)
-        columns = torch.arange(width, device=source.device).expand_as(source)
-        # A token's position in the packed row is its offset in a row of its own.
-        pred_index = self.target_segment.long() * width + self.position_ids[self.pred_index]
-        return SeparateRows(
-            input_ids=input_ids,
-            attention_mask=real.long(),
-            position_ids=columns.contiguous(),
-            pred_index=pred_index,
-            target=self.target,
-            target_segment=self.target_segment,
-            target_bounds=self.target_bounds,
-        )
 
 
 def _attention_layout(prompts: list[Span], completions: list[Span], groups: list[int]) -> dict[str, Tensor | int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from strop.kernels.reference import linear_logits
+from strop.kernels.head.reference import linear_logits
 from strop.trainer.models import Head, head_of, load_model
 
 CHUNK = 256  # positions whose whole distributions are held at once

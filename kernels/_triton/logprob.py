@@ -1,4 +1,4 @@
-"""The element-wise passes of kernels/passes.py as Triton kernels: one program a row, each element read once.
+"""The element-wise passes of kernels/head/passes.py as Triton kernels: one program a row, each element read once.
 
 Row offsets are int64: rows * columns passes 2^31 for real batches. Sums start anew in each chunk and are joined with
 the older ones by the online log-sum-exp of Milakov and Gimelshein 2018 (arXiv 1805.02867, algorithm 3).
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _cuda
-from ..passes import RowState
+from ..head import cuda
+from ..head.passes import RowState
 
 # Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
 _BLOCK = 4096
@@ -275,8 +275,8 @@ def gradient_chunk(
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """As passes.gather_forward."""
-    if _cuda.takes("gather_forward", logits):
-        return _cuda.gather_forward(logits, target)
+    if cuda.takes("gather_forward", logits):
+        return cuda.gather_forward(logits, target)
     logits = logits.contiguous()
     rows, columns = logits.shape
     logp, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -296,8 +296,8 @@ def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Ten
         gather_backward(grad, logits.contiguous(), target, at_target, lse, dense)
         out.copy_(dense)
         return
-    if _cuda.takes("gather_backward", logits):
-        _cuda.gather_backward(grad, logits, target, at_target, lse, out)
+    if cuda.takes("gather_backward", logits):
+        cuda.gather_backward(grad, logits, target, at_target, lse, out)
         return
     gather_backward_kernel[(rows,)](
         grad.contiguous(),

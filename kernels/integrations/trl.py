@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..logprob import gather_logprob, linear_logprob
+from ..head import gather_logprob, linear_logprob
 from ..preference import PREFERENCE_METRICS, preference_loss, preference_means
 
 try:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from strop.kernels import Group, PackedGroups, prefix_attention, reference
+from strop.kernels import Group, PackedGroups, prefix_attention
+from strop.kernels.attention import reference
 
 OPTIONS = [
     {},

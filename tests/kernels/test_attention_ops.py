@@ -12,8 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.nn.attention.bias import causal_lower_right
 
-from strop.kernels import Group, PackedGroups, attention_varlen, prefix_attention, reference
-from strop.kernels.attention import _backward_op, _op
+from strop.kernels import Group, PackedGroups, prefix_attention
+from strop.kernels.attention import reference, varlen
+from strop.kernels.attention.prefix import _backward_op, _op
 from strop.kernels.layout import TILE, Bounds
 
 GROUPS = [Group([1, 2, 3], [[4, 5], [6], [7, 8, 9, 1]]), Group([], [[1, 2], [3]]), Group([1] * 9, [[2] * 4])]
@@ -189,7 +190,7 @@ def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
             return _varlen_twin(*tensors, scale=scale, window=window_size, cap=0.0)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        out = attention_varlen.varlen(*qkv, groups, 0.3, window)
+        out = varlen.varlen(*qkv, groups, 0.3, window)
     else:
 
         def flash_attn_varlen_func(*tensors, softmax_scale, causal, window_size, softcap, deterministic):
@@ -197,7 +198,7 @@ def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
             return _varlen_twin(*tensors, scale=softmax_scale, window=window_size, cap=softcap)
 
         monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-        out = attention_varlen.flash_attn(*qkv, groups, 0.3, window, cap)
+        out = varlen.flash_attn(*qkv, groups, 0.3, window, cap)
     expected = reference.prefix_attention(*qkv, groups, scale=0.3, sliding_window=window or None, softcap=cap or None)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import strop.kernels.integrations.liger as ours
-from strop.kernels import chunked
+from strop.kernels.head import chunked
 
 PAIRED = ("dpo", "cpo", "simpo", "orpo")
 CLASS = {"dpo": "DPO", "cpo": "CPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import _cpu, gather_logprob, linear_logprob, reference
+from strop.kernels import _cpu, gather_logprob, linear_logprob
+from strop.kernels.head import reference
 
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 HEADS = [{}, {"logit_scale": 0.5, "temperature": 0.7}, {"softcap": 3.0, "temperature": 1.3, "logit_scale": 2.0}]

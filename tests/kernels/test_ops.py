@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from strop.kernels import chunked, gather_logprob, linear_logprob, preference_loss
-from strop.kernels.logprob import _gather_logprob, _gather_logprob_backward, _linear_logprob, _linear_logprob_backward
-from strop.kernels.preference import segment_sum
+from strop.kernels import gather_logprob, linear_logprob, preference_loss
+from strop.kernels.head import chunked
+from strop.kernels.head.logprob import (
+    _gather_logprob,
+    _gather_logprob_backward,
+    _linear_logprob,
+    _linear_logprob_backward,
+)
+from strop.kernels.preference.loss import segment_sum
 
 
 def _inputs(dtype: torch.dtype = torch.float32, seed: int = 0, needs: tuple[bool, bool, bool] = (True, True, True)):

@@ -10,8 +10,8 @@ from strop.kernels import (
     linear_preference_loss,
     preference_loss,
     preference_means,
-    reference,
 )
+from strop.kernels.head import reference
 
 # Loss, dL/dc and dL/dr of one pair at c = r = 0 with beta 0.1: the papers' formulas worked by hand.
 ANCHORS = {

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import Group, PackedGroups, reference
+from strop.kernels import Group, PackedGroups
 from strop.kernels._triton import attention_launch as kernels
+from strop.kernels.attention import reference
 from strop.kernels.layout import TILE
 
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import PREFERENCE_METRICS, chunked, passes, preference_loss, reference
+from strop.kernels import PREFERENCE_METRICS, preference_loss
 from strop.kernels._triton import logprob as kernels
-from strop.kernels.losses import Options
-from strop.kernels.pairwise import _FUSED, NLL_NORMALIZATIONS, pairwise_sums
-from strop.kernels.passes import Head
+from strop.kernels.head import chunked, passes, reference
+from strop.kernels.head.passes import Head
+from strop.kernels.preference.losses import Options
+from strop.kernels.preference.pairwise import _FUSED, NLL_NORMALIZATIONS, pairwise_sums
 
 HEADS = [Head(), Head(logit_scale=0.5, temperature=0.7), Head(logit_scale=2.0, temperature=1.3, softcap=3.0)]
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
@@ -184,7 +185,7 @@ def test_pairwise_losses_equal_their_formulas(name: str, nll: str):
 def test_opcheck_of_pairwise_loss():
     from torch.library import opcheck
 
-    from strop.kernels.pairwise import _pairwise, _pairwise_backward
+    from strop.kernels.preference.pairwise import _pairwise, _pairwise_backward
 
     offsets = torch.tensor([0, 2, 3, 3, 6])
     numbers = [0.1, 0.0, 0.0, 0.05, 0.0, 50.0]

@@ -13,8 +13,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ...logprob import linear_logprob
-from ...losses import LOSSES, Options, Pairs, kto_desirable, kto_undesirable, log_odds
+from ...head import linear_logprob
+from ...preference.losses import LOSSES, Options, Pairs, kto_desirable, kto_undesirable, log_odds
 
 # The loss types of Liger's DPO, and those among them that label_smoothing has a meaning for.
 DPO_TYPES = (
@@ -49,8 +49,8 @@ def liger_fused_linear_dpo(
     _input [2B, T, D], weight [V, D], target [2B, T] integer, bias [V]. The reference's log-probs come from ref_input
     [2B, T, D'], ref_weight [V, D'], ref_bias [V] and are 0 without use_ref_model. average_log_prob divides sequence
     log-probs by their tokens; the mean of no tokens is 0. loss_type: sigmoid, hinge, exo_pair, nca_pair, robust,
-    bco_pair, sppo_hard, apo_zero, apo_down, discopop (formulas and papers: kernels/losses.py); label_smoothing is for
-    sigmoid (cDPO), exo_pair and robust, and another type warns that it ignores it.
+    bco_pair, sppo_hard, apo_zero, apo_down, discopop (formulas and papers: kernels/preference/losses.py);
+    label_smoothing is for sigmoid (cDPO), exo_pair and robust, and another type warns that it ignores it.
 
     Returns (loss, (chosen log-probs [B], rejected log-probs [B], mean logit of the chosen, of the rejected, NLL,
     chosen rewards [B], rejected rewards [B])). Raises ValueError on shapes and values that do not fit.
@@ -221,7 +221,7 @@ def _paired(
     reference: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
     nll_target: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss of that name in kernels/losses.py and Liger's statistics; alpha None leaves the NLL out."""
+    """The loss of that name in kernels/preference/losses.py and Liger's statistics; alpha None leaves the NLL out."""
     hidden, weight, _ = head
     _check_shapes(hidden, target)
     if target.shape[0] % 2 or target.shape[0] == 0:

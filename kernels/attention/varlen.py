@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import PackedGroups
+from ..layout import PackedGroups
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _cpu
+from .. import _cpu
 
 # Elements of the compute type that stay in a core's own cache.
 _BLOCK_ELEMENTS = 1 << 18

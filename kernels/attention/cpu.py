@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cpu
-from .layout import PackedGroups
+from .. import _cpu
+from ..layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -29,7 +29,7 @@ _BLOCK = 192
 _SCORES = 1 << 21
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
     """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns the output, as q, and the log-sum-exp [1, H, T] in lse_dtype."""
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q, k, v))
     if _cpu.multiplies(q, k, v):
@@ -56,10 +56,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, sca
     return out, lse
 
 
-def attention_backward(
+def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from what attention_forward took and returned."""
+    """Gradients of q, k and v from what forward took and returned."""
     if _cpu.multiplies(q, k, v):
         grads = tuple(empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
         tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)

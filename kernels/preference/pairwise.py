@@ -66,7 +66,7 @@ def _pairwise(
     nll: int,
     numbers: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ._triton import preference
+    from .._triton import preference
 
     loss = getattr(preference, kind)
     return preference.pairwise(policy_logp, ref_logp, offsets, loss, normalize, nll, tuple(numbers))
@@ -80,7 +80,7 @@ def _(policy_logp, ref_logp, offsets, kind, normalize, nll, numbers):
 
 @torch.library.custom_op("strop::pairwise_loss_backward", mutates_args=())
 def _pairwise_backward(grad: Tensor, offsets: Tensor, slope: Tensor, nll_slope: Tensor, tokens: int) -> Tensor:
-    from ._triton import preference
+    from .._triton import preference
 
     return preference.pairwise_backward(grad, offsets, slope, nll_slope, tokens)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cpu
+from .. import _cpu
 
 _NO_WINDOW = 1 << 40
 

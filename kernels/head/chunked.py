@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _cpu
+from .. import _cpu
 from . import passes as torch_passes
 from .passes import Head, RowState, new_state
 

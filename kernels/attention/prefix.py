@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import attention_cpu, attention_segments, attention_varlen
-from .layout import Bounds, PackedGroups
+from ..layout import Bounds, PackedGroups
+from . import cpu, spans, varlen
 
 BACKENDS = ("triton", "flash_attn", "varlen", "sdpa")
 # The backend measured to be the fastest, by major compute capability. Empty: not yet measured, and Triton's is taken.
@@ -55,11 +55,11 @@ def prefix_attention(
         raise ValueError(f"scale {scale}, sliding_window {sliding_window} and softcap {softcap} must be above 0")
     backend = _choose(backend, q, v, cap)
     if backend == "flash_attn":
-        return attention_varlen.flash_attn(q, k, v, groups, scale, window, cap)
+        return varlen.flash_attn(q, k, v, groups, scale, window, cap)
     if backend == "varlen":
-        return attention_varlen.varlen(q, k, v, groups, scale, window)
+        return varlen.varlen(q, k, v, groups, scale, window)
     if backend == "sdpa" and q.is_cuda and not window and not cap:
-        return attention_segments.sdpa(q, k, v, groups, scale)
+        return spans.sdpa(q, k, v, groups, scale)
     layout = (groups.segments, groups.tiles, groups.readers_end, groups.position_ids)
     return _op(q, k, v, *layout, float(scale), window, cap, backend == "triton")[0]
 
@@ -97,7 +97,7 @@ def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
     if backend == "sdpa":
         return None
     if backend != "triton":
-        return attention_varlen.unable(backend, q, v, cap)
+        return varlen.unable(backend, q, v, cap)
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "it takes bf16, fp16 and fp32 on a GPU"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256:
@@ -133,35 +133,35 @@ _op, _backward_op = torch.ops.strop.prefix_attention.default, torch.ops.strop.pr
 
 
 def _explicit(q: Tensor, v: Tensor, window: int, cap: float, triton: bool) -> bool:
-    """Whether attention_segments writes the scores out, which needs no log-sum-exp."""
+    """Whether spans writes the scores out, which needs no log-sum-exp."""
     return not triton and bool(window or cap or q.shape[-1] != v.shape[-1] or q.is_cuda)
 
 
 def _forward(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
     """out [1, H, T, Dv] and lse [1, H, T], at least fp32; lse is empty where the backward needs none."""
     if triton:
-        from ._triton import attention_launch
+        from .._triton import attention_launch
 
         return attention_launch.forward(q, k, v, tiles, readers_end, positions, scale, window, cap)
     bounds = Bounds.of(segments)
     if _explicit(q, v, window, cap, triton):
-        out = attention_segments.explicit_forward(q, k, v, bounds, scale, window, cap)
+        out = spans.explicit_forward(q, k, v, bounds, scale, window, cap)
         return out, q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
-    out, lse = attention_cpu.attention_forward(q, k, v, bounds, scale)
+    out, lse = cpu.forward(q, k, v, bounds, scale)
     return _rows_first(out), lse
 
 
 def _backward(grad_out, q, k, v, out, lse, segments, tiles, readers_end, positions, scale, window, cap, triton):
     if triton:
-        from ._triton import attention_launch
+        from .._triton import attention_launch
 
         layout = (tiles, readers_end, positions)
         return attention_launch.backward(grad_out, q, k, v, out, lse, *layout, scale, window, cap)
     bounds = Bounds.of(segments)
     if _explicit(q, v, window, cap, triton):
-        grads = attention_segments.explicit_backward(grad_out, q, k, v, bounds, scale, window, cap)
+        grads = spans.explicit_backward(grad_out, q, k, v, bounds, scale, window, cap)
     else:
-        grads = attention_cpu.attention_backward(grad_out, q, k, v, out, lse, bounds, scale)
+        grads = cpu.backward(grad_out, q, k, v, out, lse, bounds, scale)
     return tuple(_rows_first(grad) for grad in grads)
 
 
@@ -172,13 +172,13 @@ def _rows_first(x: Tensor) -> Tensor:
 def _forward_fake(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
     explicit = _explicit(q, v, window, cap, triton)
     plain = torch.promote_types(q.dtype, torch.float32)
-    dtype = plain if explicit or triton else attention_cpu.lse_dtype(q, k, v)
+    dtype = plain if explicit or triton else cpu.lse_dtype(q, k, v)
     lse = q.new_empty((0,) if explicit else q.shape[:3], dtype=dtype)
-    return attention_cpu.empty_rows_first(q, q.shape[1], v.shape[3]), lse
+    return cpu.empty_rows_first(q, q.shape[1], v.shape[3]), lse
 
 
 def _backward_fake(grad_out, q, k, v, *_):
-    return tuple(attention_cpu.empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
+    return tuple(cpu.empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logprob import linear_logprob
+from ..head import linear_logprob
 from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
 from .pairwise import NLL_NORMALIZATIONS, covers, pairwise_sums
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Bounds, PackedGroups
+from ..layout import Bounds, PackedGroups
 from .reference import attention_mask
 
 # Query rows of a block of written-out scores.

@@ -100,7 +100,7 @@ def _passes(x: Tensor) -> ModuleType:
     """The element-wise passes for x's device."""
     if not x.is_cuda:
         return passes
-    from ._triton import logprob as triton_passes
+    from .._triton import logprob as triton_passes
 
     return triton_passes
 

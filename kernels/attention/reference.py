@@ -1,12 +1,11 @@
-"""Plain PyTorch truth of every op: written for reading, in the inputs' dtype or fp64, and never for speed."""
+"""Attention over PackedGroups and over a cache in plain PyTorch: what the tests compare with."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import PackedGroups
+from ..layout import PackedGroups
 
 
 def attention_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None = None) -> Tensor:
@@ -92,81 +91,3 @@ def attention_over_cache(
             scores = softcap * torch.tanh(scores / softcap)
         found[i] = (scores.softmax(-1) @ values).flatten(0, 1)
     return found
-
-
-def linear_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """[N, V] logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature."""
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits + bias
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits / temperature
-
-
-def gather_logprob(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
-    """log_softmax(logits)[..., target], 0 where the target is ignored."""
-    kept = target != ignore_index
-    logp = logits.log_softmax(-1).gather(-1, target.where(kept, 0).unsqueeze(-1)).squeeze(-1)
-    return logp.where(kept, 0.0)
-
-
-def logit_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
-    """Every statistic linear_logprob can emit, each [N], 0 where the target is ignored."""
-    kept = target != ignore_index
-    logp = logits.log_softmax(-1)
-    p = logp.exp()
-    target_logit = logits.gather(-1, target.where(kept, 0).unsqueeze(-1))
-    stats = {
-        "lse": logits.logsumexp(-1),
-        "entropy": -(p * logp.where(p > 0, 0.0)).sum(-1),
-        "mean_logit": logits.mean(-1),
-        "top1": (target_logit >= logits).all(-1).to(logits.dtype),
-        "log_sum_p2": (2 * logp).logsumexp(-1),
-    }
-    return {name: value.where(kept, 0.0) for name, value in stats.items()}
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight [D] * (x [..., D] / sqrt(mean(x^2) + eps)), arXiv 1910.07467, rounded to x's dtype before the product."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """(silu(gate [..., F]) * up [..., F]) @ weight [D, F].T, arXiv 2002.05202."""
-    return F.linear(F.silu(gate) * up, weight)
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [1, H, T, D] turned by cos and sin [1, T, D], arXiv 2104.09864 with a head's halves as pairs."""
-    first, second = x.chunk(2, -1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
-
-
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(master, exp_avg, exp_avg_sq) after a step of AdamW, arXiv 1711.05101; step counts from 1."""
-    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
-    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad.square()
-    mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
-    return master * (1 - lr * weight_decay) - lr * mean / (square.sqrt() + eps), exp_avg, exp_avg_sq

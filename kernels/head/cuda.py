@@ -22,7 +22,7 @@ prefer: bool | None = None
 @cache
 def load() -> bool:
     """Load the library, once; False where it was not built. Only a PyTorch for CUDA has all that it links to."""
-    path = Path(__file__).with_name("_csrc.so")
+    path = Path(__file__).parents[1] / "_csrc.so"
     if not path.is_file():
         return False
     torch.ops.load_library(path)
