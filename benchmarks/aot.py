@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strop.kernels._triton import attention, attention_launch, logprob, preference
+from strop.kernels._triton import attention, attention_launch, logprob, segment_sum
 from strop.kernels.layout import TILE
 
 # Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
@@ -68,7 +68,7 @@ class Row:
 
 def cases() -> list[Case]:
     """Every kernel in the variants that real launches have."""
-    return logprob_cases() + preference_cases() + [case for target in SHARED_LIMIT for case in attention_cases(target)]
+    return logprob_cases() + segment_sum_cases() + [case for target in SHARED_LIMIT for case in attention_cases(target)]
 
 
 def attention_cases(target: str) -> list[Case]:
@@ -100,23 +100,11 @@ def attention_case(name: str, dtype: str, size: int, target: str, CAP: bool = Fa
     return Case(label, kernel, types, constants, blocks.warps, dtype != "fp32", blocks.stages, target)
 
 
-def preference_cases() -> list[Case]:
-    found = []
-    pointers = ("policy", "ref", "slope", "nll_slope", "metrics")
-    types = {f"{name}_ptr": "*fp32" for name in pointers} | {"offsets_ptr": "*i64", "pairs": "i32"}
-    types |= {name: "fp32" for name in ("beta", "smoothing", "gamma", "tau", "baseline", "dpop_lambda")}
-    tile = {"PAIRS": preference._PAIRS, "TOKENS": preference._TOKENS}
-    for loss in ("SIGMOID", "ROBUST", "IPO", "HINGE", "EXO", "DISCOPOP", "NCA", "BCO", "APO_ZERO", "APO_DOWN", "SPPO"):
-        constants = {"LOSS": getattr(preference, loss), "NORMALIZE": loss == "IPO", "NLL": 0} | tile
-        constants["REF"] = preference.REF_TOKENS
-        found.append(Case(f"pairwise {loss}", preference.pairwise_kernel, types, constants, 8))
-    # A launch with one pair makes a constant of it; the reference may come as sums or not at all.
-    for reference in (preference.REF_SUMS, preference.REF_NONE):
-        constants = {"LOSS": preference.DPOP, "NORMALIZE": False, "NLL": 1, "REF": reference, "pairs": 1} | tile
-        found.append(Case(f"pairwise DPOP one pair {reference}", preference.pairwise_kernel, types, constants, 8))
-    backward = {f"{name}_ptr": "*fp32" for name in ("grad", "slope", "nll_slope", "out")} | {"offsets_ptr": "*i64"}
-    found.append(Case("pairwise backward", preference.pairwise_backward_kernel, backward, {"BLOCK": 1024}, 4))
-    return found
+def segment_sum_cases() -> list[Case]:
+    types = {f"{name}_ptr": "*fp32" for name in ("values", "grad", "out")} | {"offsets_ptr": "*i64"}
+    constants = {"BLOCK": segment_sum.BLOCK}
+    kernels = {"segment sum": segment_sum.sum_kernel, "segment sum backward": segment_sum.spread_kernel}
+    return [Case(name, kernel, types, constants, segment_sum.WARPS) for name, kernel in kernels.items()]
 
 
 def logprob_cases() -> list[Case]:

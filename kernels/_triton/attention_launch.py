@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..layout import TILE
+from . import launch
 from .attention import forward_kernel, grad_kv_kernel, grad_q_kernel
 
 
@@ -98,6 +99,11 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Of rows, then of heads."""
+    return *(x.stride(2) for x in tensors), *(x.stride(1) for x in tensors)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -116,21 +122,9 @@ def forward(
     out, (q, k, v) = _like(q), (_side_by_side(x) for x in (q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     options = _options("forward", q, window, cap)
-    tensors = (q, k, v, out)
-    forward_kernel[(len(tiles) * (TILE // options["QUERIES"]), q.shape[1])](
-        *tensors,
-        lse,
-        tiles,
-        positions,
-        *(x.stride(2) for x in tensors),
-        *(x.stride(1) for x in tensors),
-        q.shape[2],
-        q.shape[1] // k.shape[1],
-        scale,
-        cap,
-        window,
-        **options,
-    )
+    grid = (len(tiles) * (TILE // options["QUERIES"]), q.shape[1])
+    tensors, numbers = (q, k, v, out), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+    launch(forward_kernel, grid, *tensors, lse, tiles, positions, *_strides(tensors), *numbers, **options)
     return out, lse
 
 
@@ -152,35 +146,16 @@ def backward(
     grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
     grad_out, q, k, v = (_side_by_side(x) for x in (grad_out, q, k, v))
     delta = torch.empty_like(lse)
-    numbers = (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+    inputs, numbers = (grad_out, q, k, v), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+
     options = _options("grad_q", q, window, cap)
-    tensors = (grad_out, q, k, v, out, grad_q)
-    grad_q_kernel[(len(tiles) * (TILE // options["QUERIES"]), q.shape[1])](
-        *tensors[:5],
-        lse,
-        delta,
-        grad_q,
-        tiles,
-        positions,
-        *(x.stride(2) for x in tensors),
-        *(x.stride(1) for x in tensors),
-        *numbers,
-        **options,
-    )
+    grid = (len(tiles) * (TILE // options["QUERIES"]), q.shape[1])
+    strides = _strides((*inputs, out, grad_q))
+    launch(grad_q_kernel, grid, *inputs, out, lse, delta, grad_q, tiles, positions, *strides, *numbers, **options)
+
     options = _options("grad_kv", q, window, cap)
-    tensors = (grad_out, q, k, v, grad_k, grad_v)
-    grad_kv_kernel[(len(tiles) * (TILE // options["KEYS"]), k.shape[1])](
-        *tensors[:4],
-        lse,
-        delta,
-        grad_k,
-        grad_v,
-        tiles,
-        readers_end,
-        positions,
-        *(x.stride(2) for x in tensors),
-        *(x.stride(1) for x in tensors),
-        *numbers,
-        **options,
-    )
+    grid = (len(tiles) * (TILE // options["KEYS"]), k.shape[1])
+    tensors = (*inputs, lse, delta, grad_k, grad_v, tiles, readers_end, positions)
+    strides = _strides((*inputs, grad_k, grad_v))
+    launch(grad_kv_kernel, grid, *tensors, *strides, *numbers, **options)
     return grad_q, grad_k, grad_v

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..head import cuda
 from ..head.passes import RowState
+from . import launch
 
 # Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
 _BLOCK = 4096
@@ -221,77 +222,42 @@ def gather_backward_kernel(
 
 
 def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
-    """As passes.scan_chunk; product [N, C] with columns side by side."""
+    """passes.scan_chunk; the columns of product [N, C] are contiguous."""
     rows, columns = product.shape
-    if rows == 0:
-        return
-    scan_kernel[(rows,)](
-        product,
-        product if weights is None else weights,
-        state.target,
-        state.highest,
-        state.total,
-        state.decay,
-        state.target_logit,
-        state.weighted,
-        state.plain,
-        state.squares,
-        product.stride(0),
-        product.stride(0) if weights is None else weights.stride(0),
-        start,
-        columns,
-        cap,
-        CAP=cap != 0,
-        WEIGHTS=weights is not None,
-        WEIGHTED=state.weighted.numel() > 0,
-        PLAIN=state.plain.numel() > 0,
-        SQUARES=state.squares.numel() > 0,
-        **_launch_shape(columns),
-    )
+    out = product if weights is None else weights
+    sums = (state.highest, state.total, state.decay, state.target_logit, state.weighted, state.plain, state.squares)
+    flags = {"WEIGHTED": state.weighted.numel() > 0, "PLAIN": state.plain.numel() > 0}
+    flags |= {"SQUARES": state.squares.numel() > 0, "CAP": cap != 0, "WEIGHTS": weights is not None}
+    numbers = (product.stride(0), out.stride(0), start, columns, cap)
+    launch(scan_kernel, (rows,), product, out, state.target, *sums, *numbers, **flags, **_launch_shape(columns))
 
 
 def gradient_chunk(
     product: Tensor, start: int, target: Tensor, at_target: Tensor, lse: Tensor, cap: float, out: Tensor
 ) -> None:
-    """As passes.gradient_chunk."""
+    """passes.gradient_chunk; the columns of product and out [N, C] are contiguous."""
     rows, columns = product.shape
-    if rows == 0:
-        return
-    gradient_kernel[(rows,)](
-        product,
-        out,
-        target,
-        at_target,
-        lse,
-        product.stride(0),
-        out.stride(0),
-        start,
-        columns,
-        cap,
-        CAP=cap != 0,
-        **_launch_shape(columns),
-    )
+    numbers = (product.stride(0), out.stride(0), start, columns, cap)
+    tensors = (product, out, target, at_target, lse)
+    launch(gradient_kernel, (rows,), *tensors, *numbers, CAP=cap != 0, **_launch_shape(columns))
 
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As passes.gather_forward."""
+    """passes.gather_forward."""
     if cuda.takes("gather_forward", logits):
         return cuda.gather_forward(logits, target)
     logits = logits.contiguous()
     rows, columns = logits.shape
     logp, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    if rows:
-        shape = _launch_shape(columns)
-        gather_forward_kernel[(rows,)](logits, target, logp, lse, logits.stride(0), columns, **shape)
+    tensors = (logits, target, logp, lse)
+    launch(gather_forward_kernel, (rows,), *tensors, logits.stride(0), columns, **_launch_shape(columns))
     return logp, lse
 
 
 def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
-    """As passes.gather_backward."""
+    """passes.gather_backward."""
     rows, columns = logits.shape
-    if rows == 0:
-        return
-    if logits.stride(1) != 1 or out.stride(1) != 1:
+    if rows and columns > 1 and (logits.stride(1) != 1 or out.stride(1) != 1):
         dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
         gather_backward(grad, logits.contiguous(), target, at_target, lse, dense)
         out.copy_(dense)
@@ -299,15 +265,6 @@ def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Ten
     if cuda.takes("gather_backward", logits):
         cuda.gather_backward(grad, logits, target, at_target, lse, out)
         return
-    gather_backward_kernel[(rows,)](
-        grad.contiguous(),
-        logits,
-        out,
-        target,
-        at_target,
-        lse,
-        logits.stride(0),
-        out.stride(0),
-        columns,
-        **_launch_shape(columns),
-    )
+    tensors = (grad.contiguous(), logits, out, target, at_target, lse)
+    numbers = (logits.stride(0), out.stride(0), columns)
+    launch(gather_backward_kernel, (rows,), *tensors, *numbers, **_launch_shape(columns))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._triton import HAS_TRITON
 from ..layout import Bounds, PackedGroups
 from . import cpu, spans, varlen
 
 BACKENDS = ("triton", "flash_attn", "varlen", "sdpa")
-# The backend measured to be the fastest, by major compute capability. Empty: not yet measured, and Triton's is taken.
-FASTEST: dict[int, str] = {}
 
 
 def prefix_attention(
@@ -88,8 +84,7 @@ def _choose(backend: str | None, q: Tensor, v: Tensor, cap: float) -> str:
         return backend
     if not q.is_cuda:
         return "sdpa"
-    wanted = (FASTEST.get(_capability(q.device)), "triton")
-    return next((name for name in wanted if name and not _unable(name, q, v, cap)), "sdpa")
+    return "sdpa" if _unable("triton", q, v, cap) else "triton"
 
 
 def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
@@ -102,20 +97,19 @@ def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
         return "it takes bf16, fp16 and fp32 on a GPU"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256:
         return "it takes one head size up to 256"
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     return None if _capability(q.device) >= 8 else "it needs a GPU of compute capability 8.0 or later"
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
 def _capability(device: torch.device) -> int:
     """Major compute capability; 8 where there is no device to ask, as under FakeTensorMode."""
     return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
+
+
+# torch.compile calls it while it traces, instead of tracing into it: what torch.compiler.assume_constant_result does,
+# which would import the compiler into every process.
+_capability._dynamo_marked_constant = True
 
 
 # Defined by schema, and its autograd by a Function under the dispatcher's key: torch.library.custom_op and

@@ -7,9 +7,7 @@ are windows of positions. Every completion after the first costs a copy of its p
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
-from inspect import signature
 
 import torch
 from torch import Tensor
@@ -18,13 +16,16 @@ from torch.autograd.function import once_differentiable
 from ..layout import PackedGroups
 
 DTYPES = (torch.bfloat16, torch.float16)
+# Looked up once at import: torch.compile must not trace into importlib.
+HAS_FLASH_ATTN = find_spec("flash_attn") is not None
+# Before 2.12 varlen_attn has no such argument and takes grouped heads as they are.
+GROUPED_HEADS = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 
 
 def unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
     """Why `backend`, "flash_attn" or "varlen", cannot take these; None where it can."""
-    module = "flash_attn" if backend == "flash_attn" else "torch.nn.attention.varlen"
-    if not _installed(module):
-        return f"{module} is not installed"
+    if backend == "flash_attn" and not HAS_FLASH_ATTN:
+        return "flash_attn is not installed"
     if not q.is_cuda or q.dtype not in DTYPES:
         return "it takes bf16 and fp16 on a GPU"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
@@ -32,14 +33,6 @@ def unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
     if cap and backend == "varlen":
         return "it has no soft-cap"
     return None
-
-
-@cache
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, window: int, cap: float) -> Tensor:
@@ -65,8 +58,6 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, 
     """As flash_attn, by PyTorch's own kernel. Two runs give identical bits under torch.use_deterministic_algorithms."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before 2.12 there is no such argument, and grouped heads are taken as they come.
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     out = varlen_attn(
         *_rows(q, k, v, groups),
         groups.query_offsets,
@@ -75,7 +66,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, 
         groups.max_keys,
         scale=scale,
         window_size=(window - 1 if window else -1, 0),
-        **grouped,
+        **GROUPED_HEADS,
     )
     return out.transpose(0, 1).unsqueeze(0)
 

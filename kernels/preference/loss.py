@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..head import linear_logprob
 from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
-from .pairwise import NLL_NORMALIZATIONS, covers, pairwise_sums
+from .segment_sum import segment_of_token, segment_sum
 
 LOSS_TYPES = tuple(LOSSES)
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 RPO_DIVERGENCES = ("target_first", "policy_first", "squared")
+NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
 
 # What each entry of the metrics sums over; counts come last, and every other entry is divided by one of them.
 PREFERENCE_METRICS = (
@@ -135,36 +136,38 @@ def preference_loss(
     if ref_logp is not None and ref_logp.shape not in ((completions,), policy_logp.shape):
         raise ValueError(f"ref_logp {list(ref_logp.shape)} is neither {completions} sums nor one for each token")
 
-    plain = f_divergence == "reverse_kl" and ld_alpha is None and log_sum_p2 is None and weights == (1.0,)
-    on_gpu = policy_logp.is_cuda and policy_logp.dtype == torch.float32 and offsets is not None
-    if on_gpu and plain and covers(types[0], baseline):
-        sums = pairwise_sums(
-            policy_logp, ref_logp, offsets, types[0], o, length_normalization, nll_normalization, baseline
+    lengths = None if lengths is None else lengths.to(dtype)
+    policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, ld_alpha)
+    ratio = policy if ref is None else policy - ref
+    if desirable is not None:
+        return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
+    if batch is None and any(loss.batchwide for loss in losses):
+        batch = (policy.detach(), ref)
+    score = _f_score(ratio, f_divergence, f_alpha)
+    terms = []
+    for loss, weight in zip(losses, weights, strict=True):
+        normalize = loss.scores and (loss.mean or length_normalization)
+        scaled = score / lengths.clamp_min(1) if normalize else score
+        pairs = Pairs(
+            *by_turns(ratio),
+            *by_turns(scaled),
+            policy=by_turns(policy),
+            lengths=None if lengths is None else by_turns(lengths),
+            baseline=baseline,
+            reward_margin=reward_margin,
+            batch=batch,
+            batch_offset=batch_offset,
         )
-        pair_sum, nll_sum, nll_count, metrics = sums.select(0, 6), sums.select(0, 7), sums.select(0, 11), sums.detach()
-    else:
-        lengths = None if lengths is None else lengths.to(dtype)
-        policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, ld_alpha)
-        ratio = policy if ref is None else policy - ref
-        if desirable is not None:
-            return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
-        if batch is None and any(loss.batchwide for loss in losses):
-            batch = (policy.detach(), ref)
-        score = _f_score(ratio, f_divergence, f_alpha)
-        per_pair = torch.zeros_like(by_turns(ratio)[0])
-        for loss, weight in zip(losses, weights, strict=True):
-            normalize = loss.scores and (loss.mean or length_normalization)
-            scaled = score / lengths.clamp_min(1) if normalize else score
-            pairs = _pairs(ratio, scaled, policy, lengths, baseline, reward_margin, batch, batch_offset)
-            per_pair = per_pair + weight * loss.formula(pairs, o)
-        if log_sum_p2 is not None:
-            likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
-            per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
-        pair_sum = per_pair.sum()
-        # The NLL counts every token, whatever ld_alpha makes of the sums.
-        unweighted = policy if ld_alpha is None else segment_sum(policy_logp, offsets)
-        nll_sum, nll_count = _nll(unweighted, lengths, nll_normalization)
-        metrics = _metrics(ratio, policy, beta, pair_sum, nll_sum, nll_count)
+        terms.append(loss.formula(pairs, o) if weight == 1.0 else weight * loss.formula(pairs, o))
+    per_pair = sum(terms[1:], terms[0])
+    if log_sum_p2 is not None:
+        likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
+        per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
+    pair_sum = per_pair.sum()
+    # The NLL counts every token, whatever ld_alpha makes of the sums.
+    unweighted = policy if ld_alpha is None else segment_sum(policy_logp, offsets)
+    nll_sum, nll_count = _nll(unweighted, lengths, nll_normalization)
+    metrics = _metrics(ratio, policy, beta, pair_sum, nll_sum, nll_count)
     total = pair_sum / (completions // 2 if pair_denominator is None else pair_denominator)
     if nll_weight:
         total = total + nll_weight * nll_sum / (nll_count.clamp_min(1) if nll_denominator is None else nll_denominator)
@@ -233,36 +236,6 @@ def preference_means(metrics: Tensor) -> dict[str, float]:
     return means
 
 
-@torch.library.custom_op("strop::segment_sum", mutates_args=())
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """[S] sums of values [M] between offsets [S + 1]; the same bits every time, unlike index_add on CUDA."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
-
-
-@segment_sum.register_fake
-def _(values, offsets):
-    return values.new_empty(offsets.shape[0] - 1)
-
-
-def _segment_sum_setup(ctx, inputs, output) -> None:
-    values, offsets = inputs
-    ctx.save_for_backward(offsets)
-    ctx.tokens = values.shape[0]
-
-
-def _segment_sum_autograd(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    (offsets,) = ctx.saved_tensors
-    return grad.index_select(0, _segment_of_token(offsets, ctx.tokens)), None
-
-
-segment_sum.register_autograd(_segment_sum_autograd, setup_context=_segment_sum_setup)
-
-
-def _segment_of_token(offsets: Tensor, tokens: int) -> Tensor:
-    """[M] int64 completion of each token."""
-    return torch.searchsorted(offsets, torch.arange(tokens, device=offsets.device), right=True) - 1
-
-
 def _offsets(
     policy_logp: Tensor,
     segments: Tensor | None,
@@ -287,7 +260,7 @@ def _offsets(
 
 def _beyond_shorter(offsets: Tensor, tokens: int) -> Tensor:
     """[M] bool: the token lies beyond the length of the pair's shorter completion."""
-    segment = _segment_of_token(offsets, tokens)
+    segment = segment_of_token(offsets, tokens)
     lengths = offsets.diff()
     shorter = torch.minimum(*by_turns(lengths))
     place = torch.arange(tokens, device=offsets.device) - offsets.index_select(0, segment)
@@ -322,31 +295,6 @@ def _sequence_sums(
     return segment_sum(policy_logp, offsets), segment_sum(ref_logp, offsets) if per_token_ref else ref_logp
 
 
-def _pairs(
-    ratio: Tensor,
-    score: Tensor,
-    policy: Tensor,
-    lengths: Tensor | None,
-    baseline: Tensor | float,
-    reward_margin: Tensor | None,
-    batch: tuple[Tensor, Tensor] | None,
-    batch_offset: int,
-) -> Pairs:
-    (c, r), (chosen_score, rejected_score) = by_turns(ratio), by_turns(score)
-    return Pairs(
-        c=c,
-        r=r,
-        chosen_score=chosen_score,
-        rejected_score=rejected_score,
-        policy=by_turns(policy),
-        lengths=None if lengths is None else by_turns(lengths),
-        baseline=baseline,
-        reward_margin=reward_margin,
-        batch=batch,
-        batch_offset=batch_offset,
-    )
-
-
 def _nll(policy: Tensor, lengths: Tensor | None, normalization: str) -> tuple[Tensor, Tensor]:
     """The sum of the chosen completions' NLL as the normalisation has it, and what there is of it to divide by."""
     nll = -by_turns(policy)[0]
@@ -366,9 +314,9 @@ def _metrics(
     chosen_logp, rejected_logp = by_turns(policy)
     margin = chosen - rejected
     count = torch.full_like(pair_sum, margin.shape[0])
-    entries = (chosen.sum(), rejected.sum(), (margin > 0).to(ratio.dtype).sum(), margin.sum())
-    entries += (chosen_logp.sum(), rejected_logp.sum(), pair_sum, nll_sum, count, count, count, nll_count)
-    return torch.stack(entries).float()
+    by_pair = torch.stack([chosen, rejected, (margin > 0).to(ratio.dtype), margin, chosen_logp, rejected_logp])
+    totals = torch.stack([pair_sum, nll_sum, count, count, count, nll_count])
+    return torch.cat([by_pair.sum(1), totals]).float()
 
 
 def _unpaired_kto(

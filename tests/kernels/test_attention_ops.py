@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -114,12 +115,40 @@ def test_no_backend_synchronises(backend: str | None, window: int | None):
 
     groups = PackedGroups.pack(GROUPS)
     with FakeTensorMode() as mode, torch.no_grad():
-        moved = {n: torch.empty(x.shape, dtype=x.dtype, device="cuda") for n, x in groups._tensors().items()}
-        moved = replace(groups, **moved, segments=mode.from_tensor(groups.segments))
-        q, k = (torch.empty(1, n, groups.num_tokens, 16, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+        q, k, moved = _on_fake_gpu(groups, mode)
         out = prefix_attention(q, k, k, moved, sliding_window=window, backend=backend)
         assert out.shape == q.shape
         assert out.device.type == "cuda"
+
+
+def _on_fake_gpu(groups: PackedGroups, mode) -> tuple[torch.Tensor, torch.Tensor, PackedGroups]:
+    """q, k and the groups as fake tensors of a GPU."""
+    moved = {n: torch.empty(x.shape, dtype=x.dtype, device="cuda") for n, x in groups._tensors().items()}
+    q, k = (torch.empty(1, n, groups.num_tokens, 16, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+    return q, k, replace(groups, **moved, segments=mode.from_tensor(groups.segments))
+
+
+@pytest.mark.parametrize("backend", [None, "triton", "varlen"])
+def test_the_choice_of_a_backend_on_a_gpu_is_not_traced(backend: str | None, recwarn: pytest.WarningsRecorder):
+    """Dynamo warns where it traces through functools.cache, and older releases then fail in importlib or torch.cuda."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.warn_once_cache.clear()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    groups = PackedGroups.pack(GROUPS)
+    with FakeTensorMode() as mode, torch.no_grad():
+        q, k, groups = _on_fake_gpu(groups, mode)
+        compiled = torch.compile(partial(prefix_attention, backend=backend), fullgraph=True, backend=keep)
+        assert compiled(q, k, k, groups).device.type == "cuda"
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+    triton = [node.args[-1] for node in graphs[0].graph.nodes if node.target is _op]
+    assert triton == ([] if backend == "varlen" else [True])
 
 
 def test_segments_stay_on_the_host():
@@ -185,8 +214,8 @@ def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
         if cap:
             pytest.skip("no soft-cap")
 
-        def varlen_attn(*tensors, scale, window_size, enable_gqa):
-            assert enable_gqa and window_size[1] == 0
+        def varlen_attn(*tensors, scale, window_size, **grouped):
+            assert grouped == ({"enable_gqa": True} if torch.__version__ >= (2, 12) else {}) and window_size[1] == 0
             return _varlen_twin(*tensors, scale=scale, window=window_size, cap=0.0)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

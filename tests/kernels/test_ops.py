@@ -12,7 +12,7 @@ from strop.kernels.head.logprob import (
     _linear_logprob,
     _linear_logprob_backward,
 )
-from strop.kernels.preference.loss import segment_sum
+from strop.kernels.preference.segment_sum import segment_sum, segment_sum_backward
 
 
 def _inputs(dtype: torch.dtype = torch.float32, seed: int = 0, needs: tuple[bool, bool, bool] = (True, True, True)):
@@ -50,7 +50,9 @@ def test_opcheck_of_gather_logprob():
 
 
 def test_opcheck_of_segment_sum():
-    opcheck(segment_sum, (torch.randn(6, requires_grad=True), torch.tensor([0, 2, 2, 6])))
+    offsets = torch.tensor([0, 2, 2, 6])
+    opcheck(segment_sum, (torch.randn(6, requires_grad=True), offsets))
+    opcheck(segment_sum_backward, (torch.randn(3), offsets, 6))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
