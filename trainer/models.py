@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from strop.kernels.integrations.transformers import Head as Head
+from strop.kernels.integrations.transformers import head_of as head_of
 from strop.trainer.config import Model
 from strop.trainer.store import check_file, hash_file, list_files, read_json, reason_of, write_json, writing
 
@@ -194,27 +196,6 @@ def weight_files(folder: Path) -> dict[str, Path]:
         with safe_open(file, "pt") as f:
             found.update(dict.fromkeys(f.keys(), file))
     return found
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap(hidden @ weight.T * scale + bias), as `linear_logprob` takes it."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-
-
-def head_of(model: nn.Module) -> Head:
-    """The output layer of a causal LM with its scale (Cohere, Granite, Falcon-H1) and soft-cap (Gemma 2)."""
-    layer, config = model.get_output_embeddings(), model.config.get_text_config()
-    if layer is None or not isinstance(layer, nn.Linear):
-        raise ValueError(f"{type(model).__name__}: its head is {type(layer).__name__}, not a plain linear layer; an "
-                         "adapter on the head is not supported (take it out of lora.target_modules)")
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
 def context_length(model_dir: Path, trust_remote_code: bool = False) -> int:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ..head import gather_logprob, linear_logprob
 from ..preference import PREFERENCE_METRICS, preference_loss, preference_means
+from .transformers import head_of
 
 try:
     import trl
@@ -249,7 +250,6 @@ def _add_head(model: nn.Module, stats: tuple[str, ...]) -> None:
     stats: fields of it beside log_probs. With `scored` (see _scored) it does not look for the labels itself.
     """
     theirs, config = model.forward, model.config.get_text_config()
-    numbers = {"logit_scale": _logit_scale(config), "softcap": getattr(config, "final_logit_softcapping", None)}
 
     @functools.wraps(type(model).forward)  # generate checks its arguments against this signature
     def forward(self, *args, fused_lm_head=False, labels=None, scored=None, **kwargs):
@@ -265,9 +265,12 @@ def _add_head(model: nn.Module, stats: tuple[str, ...]) -> None:
         place = scored + scored // (length - 1)
         hidden = base.last_hidden_state.flatten(0, 1).index_select(0, place)
         target = labels.flatten().index_select(0, place + 1)
-        weight, bias = _weight_and_bias(self)
+        head = head_of(self)
+        if isinstance(head.weight, DTensor) or not head.weight.numel() or head.weight.is_meta:
+            raise ValueError(f"{type(self).__name__}: the weight of its head is sharded or offloaded; not supported")
         wanted = tuple(_STATS[name] for name in stats)
-        found = linear_logprob(hidden, weight, target, bias, stats=wanted, **numbers)
+        scaling = {"logit_scale": head.scale, "softcap": head.softcap}
+        found = linear_logprob(hidden, head.weight, target, head.bias, stats=wanted, **scaling)
         logp, values = found if stats else (found, {})
 
         def padded(x: Tensor) -> Tensor:
@@ -285,33 +288,6 @@ def _balance(router_logits, config, attention_mask: Tensor | None) -> Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
-
-
-def _logit_scale(config) -> float:
-    """What a model multiplies its logits by: Cohere, Falcon-H1 and kin; Granite and MiniCPM divide."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
-
-
-def _weight_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Those of the head, the trained copy's under PEFT's modules_to_save. Raises ValueError if a product of hidden
-    states and weight is not what the head computes."""
-    head = layer = model.get_output_embeddings()
-    if type(head).__name__ == "ModulesToSaveWrapper":
-        layer = head.original_module  # the wrapper's own attributes are those of the copy that is active
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"{type(model).__name__}: its head is a {type(layer).__name__}, not a plain linear layer; an adapter on it "
-            "would be ignored: take 'lm_head' out of target_modules, or train it whole with modules_to_save"
-        )
-    if isinstance(head.weight, DTensor) or not head.weight.numel() or head.weight.is_meta:
-        raise ValueError(f"{type(model).__name__}: its head's weight is sharded or offloaded, which is not supported")
-    return head.weight, head.bias
 
 
 def _loss_options(trainer: trl.DPOTrainer) -> dict:
