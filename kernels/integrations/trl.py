@@ -347,6 +347,14 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"{name} is split over devices by its device_map, which is not supported")
 
 
+def _rounding(device: torch.device, dtype: torch.dtype) -> float:
+    """Mean difference of log-probs that rounding explains. TF32 has fp16's mantissa."""
+    # Not allow_tf32: reading it raises once the newer fp32_precision is set, as transformers sets it for tf32=True.
+    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        dtype = torch.float16
+    return _ROUNDING.get(dtype, 1e-4)
+
+
 @torch.no_grad()
 def _compare_with_logits(model: nn.Module) -> None:
     """Raises ValueError if the head's log-probs are not those of the model's own logits, as where a model scales, caps
@@ -363,8 +371,7 @@ def _compare_with_logits(model: nn.Module) -> None:
     finally:
         model.train(training)
     truth = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    tolerance = _ROUNDING.get(torch.float16 if tf32 and model.dtype == torch.float32 else model.dtype, 1e-4)
+    tolerance = _rounding(model.device, model.dtype)
     mean = (ours - truth).abs().mean().item()
     if not mean <= tolerance:  # NaN fails too
         raise ValueError(

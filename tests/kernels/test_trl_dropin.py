@@ -394,6 +394,24 @@ def test_a_head_that_does_more_than_its_config_says_is_refused(tokenizer, tmp_pa
         trainer_of(StropDPOTrainer, tokenizer, tmp_path, Halved(model_of(tokenizer).config), model_of(tokenizer))
 
 
+def test_tf32_in_either_of_pytorchs_settings_is_known():
+    code = """
+import torch
+from strop.kernels.integrations.trl import _rounding
+for api in ("legacy", "new"):
+    if api == "legacy":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
+    assert _rounding(torch.device("cuda"), torch.float32) == 0.01, api
+    assert _rounding(torch.device("cpu"), torch.float32) == 1e-4
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert _rounding(torch.device("cuda"), torch.float32) == 1e-4
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def trainer_like(*, fsdp=False, stage=None, vision=False, **parallel):
     plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
     state = SimpleNamespace(deepspeed_plugin=plugin)
