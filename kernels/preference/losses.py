@@ -20,15 +20,15 @@ from torch import Tensor
 class Options:
     """preference_loss's numbers, under its names."""
 
-    beta: float
-    label_smoothing: float
-    simpo_gamma: float
-    dpop_lambda: float
-    discopop_tau: float
-    rpo_eta: float
-    rpo_divergence: str
-    desirable_weight: float
-    undesirable_weight: float
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    dpop_lambda: float = 50.0
+    discopop_tau: float = 0.05
+    rpo_eta: float = 1.0
+    rpo_divergence: str = "target_first"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Pairs:
     rejected_score: Tensor
     policy: tuple[Tensor, Tensor]
     lengths: tuple[Tensor, Tensor] | None
-    baseline: Tensor | float
-    reward_margin: Tensor | None
-    batch: tuple[Tensor, Tensor] | None
-    batch_offset: int
+    baseline: Tensor | float = 0.0
+    reward_margin: Tensor | None = None
+    batch: tuple[Tensor, Tensor] | None = None
+    batch_offset: int = 0
 
     @property
     def margin(self) -> Tensor:

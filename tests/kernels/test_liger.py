@@ -438,7 +438,7 @@ def _changed(name: str, change: dict):
         ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, r"\[0.0, 0.5\)"),
         ("dpo", {"ref_weight": None}, "needs ref_input and ref_weight"),
         ("dpo", {"ref_input": torch.zeros(5, TOKENS, WIDTH)}, "ref_input"),
-        ("cpo", {"_input": torch.zeros(6, WIDTH)}, "do not fit"),
+        ("cpo", {"_input": torch.zeros(6, WIDTH)}, "do not match"),
         ("cpo", {"_input": torch.zeros(5, 2, WIDTH), "target": torch.zeros(5, 2).long()}, "5 sequences are not pairs"),
         ("orpo", {"nll_target": torch.zeros(3, TOKENS).long()}, "nll_target must be"),
         ("kto", {"preference_labels": None}, "preference_labels must be bool"),
