@@ -16,16 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .softcap import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tanh(x):
-    # exp of a negative number only: it cannot overflow.
-    t = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -119,34 +113,15 @@ def _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW: tl.
 
 @triton.jit
 def _forward_block(
-    q,
-    total,
-    highest,
-    out,
-    k_ptr,
-    v_ptr,
-    row,
-    prompt_floor,
-    own_floor,
-    prompt_end,
-    first,
-    end,
-    k_stride,
-    v_stride,
-    scale,
-    cap,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end, k_stride, v_stride,
+    scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One block of keys, from `first` on, taken into a block of query rows."""
     k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
-        scores = _tanh(scores * (scale / cap))
+        scores = tanh(scores * (scale / cap))
         factor = cap * LOG2E
     else:
         factor = scale * LOG2E
@@ -166,35 +141,11 @@ def _forward_block(
 
 @triton.jit
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    tiles_ptr,
-    position_ptr,
-    q_stride,
-    k_stride,
-    v_stride,
-    out_stride,
-    q_head_stride,
-    k_head_stride,
-    v_head_stride,
-    out_head_stride,
-    tokens,
-    heads_per_key,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, position_ptr, q_stride, k_stride, v_stride, out_stride,
+    q_head_stride, k_head_stride, v_head_stride, out_head_stride, tokens, heads_per_key, scale, cap, window,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     # The last rows of a group read the most keys: they start first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
@@ -239,7 +190,7 @@ def forward_kernel(
 def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
     """Attention weights and what the gradient of the scores is to be multiplied by, less the scale."""
     if CAP:
-        bounded = _tanh(scores * (scale / cap))
+        bounded = tanh(scores * (scale / cap))
         weights = tl.exp2(bounded * (cap * LOG2E) - lse)
         slope = 1.0 - bounded * bounded
     else:
@@ -250,30 +201,10 @@ def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _grad_q_block(
-    q,
-    grad_out,
-    grad_q,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    row,
-    prompt_floor,
-    own_floor,
-    prompt_end,
-    first,
-    end,
-    k_stride,
-    v_stride,
-    scale,
-    cap,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end, k_stride,
+    v_stride, scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
     v = _rows(v_ptr, first, v_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -290,42 +221,12 @@ def _grad_q_block(
 
 @triton.jit
 def grad_q_kernel(
-    grad_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_q_ptr,
-    tiles_ptr,
-    position_ptr,
-    grad_out_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    out_stride,
-    grad_q_stride,
-    grad_out_head_stride,
-    q_head_stride,
-    k_head_stride,
-    v_head_stride,
-    out_head_stride,
-    grad_q_head_stride,
-    tokens,
-    heads_per_key,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tiles_ptr, position_ptr,
+    grad_out_stride, q_stride, k_stride, v_stride, out_stride, grad_q_stride, grad_out_head_stride, q_head_stride,
+    k_head_stride, v_head_stride, out_head_stride, grad_q_head_stride, tokens, heads_per_key, scale, cap, window,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Also writes delta, the row sums of grad_out * out, for grad_kv_kernel."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
@@ -369,33 +270,10 @@ def grad_q_kernel(
 
 @triton.jit
 def _grad_kv_block(
-    k,
-    v,
-    grad_k,
-    grad_v,
-    grad_out_ptr,
-    q_ptr,
-    lse_ptr,
-    delta_ptr,
-    position_ptr,
-    column,
-    column_position,
-    readers_end,
-    first,
-    end,
-    grad_out_stride,
-    q_stride,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    k, v, grad_k, grad_v, grad_out_ptr, q_ptr, lse_ptr, delta_ptr, position_ptr, column, column_position,
+    readers_end, first, end, grad_out_stride, q_stride, scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One block of query rows, from `first` on, taken into a block of keys. Keys run along the first axis."""
     row = first + tl.arange(0, QUERIES)
     q = _rows(q_ptr, first, q_stride, end, QUERIES, D, D_PAD, not MASKED)
@@ -419,43 +297,12 @@ def _grad_kv_block(
 
 @triton.jit
 def grad_kv_kernel(
-    grad_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    tiles_ptr,
-    readers_end_ptr,
-    position_ptr,
-    grad_out_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    grad_k_stride,
-    grad_v_stride,
-    grad_out_head_stride,
-    q_head_stride,
-    k_head_stride,
-    v_head_stride,
-    grad_k_head_stride,
-    grad_v_head_stride,
-    tokens,
-    heads_per_key,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tiles_ptr, readers_end_ptr,
+    position_ptr, grad_out_stride, q_stride, k_stride, v_stride, grad_k_stride, grad_v_stride, grad_out_head_stride,
+    q_head_stride, k_head_stride, v_head_stride, grad_k_head_stride, grad_v_head_stride, tokens, heads_per_key,
+    scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     # The first rows of a group are read by the most queries: they start first.
     start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(0), KEYS, TILE_ROWS)
     if start >= end:

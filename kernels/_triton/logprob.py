@@ -14,6 +14,7 @@ from torch import Tensor
 from ..head import cuda
 from ..head.passes import RowState
 from . import launch
+from .softcap import tanh
 
 # Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
 _BLOCK = 4096
@@ -26,37 +27,11 @@ def _launch_shape(columns: int) -> dict[str, int]:
 
 
 @triton.jit
-def _tanh(x):
-    # exp of a negative number only: it cannot overflow.
-    t = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0, -magnitude, magnitude)
-
-
-@triton.jit
 def scan_kernel(
-    product_ptr,
-    weights_ptr,
-    target_ptr,
-    highest_ptr,
-    total_ptr,
-    decay_ptr,
-    target_logit_ptr,
-    weighted_ptr,
-    plain_ptr,
-    squares_ptr,
-    product_stride,
-    weights_stride,
-    start,
-    columns,
-    cap,
-    CAP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    PLAIN: tl.constexpr,
-    SQUARES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    product_ptr, weights_ptr, target_ptr, highest_ptr, total_ptr, decay_ptr, target_logit_ptr, weighted_ptr,
+    plain_ptr, squares_ptr, product_stride, weights_stride, start, columns, cap, CAP: tl.constexpr,
+    WEIGHTS: tl.constexpr, WEIGHTED: tl.constexpr, PLAIN: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     product_ptr += row * product_stride
     weights_ptr += row * weights_stride
@@ -80,7 +55,7 @@ def scan_kernel(
         inside = column < columns
         x = tl.load(product_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
         if CAP:
-            x = tl.where(inside, _tanh(x) * cap, -float("inf"))
+            x = tl.where(inside, tanh(x) * cap, -float("inf"))
         target_logit = tl.sum(tl.where(column == hit, x, 0.0), 0)
         if (hit >= first) & (hit < first + BLOCK) & (hit < columns):
             tl.store(target_logit_ptr + row, target_logit)
@@ -119,7 +94,7 @@ def scan_kernel(
             inside = column < columns
             x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
             if CAP:
-                t = _tanh(x)
+                t = tanh(x)
                 e = tl.exp(t * cap - highest) * (1.0 - t * t)
             else:
                 e = tl.exp(x - highest)
@@ -128,19 +103,9 @@ def scan_kernel(
 
 @triton.jit
 def gradient_kernel(
-    product_ptr,
-    out_ptr,
-    target_ptr,
-    at_target_ptr,
-    lse_ptr,
-    product_stride,
-    out_stride,
-    start,
-    columns,
-    cap,
-    CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    product_ptr, out_ptr, target_ptr, at_target_ptr, lse_ptr, product_stride, out_stride, start, columns, cap,
+    CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     product_ptr += row * product_stride
     out_ptr += row * out_stride
@@ -156,7 +121,7 @@ def gradient_kernel(
         else:
             x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
             if CAP:
-                t = _tanh(x)
+                t = tanh(x)
                 d = tl.where(column + start == target, at_target, tl.exp(t * cap - lse)) * (1.0 - t * t)
             else:
                 d = tl.where(column + start == target, at_target, tl.exp(x - lse))
@@ -190,17 +155,9 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
 
 @triton.jit
 def gather_backward_kernel(
-    grad_ptr,
-    logits_ptr,
-    out_ptr,
-    target_ptr,
-    at_target_ptr,
-    lse_ptr,
-    logits_stride,
-    out_stride,
-    columns,
+    grad_ptr, logits_ptr, out_ptr, target_ptr, at_target_ptr, lse_ptr, logits_stride, out_stride, columns,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     out_ptr += row * out_stride
