@@ -1,4 +1,4 @@
-"""Regenerate the measured parts of docs/performance.md, and its plots, from the results that are kept.
+"""Regenerate the measured parts of docs/performance.md, and its plots, from the stored results.
 
     python -m benchmarks.docs
 
@@ -19,12 +19,12 @@ from . import measure, plots
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 NOT_YET = "not yet measured"
-# A GPU's column or paragraph says so until a GPU was there.
+# Text of a GPU's column or paragraph until it is measured.
 GPU = "H100"
 
 
 def replace_section(text: str, name: str, body: str) -> str:
-    """text with what stands between the marks of `name` replaced. Raises ValueError without exactly one such place."""
+    """text with the section between the markers of `name` replaced. Raises ValueError unless there is exactly one."""
     pattern = re.compile(rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"{len(pattern.findall(text))} sections {name!r}, expected one")
@@ -63,7 +63,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def not_run(cases: dict[str, dict]) -> str:
-    """Who did not run and why, those with the same reason together."""
+    """Contenders that did not run, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for case in cases.values():
         for name, found in case["contenders"].items():
@@ -86,7 +86,7 @@ def contenders_of(cases: dict[str, dict]) -> list[str]:
 
 
 def family_section(family: str, label: Callable[[dict], str], gpu_wanted: bool = True) -> str:
-    """Times with the fraction of the floor, then peak memory, a row for each case and a column for each contender."""
+    """Times with the fraction of the floor, then peak memory: one row per case, one column per contender."""
     parts = []
     for result in results():
         cases = family_cases(result, family)

@@ -1,14 +1,13 @@
 """Attention over PackedGroups as three Triton kernels: forward, gradient of q, gradients of k and v.
 
-FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), its two backward loops as kernels of their own, so that nothing
-needs atomics. The rows of a group lie side by side, prompt first, and row i sees row j where j <= i < readers_end[j].
-Hence a tile of query rows reads two ranges of keys: its group's prompt as far as the tile's start, where all is
-visible, and from the start of its first row's completion to the tile's end, where a mask decides. A tile of keys is
-read by the rows from its start to the last of its readers_end: by a mask inside the tile and beyond the first
-readers_end, by none between.
+FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) with the two backward loops as separate kernels, so that none
+needs atomics. The rows of a group are contiguous, prompt first, and row i sees row j iff j <= i < readers_end[j]. So a
+tile of query rows reads two ranges of keys: its group's prompt up to the tile's start, all visible, and from the start
+of its first row's completion to the tile's end, masked. A tile of keys is read by the rows from its start to the last
+of its readers_end, masked within the tile and beyond the first readers_end, unmasked in between.
 
-Exponentials are powers of two. Scores are masked with -inf under a running maximum that starts at a finite number, so
-that a row may see no key of a block without making NaN of it.
+Exponentials are base 2. Masked scores are -inf and the running maximum starts at a finite number, so a row that sees no
+key of a block does not produce NaN.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _rows(pointer, first, stride, end, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows first, first + 1, ... of a [rows, D] matrix; zeros past `end`, unless WHOLE says all exist, and past D."""
+    """Rows first, first + 1, ... of a [rows, D] matrix; zeros past D and, unless all rows exist (WHOLE), past `end`."""
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, D_PAD)
-    # The product of row and stride may pass 2^31; that of lane and stride may not.
+    # row * stride may exceed 2^31; lane * stride does not.
     pointers = pointer + first.to(tl.int64) * stride + lane[:, None] * stride + column[None, :]
     if WHOLE and D == D_PAD:
         return tl.load(pointers)
@@ -48,7 +47,7 @@ def _store_rows(pointer, value, first, stride, end, ROWS: tl.constexpr, D: tl.co
 
 @triton.jit
 def _tile(tiles_ptr, program, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """start, end, group start and prompt end of a program's block of rows; empty where the tile is shorter."""
+    """start, end, group start and prompt end of a program's block of rows; empty if the tile is shorter."""
     split: tl.constexpr = TILE_ROWS // BLOCK
     tiles_ptr += program // split * 4
     start = tl.load(tiles_ptr) + program % split * BLOCK
@@ -68,10 +67,10 @@ def _key_ranges(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Where the rows start to end read keys in two runs, of the prompt and of their own: the runs' starts, the first
-    run's end, the blocks that need no mask of each, the blocks of the first run."""
+    """The two ranges of keys that rows start to end read, of the prompt and of their own completion: the first range's
+    start and end, the second's start, the number of unmasked blocks of each, the number of blocks of the first."""
     position = tl.load(position_ptr + start).to(tl.int32)
-    # A completion's positions go on from its prompt's; while they climb by one, no other completion begins.
+    # A completion's positions continue its prompt's; while they increase by one, no other completion begins.
     own = tl.where(start < prompt_end, start, start - position + (prompt_end - group_start))
     climbs = tl.load(position_ptr + end - 1).to(tl.int32) - position == end - 1 - start
     shared = group_start
@@ -101,7 +100,7 @@ def _key_ranges(
 
 @triton.jit
 def _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW: tl.constexpr):
-    """Per row, what a key's row must exceed to be seen: where the key is of the prompt, where it is not."""
+    """Per row, the row index that a visible key exceeds: for prompt keys, and for other keys."""
     position = tl.load(position_ptr + row, mask=row < end, other=0).to(tl.int32)
     own_floor = row - position + (prompt_end - group_start) - 1
     prompt_floor = tl.full(row.shape, -1, tl.int32)
@@ -117,7 +116,7 @@ def _forward_block(
     scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, from `first` on, taken into a block of query rows."""
+    """Accumulate one block of keys, from `first` on, into a block of query rows."""
     k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
@@ -146,7 +145,7 @@ def forward_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The last rows of a group read the most keys: they start first.
+    # The last rows of a group read the most keys, so they start first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
     if start >= end:
@@ -188,7 +187,7 @@ def forward_kernel(
 
 @triton.jit
 def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
-    """Attention weights and what the gradient of the scores is to be multiplied by, less the scale."""
+    """Attention weights, and the derivative of the softcap, without the scale."""
     if CAP:
         bounded = tanh(scores * (scale / cap))
         weights = tl.exp2(bounded * (cap * LOG2E) - lse)
@@ -227,7 +226,7 @@ def grad_q_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Also writes delta, the row sums of grad_out * out, for grad_kv_kernel."""
+    """Also writes delta, the row sums of grad_out * out, which grad_kv_kernel reads."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
     if start >= end:
@@ -274,7 +273,7 @@ def _grad_kv_block(
     readers_end, first, end, grad_out_stride, q_stride, scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr,
     CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of query rows, from `first` on, taken into a block of keys. Keys run along the first axis."""
+    """Accumulate one block of query rows, from `first` on, into a block of keys. Keys are on the first axis."""
     row = first + tl.arange(0, QUERIES)
     q = _rows(q_ptr, first, q_stride, end, QUERIES, D, D_PAD, not MASKED)
     grad_out = _rows(grad_out_ptr, first, grad_out_stride, end, QUERIES, D, D_PAD, not MASKED)
@@ -303,7 +302,7 @@ def grad_kv_kernel(
     scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The first rows of a group are read by the most queries: they start first.
+    # The first rows of a group are read by the most queries, so they start first.
     start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(0), KEYS, TILE_ROWS)
     if start >= end:
         return
@@ -317,7 +316,7 @@ def grad_kv_kernel(
         column_position = tl.load(position_ptr + column, mask=column < end, other=0).to(tl.int32)
         reach = end - 1 + window
         if (start >= prompt_end) | (reach <= prompt_end):
-            # Neither another completion nor, from within the prompt, any completion is in the window.
+            # No other completion, or for keys within the prompt no completion at all, is in the window.
             last_reader = tl.minimum(last_reader, reach)
     elif end - start == KEYS:
         first_readers_end = tl.min(readers_end, 0)

@@ -1,7 +1,7 @@
-"""The element-wise passes of kernels/head/passes.py as Triton kernels: one program a row, each element read once.
+"""The element-wise passes of kernels/head/passes.py as Triton kernels: one program per row, one read per element.
 
-Row offsets are int64: rows * columns passes 2^31 for real batches. Sums start anew in each chunk and are joined with
-the older ones by the online log-sum-exp of Milakov and Gimelshein 2018 (arXiv 1805.02867, algorithm 3).
+Row offsets are int64, because rows * columns exceeds 2^31 for real batches. Each chunk's sums merge with the running
+ones by the online log-sum-exp of Milakov and Gimelshein 2018 (arXiv 1805.02867, algorithm 3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..head.passes import RowState
 from . import launch
 from .softcap import tanh
 
-# Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
+# Elements per block: the largest power of two whose fp32 copies fit in registers at 8 warps.
 _BLOCK = 4096
 _WARPS = 8
 
@@ -70,7 +70,7 @@ def scan_kernel(
         d = x - highest
         e = tl.exp(d)
         if WEIGHTED:
-            # 0 * -inf would be NaN, 0 times the lowest finite number is 0.
+            # 0 * -inf is NaN; 0 times the lowest finite number is 0.
             weighted += tl.sum(e * tl.maximum(d, -3.0e38), 0)
         if SQUARES:
             squares = squares * decay * decay + tl.sum(e * e, 0)
@@ -134,7 +134,7 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row)
     lanes = tl.arange(0, BLOCK)
-    # The lowest finite number, not -inf: -inf - -inf would make NaN of legitimate logits of -inf.
+    # The lowest finite number, not -inf: with valid logits of -inf, -inf - -inf would be NaN.
     highest = -3.4028234663852886e38
     total = 0.0
     for first in range(0, columns, BLOCK):

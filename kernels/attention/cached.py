@@ -1,5 +1,5 @@
-"""Attention of new tokens over cached keys and values on the CPU, csrc/cpu_cached.cpp: one operator that stores the new
-keys and values and attends, and reads a prompt once for all completions of its group."""
+"""Decode attention on the CPU (csrc/cpu_cached.cpp): one operator appends the new keys and values to the cache and
+attends, reading each prompt once for all completions of its group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import _cpu
 _NO_WINDOW = 1 << 40
 
 
-# whether attention_over_cache has an operator for q [Hq, N, D], k and v [Hkv, N, D]
+# Whether attention_over_cache supports q [Hq, N, D], k and v [Hkv, N, D].
 takes = _cpu.multiplies
 
 
@@ -32,15 +32,15 @@ def attention_over_cache(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Stores k and v [Hkv, N, D] of N new tokens in the cache and attends with q [Hq, N, D] -> [N, Hq, D].
+    """Store k and v [Hkv, N, D] of N new tokens in the cache and attend with q [Hq, N, D]; returns [N, Hq, D].
 
-    Token i sees the first seen[i] tokens of the prompt group[i]. If length[i] is not negative, it is token number
-    length[i], counted from 0, of completion i and sees that, too, up to itself; else it is the last of the tokens seen.
-    group, seen, length: [N] int64. window: how many tokens back a token sees, itself among them.
+    Token i sees the first seen[i] tokens of prompt group[i]. If length[i] >= 0, it is token length[i] (from 0) of
+    completion i and also sees that completion up to itself; otherwise it is prompt token seen[i] - 1. group, seen,
+    length: [N] int64. window: the number of most recent tokens a token sees, itself included.
 
-    prompt_k, prompt_v: [G, Hkv, P, D]. completion_k, completion_v: [R * Hkv * C, D], chunk after chunk, each
-    [R, Hkv, size, D] of the tokens from `start` on; chunks [n, 2] int64: start and size. All of q's dtype, which
-    `takes` must take. Raises RuntimeError on tensors that do not fit and on places outside of the cache.
+    prompt_k, prompt_v: [G, Hkv, P, D]. completion_k, completion_v: [R * Hkv * C, D], consecutive chunks, each
+    [R, Hkv, size, D] of the tokens from `start` on; chunks [n, 2] int64: start and size. All in q's dtype, which
+    `takes` must accept. Raises RuntimeError on mismatched tensors and on positions outside the cache.
     """
     attended = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     torch.ops.strop.cpu_cached_attention(

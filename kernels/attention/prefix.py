@@ -31,20 +31,20 @@ def prefix_attention(
     at position p sees keys at positions above p - sliding_window. softcap bounds the scaled scores by tanh before
     masking (Gemma 2).
 
-    backend: one of BACKENDS; None takes the one measured to be the fastest here among those that can. "triton", ours,
-    takes bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn", if installed, and "varlen",
-    torch.nn.attention.varlen, take bf16 and fp16 there and copy every prompt's keys for each further completion; "sdpa"
-    is plain PyTorch, for all else and for the CPU.
+    backend: one of BACKENDS. None picks "triton" where it is supported, else "sdpa". "triton", our kernels, supports
+    bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn", if installed, and "varlen",
+    torch.nn.attention.varlen, support bf16 and fp16 on a GPU and copy each prompt's keys for every completion after the
+    first; "sdpa" is plain PyTorch and supports everything, the CPU included.
 
-    Returns [1, H, T, D]; differentiable once. Raises ValueError when the shapes do not belong to the groups, and when
-    the backend asked for cannot take them.
+    Returns [1, H, T, D]; differentiable once. Raises ValueError if shapes, dtypes or devices do not match the groups,
+    on options out of range and on inputs that the requested backend does not support.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, groups)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # A window that no row outgrows hides nothing.
+    # A window at least as long as every row hides nothing.
     window = 0 if sliding_window is None or sliding_window >= groups.max_keys else sliding_window
     cap = float(softcap or 0.0)
     if not scale > 0 or window < 0 or cap < 0 or sliding_window == 0:
@@ -88,7 +88,7 @@ def _choose(backend: str | None, q: Tensor, v: Tensor, cap: float) -> str:
 
 
 def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
-    """Why the backend cannot take these; None where it can."""
+    """Why the backend does not support these inputs; None if it does."""
     if backend == "sdpa":
         return None
     if backend != "triton":
@@ -103,18 +103,18 @@ def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
 
 
 def _capability(device: torch.device) -> int:
-    """Major compute capability; 8 where there is no device to ask, as under FakeTensorMode."""
+    """Major compute capability; 8 without a GPU, as under FakeTensorMode."""
     return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
 
 
-# torch.compile calls it while it traces, instead of tracing into it: what torch.compiler.assume_constant_result does,
-# which would import the compiler into every process.
+# torch.compile then calls it at trace time instead of tracing into it. torch.compiler.assume_constant_result sets this
+# too, but imports the compiler into every process.
 _capability._dynamo_marked_constant = True
 
 
-# Defined by schema, and its autograd by a Function under the dispatcher's key: torch.library.custom_op and
-# register_autograd do the same for more microseconds a call. Outputs and gradients have rows first in memory, as models
-# hand q, k and v over and take the output back.
+# Defined by schema, with an autograd.Function under the Autograd key: the same as torch.library.custom_op with
+# register_autograd, at less overhead per call. Outputs and gradients are laid out rows first in memory, as models
+# produce q, k and v and consume the output.
 _library = torch.library.Library("strop", "FRAGMENT")
 _LAYOUT = "Tensor segments, Tensor tiles, Tensor readers_end, Tensor positions"
 _NUMBERS = "float scale, int window, float cap, bool triton"
@@ -127,12 +127,12 @@ _op, _backward_op = torch.ops.strop.prefix_attention.default, torch.ops.strop.pr
 
 
 def _explicit(q: Tensor, v: Tensor, window: int, cap: float, triton: bool) -> bool:
-    """Whether spans writes the scores out, which needs no log-sum-exp."""
+    """Whether spans.explicit_* runs, which materializes blocks of scores and needs no log-sum-exp."""
     return not triton and bool(window or cap or q.shape[-1] != v.shape[-1] or q.is_cuda)
 
 
 def _forward(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
-    """out [1, H, T, Dv] and lse [1, H, T], at least fp32; lse is empty where the backward needs none."""
+    """out [1, H, T, Dv] and lse [1, H, T], at least fp32; lse is empty if the backward does not need it."""
     if triton:
         from .._triton import attention_launch
 

@@ -9,7 +9,7 @@ from ..layout import PackedGroups
 
 
 def attention_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None = None) -> Tensor:
-    """[Q, K] bool, True where a query may see a key of the same sequence: causal, within the window of positions."""
+    """[Q, K] bool, True where a query sees a key of the same sequence: causal, within the window of positions."""
     distance = query_position[:, None] - key_position[None, :]
     visible = distance >= 0
     return visible if sliding_window is None else visible & (distance < sliding_window)
@@ -25,7 +25,7 @@ def prefix_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """strop.kernels.prefix_attention with the whole [T, T] mask and scores written out."""
+    """strop.kernels.prefix_attention with the whole [T, T] mask and scores materialized."""
     row_group = torch.empty(groups.num_tokens, dtype=torch.int64)
     row_completion = torch.full((groups.num_tokens,), -1)
     for g, (start, end) in enumerate(groups.prompt_bounds):
@@ -62,7 +62,7 @@ def attention_over_cache(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """strop.kernels.attention_cached.attention_over_cache, token by token."""
+    """strop.kernels.attention.cached.attention_over_cache, token by token."""
     heads, rows = k.shape[0], len(completion_k) // (k.shape[0] * int(chunks[:, 1].sum()))
 
     def own(buffer: Tensor, row: int) -> Tensor:  # a view [Hkv, size, D] for each chunk

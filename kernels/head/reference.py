@@ -33,7 +33,7 @@ def gather_logprob(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
 
 
 def logit_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
-    """Every statistic linear_logprob can emit, each [N], 0 where the target is ignored."""
+    """Every statistic of linear_logprob, each [N], 0 where the target is ignored."""
     kept = target != ignore_index
     logp = logits.log_softmax(-1)
     p = logp.exp()

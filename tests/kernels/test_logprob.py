@@ -232,7 +232,7 @@ def test_gather_logprob(csrc, dtype: torch.dtype, inplace: bool):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(4, 6)}, "do not fit"),
+        ({"hidden": torch.zeros(4, 6)}, "do not match"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "target must be"),
         ({"target": torch.tensor([0, 1, 2, 9])}, "vocabulary of 9"),
         ({"target": torch.zeros(4)}, "integer"),

@@ -226,7 +226,7 @@ def test_linear_preference_loss_is_the_composition(wpo: bool):
         ({"f_divergence": "renyi"}, "unknown f_divergence"),
         ({"loss_type": "nca_pair", "length_normalization": True}, "would be ignored"),
         ({"loss_type": "simpo"}, "ref_logp must be None"),
-        ({"loss_type": "sigmoid_norm", "ld_alpha": 0.5}, "undo each other"),
+        ({"loss_type": "sigmoid_norm", "ld_alpha": 0.5}, "cancel each other"),
         ({"loss_type": "aot", "log_sum_p2": torch.zeros(4)}, "WPO"),
         ({"loss_type": "rpo"}, "reward_margin"),
         ({"reward_margin": torch.ones(2)}, "reward_margin"),

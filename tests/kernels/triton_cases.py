@@ -13,9 +13,9 @@ from strop.kernels import LOSS_TYPES, _triton, preference, preference_loss
 from strop.kernels._triton import logprob as kernels
 from strop.kernels._triton import segment_sum as segments
 from strop.kernels.head import chunked, passes, reference
-from strop.kernels.head.passes import Head
+from strop.kernels.head.passes import LogitTransform
 
-HEADS = [Head(), Head(logit_scale=0.5, temperature=0.7), Head(logit_scale=2.0, temperature=1.3, softcap=3.0)]
+HEADS = [LogitTransform(), LogitTransform(0.5, temperature=0.7), LogitTransform(2.0, temperature=1.3, softcap=3.0)]
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 
 
@@ -39,7 +39,7 @@ def _run(module, hidden, weight, target, bias, head, grad, budget, frozen):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_driver_with_triton_equals_driver_with_torch(head: Head, dtype: torch.dtype, frozen: bool):
+def test_driver_with_triton_equals_driver_with_torch(head: LogitTransform, dtype: torch.dtype, frozen: bool):
     """Several chunks, blocks wider than a chunk's rest, every statistic, every gradient."""
     hidden, weight, bias, target = _inputs(5, 24, 1300, dtype)
     grad = torch.tensor([1.0, -0.5, 0.25, 0.0, 2.0])
