@@ -1,4 +1,4 @@
-"""The ahead-of-time check itself: it compiles without a GPU, and it fails where it must."""
+"""The ahead-of-time check: it compiles without a GPU and reports failures."""
 
 import os
 import re

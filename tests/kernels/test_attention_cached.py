@@ -1,4 +1,4 @@
-"""csrc/cpu_cached.cpp: attention over a cache, which samples on the CPU."""
+"""csrc/cpu_cached.cpp: decode attention over the KV cache on the CPU."""
 
 import pytest
 import torch

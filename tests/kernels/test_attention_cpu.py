@@ -1,4 +1,4 @@
-"""csrc/cpu_attention.cpp: what prefix_attention does on the CPU, beyond tests/kernels/test_attention.py."""
+"""csrc/cpu_attention.cpp: prefix_attention on the CPU, beyond test_attention.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention on a GPU: every backend against fp64 in every dtype, without a wait, with the same bits twice."""
+"""Attention on a GPU: every backend against fp64 in every dtype, without synchronization, deterministic."""
 
 import pytest
 import torch

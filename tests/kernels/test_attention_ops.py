@@ -1,4 +1,4 @@
-"""The attention operator under opcheck and torch.compile, the choice of its backend, and the gathering ones."""
+"""The attention operator under opcheck and torch.compile, the choice of backend, and the backends that gather keys."""
 
 import sys
 from dataclasses import replace
@@ -109,8 +109,8 @@ def test_what_a_backend_cannot_take_raises():
 @pytest.mark.parametrize(
     ("backend", "window"), [(None, None), ("triton", 4), ("varlen", None), ("varlen", 4), ("sdpa", 4)]
 )
-def test_no_backend_synchronises(backend: str | None, window: int | None):
-    """On fake tensors of a GPU whatever needs a value on the host raises."""
+def test_no_backend_synchronizes(backend: str | None, window: int | None):
+    """On fake GPU tensors, reading a value on the host raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     groups = PackedGroups.pack(GROUPS)
@@ -180,7 +180,7 @@ def test_readers_end_is_the_mask():
 
 
 def _varlen_twin(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, window, cap):
-    """What both kernels promise, sequence by sequence."""
+    """The contract of both kernels, sequence by sequence."""
     outs = []
     queries, keys = (list(pairwise(x.tolist())) for x in (query_offsets, key_offsets))
     for (q_start, q_end), (k_start, k_end) in zip(queries, keys, strict=True):
@@ -207,7 +207,7 @@ def _varlen_twin(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, wi
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (4, 0.0), (0, 2.0)])
 @pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
 def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
-    """The kernels themselves need a GPU; a twin of them takes what they are given."""
+    """The kernels need a GPU; plain PyTorch replaces them here."""
     groups = PackedGroups.pack(GROUPS)
     qkv = _qkv(groups, torch.float64)
     if backend == "varlen":

@@ -1,5 +1,5 @@
-"""csrc/ without a GPU: the operators for CUDA on CPU tensors with the kernels' own arithmetic, their machine code, and
-the build of all. The same cases run on a GPU where the library was built."""
+"""csrc/ without a GPU: the CUDA operators on CPU tensors with the kernels' arithmetic, their machine code, and the
+build. The same cases run on a GPU if the library was built."""
 
 import math
 import platform
@@ -187,7 +187,7 @@ def test_a_target_beyond_the_vocabulary_gives_nan(device: str):
 
 
 def test_offsets_pass_two_to_the_31(device: str):
-    """Row 3 of a view with 2^30 elements between rows lies past 2^31; only the rows' own pages are touched."""
+    """Row 3 of a view with 2^30 elements between rows lies beyond 2^31; only the rows' own pages are touched."""
     stride, columns = 1 << 30, 70
     storage = torch.empty(3 * stride + columns, dtype=torch.float16, device=device)
     logits = storage.as_strided((4, columns), (stride, 1))
@@ -238,7 +238,7 @@ def test_an_out_that_does_not_fit_raises(host: str, out: Tensor):
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_library_in_gather_logprob(dtype: torch.dtype, monkeypatch):
-    """Through the public function, beside Triton's kernels; two runs give identical bits."""
+    """Through the public function, against Triton's kernels; deterministic."""
     from strop.kernels import gather_logprob
 
     if not cuda.load():
@@ -316,7 +316,7 @@ def test_inspection_fails_where_it_must():
 
 
 def test_operators_are_registered(library: Path, tmp_path: Path):
-    """The very library, loaded into a PyTorch without CUDA: the one symbol that lacks is stood in for."""
+    """The library itself, loaded into a PyTorch without CUDA, with a stub for the one missing symbol."""
     stand_in = tmp_path / "stand_in.so"
     code = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
     command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(stand_in)]

@@ -1,5 +1,5 @@
-"""RMSNorm, SwiGLU and rotary embeddings of the CPU: transformers' own values, no further from fp64 than PyTorch's, with
-csrc/cpu.cpp and without it."""
+"""RMSNorm, SwiGLU and rotary embeddings on the CPU: transformers' values, at most twice PyTorch's error against fp64,
+with csrc/cpu.cpp and without it."""
 
 import copy
 import gc
@@ -90,7 +90,7 @@ def test_swiglu_linear(csrc, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 9, 300, 64), (1, 1, 1, 2), (1, 3, 7, 10), (1, 2, 0, 8)])
 def test_rotary(csrc, dtype, shape):
-    """cos and sin of the two halves differ, as no model's do: the backward is the transposed map, whatever they are."""
+    """cos and sin of the two halves differ, unlike in any model: the backward must transpose all such maps."""
     torch.manual_seed(0)
     by_token = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
     cos, sin = (torch.randn(1, *shape[2:]).to(dtype) for _ in range(2))
@@ -119,7 +119,7 @@ def test_values_that_are_not_finite_stay_so(library, dtype):
 
 
 def test_the_exponential_is_exact_to_two_units_in_the_last_place(library):
-    """Over all that a softmax asks it for: of scores x and 0, whose weights' ratio is e^x, to rounding once more."""
+    """Over the range of a softmax: the weights of scores x and 0 have the ratio e^x, up to one more rounding."""
     x = torch.cat([torch.linspace(-87, 0, 100_000), torch.linspace(-1e-3, 0, 1000), torch.tensor([-87.5, -1e4])])
     weights = torch.stack([x, torch.zeros_like(x)], 1)
     torch.ops.strop.cpu_causal_softmax_backward(weights, torch.zeros_like(weights), 1, 1.0)
@@ -315,7 +315,7 @@ def test_what_computes_something_else_is_left_alone(library):
 
 
 def test_ligers_layers_reach_one_model_only(monkeypatch):
-    """On a GPU; here Liger's kernels are replaced by plain operations that count their calls."""
+    """Liger's kernels need a GPU; plain operations that count their calls replace them here."""
     pytest.importorskip("liger_kernel")
     from liger_kernel.transformers import monkey_patch, rms_norm, swiglu
 

@@ -140,7 +140,7 @@ def test_extreme_logits(csrc, dtype: torch.dtype, kind: str):
 
 
 def test_logp_is_never_above_zero(csrc):
-    """Even where the target holds all the probability and everything is rounded to bf16."""
+    """Even if the target has all the probability and everything is rounded to bf16."""
     torch.manual_seed(0)
     weight = torch.randn(1000, 32).bfloat16()
     hidden = weight * 3

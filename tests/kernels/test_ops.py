@@ -1,4 +1,4 @@
-"""The custom ops under opcheck and torch.compile, and that nothing synchronises with the device."""
+"""The custom ops under opcheck and torch.compile, and that nothing synchronizes with the device."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_compiled_in_one_graph(needs: tuple[bool, bool, bool]):
     torch.testing.assert_close(run(compiled), run(step))
 
 
-def test_preference_loss_does_not_synchronise():
+def test_preference_loss_does_not_synchronize():
     """On fake tensors of a GPU whatever needs a value on the host raises. No gradients: a build of PyTorch without CUDA
     aborts on those."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,4 +1,4 @@
-"""AdamW of the CPU beside fp64 and beside torch.optim.AdamW with clipping, over several steps."""
+"""AdamW on the CPU against fp64 and against torch.optim.AdamW with clipping, over several steps."""
 
 import pytest
 import torch

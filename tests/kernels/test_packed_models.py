@@ -1,4 +1,4 @@
-"""Packed rows against one completion a row, on tiny random models with transformers' own eager attention as truth."""
+"""Packed rows against one completion per row, on tiny random models with transformers' eager attention."""
 
 import importlib
 from functools import partial
@@ -250,7 +250,7 @@ def _liger(name: str, model) -> None:
 
 @pytest.fixture(params=["llama", "qwen3", "gemma2"])
 def liger_model(request, monkeypatch):
-    """A model and what Liger will change in its module, put back afterwards."""
+    """A model, and a restore of what Liger changes in its module."""
     pytest.importorskip("liger_kernel")
     model = _model(request.param)
     module = importlib.import_module(type(model).__module__)
@@ -261,7 +261,7 @@ def liger_model(request, monkeypatch):
 
 
 def test_ligers_layers_run_packed(liger_model, monkeypatch):
-    """Its layers stand where its patches put them; plain PyTorch stands in for its kernels, which need a GPU."""
+    """Liger's patches are applied; plain PyTorch replaces its kernels, which need a GPU."""
     name, model = liger_model
     groups, called = PackedGroups.pack(_groups()), set()
     expected = _loss_and_gradients(model, packed_logp(model, groups), groups)
@@ -310,7 +310,7 @@ def test_ligers_kernels_run_packed_on_a_gpu(liger_model):
 
 
 def test_a_model_keeps_its_own_backend():
-    """Triton's needs a GPU: that it raises shows that it was asked."""
+    """Triton's backend needs a GPU: the error shows that it was selected."""
     groups, model, other = PackedGroups.pack(_groups()), _model("llama"), _model("llama")
     register(model, "triton")
     register(other)

@@ -58,7 +58,7 @@ def _pairs(pairs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0):
 
 
 def _needed(name: str, pairs: int = 3) -> dict:
-    """The options without which a loss refuses."""
+    """The options that a loss requires."""
     if name == "rpo":
         return {"reward_margin": torch.linspace(-1, 2, pairs, dtype=torch.float64)}
     return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}

@@ -70,7 +70,7 @@ def model_of(tokenizer, name: str = "llama", seed: int = 0, **options):
 
 
 def moved(model):
-    """A reference: the same model a little off."""
+    """A reference: the same model, slightly perturbed."""
     model, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -185,7 +185,7 @@ TRAINING = {
     "precomputed": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
     "precomputed, ld_alpha": {"precompute_ref_log_probs": True, "ld_alpha": 0.5},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "loss_type": "ipo"},
-    "synchronised": {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    "synchronized": {"sync_ref_model": True, "ref_model_sync_steps": 1},
 }
 
 
@@ -317,7 +317,7 @@ def test_precomputed_logps_are_kept_apart_by_what_they_depend_on(tokenizer, tmp_
 
 
 def test_wpo_with_hinge_has_a_gradient(tokenizer, tmp_path):
-    """TRL's writes over what its backward needs."""
+    """TRL's version overwrites what its backward needs."""
     model = model_of(tokenizer)
     trainer = trainer_of(
         StropDPOTrainer, tokenizer, tmp_path, model, moved(model), use_weighting=True, loss_type="hinge"
@@ -341,7 +341,7 @@ def test_generation_and_logits_are_the_models_own(tokenizer, tmp_path):
 
 
 class Halved(hf.LlamaForCausalLM):
-    """Scales its logits where no config tells."""
+    """Scales its logits without a config attribute."""
 
     def forward(self, *args, **kwargs):
         found = super().forward(*args, **kwargs)

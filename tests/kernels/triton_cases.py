@@ -133,7 +133,7 @@ def test_shapes(n: int, v: int, seed: int):
 
 
 def test_offsets_pass_two_to_the_31():
-    """Row 3 of a view with 2^30 elements between rows lies past 2^31; only the rows' own pages are touched."""
+    """Row 3 of a view with 2^30 elements between rows lies beyond 2^31; only the rows' own pages are touched."""
     stride, columns = 1 << 30, 64
     storage = torch.empty(3 * stride + columns, dtype=torch.float16)
     logits = storage.as_strided((4, columns), (stride, 1))
