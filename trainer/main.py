@@ -1,6 +1,5 @@
 """What torchrun starts: parse, set up, run, tear down. `--help` lists every key."""
 
-import contextlib
 import os
 import sys
 import time
@@ -37,13 +36,6 @@ def run(command: Command) -> None:
     console.line(f"{time.perf_counter() - started:.0f} s   weights {done.model}   report {done.dir / 'report.html'}")
 
 
-def stopped(first: bool) -> int:
-    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
-        if first:
-            print("stopped; the same command resumes", file=sys.stderr, flush=True)
-    return stopping.exit_code()
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     first = os.environ.get("RANK", "0") == "0"
@@ -58,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (UserError, OSError) as e:
         if stopping.requested() and not isinstance(e, UserError):  # e.g. the terminal is gone
-            return stopped(first)
+            return stopping.report(first)
         if "--debug" in argv:
             raise
         if not first:
@@ -67,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        return stopped(first)
+        return stopping.report(first)
     except Exception as e:
         if stopping.requested():  # another rank has stopped, and the connection to it broke
-            return stopped(first)
+            return stopping.report(first)
         if "--debug" in argv:
             raise
         traceback.print_exc()

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,6 +46,9 @@ def point() -> None:
         raise KeyboardInterrupt
 
 
-def exit_code() -> int:
-    """The shell's exit code for the signal that stopped this process."""
+def report(first: bool) -> int:
+    """Says that the run stopped; the shell's exit code for the signal that stopped it."""
+    with suppress(OSError):  # after SIGHUP there is no terminal
+        if first:
+            print("stopped; the same command resumes", file=sys.stderr, flush=True)
     return 128 + (_received[0] if _received else signal.SIGINT)
