@@ -9,10 +9,11 @@ it returns at once anywhere else, imports nothing heavy and never raises.
 import os
 import sys
 
-# what the launcher logs about a failed worker: logger, beginnings of the messages
+# what the launcher logs about a failed worker, and its advice on threads, whose number Strop sets itself
 LOGGED = {
     "torch.distributed.elastic.multiprocessing.api": ("failed (exitcode", "Sending process %s closing signal"),
     "torch.distributed.elastic.agent.server.api": ("Received %s death signal",),
+    "torch.distributed.run": ("Setting OMP_NUM_THREADS",),
 }
 
 
@@ -67,8 +68,8 @@ def _name(number: int) -> str:
 def _install() -> None:
     import logging
 
-    for name, beginnings in LOGGED.items():
-        logging.getLogger(name).addFilter(lambda record, b=beginnings: not str(record.msg).startswith(b))
+    for name, messages in LOGGED.items():
+        logging.getLogger(name).addFilter(lambda record, known=messages: not any(m in str(record.msg) for m in known))
     usual = sys.excepthook
 
     def hook(kind, error, trace) -> None:
