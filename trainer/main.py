@@ -11,7 +11,7 @@ try:
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
-    from strop.trainer.errors import UserError
+    from strop.trainer.errors import UserError, is_out_of_memory
     from strop.trainer.run import stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -48,27 +48,21 @@ def main(argv: list[str] | None = None) -> int:
             answer(command)
     except BrokenPipeError:  # the reader of --help or --plan has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (UserError, OSError) as e:
-        if stopping.requested() and not isinstance(e, UserError):  # e.g. the terminal is gone
-            return stopping.report(first)
-        if "--debug" in argv:
-            raise
-        if not first:
-            time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
         return stopping.report(first)
     except Exception as e:
-        if stopping.requested():  # another rank has stopped, and the connection to it broke
+        if stopping.requested() and not isinstance(e, UserError):  # the terminal is gone, or another rank has stopped
             return stopping.report(first)
         if "--debug" in argv:
             raise
-        traceback.print_exc()
-        told = "out of memory" if type(e).__name__ == "OutOfMemoryError" else "a bug in Strop or in a library"
-        print(f"error: {told} (traceback above); completed stages are kept, and the same command resumes",
-              file=sys.stderr, flush=True)
+        time.sleep(0 if first else 2)  # rank 0 has most likely said why, and torchrun then ends this process
+        if isinstance(e, UserError | OSError):
+            text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+        else:
+            traceback.print_exc()
+            told = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
+            text = f"{told} (traceback above); completed stages are kept, and the same command resumes"
+        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     return 0
 
