@@ -1,4 +1,4 @@
-"""Regenerate the measured parts of docs/performance.md, and its plots, from the results that are kept.
+"""Regenerate the measured parts of docs/performance.md, and its plots, from the stored results.
 
     python -m benchmarks.docs
 
@@ -19,12 +19,12 @@ from . import measure, plots
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 NOT_YET = "not yet measured"
-# A GPU's column or paragraph says so until a GPU was there.
+# Text of a GPU's column or paragraph until it is measured.
 GPU = "H100"
 
 
 def replace_section(text: str, name: str, body: str) -> str:
-    """text with what stands between the marks of `name` replaced. Raises ValueError without exactly one such place."""
+    """text with the section between the markers of `name` replaced. Raises ValueError unless there is exactly one."""
     pattern = re.compile(rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"{len(pattern.findall(text))} sections {name!r}, expected one")
@@ -68,7 +68,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def not_run(cases: dict[str, dict]) -> str:
-    """Who ran in none of the cases and why, those with the same reason together."""
+    """Contenders that did not run, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     ran = contenders_of(cases)
     for case in cases.values():

@@ -1,4 +1,4 @@
-"""The entry point for torchrun and the `strop` command: parse, run, print errors. `--help` lists every key."""
+"""The entry point of `strop` and torchrun: parse, run, print errors. `--help` lists every key."""
 
 import os
 import sys
@@ -19,12 +19,12 @@ except ModuleNotFoundError as e:
     sys.exit(f"{e}: install Strop first, with `make run` or `pip install -e .` in the folder above trainer/")
 
 
-def run(command: Command, first: bool) -> None:
+def run(command: Command) -> None:
     from strop.trainer.methods.running import planned, train
     from strop.trainer.reports.statistics import print_results
     from strop.trainer.run.console import Console
 
-    started, console = time.perf_counter(), Console(enabled=first)
+    started, console = time.perf_counter(), Console(enabled=os.environ.get("RANK", "0") == "0")
     if command.plan:
         store = planned(command.recipe, console)
         console.line(to_yaml(store.recipe))
@@ -43,22 +43,20 @@ def main(argv: list[str] | None = None) -> int:
         command = parse(argv)
         if command.recipe is not None:
             with stopping.handled(first):
-                run(command, first)
+                run(command)
         elif first:
             answer(command)
     except BrokenPipeError:  # the reader of --help or --plan closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
-        return stopping.ended(first)
+        return stopping.report(first)
     except Exception as e:
-        # after a signal other errors follow: the terminal is gone, or another rank stopped and its connection broke
-        if stopping.requested() and not isinstance(e, UserError):
-            return stopping.ended(first)
+        if stopping.requested() and not isinstance(e, UserError):  # the terminal is gone, or another rank stopped
+            return stopping.report(first)
         if "--debug" in argv:
             raise
+        time.sleep(0 if first else 2)  # rank 0 most likely prints the same error, and torchrun then ends this process
         if isinstance(e, UserError | OSError):
-            if not first:
-                time.sleep(2)  # rank 0 most likely prints the same error, and torchrun then ends this process
             text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
         else:
             traceback.print_exc()

@@ -45,8 +45,8 @@ def point() -> None:
         raise KeyboardInterrupt
 
 
-def ended(first: bool) -> int:
-    """Tells the user that the run stopped; the shell's exit code for the signal that stopped it."""
+def report(first: bool) -> int:
+    """Prints that the run stopped; returns the exit code that shells use for the signal."""
     with suppress(OSError):  # after SIGHUP there is no terminal
         if first:
             print("stopped; the same command resumes", file=sys.stderr, flush=True)
