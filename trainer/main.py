@@ -1,4 +1,4 @@
-"""What torchrun starts: parse, set up, run, tear down. `--help` lists every key."""
+"""The entry point of `strop` and torchrun: parse, run, print errors. `--help` lists every key."""
 
 import os
 import sys
@@ -46,22 +46,22 @@ def main(argv: list[str] | None = None) -> int:
                 run(command)
         elif first:
             answer(command)
-    except BrokenPipeError:  # the reader of --help or --plan has seen enough
+    except BrokenPipeError:  # the reader of --help or --plan closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         return stopping.report(first)
     except Exception as e:
-        if stopping.requested() and not isinstance(e, UserError):  # the terminal is gone, or another rank has stopped
+        if stopping.requested() and not isinstance(e, UserError):  # the terminal is gone, or another rank stopped
             return stopping.report(first)
         if "--debug" in argv:
             raise
-        time.sleep(0 if first else 2)  # rank 0 has most likely said why, and torchrun then ends this process
+        time.sleep(0 if first else 2)  # rank 0 most likely prints the same error, and torchrun then ends this process
         if isinstance(e, UserError | OSError):
             text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
         else:
             traceback.print_exc()
-            told = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
-            text = f"{told} (traceback above); completed stages are kept, and the same command resumes"
+            cause = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
+            text = f"{cause} (traceback above); completed stages are kept, and the same command resumes"
         print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     return 0
