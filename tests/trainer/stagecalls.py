@@ -12,7 +12,8 @@ from strop.trainer.stages import sft as sft_stage
 
 
 def prompts(stage, recipe):
-    prompts_stage.prompts(stage, data=recipe.data, filter=recipe.filter, seed=recipe.seed)
+    prompts_stage.prompts(stage, data=recipe.data, filter=recipe.filter, seed=recipe.seed,
+                          files={s.name: s.path for s in recipe.data.sources if s.path})
 
 
 def sample(stage, recipe, *, round, model, prompts):
@@ -27,7 +28,9 @@ def score(stage, recipe, **inputs):
 def select(stage, recipe, *, model, **inputs):
     sources = {s.name: {"prompt_template": s.prompt_template, "templated": s.templated} for s in recipe.data.sources}
     select_stage.select(stage, select=recipe.select, filter=recipe.filter, data=recipe.data, model=recipe.model,
-                        sources=sources, seed=recipe.seed, tokenizer=model, **inputs)
+                        sources=sources, seed=recipe.seed, tokenizer=model, **inputs,
+                        files={kind: {d.name: d.path for d in getattr(recipe.data, kind)}
+                               for kind in ("sft", "preferences")})
 
 
 def rules(recipe):

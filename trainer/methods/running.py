@@ -3,15 +3,17 @@
 from pathlib import Path
 
 from strop.trainer.config import Recipe, to_yaml
+from strop.trainer.errors import UserError
 from strop.trainer.methods import METHODS
 from strop.trainer.methods.run import Run
 from strop.trainer.models.folders import Base, find_base
+from strop.trainer.models.hub import find_data
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
 from strop.trainer.run.console import PROGRESS, Console
-from strop.trainer.run.files import write_atomic
+from strop.trainer.run.files import read_json, write_atomic
 from strop.trainer.run.metrics import open_metrics
-from strop.trainer.run.store import Store
+from strop.trainer.run.store import PLAN, Store
 from strop.trainer.run.world import join
 
 
@@ -20,11 +22,23 @@ def plan_recipe(recipe: Recipe, console: Console) -> tuple[Recipe, Store]:
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
-    return recipe, follow(recipe, find_base(recipe.model, console, convert=False), store)
+    return recipe, follow(recipe, find_outside(recipe, store.run_dir, console, download=False), store)
 
 
-def follow(recipe: Recipe, base: Base, store: Store) -> Store:
-    METHODS[recipe.method](Run(store, recipe, base), recipe)
+def find_outside(recipe: Recipe, run_dir: Path, console: Console, download: bool = True) -> tuple[Base, dict]:
+    """The start weights, and the files of the datasets that the recipe names on the hub (see find_data).
+
+    What this run has resolved before stays at its commit. Raises UserError for what cannot be found or downloaded."""
+    try:
+        pins = read_json(run_dir / PLAN)["base"]["revisions"]
+    except (UserError, KeyError, TypeError):
+        pins = {}
+    base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
+    return base, find_data(recipe.data, console, download, pins)
+
+
+def follow(recipe: Recipe, outside: tuple[Base, dict], store: Store) -> Store:
+    METHODS[recipe.method](Run(store, recipe, *outside), recipe)
     return store
 
 
@@ -38,16 +52,16 @@ def run_recipe(recipe: Recipe, console: Console) -> RunRecord:
     store = Store(run_dir, world, console)
     store.lock()
     try:
-        base = world.share(find_base(recipe.model, console) if world.first else None)
+        outside = world.share(find_outside(recipe, run_dir, console) if world.first else None)
         console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   "
-                     f"base {base.name}")
+                     f"base {outside[0].name}")
         store.metrics = open_metrics(recipe, run_dir, console, world.first)
         console.note = run_dir / PROGRESS
         store.after = [store.metrics.stage_done, Refresh(run_dir, console)]
         if world.first:
-            store.plan = follow(recipe, base, Store(run_dir, world, console, planning=True)).plan
+            store.plan = follow(recipe, outside, Store(run_dir, world, console, planning=True)).plan
             write_atomic(run_dir / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
-        follow(recipe, base, store)
+        follow(recipe, outside, store)
         store.metrics.close()
         if world.first:
             write_report(run_dir)

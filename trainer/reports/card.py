@@ -24,6 +24,7 @@ def model_card(info: dict) -> str:
 
     info:
       name: the run's; base_model: name of the start weights; base_from_gguf: bool; base_hash: their content hash;
+      revision: the base's commit on the hub; revisions: {model or dataset, as the recipe names it: commit}
       license: the base's, as Hugging Face spells it ("apache-2.0"); language: list of str; tags: list of str
       recipe: the resolved recipe, a dict; seed: int
       rounds: [{"round": "round-00", "promoted": "dpo", "stages": {"sft": {"hash": .., "counts": {..}, "seconds": ..}}}]
@@ -35,6 +36,9 @@ def model_card(info: dict) -> str:
     front = {"base_model": one_line(info["base_model"]), "library_name": "transformers",
              "pipeline_tag": "text-generation",
              "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"]}
+    commits = info.get("revisions", {})
+    if used := sorted({re.match("hf:([^/]+/[^/@:]+)", name)[1] for name in commits if name.startswith("hf:")}):
+        front["datasets"] = used
     n = len(info.get("rounds", []))
     rounds = f"{n or 'some'} round{'' if n == 1 else 's'}"
     if info.get("license"):
@@ -42,7 +46,7 @@ def model_card(info: dict) -> str:
     if info.get("language"):
         front["language"] = info["language"]
     parts = ["---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---", f"# {text(info['name'])}",
-             f"Post-trained from {code(info['base_model'])} with Strop: "
+             f"Post-trained from {code(info['base_model'])}{at_commit(info.get('revision'))} with Strop: "
              f"{rounds} of sampling, scoring, SFT, DPO and merging."]
     parts += usage() + licence(info) + results(info) + lineage(info) + appendix(info)
     return "\n\n".join(parts) + "\n"
@@ -68,10 +72,20 @@ def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: l
                     for name, r in named for split in ("validation", "test")],
         "gains": [{"candidate": name, "over": over, **r[key]} for name, r in named if "part" in r
                   for key, over in (("over_base", "base"), ("part", r["before"]))],
-        "sources": [{"name": s.name, "origin": s.reasoning_gym or Path(s.path).name, "prompts": counts[s.name],
-                     "verifier": s.verifier or "reasoning_gym"} for s in recipe.data.sources],
+        "sources": [{"name": s.name, "origin": s.reasoning_gym or origin(s.path), "prompts": counts[s.name],
+                     "verifier": s.verifier or "reasoning_gym"} for s in recipe.data.sources] +
+                   [{"name": d.name, "origin": origin(d.path)} for d in recipe.data.sft + recipe.data.preferences],
         "hashes": {f"round {p['round']} promoted": p["hash"] for p in promotions},
     }
+
+
+def origin(path: str) -> str:
+    """A file's name, or the whole name of a dataset on the hub."""
+    return path if path.startswith("hf:") else Path(path).name
+
+
+def at_commit(commit: str | None) -> str:
+    return f" at commit {commit}" if commit else ""
 
 
 def usage() -> list[str]:
@@ -118,8 +132,9 @@ def lineage(info: dict) -> list[str]:
                 for r in info["rounds"] for name, s in r.get("stages", {}).items()]
         parts += ["## Lineage", table(["round", "stage", "hash", "counts", "seconds", "promoted"], rows)]
     if info.get("sources"):
-        rows = [[s["name"], s.get("origin", ""), s.get("verifier", ""), f"{s['prompts']:,}" if "prompts" in s else ""]
-                for s in info["sources"]]
+        commits = info.get("revisions", {})
+        rows = [[s["name"], s.get("origin", "") + at_commit(commits.get(s.get("origin"))), s.get("verifier", ""),
+                 f"{s['prompts']:,}" if "prompts" in s else ""] for s in info["sources"]]
         parts += ["## Data", table(["source", "origin", "verifier", "prompts"], rows)]
     return parts
 

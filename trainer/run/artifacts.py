@@ -36,13 +36,15 @@ def content_hash(files: dict[str, dict]) -> str:
     return hash_json({name: entry["hash"] for name, entry in files.items()})
 
 
-def external(path: str | Path) -> Artifact:
-    """A file or folder from outside the run directory, hashed by content."""
+def external(path: str | Path, counts=lambda name: True) -> Artifact:
+    """A file or folder from outside the run directory, hashed by the content of the files whose name `counts`.
+
+    Raises UserError if it does not exist."""
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     files = {name: {"hash": _hash_once(str(path if path.is_file() else path / name), *stamp), "bytes": stamp[1]}
-             for name, stamp in _stamps(path).items()}
+             for name, stamp in _stamps(path).items() if counts(name)}
     return Artifact(path, content_hash(files), files)
 
 
