@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-FOLDERS = {"strop.kernels": "kernels", "strop.trainer": "trainer"}
+FOLDERS = {"strop": "trainer/api", "strop.kernels": "kernels", "strop.trainer": "trainer"}
 HERE = Path(__file__).parent
 
 # every folder with an __init__.py below the mapped ones is a package of its own
@@ -24,6 +24,7 @@ PACKAGE_DIR = {
     ".".join([name, *init.parent.relative_to(HERE / folder).parts]): init.parent.relative_to(HERE).as_posix()
     for name, folder in FOLDERS.items()
     for init in sorted((HERE / folder).rglob("__init__.py"))
+    if folder == FOLDERS["strop"] or init.parent != HERE / FOLDERS["strop"]
 }
 
 # sm_80 also runs on 8.6 and 8.9; what ends in "a" runs on that very architecture

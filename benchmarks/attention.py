@@ -23,7 +23,7 @@ HEADS = {
     Head("Llama-3.1-8B", 4096, 0): (32, 8, 128),
 }
 SMOLLM2, LLAMA_1B, LLAMA_8B = HEADS
-# Groups, tokens of a prompt, completions a group, tokens of a completion.
+# Groups, prompt tokens, completions per group, completion tokens.
 LAYOUTS = {
     "1 x 4096 + 8 x 512": (1, 4096, 8, 512),
     "12 x 512 + 2 x 64": (12, 512, 2, 64),
@@ -54,7 +54,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
         return torch.randn(shape, device=device, generator=draw, dtype=DTYPES[case.dtype]).transpose(1, 2)
 
     qkv = [normal(of).requires_grad_() for of in (heads, key_heads, key_heads)]
-    # Rows of a prompt and one completion each, as trainers without sharing have them: [rows, prompt + length].
+    # Separate rows of a prompt and one completion, as trainers without sharing use: [rows, prompt + length].
     start = torch.tensor(groups.completion_bounds)[:, :1] - prompt
     offset = torch.arange(prompt + length)
     prompts = torch.tensor([groups.prompt_bounds[g] for g in groups.completion_group])[:, :1]
@@ -66,7 +66,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
 
 
 def floor(case: Case) -> tuple[float, float]:
-    """2 products forward and 5 backward over the pairs of rows that see each other; q, k, v, out and gradients once."""
+    """2 GEMMs forward and 5 backward over visible (query, key) pairs; q, k, v, out and gradients moved once."""
     number, prompt, count, length = LAYOUTS[case.variant]
     heads, key_heads, size = HEADS[case.head]
     pairs = prompt * (prompt + 1) / 2 + count * (length * prompt + length * (length + 1) / 2)
@@ -75,7 +75,7 @@ def floor(case: Case) -> tuple[float, float]:
 
 
 def flat(result: tuple[Tensor, ...], inputs: SimpleNamespace) -> tuple[Tensor, ...]:
-    """out and the gradients of q, k and v, [1, heads, T, size]; a separate row's brought back to where it came from."""
+    """out and the gradients of q, k and v, [1, heads, T, size]; separate rows mapped back to the packed layout."""
     out, *gradients = result
     if out.shape[0] != 1 or out.shape[2] != inputs.upstream.shape[2]:
         out = _back(torch.where(inputs.first[:, None, :, None], out, 0), inputs)
@@ -108,7 +108,7 @@ def _ours(backend: str | None):
 
 def _separate(case: Case, x: SimpleNamespace):
     rows = [tensor.detach()[0][:, x.rows].transpose(0, 1).contiguous().requires_grad_() for tensor in x.qkv]
-    # What a prompt's copies pass on is counted once.
+    # Gradients of a prompt's copies are summed.
     upstream = torch.where(x.first[:, None, :, None], x.upstream[0][:, x.rows].transpose(0, 1), 0).contiguous()
     return _call(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), rows, upstream

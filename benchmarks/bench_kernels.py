@@ -1,4 +1,4 @@
-"""The kernels' benchmarks as pytest-benchmark sees them: `pytest benchmarks -k "dpo and SmolLM2"`.
+"""The kernels' benchmarks for pytest-benchmark: `pytest benchmarks -k "dpo and SmolLM2"`.
 
 The contenders of a case are timed by turns in one go, on a GPU by its own clock. pytest-benchmark, which times one test
 after the other by the host's clock, is shown those samples, for its tables, comparisons and storage.
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Replay:
-    """A clock that moves on by the samples it is given."""
+    """A clock that advances by the given samples."""
 
     def __init__(self) -> None:
         self.time, self.samples = 0.0, iter(())
@@ -31,7 +31,7 @@ class Replay:
 
 
 REPLAY = Replay()
-# Every family's first case, then every one's second: a time limit shall cut what matters least.
+# Every family's first case, then every second one, so that a time limit cuts the least important cases.
 CASES = [
     pair
     for row in zip_longest(*([(family, case) for case in family.cases(DEVICE)] for family in FAMILIES))

@@ -1,4 +1,4 @@
-"""Options of the suite, and the measurement of a case once for all tests of its contenders."""
+"""Options of the suite, and one measurement per case for all tests of its contenders."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def record_of(request: pytest.FixtureRequest, device: torch.device) -> Callable[[object, Case], dict]:
-    """The record of a case, measured with all of its contenders that were selected, when the first of them asks."""
+    """The record of a case, measured with all selected contenders on first use."""
     config = request.config
     done = config.stash.setdefault(MEASURED, {})
 
@@ -54,7 +54,7 @@ def record_of(request: pytest.FixtureRequest, device: torch.device) -> Callable[
         seconds = config.getoption("case_seconds")
         done[case.name] = suite.measure_case(family, case, names, device, config.stash[RATES], rounds, seconds)
         if path := config.getoption("results"):
-            # After each case: what was measured stays when a time limit ends the run.
+            # After each case, so that a time limit loses no finished measurement.
             suite.merge(path, measure.environment(device), {case.name: done[case.name]})
         return done[case.name]
 

@@ -1,4 +1,4 @@
-"""Regenerate the measured parts of docs/performance.md, and its plots, from the results that are kept.
+"""Regenerate the measured parts of docs/performance.md, and its plots, from the stored results.
 
     python -m benchmarks.docs
 
@@ -19,12 +19,12 @@ from . import measure, plots
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 NOT_YET = "not yet measured"
-# A GPU's column or paragraph says so until a GPU was there.
+# Text of a GPU's column or paragraph until it is measured.
 GPU = "H100"
 
 
 def replace_section(text: str, name: str, body: str) -> str:
-    """text with what stands between the marks of `name` replaced. Raises ValueError without exactly one such place."""
+    """text with the section between the markers of `name` replaced. Raises ValueError unless there is exactly one."""
     pattern = re.compile(rf"(<!-- begin {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"{len(pattern.findall(text))} sections {name!r}, expected one")
@@ -53,6 +53,11 @@ def milliseconds(seconds: float) -> str:
     return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{ms * 1e3:.0f} µs"
 
 
+def figures(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def mebibytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
@@ -63,11 +68,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def not_run(cases: dict[str, dict]) -> str:
-    """Who did not run and why, those with the same reason together."""
+    """Contenders that did not run, grouped by reason."""
     reasons: dict[str, list[str]] = {}
+    ran = contenders_of(cases)
     for case in cases.values():
         for name, found in case["contenders"].items():
-            if "failed" in found:
+            if "failed" in found and name not in ran:
                 where = reasons.setdefault(found["failed"], [])
                 if name not in where:
                     where.append(name)
@@ -85,38 +91,30 @@ def contenders_of(cases: dict[str, dict]) -> list[str]:
     return names
 
 
-def family_section(family: str, label: Callable[[dict], str], gpu_wanted: bool = True) -> str:
-    """Times with the fraction of the floor, then peak memory, a row for each case and a column for each contender."""
+def family_section(family: str, label: Callable[[dict], str], memory: bool = True) -> str:
+    """A row per case, a column per contender: ms (fraction of the floor) and, with `memory`, peak MiB."""
     parts = []
     for result in results():
         cases = family_cases(result, family)
         if not cases:
             continue
-        names = contenders_of(cases)
-        times, peaks = [], []
+        names, rows = contenders_of(cases), []
         for case in cases.values():
             found = [case["contenders"].get(name, {}) for name in names]
             measured = [f["seconds"] for f in found if "seconds" in f]
             if not measured:  # its contenders are listed with their reasons
                 continue
-            fastest = min(measured)
             cells = []
             for f in found:
                 if "seconds" not in f:
                     cells.append("")
                     continue
-                cell = f"{milliseconds(f['seconds'])} ({f['fraction_of_floor']:.0%})"
-                cells.append(f"**{cell}**" if f["seconds"] == fastest else cell)
-            times.append([label(case), milliseconds(case["floor"]["seconds"]), *cells])
-            peaks.append([label(case), *(mebibytes(f["peak_bytes"]) if "seconds" in f else "" for f in found)])
-        parts += [
-            f"{measured_on(result)}: time (fraction of the floor)",
-            table(["", "floor", *names], times),
-            "Peak memory beyond the inputs, results included",
-            table(["", *names], peaks),
-            not_run(cases),
-        ]
-    if gpu_wanted and not any("cuda" in result["environment"] for result in results()):
+                cell = f"{figures(f['seconds'] * 1e3)} ({f['fraction_of_floor']:.0%})"
+                cell = f"**{cell}**" if f["seconds"] == min(measured) else cell
+                cells.append(f"{cell}, {figures(f['peak_bytes'] / 2**20)}" if memory else cell)
+            rows.append([label(case), figures(case["floor"]["seconds"] * 1e3), *cells])
+        parts += [measured_on(result), table(["", "floor", *names], rows), not_run(cases)]
+    if not any("cuda" in result["environment"] for result in results()):
         parts.append(f"**{GPU}**: {NOT_YET}.")
     return "\n\n".join(part for part in parts if part)
 
@@ -188,31 +186,29 @@ def train_step_section() -> str:
     parts = []
     for path in sorted(measure.RESULTS.glob("*/train_step.json")):
         result = json.loads(path.read_text())
-        rows = []
-        for case in result["cases"].values():
-            ours, theirs = case["strop"], case["peer"]
-            what = f"{case['rows']} {'pairs' if case['task'] == 'dpo' else 'rows'}"
-            rows.append(
-                [
-                    f"{case['model']}, {case['task'].upper()} {case['prompt']}:{case['completion']}, {what}",
-                    case["side"].replace("trl", "TRL,"),
-                    *(f"{side['seconds']:.2f} s" for side in (ours, theirs)),
-                    f"**{theirs['seconds'] / ours['seconds']:.1f}**",
-                    f"{case['flop_ratio']:.1f}",
-                    *(f"{case['tokens'] / side['seconds']:,.0f}" for side in (ours, theirs)),
-                    *(f"{side['peak_bytes'] / 2**30:.1f} GiB" for side in (ours, theirs)),
-                    f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}",
-                    f"{case['flops'] / ours['seconds'] / case['matmul_rate']:.0%}",
-                ]
-            )
-        header = ["", "peer", "Strop", "TRL", "times faster", "FLOP ratio", "Strop's tokens/s", "TRL's"]
-        header += ["Strop's peak", "TRL's", "share", "MFU"]
-        parts += [f"{measured_on(result)}", table(header, rows)]
+        cases = list(result["cases"].values())
+        for model in dict.fromkeys(case["model"] for case in cases):
+            rows = [train_step_row(case) for case in cases if case["model"] == model]
+            header = ["", "peer", "Strop, s", "TRL, s", "speedup", "FLOP ratio", "Strop, GiB", "TRL, GiB", "MFU"]
+            parts += [f"{measured_on(result)}, {model}", table(header, rows)]
         plot = plots.train_step(result, PAGE.parent / "plots" / f"{path.parent.name}-train-step.svg")
-        parts.append(f"![Seconds a step, Strop beside TRL]({plot.relative_to(PAGE.parent).as_posix()})")
+        parts.append(f"![Seconds per step, Strop and TRL]({plot.relative_to(PAGE.parent).as_posix()})")
     if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/train_step.json")):
         parts.append(f"**{GPU}**: {NOT_YET}.")
     return "\n\n".join(parts)
+
+
+def train_step_row(case: dict) -> list[str]:
+    ours, theirs = case["strop"], case["peer"]
+    return [
+        f"{case['task'].upper()} {case['prompt']}:{case['completion']}",
+        case["side"].replace("trl", "TRL,"),
+        *(f"{side['seconds']:.2f}" for side in (ours, theirs)),
+        f"**{theirs['seconds'] / ours['seconds']:.1f}**",
+        f"{case['flop_ratio']:.1f}",
+        *(f"{side['peak_bytes'] / 2**30:.1f}" for side in (ours, theirs)),
+        f"{case['flops'] / ours['seconds'] / case['matmul_rate']:.0%}",
+    ]
 
 
 def step_profile_section() -> str:
@@ -223,8 +219,9 @@ def step_profile_section() -> str:
         rows = []
         for name, case in result["cases"].items():
             shares = [f"{case['seconds'].get(kind, 0) / case['step_seconds']:.0%}" for kind in kinds]
-            rows.append([name, f"{case['step_seconds']:.2f} s", *shares, f"{case['floor_seconds']:.2f} s"])
-        parts += [measured_on(result), table(["", "step", *kinds, "floor"], rows)]
+            rows.append([name.split(", ")[1], f"{case['step_seconds']:.2f}", *shares, f"{case['floor_seconds']:.2f}"])
+        models = ", ".join(dict.fromkeys(name.split(", ")[0] for name in result["cases"]))
+        parts += [f"{measured_on(result)}, {models}", table(["", "step, s", *kinds, "floor, s"], rows)]
     if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/step_profile.json")):
         parts.append(f"**{GPU}**: {NOT_YET}.")
     return "\n\n".join(parts)
@@ -235,7 +232,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "head": head_section,
     "gather": lambda: family_section("gather", gather_label),
     "dpo": dpo_section,
-    "preference": lambda: family_section("preference", lambda case: case["variant"]),
+    "preference": lambda: family_section("preference", lambda case: case["variant"], memory=False),
     "attention": lambda: family_section("attention", lambda case: f"{case['preset']}, {case['variant']}"),
     "train-step": train_step_section,
     "step-profile": step_profile_section,

@@ -1,4 +1,4 @@
-"""The DPO loss from hidden states, the reference's head included, and the peers' ways to it.
+"""The DPO loss from hidden states, the reference's head included, by Strop and its peers.
 
 8 pairs x 256 completion tokens: 4,096 rows for the head of the policy, and as many for the reference's. Both sides get
 hidden states and heads of both models and return the loss and the gradients of the policy's hidden states and weight.
@@ -30,7 +30,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def inputs(case: Case, device: torch.device) -> SimpleNamespace:
-    """[2B, T, D] with the chosen completions first, as Liger and TRL have them, and the same rows in Strop's order."""
+    """[2B, T, D] with chosen completions first, as in Liger and TRL, and the same rows in Strop's order."""
     dtype = DTYPES[case.dtype]
     hidden, weight, target = head_inputs(case.head, case.tokens, device, dtype)
     noise = torch.Generator(device).manual_seed(1)
@@ -38,7 +38,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     def near(x: Tensor, share: float) -> Tensor:
         return x + share * x.std() * torch.randn(x.shape, device=device, generator=noise, dtype=dtype)
 
-    # A policy on its way has left the reference a little.
+    # A policy in training differs slightly from the reference.
     ref_hidden, ref_weight = near(hidden, 0.02), near(weight, 0.02)
     rows = torch.arange(case.tokens, device=device).view(2, PAIRS, -1)
     order = rows.transpose(0, 1).reshape(-1)
@@ -59,7 +59,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
 
 
 def floor(case: Case) -> tuple[float, float]:
-    """Three products for the policy's trained head, one for the reference's; two weights read, a gradient written."""
+    """Three GEMMs for the policy's trained head, one for the reference's; two weights read, a gradient written."""
     head = case.head
     return 4 * 2.0 * case.tokens * head.hidden * head.vocab, 3 * head.hidden * head.vocab * 2.0
 
@@ -98,7 +98,7 @@ def _strop_table(case: Case, x: SimpleNamespace):
 
 
 def _chunked_loss(module: Callable[[], type], **options):
-    """Liger's class for it, or one that stands in for it."""
+    """Liger's class, or Strop's drop-in for it."""
 
     def contender(case: Case, x: SimpleNamespace):
         loss = module()(beta=BETA, **options)

@@ -1,4 +1,4 @@
-"""gather_logprob and its peers: logits that are already there to the targets' log-probs, and back."""
+"""gather_logprob and its peers: materialized logits to the targets' log-probs, and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def inputs(case: Case, device: torch.device) -> SimpleNamespace:
-    # Logits of the usual distribution from a narrow head: the width that made them does not matter here.
+    # A narrow head makes logits of the usual distribution; its width does not matter here.
     narrow = Head(case.head.name, 32, case.head.vocab)
     with torch.no_grad():
         hidden, weight, target = head_inputs(narrow, case.tokens, device, DTYPES[case.dtype])
@@ -43,7 +43,7 @@ def flat(result: tuple[Tensor, ...], inputs: SimpleNamespace) -> tuple[Tensor, .
 
 
 def _call(logp: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor):
-    """The call that computes the mean log-prob and, where logits want one, its gradient."""
+    """The call that computes the mean log-prob and, if logits require it, its gradient."""
 
     def call() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(logits.requires_grad):
@@ -64,7 +64,7 @@ def _plain(logits: Tensor, target: Tensor) -> Tensor:
 def _in_place(case: Case, x: SimpleNamespace):
     if case.variant != BOTH:
         raise Unavailable("only a backward can be in place")
-    # After the first call these hold a gradient: other numbers, the same work.
+    # After the first call these hold a gradient: different values, the same work.
     logits = x.logits.detach().clone().requires_grad_()
     return _call(lambda logits, target: gather_logprob(logits, target, inplace_backward=True), logits, x.target)
 
@@ -72,16 +72,16 @@ def _in_place(case: Case, x: SimpleNamespace):
 def _csrc(case: Case, x: SimpleNamespace):
     if not x.logits.is_cuda:
         raise Unavailable("CUDA C++")
-    from strop.kernels import _cuda
+    from strop.kernels.head import cuda
 
     call = _call(gather_logprob, x.logits, x.target)
 
     def preferring() -> tuple[Tensor, ...]:
-        before, _cuda.prefer = _cuda.prefer, True
+        before, cuda.prefer = cuda.prefer, True
         try:
             return call()
         finally:
-            _cuda.prefer = before
+            cuda.prefer = before
 
     return preferring
 
@@ -93,7 +93,7 @@ def _compiled(case: Case, x: SimpleNamespace):
 def _trl(case: Case, x: SimpleNamespace):
     from trl.trainer.utils import selective_log_softmax
 
-    # Its trainers call it with [rows, tokens, V]; off the GPU it works row by row.
+    # Its trainers call it with [rows, tokens, V]; on a CPU it runs row by row.
     logits = x.logits.detach().view(8, -1, case.head.vocab).requires_grad_(case.variant == BOTH)
     return _call(selective_log_softmax, logits, x.target.view(8, -1))
 

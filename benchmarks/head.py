@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.kernels import linear_logprob
-from strop.kernels.chunked import default_byte_budget
+from strop.kernels.head.chunked import default_byte_budget
 
 from .shapes import SMOLLM2, Head, head_inputs, heads, tokens
 from .suite import DTYPES, Case, Unavailable
@@ -34,7 +34,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
 
 
 def floor(case: Case) -> tuple[float, float]:
-    """Three products train a head, two a frozen one's hidden states; the weight is read once, its gradient written."""
+    """Three GEMMs for a trained head, two for a frozen one; the weight is read once, its gradient written once."""
     products, passes = {TRAINED: (3, 2), FROZEN: (2, 1), SCORING: (1, 1)}[case.variant]
     head = case.head
     return products * 2.0 * case.tokens * head.hidden * head.vocab, passes * head.hidden * head.vocab * 2.0
@@ -45,7 +45,7 @@ def flat(result: tuple[Tensor, ...], inputs: SimpleNamespace) -> tuple[Tensor, .
 
 
 def _backward(loss: Callable[[], Tensor], x: SimpleNamespace) -> Callable[[], tuple[Tensor, ...]]:
-    """The call that computes the loss and every gradient the case asks for."""
+    """The call that computes the loss and every gradient of the case."""
     wanted = [tensor for tensor in (x.hidden, x.weight) if tensor.requires_grad]
 
     def call() -> tuple[Tensor, ...]:
@@ -116,7 +116,7 @@ def _trl(case: Case, x: SimpleNamespace):
 
 
 def trl_logprob(hidden: Tensor, weight: Tensor, target: Tensor, head: Head) -> Tensor:
-    """Log-probs [N] as TRL's trainers compute them, without the statistics that they ask for besides."""
+    """Log-probs [N] as TRL's trainers compute them, without their statistics."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
 

@@ -1,4 +1,4 @@
-"""Time, peak memory, and the rates of this machine that both are held against."""
+"""Time, peak memory, and this machine's peak rates to compare them with."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ PACKAGES = (
 )
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LIBC = ctypes.CDLL(None)
-# A sample shorter than this is made of several calls: the clock and the launch of an event cost microseconds.
+# Calls shorter than this are timed several at a time: reading the clock or recording an event costs microseconds.
 _SHORTEST_SAMPLE = 1e-2
-# Two samples tell enough of a contender that takes this many times as long as the fastest, and over a second.
+# Two samples suffice for a contender that takes over a second and this many times as long as the fastest.
 _FAR_BEHIND = 4.0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median over rounds, the distance between the quartiles, and each round's."""
+    """Seconds per call: the median over rounds, the interquartile range, and each round's time."""
 
     seconds: float
     iqr: float
@@ -56,7 +56,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def sample(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds per call: on a GPU between two events of its stream, on a CPU by the clock."""
+    """Seconds per call: between two CUDA events on a GPU, by the clock on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -81,7 +81,7 @@ def interleaved(
     seconds: float | None = None,
     once: dict[str, float] | None = None,
 ) -> dict[str, Timing]:
-    """Times the contenders by turns, so that what slows the machine for a while slows them all.
+    """Time the contenders alternately, so that a temporary slowdown of the machine affects all of them.
 
     Each contender is called `warmup` times first; compilation happens there. `seconds` bounds the time of all rounds
     together: fewer are run, never under three, when the calls are too slow for all of them. `once` may hold what one
@@ -102,7 +102,7 @@ def interleaved(
     gc.disable()
     try:
         for turn in range(rounds):
-            # Every other round backwards: nobody always follows the same neighbour.
+            # Every other round in reverse, so that no contender always follows the same one.
             for name in names if turn % 2 == 0 else reversed(names):
                 if name in behind and turn > 1:
                     continue
@@ -123,21 +123,21 @@ def _status_bytes(field: str) -> int:
 
 
 def _map_blocks_from(size: int) -> None:
-    """Has the C library map blocks of that many bytes on their own and keep up to twice as much freed memory."""
+    """Set malloc's mmap threshold to that many bytes, and its trim threshold to twice as much."""
     trim_threshold, mmap_threshold = -1, -3
     _LIBC.mallopt(mmap_threshold, size)
     _LIBC.mallopt(trim_threshold, 2 * size)
 
 
 def start_peak(device: torch.device) -> int:
-    """Forgets the peak so far; returns the bytes that are in use now, to be given to `peak_since`."""
+    """Reset the peak; returns the bytes in use now, an argument of `peak_since`."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # Freed memory that the allocator still holds would hide new use of it, and holes in its heap would count as use.
+    # Freed memory still held by the allocator would hide new use, and holes in its heap would count as use.
     _map_blocks_from(1 << 20)
     _LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -145,18 +145,18 @@ def start_peak(device: torch.device) -> int:
 
 
 def peak_since(start: int, device: torch.device) -> int:
-    """Bytes in use at the highest point since `start_peak`, over those in use then."""
+    """Peak bytes in use since `start_peak`, minus those in use then."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start
     peak = max(0, _status_bytes("VmHWM") - start)
-    # What the library comes to by itself in a process that frees large blocks.
+    # glibc's dynamic threshold in a process that frees large blocks.
     _map_blocks_from(32 << 20)
     return peak
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that one call needs beyond what was there before it, its results included. Warm it up first."""
+    """Bytes that one call allocates beyond those in use before, results included. Warm it up first."""
     start = start_peak(device)
     call()
     return peak_since(start, device)
@@ -189,17 +189,17 @@ def rates(device: torch.device, dtypes: Iterable[str] = ("bf16", "fp32")) -> dic
 
 
 def floor_seconds(rates: dict[str, float], *, flops: float = 0.0, bytes: float = 0.0, dtype: str = "bf16") -> float:
-    """The least time for that many FLOPs of matrix products in dtype and bytes moved, whichever takes longer."""
+    """The roofline time: that many FLOPs of GEMMs in dtype or bytes moved, whichever takes longer."""
     return max(flops / rates[dtype] if flops else 0.0, bytes / rates["copy"])
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the instructions that count for matrix products and the threads in use."""
+    """The GPU's name, or the CPU's with its matrix instructions and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     name = re.sub(r"\((?:R|TM|tm)\)", "", found.group(1)) if found else platform.machine()
-    # a virtual machine's processor may hide which of its maker's generations it is of
+    # A virtual machine may hide the processor's generation.
     has = {
         "AMX": torch.cpu._is_amx_tile_supported(),
         "AVX-512 BF16": torch.cpu._is_avx512_bf16_supported(),
@@ -216,7 +216,7 @@ def results_folder(device: torch.device, root: Path | None = None) -> Path:
 
 
 def keep_cases(file: str, device: torch.device, cases: dict) -> None:
-    """Writes cases with the day and the machine into `file` of the device's results."""
+    """Write cases with the date and the machine to `file` in the device's results."""
     path = results_folder(device) / file
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": environment(device)}

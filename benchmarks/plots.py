@@ -25,10 +25,10 @@ OURS, PEER = "#1f6f8b", "#b8b8b8"
 
 def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A white ground: pages may be dark.
+    # A white background, for dark pages.
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", facecolor="white")
     pyplot.close(figure)
-    # Its path data ends lines with blanks.
+    # Path data has trailing spaces.
     path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
     return path
 
@@ -77,7 +77,7 @@ def head(result: dict, folder: Path) -> Path | None:
 
 
 def train_step(result: dict, path: Path) -> Path:
-    """Seconds a training step, both sides of every case, and peak memory beside it."""
+    """Seconds per training step and peak memory, both sides of every case."""
     cases = list(result["cases"].values())
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(len(cases), 2, figsize=(8.5, 1.2 * len(cases)), squeeze=False, sharey="row")

@@ -18,7 +18,7 @@ NAME = "preference"
 REFERENCE = "PyTorch"
 BETA = 0.1
 LENGTH = 256
-# No head here: the sizes are those of the log-probs.
+# No head: the sizes are those of the log-probs.
 NO_HEAD = Head("log-probs", 0, 0)
 
 
@@ -32,7 +32,7 @@ def cases(device: torch.device) -> list[Case]:
 
 def inputs(case: Case, device: torch.device) -> SimpleNamespace:
     draw = torch.Generator(device).manual_seed(0)
-    # Completions of different lengths; their token log-probs lie in one row, and padded in rows of [2B, T] for others.
+    # Completions of different lengths, packed into one row, and padded to [2B, T] for the peers.
     completions = case.tokens // LENGTH
     lengths = torch.randint(LENGTH // 2, LENGTH + 1, (completions,), device=device, generator=draw)
     mask = torch.arange(LENGTH, device=device) < lengths.unsqueeze(1)
@@ -55,7 +55,7 @@ def inputs(case: Case, device: torch.device) -> SimpleNamespace:
 
 
 def floor(case: Case) -> tuple[float, float]:
-    """Two rows of log-probs read, a gradient written, three quarters of the longest possible on average."""
+    """Two rows of log-probs read, one gradient written; completions average three quarters of the maximum length."""
     return 0.0, 3 * 4 * 0.75 * case.tokens
 
 
@@ -83,7 +83,7 @@ def _strop(case: Case, x: SimpleNamespace):
 
 
 def _plain(policy: Tensor, ref: Tensor, mask: Tensor, loss_type: str) -> tuple[Tensor, Tensor]:
-    """The formulas as TRL's trainer has them, on rows of [2B, T] with the chosen completions first."""
+    """The formulas of TRL's trainer, on rows of [2B, T] with chosen completions first."""
     chosen_logp, rejected_logp = (policy * mask).sum(1).chunk(2)
     chosen_ref, rejected_ref = (ref * mask).sum(1).chunk(2)
     chosen, rejected = chosen_logp - chosen_ref, rejected_logp - rejected_ref

@@ -25,7 +25,7 @@ KERNEL = re.compile(rf"(forward|backward)_kernelI({'|'.join(DTYPES)})E")
 WIDE_LOAD = re.compile(r"\bLDG\.\S*128\b")
 WIDE_STORE = re.compile(r"\bSTG\.\S*128\b")
 BYTE_ACCESS = re.compile(r"\b(?:LDG|STG)\.\S*[US]8\b")
-# What is unrolled: as many 16-byte loads in flight before the first is waited for.
+# Unrolled 16-byte loads that are in flight before the first is used.
 UNROLL = 4
 
 
@@ -39,7 +39,7 @@ def compile_csrc(folder: Path) -> Path:
 
 
 def by_kernel(dump: str) -> dict[tuple[str, str], str]:
-    """What cuobjdump printed, by kernel ("forward bf16") and architecture ("sm_90a")."""
+    """cuobjdump's output by kernel ("forward bf16") and architecture ("sm_90a")."""
     found = {}
     for section in re.split(r"^arch = ", dump, flags=re.MULTILINE)[1:]:
         architecture = section.split(maxsplit=1)[0]
@@ -50,7 +50,7 @@ def by_kernel(dump: str) -> dict[tuple[str, str], str]:
 
 
 def judge(name: str, architecture: str, usage: str, sass: str) -> aot.Row:
-    """One kernel's numbers and what is wrong with it."""
+    """One kernel's numbers and failures."""
     registers, local, shared = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "LOCAL", "SHARED"))
     loads, stores, spills = (len(pattern.findall(sass)) for pattern in (WIDE_LOAD, WIDE_STORE, aot.SPILL))
     limit = aot.SHARED_LIMIT[ARCHITECTURES[architecture]]

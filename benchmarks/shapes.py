@@ -1,4 +1,4 @@
-"""Head shapes of released models, and how many tokens of them a device is given."""
+"""Head shapes of released models, and the number of tokens per device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA_8B = Head("Llama-3.1-8B", 4096, 128256)
 WIDE = Head("D4096-V151936", 4096, 151936)
 TINY = Head("tiny", 24, 130, softcap=5.0)
 
-# A CPU of a few cores gets the fewer tokens the larger the head; the shapes stay those of the models.
+# A CPU with few cores gets fewer tokens for larger heads; shapes stay those of the models.
 _CPU_TOKENS = {SMOLLM2: 1024, QWEN: 256, LLAMA_1B: 256, GEMMA: 128, LLAMA_8B: 128}
 
 
@@ -35,7 +35,7 @@ def tokens(head: Head, device: torch.device) -> int:
 
 
 def heads(device: torch.device) -> tuple[Head, ...]:
-    """The heads for this device, the one that counts most first."""
+    """The heads for this device, most important first."""
     if device.type == "cuda":
         return WIDE, GEMMA, LLAMA_8B, LLAMA_1B, QWEN, SMOLLM2
     return SMOLLM2, QWEN, LLAMA_1B, GEMMA, LLAMA_8B
@@ -44,7 +44,8 @@ def heads(device: torch.device) -> tuple[Head, ...]:
 def head_inputs(head: Head, count: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """hidden [count, D], weight [V, D], target [count], with logits about as peaked as a trained model's.
 
-    Kernels that skip negligible probabilities must find as many of them as in use: of white noise they would skip all.
+    Kernels that skip negligible probabilities should find a realistic number of them; with white noise they would
+    skip all.
     """
     draw = torch.Generator(device).manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, as torch.profiler tells it.
+"""Where the time of a training step goes, by torch.profiler.
 
     python -m benchmarks.step_profile [--shapes 512:64,128:64,64:256] [--write]
 
@@ -28,7 +28,7 @@ PARTS = {"attention": "attention", "linear_logprob": "head", "adamw": "optimizer
 
 
 def kind_of(event) -> str:
-    """What an operator's own time counts as: the part of the step that called it, and whether it multiplies."""
+    """The category of an operator's self time: the part of the step that called it, and whether it is a GEMM."""
     if "flash_attention" in event.name:
         return "attention, flash"
     is_product = any(event.name.startswith(name) for name in PRODUCTS)

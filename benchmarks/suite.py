@@ -1,4 +1,4 @@
-"""What a benchmark case is, and how its contenders are checked against each other, timed and weighed.
+"""Benchmark cases, and how their contenders are checked against each other, timed and measured.
 
 A family is a module with NAME, cases(device), inputs(case, device), CONTENDERS (name -> function of case and inputs
 that returns the call to time), REFERENCE (the contender whose results the others must have), floor(case) -> (FLOPs,
@@ -58,12 +58,12 @@ def errors(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, f
     for a, b in zip(result[1:], truth[1:], strict=True):
         distance, length = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (a - b, b))
         distances.append((distance / length).cpu())
-    # amax, unlike max, hands on NaN.
+    # amax, unlike max, propagates NaN.
     return {"loss": abs(value - true) / max(abs(true), 1e-6), "gradient": torch.stack(distances).amax().item()}
 
 
 def check(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
-    """The errors. Raises AssertionError where they are more than rounding."""
+    """The errors. Raises AssertionError if they exceed rounding."""
     found = errors(result, truth)
     # "not <=", so that NaN fails.
     if not (found["loss"] <= LOSS_TOLERANCE and found["gradient"] <= GRADIENT_TOLERANCE):
@@ -73,7 +73,7 @@ def check(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, fl
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the body when it takes longer; of the main thread only."""
+    """Raises TimeoutError in the body after that many seconds; main thread only."""
 
     def stop(*_) -> None:
         raise TimeoutError(f"its first call took over {seconds:g} s")
@@ -118,7 +118,7 @@ def measure_case(
                 truth = result
             contenders[name] = {"errors": check(result, truth)}
             calls[name] = call
-        # A peer may fail in any way it likes: the reason is the result.
+        # A peer may raise anything; the reason is its result.
         except Exception as e:
             if name == family.REFERENCE:
                 raise
@@ -149,11 +149,11 @@ def measure_case(
 
 
 def merge(path: Path, environment: dict, records: dict[str, dict]) -> None:
-    """Puts records into the results at `path`: a case's contenders replace those of the same name measured before."""
+    """Merge records into the results at `path`; a case's contenders replace earlier ones of the same name."""
     found = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     found["environment"] = environment
     for name, record in records.items():
-        # Contenders that were not measured together are not shown side by side.
+        # Contenders that were not measured together are not compared.
         found["cases"][name] = record | {"commit": environment["commit"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")

@@ -61,7 +61,7 @@ class Job:
 
     @property
     def distinct_tokens(self) -> int:
-        """Real tokens, a prompt counted once however often it is computed."""
+        """Real tokens; a prompt counts once, however often it is computed."""
         return self.rows * (self.prompt + self.completion * (2 if self.task == "dpo" else 1))
 
 
@@ -80,7 +80,7 @@ def token_rows(job: Job, vocab: int) -> list[tuple[list[int], list[list[int]]]]:
 
 
 class Turns:
-    """Waits for the parent's word before a step and reports time, peak memory and loss after it."""
+    """Wait for the parent before each step; report time, peak memory and loss after it."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -107,10 +107,11 @@ class Turns:
 
 
 def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor]]:
-    """(FLOPs of a step, what takes one and returns its loss)."""
+    """(FLOPs of a step, a function that runs one and returns its loss)."""
     from strop.kernels import preference_loss
     from strop.kernels.layout import Group
     from strop.trainer.config import Recipe
+    from strop.trainer.models.loading import ModelFolder
     from strop.trainer.run.console import Console
     from strop.trainer.run.world import World, keep_freed_memory
     from strop.trainer.training.batch import Example, collate, microbatches
@@ -134,7 +135,9 @@ def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor
         {"dtype": job.dtype, "data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
     )
     stage = SimpleNamespace(world=World(device=device), console=Console(enabled=False))
-    engine = Engine(folder, recipe.dpo, recipe, stage, 1 << 20)
+    engine = Engine(
+        ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed
+    )
     scorer = Scorer(engine.model)
     examples = [
         Example(str(i), Group(prompt, completions))
@@ -183,7 +186,7 @@ def strop_side(job: Job, folder: Path) -> None:
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW on fp32 copies of bf16 parameters, for the trainer that has no such thing."""
+    """AdamW on fp32 copies of bf16 parameters, for a trainer without master weights."""
 
     def __init__(self, params, **options):
         super().__init__(params, options)
@@ -253,7 +256,7 @@ def trl_side(job: Job, folder: Path) -> None:
             def _prepare_dataset(self, dataset, *args):
                 return dataset
 
-        # Ten times the rows: an epoch's end would cost TRL a new loader between steps.
+        # Ten times the rows, so that no epoch ends, where TRL would build a new loader between steps.
         records = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, (c, r) in rows] * 10
         config = DPOConfig(
             per_device_train_batch_size=job.rows, precompute_ref_log_probs=False, beta=BETA, max_length=None, **shared
@@ -267,7 +270,7 @@ def trl_side(job: Job, folder: Path) -> None:
             callbacks=[Steps()],
             optimizers=(MasterAdamW(model.parameters(), lr=LR, weight_decay=0.0), None) if masters else (None, None),
         )
-        # The references that its precomputation would make, from the one batch that all steps see.
+        # The reference log-probs that TRL would precompute, for the one batch of all steps.
         with torch.no_grad():
             batch = trainer.data_collator(records[: job.rows])
             model.to(job.device).eval()
@@ -286,7 +289,7 @@ def trl_side(job: Job, folder: Path) -> None:
     else:
         records = [{"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, (c,) in rows] * 10
         length = job.prompt + job.completion
-        # As many rows in a pack as divide the step's, so that every step has the same tokens.
+        # The rows per pack divide the step's rows, so that every step has the same tokens.
         fit = max(n for n in range(1, job.rows + 1) if job.rows % n == 0 and (n == 1 or n * length <= job.trl_tokens))
         packs = job.rows // fit
         config = SFTConfig(
@@ -312,7 +315,7 @@ def trl_side(job: Job, folder: Path) -> None:
 
 
 def model_folder(name: str) -> Path:
-    """A Hugging Face folder of the model; those of a size alone get random weights."""
+    """A Hugging Face folder of the model, with random weights unless it is a released one."""
     if MODELS[name] is None:
         from strop.trainer.config import Model
         from strop.trainer.models.folders import find_base
@@ -371,7 +374,7 @@ class Side:
 
 
 def sharing_ratio(job: Job, folder: Path) -> float:
-    """How many times the FLOPs of separate rows with the head on every position exceed those of packed groups."""
+    """The ratio of the FLOPs of separate rows, with the head on every position, to those of packed groups."""
     from transformers import AutoConfig
 
     c = AutoConfig.from_pretrained(folder)
@@ -392,7 +395,7 @@ def sharing_ratio(job: Job, folder: Path) -> float:
 
 
 def measure(job: Job, peer: str, rounds: int) -> dict:
-    """Strop and `peer` by turns; the first steps of each, which find memory and code cold, do not count."""
+    """Strop and `peer` alternately; the first, cold steps of each do not count."""
     folder = model_folder(job.model)
     job = replace(job, dtype="float32" if peer == "trl fp32" else "bfloat16")
     running = [Side(replace(job, side=side), folder) for side in ("strop", peer)]

@@ -1,10 +1,10 @@
-// What surrounds a training step's matrix products on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
-// embeddings, the softmax in fp32 attention's backward, the head's softmax, and AdamW. PyTorch's stable ABI: one build
-// serves every PyTorch from 2.11 on. setup.py compiles it once for each set of instructions; the loops are written for
-// the compiler to vectorize.
+// The element-wise operations of a training step on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
+// embeddings, the softmax in fp32 attention's backward, the head's softmax, and AdamW. Built against PyTorch's stable
+// ABI: one build works with every PyTorch from 2.11 on. setup.py compiles it once per instruction set; the compiler
+// vectorizes the loops.
 //
-// Sums have a fixed order, whatever the number of threads. Where PyTorch's own composition rounds to the tensor's type
-// on the way, so does this, so that values are a transformers model's own.
+// Sums have a fixed order, independent of the number of threads. Intermediates are rounded to the tensor's dtype where
+// PyTorch's composition rounds them, so that values match those of a transformers model.
 #include "cpu.h"
 
 namespace {
@@ -38,7 +38,7 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& n
   });
 }
 
-// of_blocks [ceil(N / 64), D]: the weight's gradient, block of rows by block of rows.
+// of_blocks [ceil(N / 64), D]: the weight's gradient, one partial sum per block of rows.
 void rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& inverse,
                        const Tensor& grad_x, const Tensor& of_blocks) {
   dispatch(x, [&](auto element) {
@@ -60,7 +60,7 @@ void rms_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight
         float* __restrict of_weight = sums + b * width;
         std::fill(of_weight, of_weight + width, 0.f);
         for (int64_t i = b * block; i < std::min(rows, (b + 1) * block); ++i) {
-          const T *g = gs + i * width, *row = xs + i * width, *v = w;  // a local, or the compiler does not vectorize
+          const T *g = gs + i * width, *row = xs + i * width, *v = w;  // local, or it does not vectorize
           T* o = outs + i * width;
           const float scale = inverses[i];
           float pull = 0;
@@ -100,7 +100,7 @@ void silu_mul(const Tensor& gate, const Tensor& up, const Tensor& product) {
   });
 }
 
-// product: what silu_mul gave, again.
+// product: silu(gate) * up, recomputed.
 void silu_mul_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& product,
                        const Tensor& grad_gate, const Tensor& grad_up) {
   dispatch(gate, [&](auto element) {
@@ -128,7 +128,7 @@ void silu_mul_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
 
 // -- rotary embeddings ------------------------------------------------------------------------------------------------
 
-// x and turned [H, T, D], turned contiguous; cos and sin [T, D]. The transposed map if back.
+// x and turned [H, T, D], turned contiguous; cos and sin [T, D]. back: the transposed map, for the backward.
 void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, const Tensor& turned) {
   dispatch(x, [&](auto element) {
     using T = decltype(element);
@@ -148,7 +148,7 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, co
           const T *low = xs + h * by_head + t * by_token, *high = low + half;
           const T *c = coses + t * width, *s = sines + t * width;
           T *low_out = outs + h * out_by_head + t * out_by_token, *high_out = low_out + half;
-          // a transposed rotation takes the other half's sine, and turns the other way
+          // the transpose uses the other half's sine with the opposite sign
           const T *low_sine = back ? s + half : s, *high_sine = back ? s : s + half;
           const float sign = back ? 1.f : -1.f;
 #pragma omp simd
@@ -164,8 +164,8 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, co
 
 // -- attention's backward ---------------------------------------------------------------------------------------------
 
-// In place, from scores and grad_weights [.., N, M] fp32: the weights of a softmax of scale * scores, and the gradient
-// of the scores; the N rows are queries of the last N of the M keys, and see no later one.
+// In place on scores and grad_weights [.., N, M] fp32: the softmax weights of scale * scores, and the gradient of the
+// scores. The N rows are the queries of the last N of the M keys, under a causal mask.
 void causal_softmax_backward(const Tensor& scores, const Tensor& grad_weights, int64_t count, double scale) {
   const int64_t keys = scores.size(-1), rows = keys ? scores.numel() / keys : 0;
   check(scores, ScalarType::Float, rows * keys, "scores");
@@ -203,7 +203,7 @@ void check_rows(const Tensor& x, ScalarType type, int64_t rows, int64_t columns,
                   name, " has the wrong type or size, or rows that are not dense");
 }
 
-// The sum of exp(x - shift); scale times each to `to`, if it is given, which may be x.
+// The sum of exp(x - shift); writes scale times each term to `to`, if given, which may be x.
 template <typename T>
 float exponentials(const T* x, int64_t count, float shift, float scale, T* to) {
   float sum = 0;
@@ -221,11 +221,11 @@ float exponentials(const T* x, int64_t count, float shift, float scale, T* to) {
   return sum;
 }
 
-// Columns whose exponentials are summed in fp32 before they go into a sum in fp64.
+// Columns whose exponentials are summed in fp32 before they are added to an fp64 sum.
 constexpr int64_t part_of_sum = 256;
 
-// Logits [N, C] into the running highest and total [N] fp32, total the sum of exp(logit - highest); decay [N] receives
-// what older sums were multiplied by. weights, if it has elements, receives exp(logit - highest); it may be logits.
+// Adds logits [N, C] to the running highest and total [N] fp32, total = sum exp(logit - highest). decay [N] receives
+// the factor applied to older sums. weights, if not empty, receives exp(logit - highest); it may be logits.
 void scan_logits(const Tensor& logits, const Tensor& highest, const Tensor& total, const Tensor& decay,
                  const Tensor& weights) {
   dispatch(logits, [&](auto element) {
@@ -259,7 +259,7 @@ void scan_logits(const Tensor& logits, const Tensor& highest, const Tensor& tota
   });
 }
 
-// gradient [N, C], which may be logits: scale * exp(logit - lse), of scale and lse [N] fp32.
+// gradient [N, C], which may be logits, = scale * exp(logit - lse), with scale and lse [N] fp32.
 void softmax_of(const Tensor& logits, const Tensor& lse, const Tensor& scale, const Tensor& gradient) {
   dispatch(logits, [&](auto element) {
     using T = decltype(element);
@@ -281,7 +281,7 @@ void softmax_of(const Tensor& logits, const Tensor& lse, const Tensor& scale, co
 
 // -- AdamW ------------------------------------------------------------------------------------------------------------
 
-// sums [ceil(numel / 65536)] fp64: of the squares of x, block by block.
+// sums [ceil(numel / 65536)] fp64: sums of squares of blocks of x.
 void square_sums(const Tensor& x, const Tensor& sums) {
   dispatch(x, [&](auto element) {
     using T = decltype(element);
@@ -295,7 +295,7 @@ void square_sums(const Tensor& x, const Tensor& sums) {
       for (int64_t b = first; b < last; ++b) {
         double total = 0;
         for (int64_t at = b * block; at < std::min(numel, (b + 1) * block); at += part) {
-          const T* x = xs + at;  // a local, or the compiler does not vectorize
+          const T* x = xs + at;  // local, or it does not vectorize
           const int64_t count = std::min(numel - at, part);
           float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -308,14 +308,14 @@ void square_sums(const Tensor& x, const Tensor& sums) {
   });
 }
 
-// A step of AdamW on master, exp_avg and exp_avg_sq, fp32 and alike, by factor [1] fp32 times grad, bf16 or fp32;
-// weight, if it has elements, receives the master in bf16.
+// One AdamW step on master, exp_avg and exp_avg_sq, fp32 of one shape, with gradient factor [1] fp32 * grad, bf16 or
+// fp32. weight, if not empty, receives the master in bf16.
 void adamw(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
            const Tensor& weight, const Tensor& factor, double lr, double beta1, double beta2, double eps,
            double weight_decay, int64_t step) {
   dispatch(grad, [&](auto element) {
     using T = decltype(element);
-    constexpr int64_t part = 1 << 10;  // of the master stays in the first cache until the weight is made of it
+    constexpr int64_t part = 1 << 10;  // elements that stay in the L1 cache between the two loops
     const int64_t numel = master.numel();
     check(master, ScalarType::Float, numel, "master");
     check(grad, type_of<T>, numel, "grad");

@@ -1,4 +1,4 @@
-// What the sources of the CPU's library share: element types, checks, an exponential that vectorizes.
+// Shared by the CPU sources: element types, checks, and an exponential that vectorizes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -43,13 +43,13 @@ inline void narrow(float x, bf16& out) {  // to nearest, ties to even
 }
 
 template <typename T>
-inline float rounded(float x) {  // what is left of x in T
+inline float rounded(float x) {  // x rounded to T
   T value;
   narrow(x, value);
   return wide(value);
 }
 
-// e^x to 2 units in the last place, 0 below -87 and infinity above 88. Cody and Waite's reduction, Taylor's series on
+// e^x to 2 units in the last place, 0 below -87 and infinity above 88. Cody-Waite reduction and a Taylor series on
 // [-ln 2 / 2, ln 2 / 2].
 inline float exp_of(float x) {
   const float bounded = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
@@ -69,7 +69,7 @@ inline float exp_of(float x) {
 
 inline float sigmoid(float x) { return 1.f / (1.f + exp_of(-x)); }
 
-// Taylor's series near 0, where the other form would cancel.
+// Taylor series near 0, where the other form cancels.
 inline float tanh_of(float x) {
   const float s = x * x;
   const float near = x * (1.f + s * (-1.f / 3 + s * (2.f / 15 + s * (-17.f / 315 + s * (62.f / 2835)))));

@@ -1,14 +1,13 @@
-// Attention over a shared prompt on a CPU, forward and backward, block by block within a core's cache. Sums are
-// fp32. Where the processor multiplies pairs of bf16 (AVX-512 BF16), inputs are bf16, and softmax weights and their
-// gradients are rounded to bf16 for the products, as flash attention rounds them; elsewhere products are of fp32, and
-// inputs may be.
+// Attention over a shared prompt on a CPU, forward and backward, in blocks that fit a core's cache. Sums are fp32. On
+// processors that multiply pairs of bf16 (AVX-512 BF16), inputs are bf16, and softmax weights and their gradients are
+// rounded to bf16 for the products, as in flash attention; on others products are fp32 and inputs bf16 or fp32.
 //
-// Scores stand transposed, a row for each key and a column for each query, so that every softmax is a column's: its
-// maximum and sum need no step across a vector's lanes. Then all seven products are of one form, rows of A in memory
-// order times a B whose rows are interleaved by pairs.
+// Scores are transposed, one row per key and one column per query, so that a softmax runs down a column and its maximum
+// and sum need no reduction across vector lanes. All seven products then have one form: rows of A in memory order times
+// a B whose rows are interleaved in pairs.
 //
-// A block of queries is some tokens of one segment, a prompt or a completion, times some heads that share a key head.
-// Its keys are the prompt before it, if it is a completion's, all of them, and its own segment's, up to the query.
+// A block of queries is a range of tokens of one segment (a prompt or a completion) times heads that share a key head.
+// Its keys are, for a completion, the whole prompt, and the segment's own keys up to the query.
 #include "cpu_tiles.h"
 
 #include <memory>
@@ -16,12 +15,12 @@
 namespace {
 
 // A row of `blocks`: tokens first to last of the segment from `own` on; keys before_start to before_end are the prompt.
-// own_at and before_at: where these segments' columns start in a transposed copy.
+// own_at and before_at: first columns of these segments in a transposed copy.
 struct Block {
   int64_t first, last, own, own_at, before_start, before_end, before_at;
 };
 
-// Calls f(first key, number of keys, column, whether the mask is causal there) for the block's keys, in order.
+// Calls f(first key, number of keys, column, whether the causal mask applies) for the block's keys, in order.
 template <typename F>
 void for_keys(const Block& b, F f) {
   for (int64_t j = b.before_start; j < b.before_end; j += most_keys)
@@ -43,14 +42,14 @@ struct Queries {
   T* row(const RowsOf<T>& x, int64_t column) const {
     return x.at(head + column / tokens, first + column % tokens);
   }
-  // These rows of x as products take them.
+  // These rows of x, in the layout of the products.
   template <typename T>
   auto of(const RowsOf<T>& x) const {
     return [this, &x](int64_t column) { return column < count ? static_cast<const T*>(row(x, column)) : nullptr; };
   }
 };
 
-// The inverse of across, of sums [D, columns], into the queries' rows.
+// The inverse of across: sums [D, columns] to the queries' rows.
 template <typename T>
 void back_to_rows(const float* sums, const Queries& q, int64_t size, const RowsOf<T>& x) {
   float tile[lanes * lanes];
@@ -67,7 +66,7 @@ void back_to_rows(const float* sums, const Queries& q, int64_t size, const RowsO
     }
 }
 
-// A copy of keys or values as products take them, of all heads.
+// A copy of the keys or values of all heads, in the layout of the products.
 struct Copy {
   std::unique_ptr<item[]> items;
   int64_t by_head = 0, by_row = 0;
@@ -75,7 +74,7 @@ struct Copy {
   const item* at(int64_t head, int64_t row) const { return items.get() + head * by_head + row * by_row; }
 };
 
-// [H, D, columns]: transposed, every segment from its column on, which is even, with a 0 after an odd number of tokens.
+// [H, D, columns]: transposed; every segment starts at an even column, padded by a 0 after an odd number of tokens.
 // segments [S, 3]: first token, last, column.
 template <typename T>
 Copy transposed(const RowsOf<T>& x, int64_t heads, int64_t size, const Tensor& segments) {
@@ -97,7 +96,7 @@ Copy transposed(const RowsOf<T>& x, int64_t heads, int64_t size, const Tensor& s
   return copy;
 }
 
-// Rows in memory order as A: the input itself where products take its type, else a copy in fp32 [H, T, D].
+// Rows in memory order as A: the input itself if products support its dtype, else an fp32 copy [H, T, D].
 template <typename T>
 struct Operand {
   const item* data;
@@ -120,8 +119,8 @@ struct Operand {
   const item* at(int64_t head, int64_t token) const { return data + head * by_head + token * by_token; }
 };
 
-// Scores [rows, columns] of keys from `key` on: -infinity where a query does not see the key. sees[column]: how many
-// keys of its segment the query sees; `key` counts from the segment's first.
+// Sets scores [rows, columns] of keys from `key` on to -infinity where a query does not see the key. sees[column]: the
+// number of keys of its segment that the query sees; `key` is relative to the segment's first.
 void mask(float* scores, int64_t rows, int64_t columns, int64_t key, const int32_t* sees) {
   for (int64_t r = 0; r < rows; ++r) {
     float* s = scores + r * columns;
@@ -131,9 +130,9 @@ void mask(float* scores, int64_t rows, int64_t columns, int64_t key, const int32
   }
 }
 
-// A block of keys' scores to softmax weights 2^(factor * score - top) as B of a product; top, total and shrink
-// [columns]: the highest factor * score and the sum of weights so far, and what older sums are to be multiplied by.
-// Scores have a row more, at -infinity.
+// Softmax weights 2^(factor * score - top) of a block of keys, as B of a product. top, total and shrink [columns]: the
+// maximum of factor * score and the sum of weights so far, and the factor for older sums. Scores have one extra row, at
+// -infinity.
 void softmax(const float* scores, int64_t rows, int64_t columns, float factor, float* top, float* total, float* shrink,
              item* weights) {
   for (int64_t c = 0; c < columns; c += lanes) {
@@ -142,7 +141,7 @@ void softmax(const float* scores, int64_t rows, int64_t columns, float factor, f
       const vec s = load(scores + r * columns + c);
       peak = s > peak ? s : peak;
     }
-    // rounded once, and then the same in every weight and in lse, that it cancels
+    // rounded once and used in every weight and in lse, so that the rounding cancels
     const vec old = load(top + c), scaled = peak * factor, shift = scaled > old ? scaled : old;
     const vec decay = exp2_of(old - shift);
     vec sum = load(total + c) * decay;
@@ -178,7 +177,7 @@ const Block* blocks_of(const Tensor& blocks, int64_t tokens) {
   return all;
 }
 
-// Of fp32 lse is fp64: where a softmax is sharp, fp32's rounding of it would be all of the weights' error.
+// lse is fp64 for fp32 inputs: for a peaked softmax, rounding lse to fp32 would dominate the error of the weights.
 template <typename T>
 using Lse = std::conditional_t<std::is_same_v<T, float>, double, float>;
 template <typename T>
@@ -239,9 +238,9 @@ void attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& seg
   });
 }
 
-// From scores and the weights' gradients: softmax weights and the gradients of q k^T, both as rows of A, and the latter
-// also as B of a sum over keys. shift, rest and delta [columns]: lse * log2 e in two parts, and grad . attended. Scores
-// have a row more, at -infinity, gradients at 0.
+// Softmax weights and the gradients of q k^T from scores and the weights' gradients, both as rows of A, the latter also
+// as B of a sum over keys. shift, rest and delta [columns]: lse * log2 e in two parts, and grad . attended. Scores have
+// one extra row, at -infinity, and gradients one at 0.
 void softmax_backward(const float* scores, const float* grad_weights, int64_t rows, int64_t columns, float scale,
                       float factor, const float* shift, const float* rest, const float* delta, item* weights,
                       item* grads, item* grads_as_b) {
@@ -281,9 +280,9 @@ void narrow_row(const float* x, int64_t count, T* to) {
   for (int64_t i = 0; i < count; ++i) narrow(x[i], to[i]);
 }
 
-// A row of `slices`: blocks from first_block to last_block, which one thread takes, whose keys are rows first to last;
-// from row `at` of the shares on it sums these rows' gradients. A group's slices follow each other, and the last has
-// all rows: there `group` is the index of the first, elsewhere -1.
+// A row of `slices`: blocks first_block to last_block, processed by one thread, with keys in rows first to last; their
+// partial gradients start at row `at` of the shares. A group's slices are consecutive and the last covers all rows;
+// there `group` is the index of the first slice, elsewhere -1.
 struct Slice {
   int64_t first_block, last_block, first, last, at, group;
 };
@@ -381,14 +380,14 @@ void attend_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const
   });
 }
 
-// q [H, T, D], k and v [Hkv, T, D] to attended, as q, and lse [H, T] fp32, of fp32 fp64. segments [S, 3], blocks
-// [B, 7]: above.
+// q [H, T, D], k and v [Hkv, T, D] to attended, shaped as q, and lse [H, T] fp32 (fp64 for fp32 inputs). segments
+// [S, 3], blocks [B, 7]: see above.
 void prefix_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& segments, const Tensor& blocks,
                       double scale, const Tensor& attended, const Tensor& lse) {
   dispatch_taken(q, [&](auto element) { attend<decltype(element)>(q, k, v, segments, blocks, scale, attended, lse); });
 }
 
-// The gradients of q, k and v, as these, from that of `attended`. slices [N, 6]: above; shares [2, Hkv, rows, D] fp32:
+// The gradients of q, k and v from that of `attended`. slices [N, 6]: see above; shares [2, Hkv, rows, D] fp32 is
 // scratch.
 void prefix_attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                const Tensor& attended, const Tensor& lse, const Tensor& segments, const Tensor& blocks,

@@ -1,6 +1,6 @@
-// Attention of new tokens over what a cache holds, on a CPU: keys and values of prompts, which the completions of a
-// group share, and of each completion's own tokens. A group's prompt is read once for all queries that continue it.
-// bf16 or fp32, sums fp32; where the processor multiplies pairs of bf16, softmax weights are rounded to bf16.
+// Decode attention on a CPU over cached keys and values: those of prompts, shared by the completions of a group, and of
+// each completion's own tokens. A group's prompt is read once for all queries of its completions. bf16 or fp32 with
+// fp32 sums; on processors that multiply pairs of bf16, softmax weights are rounded to bf16.
 #include "cpu_tiles.h"
 
 #include <memory>
@@ -9,7 +9,7 @@
 
 namespace {
 
-// [groups or rows, heads, tokens, D]: one head's keys or values lie in one piece.
+// [groups or rows, heads, tokens, D]: one head's keys or values are contiguous.
 template <typename T>
 struct Cache {
   T* data;
@@ -20,14 +20,14 @@ struct Cache {
   }
 };
 
-// Completions' tokens from `start` on, `tokens` of them a row.
+// Completion tokens from `start` on, `tokens` per row.
 template <typename T>
 struct Chunk {
   int64_t start;
   Cache<T> keys, values;
 };
 
-// Softmax of some queries' scores over keys that come block by block, and the sums of values that it weights.
+// Online softmax of queries' scores over blocks of keys, and the weighted sums of values.
 struct Sums {
   int64_t size;
   float factor, softcap, inner;
@@ -50,8 +50,8 @@ struct Sums {
     top[query] = -HUGE_VALF, total[query] = 0;
   }
 
-  // Queries from `first` on over `count` keys, at most most_keys. seen(query): from which of these keys to which it
-  // looks; the pair may lie outside of them.
+  // Queries from `first` on over `count` keys, at most most_keys. seen(query): the range of these keys that the query
+  // sees; it may lie outside them.
   template <typename T, typename F>
   void add(int64_t first, int64_t rows, const T* key, const T* value, int64_t count, F seen) {
     const int64_t columns = (count + 15) / 16 * 16, pairs = (count + pair - 1) / pair;
@@ -83,9 +83,9 @@ struct Sums {
       const vec x = load(s + c);
       peaks = x > peaks ? x : peaks;
     }
-    // times factor and rounded once, so that it is the same in all that it cancels in
+    // multiplied and rounded once, so that the rounding cancels
     const float old = top[query], peak = std::max(old, highest(peaks) * factor);
-    if (peak == -HUGE_VALF) {  // it sees none of these keys, and saw none before
+    if (peak == -HUGE_VALF) {  // the query has seen no key so far
       std::memset(to, 0, columns * sizeof(item));
       return;
     }
@@ -113,15 +113,14 @@ struct Sums {
   }
 };
 
-// Tokens that go on from the same prompt: order[first] to order[last].
+// Tokens that continue the same prompt: order[first] to order[last].
 struct Block {
   int64_t group, first, last;
 };
 
-// New tokens and the cache. Token i looks at the first seen[i] tokens of the prompt group[i] and, if length[i] is not
-// negative, at its own completion's up to token number length[i], which it is; else it is the last of those seen.
-// window: how many tokens back it looks, itself among them. order: the tokens by group; shared: query heads of a key
-// head.
+// New tokens and the cache. Token i sees the first seen[i] tokens of prompt group[i] and, if length[i] >= 0, the tokens
+// of its own completion up to itself, token length[i]; otherwise it is prompt token seen[i] - 1. window: the number of
+// most recent tokens it sees, itself included. order: the tokens sorted by group; shared: query heads per key head.
 template <typename T>
 struct Attention {
   RowsOf<T> queries, keys, values;
@@ -145,7 +144,7 @@ struct Attention {
     std::memcpy(value, values.at(head, i), prompt_keys.size * sizeof(T));
   }
 
-  // The first token of its prompt and completion, one after the other, that token i looks at.
+  // The first token that token i sees, counted over its prompt and then its completion.
   int64_t begin(int64_t i) const { return std::max<int64_t>(0, seen[i] + length[i] + 1 - window); }
 
   void attend(const Block& b, int64_t head, Sums& sums) const {
@@ -156,7 +155,7 @@ struct Attention {
       for (int64_t s = 0; s < shared; ++s)
         sums.start((n - b.first) * shared + s, queries.at(head * shared + s, i));
     }
-    // from a multiple on, so that a token's bits do not depend on where others begin
+    // rounded down to a multiple, so that a token's bits do not depend on where others begin
     for (int64_t j = first / most_keys * most_keys; j < last; j += most_keys)
       sums.add(0, (b.last - b.first) * shared, prompt_keys.at(b.group, head, j), prompt_values.at(b.group, head, j),
                std::min(most_keys, last - j), [&](int64_t query) {
@@ -177,8 +176,8 @@ struct Attention {
   }
 };
 
-// q [Hq, N, D], k and v [Hkv, N, D] of N new tokens, whose keys and values go into the cache first; group, seen and
-// length [N]: above. prompt_k, prompt_v [G, Hkv, P, D]; completion_k, completion_v [R * Hkv * C, D] in chunks
+// q [Hq, N, D], k and v [Hkv, N, D] of N new tokens, whose keys and values are cached first; group, seen and length
+// [N]: see above. prompt_k, prompt_v [G, Hkv, P, D]; completion_k, completion_v [R * Hkv * C, D] in chunks
 // [R, Hkv, size, D] of tokens from start on, chunks [n, 2]: start, size. softcap: 0 for none. attended [N, Hq, D].
 void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prompt_k, const Tensor& prompt_v,
                       const Tensor& completion_k, const Tensor& completion_v, const Tensor& chunks, const Tensor& group,

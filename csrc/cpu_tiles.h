@@ -1,4 +1,4 @@
-// Small products in registers and what stands around them: exponentials, rows interleaved by pairs, transposition.
+// Small matrix products in registers, and their helpers: exponentials, rows interleaved in pairs, transposition.
 #pragma once
 
 #include "cpu.h"
@@ -12,7 +12,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int lanes = 16, most_vectors = 4;  // of a tile of 6 rows, that all its sums stay in registers
+constexpr int lanes = 16, most_vectors = 4;  // of a tile of 6 rows, so that all its sums stay in registers
 #elif defined(__AVX2__)
 constexpr int lanes = 8, most_vectors = 2;
 #else
@@ -25,7 +25,7 @@ using vec = float __attribute__((vector_size(4 * lanes), aligned(4), may_alias))
 inline vec load(const float* x) { return *reinterpret_cast<const vec*>(x); }
 inline void store(float* x, vec value) { *reinterpret_cast<vec*>(x) = value; }
 
-// what products take: a pair's elements are neighbours along the sum
+// the products' operand type: a pair's elements are adjacent along the summed dimension
 #ifdef __AVX512BF16__
 using item = bf16;
 #else
@@ -65,7 +65,7 @@ void tile(int64_t steps, const item* a, int64_t lda, const item* b, int64_t ldb,
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) {
       float* to = c + i * ldc + v * lanes;
-      store(to, add ? load(to) + sums[i][v] : sums[i][v]);  // at the end: many short sums err less than a long one
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);  // many short sums err less than a long one
     }
 }
 
@@ -83,7 +83,7 @@ void panel(int64_t rows, int64_t steps, const item* a, int64_t lda, const item* 
   }
 }
 
-// As tile, of any number of rows; columns, a multiple of 16, are also b's stride.
+// As tile, for any number of rows; columns is a multiple of 16 and also b's stride.
 inline void multiply(int64_t rows, int64_t columns, int64_t steps, const item* a, int64_t lda, const item* b,
                      float* c, bool add) {
   constexpr int64_t width = most_vectors * lanes;
@@ -103,10 +103,10 @@ inline void multiply(int64_t rows, int64_t columns, int64_t steps, const item* a
 
 using ints = int32_t __attribute__((vector_size(4 * lanes), aligned(4), may_alias));
 
-// 2^t for t up to 0, or just above, to 2 units in the last place; 0 below -126. The whole part goes into the exponent,
-// Taylor's series has the rest, on [-1/2, 1/2].
+// 2^t for t up to about 0, to 2 units in the last place; 0 below -126. The integer part goes into the exponent, a
+// Taylor series on [-1/2, 1/2] gives the rest.
 inline vec exp2_of(vec t) {
-  const vec magic = vec{} + 12582912.f;  // 3 * 2^22: what is added to it is rounded to a whole number
+  const vec magic = vec{} + 12582912.f;  // 3 * 2^22: adding it rounds to an integer
   const vec whole = t + magic, r = t - (whole - magic);
   vec p = vec{} + 1.5403530e-4f;
   p = p * r + 1.3333558e-3f;
@@ -119,8 +119,8 @@ inline vec exp2_of(vec t) {
   return t < -126.f ? vec{} : reinterpret_cast<const vec&>(bits);
 }
 
-// `lanes` columns of two rows of numbers, as a row of B if `b` is given and as rows of A, `stride` apart, if `rows` is;
-// `high` counts where B's rows are interleaved by pairs.
+// Stores `lanes` columns of two rows, as a row of B if `b` is given and as rows of A, `stride` apart, if `rows` is
+// given; `high` is used only where B's rows are interleaved in pairs.
 #ifdef __AVX512BF16__
 inline void put(vec low, vec high, item* b, item* rows = nullptr, int64_t stride = 0) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
@@ -136,7 +136,7 @@ inline void put(vec low, vec high, item* b, item* rows = nullptr, int64_t stride
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + stride), _mm512_extracti64x4_epi64(both, 1));
   }
 }
-// `lanes` neighbours of a row of A.
+// `lanes` adjacent elements of a row of A.
 inline void put(vec x, item* row) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
@@ -197,7 +197,7 @@ constexpr int64_t max_size = 256;                       // of a head
 constexpr int64_t most_queries = 64, most_keys = 128;  // of a block of scores
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
-// Calls f with a value of the element's type, which products must take.
+// Calls f with a value of the element's type, which the products must support.
 template <typename F>
 void dispatch_taken(const Tensor& x, F f) {
   dispatch(x, [&](auto element) {
@@ -210,7 +210,7 @@ void dispatch_taken(const Tensor& x, F f) {
 }
 
 struct Sizes {
-  int64_t heads, key_heads, tokens, size, shared;  // shared: query heads of a key head
+  int64_t heads, key_heads, tokens, size, shared;  // shared: query heads per key head
 };
 
 inline Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -256,7 +256,7 @@ void across(F row, int64_t columns, int64_t size, item* to) {
     }
     auto* o = reinterpret_cast<float*>(to) + c;
     for (int64_t d = 0; d < size / pair; d += lanes) {
-      const int64_t at = std::min(d, size / pair - lanes);  // the last ones perhaps once more
+      const int64_t at = std::min(d, size / pair - lanes);  // may overlap the previous step at the end
       const float* from[lanes];
       for (int i = 0; i < lanes; ++i) from[i] = rows[i] + at;
       turn(from, o + at * columns, columns);
@@ -284,8 +284,8 @@ void along(F row, int64_t count, int64_t size, item* to) {
   }
 }
 
-// Calls work() once on every thread, and what it returned with every i below count; a thread that is done takes the
-// next i, so that it must not matter which thread has it.
+// Calls work() once per thread, and its result with every i below count. Threads take the next i as they finish, so the
+// result must not depend on which thread runs it.
 template <typename F>
 void share_out(int64_t count, F work) {
   std::atomic<int64_t> next{0};

@@ -1,5 +1,5 @@
-// gather_logprob forward and backward: one block a row, each element read once, each gradient written once. What a
-// thread does with its part of the row stands in row.h. Two runs give identical bits: no atomics, fixed order of sums.
+// gather_logprob forward and backward: one block per row, one read per element, one write per gradient. row.h has each
+// thread's share. Deterministic: no atomics, sums in a fixed order.
 #include "gather.h"
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// Blocks of a multiprocessor: bounds the registers, so that enough loads are in flight to cover memory's latency.
+// Blocks per multiprocessor: bounds the registers, so that enough loads are in flight to hide memory latency.
 constexpr int kBlocks = 4;
 
 // The warp's sum in its first lane.

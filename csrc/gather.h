@@ -1,4 +1,4 @@
-// gather_logprob's launches, free of CUDA's and PyTorch's types: the kernels compile without PyTorch's headers.
+// gather_logprob's launches without PyTorch types, so that the kernels compile without PyTorch's headers.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace strop {
 
 enum class Element { bf16, fp16, fp32 };
 
-// logits [rows, columns] with neighbouring columns side by side and row_stride elements between rows; target [rows],
-// negative where ignored; logp, lse [rows]. Returns nullptr or what went wrong.
+// logits [rows, columns] with contiguous columns and row_stride elements between rows; target [rows],
+// negative where ignored; logp, lse [rows]. Returns nullptr or an error message.
 const char* gather_forward(Element element, const void* logits, const int64_t* target, float* logp, float* lse,
                            int64_t rows, int64_t columns, int64_t row_stride, void* stream);
 

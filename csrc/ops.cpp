@@ -1,4 +1,4 @@
-// gather_logprob's kernels as PyTorch operators, by PyTorch's stable ABI: one build serves every PyTorch from 2.11 on.
+// gather_logprob's kernels as PyTorch operators on the stable ABI: one build works with every PyTorch from 2.11 on.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +19,7 @@ strop::Element element_of(const Tensor& x) {
                                       : strop::Element::fp32;
 }
 
-// logits, or their gradient: a matrix whose columns lie side by side.
+// Logits or their gradient: a matrix with contiguous columns.
 void check_matrix(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2, "expected a matrix on a CUDA device");
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "columns must lie side by side");

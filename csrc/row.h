@@ -1,8 +1,8 @@
-// What one thread of a row's block does with its part of the row: plain functions for host and device, so that tests
-// without a GPU run the very arithmetic of the kernels (tests/kernels/csrc_host.cpp).
+// One thread's share of a row, as functions for host and device, so that tests without a GPU run the kernels'
+// arithmetic (tests/kernels/csrc_host.cpp).
 //
-// A row is read in packs of 16 bytes. What lies before the first 16-byte boundary and after the last whole pack is
-// read element by element; a row of an odd vocabulary starts anywhere.
+// A row is read in packs of 16 bytes; elements before the first 16-byte boundary and after the last whole pack are read
+// one by one. With an odd vocabulary, rows start at any alignment.
 #pragma once
 
 #include <cfloat>
@@ -21,7 +21,7 @@ namespace strop {
 // Packs that a thread has in flight at once: 64 bytes.
 constexpr int kUnroll = 4;
 
-// Words, not elements: the compiler then moves 16 bytes at once and takes elements out by shifts.
+// Words, not elements: the compiler then moves 16 bytes at once and extracts elements by shifts.
 template <typename T>
 struct alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
@@ -46,7 +46,7 @@ struct Split {
   STROP_HD int column_of_single(int i) const { return i < head ? i : i + packs * Pack<T>::kSize; }
 };
 
-// Rows that are read and written together are split alike; where their alignments differ, into singles only.
+// Rows read and written together are split the same way; if their alignments differ, into singles only.
 template <typename T>
 STROP_HD Split<T> split_row(const T* a, const T* b, int columns) {
   const unsigned past = reinterpret_cast<uintptr_t>(a) % 16;
@@ -70,8 +70,8 @@ STROP_HD float exp_of(float d) {
 }
 
 // Online log-sum-exp (Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3): total = sum exp(x - highest).
-// highest starts at the lowest finite number: -inf - -inf would make NaN of legitimate logits of -inf. fmaxf passes
-// over NaN, the sum does not.
+// highest starts at the lowest finite number: with valid logits of -inf, -inf - -inf would be NaN. fmaxf ignores NaN,
+// the sum propagates it.
 struct Running {
   float highest = -FLT_MAX, total = 0.0f;
 };
@@ -131,7 +131,7 @@ struct RowResult {
   float logp, lse;
 };
 
-// A target beyond the vocabulary gives NaN.
+// A target outside the vocabulary gives NaN.
 template <typename T>
 STROP_HD RowResult finish_row(const T* row, int columns, int64_t target, const Running& sum) {
   const float log_total = logf(sum.total);
@@ -139,10 +139,10 @@ STROP_HD RowResult finish_row(const T* row, int columns, int64_t target, const R
   return {logp, sum.highest + log_total};
 }
 
-// d logp / d logits times the upstream gradient, turned round: scale = -gradient.
+// -d logp / d logits times the upstream gradient: scale = -gradient.
 struct Gradient {
   float lse, scale, at_target;
-  int hit;  // the target's column, -1 where it is beyond the vocabulary
+  int hit;  // the target's column, -1 if it is outside the vocabulary
 
   STROP_HD float at(int column, float x) const {
     const float p = exp_of(x - lse);
@@ -196,7 +196,7 @@ STROP_HD void zero_part(T* out, int columns, int thread, int threads) {
 }
 
 // out = -grad * (exp(row - lse), at_target in the target's column), and zeros where the target is negative or grad is
-// 0; there row is not read. out may be row itself.
+// 0, where row is not read. out may be row itself.
 template <typename T>
 STROP_HD void backward_part(const T* row, T* out, int columns, int64_t target, float grad, float at_target, float lse,
                             int thread, int threads) {

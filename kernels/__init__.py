@@ -1,7 +1,7 @@
 """Stateless fused ops for post-training language models: import this package as `strop.kernels`."""
 
 if __name__ == "kernels":
-    # Python run from the repository root finds this folder when something asks for Hugging Face's package `kernels`.
+    # Python run from the repository root finds this folder when something imports Hugging Face's package `kernels`.
     import sys as _sys
     from importlib.machinery import PathFinder as _PathFinder
     from importlib.util import module_from_spec as _module_from_spec
@@ -13,13 +13,13 @@ if __name__ == "kernels":
         _sys.modules["kernels"] = _module_from_spec(_spec)
         _spec.loader.exec_module(_sys.modules["kernels"])
     else:
-        # Raising would break `import transformers`, which imports what it finds without a catch. A module without
-        # __file__ and __version__ is what it takes for "not installed".
+        # Raising would break `import transformers`, which does not catch it. It treats a module without __file__ and
+        # __version__ as not installed.
         del __file__
 else:
     from .attention import prefix_attention
-    from .layout import Group, PackedGroups, SeparateRows
-    from .logprob import gather_logprob, linear_logprob
+    from .head import gather_logprob, linear_logprob
+    from .layout import Group, PackedGroups
     from .preference import LOSS_TYPES, PREFERENCE_METRICS, linear_preference_loss, preference_loss, preference_means
     from .sampling import draw_key, sample_tokens
 
@@ -28,7 +28,6 @@ else:
         "PREFERENCE_METRICS",
         "Group",
         "PackedGroups",
-        "SeparateRows",
         "draw_key",
         "gather_logprob",
         "linear_logprob",

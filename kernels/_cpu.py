@@ -1,7 +1,6 @@
-"""The operators of csrc/cpu*.cpp, `torch.ops.strop.cpu_*`: where they were built and the processor has what it needs.
+"""Loads the operators of csrc/cpu*.cpp, `torch.ops.strop.cpu_*`, if they were built for this processor.
 
-They write into tensors that their caller has made, so that all they have to say to torch.compile is that they return
-nothing.
+They write into tensors that the caller allocates and return nothing, which is all that torch.compile has to know.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ OPERATORS = (
 
 
 def _load() -> str:
-    """The instructions that the library which was loaded is for, or nothing."""
-    # "default" is what aarch64 has, whatever PyTorch calls its vectors; x86 has none of that name
+    """Load the library for this processor; returns the name of its instruction set, "" if there is none."""
+    # The only build on aarch64 is called "default", whatever PyTorch calls the instruction set; x86 has none.
     names = [torch.backends.cpu.get_cpu_capability().lower(), "default"]
     if names[0] == "avx512" and torch.cpu._is_avx512_bf16_supported():
         names.insert(0, "avx512_bf16")
@@ -45,31 +44,31 @@ def _load() -> str:
     return found
 
 
-# all here, where torch.compile does not look; telling it not to look would import all of it into every process
+# At import, so that torch.compile never traces it; torch.compiler.disable would import the compiler into every process.
 _loaded = _load()
-# Intel's AMX, on which products of bf16 are several times as fast as everything around them
+# Intel's AMX, which multiplies bf16 several times faster than vector instructions do.
 HAS_MATRIX_UNIT: bool = torch.cpu._is_amx_tile_supported()
 
 
 def load() -> bool:
-    """Whether the library is there; False where none was built for this processor."""
+    """Whether the library is loaded; False if none was built for this processor."""
     return bool(_loaded)
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the library has operators for these: on the CPU, all bf16 or all fp32."""
+    """Whether the library supports these tensors: on the CPU, all bf16 or all fp32."""
     first = tensors[0].dtype
     return first in DTYPES and all(x.device.type == "cpu" and x.dtype == first for x in tensors) and load()
 
 
 def multiplies(*tensors: Tensor) -> bool:
-    """Whether the library's small products are of these, rows of 32 to 256 numbers in steps of 16: bf16, and fp32 where
-    the processor does not multiply bf16."""
+    """Whether the library's attention supports these tensors: head sizes of 32 to 256 in steps of 16, bf16, and fp32 on
+    processors that cannot multiply bf16."""
     if not takes(*tensors) or any(x.shape[-1] not in range(32, 257, 16) for x in tensors):
         return False
     return tensors[0].dtype == torch.bfloat16 or _loaded != "avx512_bf16"
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x, copied if the elements of its rows do not lie side by side."""
+    """x, made contiguous unless its last dimension already is."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

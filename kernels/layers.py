@@ -1,8 +1,7 @@
-"""RMSNorm, SwiGLU and rotary embeddings for the CPU: one pass over memory each way, and for the backward only what they
-read is kept, nothing they made.
+"""RMSNorm, SwiGLU and rotary embeddings for the CPU: one pass over memory each way; only inputs are saved for backward.
 
-csrc/cpu.cpp does the work, and rounds on the way where transformers' own layers do. Where it has no operators
-(`available`) the plain functions of strop.kernels.reference do it. On a GPU Liger's kernels do.
+csrc/cpu.cpp implements them with the intermediate rounding of transformers' layers; for tensors it does not support
+(`available`) they run in plain PyTorch. On a GPU use Liger's kernels.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _cpu, reference
+from . import _cpu
 
-# Rows of which csrc/cpu.cpp sums the weight's gradient by itself.
+# Rows per partial sum of the weight's gradient in csrc/cpu.cpp.
 _NORM_BLOCK = 64
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether csrc/cpu.cpp was built and has operators for these: on the CPU, all bf16 or all fp32."""
+    """Whether csrc/cpu.cpp was built and supports these tensors: on the CPU, all bf16 or all fp32."""
     return _cpu.takes(*tensors)
 
 
@@ -29,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x [..., D] and weight [D] of one dtype. Statistics in fp32, for fp64 in fp64.
     """
     if not available(x, weight):
-        return reference.rms_norm(x, weight, eps)
-    if not torch.is_grad_enabled():  # an autograd.Function takes as long to call as a decoding step's norm itself
+        return rms_norm_reference(x, weight, eps)
+    if not torch.is_grad_enabled():  # calling an autograd.Function takes as long as the norm of a decoding step
         return _normed(x, weight, eps)[0].view(x.shape)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -41,12 +40,12 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     Returns [..., D].
     """
     if not available(gate, up, weight):
-        return reference.swiglu_linear(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight)
     return _SwiGLULinear.apply(gate, up, weight)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, arXiv 2002.05202, of one shape and dtype: where the down projection is no plain linear."""
+    """silu(gate) * up, arXiv 2002.05202, of one shape and dtype, for a down projection that is not a plain linear."""
     if not available(gate, up):
         return F.silu(gate) * up
     if not torch.is_grad_enabled():
@@ -55,19 +54,31 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin, arXiv 2104.09864 with the two halves of a head as pairs, as transformers has it.
+    """x * cos + rotate_half(x) * sin, arXiv 2104.09864 with the two halves of a head as pairs, as in transformers.
 
     x [1, H, T, D], cos and sin [1, T, D] of one dtype. Gradients for x only.
     """
     if not available(x, cos, sin):
-        return reference.rotary(x, cos.detach(), sin.detach())
+        return rotary_reference(x, cos.detach(), sin.detach())
     if not torch.is_grad_enabled():
         return _rotate(x, cos, sin, False)
     return _Rotary.apply(x, cos, sin)
 
 
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight [D] * (x [..., D] / sqrt(mean(x^2) + eps)), arXiv 1910.07467, rounded to x's dtype before the product."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, H, T, D] rotated by cos and sin [1, T, D], arXiv 2104.09864 with the two halves of a head as pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+
+
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x's rows normed, as they were, and their inverse roots."""
+    """Normalized rows, the rows themselves and their inverse root mean squares."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out, inverse = torch.empty_like(flat), flat.new_empty(flat.shape[0], dtype=torch.float32)
     torch.ops.strop.cpu_rms_norm(flat, weight, eps, out, inverse)
@@ -147,7 +158,7 @@ class _Rotary(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
-    # heads of a token side by side, as the projections that these come from, or go to, have them
+    # A token's heads are contiguous, as the projections before and after produce and read them.
     turned = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     torch.ops.strop.cpu_rotate(x[0], cos.contiguous(), sin.contiguous(), back, turned[0])
     return turned

@@ -1,4 +1,4 @@
-"""PackedGroups: prompts and the completions that continue them, laid end to end in one row of tokens."""
+"""PackedGroups: prompts and their completions, concatenated into one row of tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of an attention tile: the largest block a kernel takes; smaller blocks split it.
+# Rows of an attention tile: the largest block of a kernel; smaller blocks split a tile.
 TILE = 128
 
 Span = tuple[int, int]
@@ -17,10 +17,10 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and the completions that continue it, as token ids.
+    """A prompt and its completions, as token ids.
 
-    loss_masks holds one sequence per completion, one bool per token; False means the token carries no loss. None means
-    that every completion token carries loss.
+    loss_masks holds one sequence per completion with one bool per token; False excludes the token from the loss. None
+    includes every completion token.
     """
 
     prompt: Sequence[int]
@@ -29,7 +29,7 @@ class Group:
 
 
 class Bounds(NamedTuple):
-    """The host side of PackedGroups that attention needs, under the same names."""
+    """The host-side fields of PackedGroups that attention needs."""
 
     prompt_bounds: tuple[Span, ...]
     completion_bounds: tuple[Span, ...]
@@ -45,29 +45,11 @@ class Bounds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeparateRows:
-    """The same completions one a row, right-padded, the prompt repeated: for models that cannot run packed.
-
-    input_ids, attention_mask, position_ids: [completions, longest row] int64. pred_index [targets] int64 indexes the
-    flattened [completions * longest row] hidden states. target, target_segment and target_bounds are those of the
-    PackedGroups the rows came from, in the same order.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    pred_index: Tensor
-    target: Tensor
-    target_segment: Tensor
-    target_bounds: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
 class PackedGroups:
-    """One packed row of T tokens: groups follow each other, each a prompt and then its completions, without padding.
+    """One packed row of T tokens without padding: group after group, each a prompt followed by its completions.
 
-    A token sees the prompt of its group and what precedes it in its own completion. Positions restart at the prompt's
-    end for every completion. M counts the predicted tokens: completion tokens that carry loss.
+    A token sees the prompt of its group and the preceding tokens of its own completion. Positions restart at the
+    prompt's end for every completion. M is the number of predicted tokens: completion tokens included in the loss.
 
     Host side (bounds are half-open row offsets):
         prompt_bounds: per group.
@@ -75,8 +57,8 @@ class PackedGroups:
         completion_group: the group of each completion.
         target_bounds: per completion, its slice of pred_index, target and target_segment.
         segments: [completions, 5] int32 tensor that stays on the host: group, prompt start and end, start and end.
-        max_queries, max_keys: the longest span of query rows and of keys, where the first completion's span takes its
-            prompt's rows with it and every completion sees its prompt and itself.
+        max_queries, max_keys: the longest span of query rows and of keys. The first completion's query span includes
+            the prompt's rows; every completion's key span is the prompt and the completion.
     Tensors:
         input_ids, position_ids: [T] int64.
         pred_index: [M] int64, the row offset of the hidden state that predicts the target. A completion's first token
@@ -85,9 +67,9 @@ class PackedGroups:
         target_segment: [M] int32, the completion of the target.
     Tensors for attention, all int32:
         tiles: [tiles, 4], up to TILE rows of one group each: start, end, the group's start, its prompt's end.
-        readers_end: [T], one past the last row that sees the row: row i sees row j where j <= i < readers_end[j]. That
-            is the group's end for a prompt's rows and the completion's end for its own.
-        query_offsets, key_offsets: [completions + 1], where the spans of query rows begin, and those of key_index.
+        readers_end: [T], one past the last row that sees the row: row i sees row j iff j <= i < readers_end[j]. The
+            group's end for a prompt's rows, the completion's end for a completion's rows.
+        query_offsets, key_offsets: [completions + 1], start offsets of the query spans, and of the spans in key_index.
         key_index: the rows of prompt and completion, for every completion.
     """
 
@@ -111,7 +93,7 @@ class PackedGroups:
 
     @classmethod
     def pack(cls, groups: Sequence[Group], device: torch.device | str | None = None) -> PackedGroups:
-        """Lay the groups out in one row. Raises ValueError on input that no layout exists for."""
+        """Pack the groups into one row. Raises ValueError on empty or malformed groups."""
         if len(groups) == 0:
             raise ValueError("PackedGroups.pack needs at least one group")
         tokens: list[int] = []
@@ -183,33 +165,8 @@ class PackedGroups:
         return replace(self, **moved)
 
     def pin_memory(self) -> PackedGroups:
-        """The same layout with its tensors in page-locked memory, so that `to(..., non_blocking=True)` overlaps."""
+        """The same layout with its tensors in pinned memory, so that `to(..., non_blocking=True)` overlaps."""
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
-
-    def separate(self, pad_id: int = 0) -> SeparateRows:
-        """The same completions one a row, right-padded with `pad_id`, the prompt repeated before each."""
-        prompts = [self.prompt_bounds[g] for g in self.completion_group]
-        lengths = [pe - ps + ce - cs for (ps, pe), (cs, ce) in zip(prompts, self.completion_bounds, strict=True)]
-        width = max(lengths)
-        source = [
-            [*range(ps, pe), *range(cs, ce), *[-1] * (width - length)]
-            for (ps, pe), (cs, ce), length in zip(prompts, self.completion_bounds, lengths, strict=True)
-        ]
-        source = torch.tensor(source, dtype=torch.int64).to(self.input_ids.device)
-        real = source >= 0
-        input_ids = torch.where(real, self.input_ids[source.clamp_min(0)], pad_id)
-        columns = torch.arange(width, device=source.device).expand_as(source)
-        # A token's position in the packed row is its offset in a row of its own.
-        pred_index = self.target_segment.long() * width + self.position_ids[self.pred_index]
-        return SeparateRows(
-            input_ids=input_ids,
-            attention_mask=real.long(),
-            position_ids=columns.contiguous(),
-            pred_index=pred_index,
-            target=self.target,
-            target_segment=self.target_segment,
-            target_bounds=self.target_bounds,
-        )
 
 
 def _attention_layout(prompts: list[Span], completions: list[Span], groups: list[int]) -> dict[str, Tensor | int]:
@@ -227,7 +184,7 @@ def _attention_layout(prompts: list[Span], completions: list[Span], groups: list
     prompt_length, length = prompt_end - prompt_start, end - start
     first = start == prompt_end
     queries = torch.where(first, end - prompt_start, length)
-    # A prompt is read to its group's end, a completion to its own; rows lie prompt, completion, completion, ...
+    # A prompt is visible up to its group's end, a completion up to its own end.
     pieces = torch.stack([prompt_length.where(first, 0), length], dim=1).flatten()
     last_end = torch.tensor([group_end[g] for g in groups], dtype=torch.int32)
     readers_end = torch.stack([last_end, end], dim=1).flatten().repeat_interleave(pieces)
@@ -250,7 +207,7 @@ def _attention_layout(prompts: list[Span], completions: list[Span], groups: list
 
 
 def _check_group(g: int, group: Group) -> Sequence[Sequence[bool] | None]:
-    """The group's loss masks, one entry a completion. Raises ValueError where the group is malformed."""
+    """The group's loss masks, one entry per completion. Raises ValueError if the group is malformed."""
     if len(group.completions) == 0:
         raise ValueError(f"group {g} has no completions")
     for c, completion in enumerate(group.completions):

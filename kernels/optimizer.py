@@ -1,7 +1,7 @@
-"""AdamW for the CPU: the gradients' norm, and then the update, in one pass over memory each, by csrc/cpu.cpp.
+"""AdamW for the CPU (csrc/cpu.cpp): one pass over memory for the gradient norm and one for the update.
 
-An update reads a gradient as autograd left it and writes the weight that the model computes with, so that neither takes
-a pass of its own. On a GPU, and where csrc/cpu.cpp was not built, PyTorch's fused AdamW is to be used.
+The update reads a gradient in the dtype autograd left it in and also writes the bf16 weight that the model computes
+with. On a GPU, or if csrc/cpu.cpp was not built, use PyTorch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from . import _cpu
 
-# Elements whose squares csrc/cpu.cpp sums by themselves.
+# Elements per partial sum of squares in csrc/cpu.cpp.
 _BLOCK = 1 << 16
 
 
 def available(masters: Sequence[Tensor]) -> bool:
-    """Whether csrc/cpu.cpp was built and these, all of them fp32, are on the CPU and contiguous."""
+    """Whether csrc/cpu.cpp was built and all masters are fp32, contiguous and on the CPU."""
     return all(m.dtype == torch.float32 and m.is_contiguous() and _cpu.takes(m) for m in masters)
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, bf16 or fp32, as an fp32 scalar."""
+    """The 2-norm over all gradients, each bf16 or fp32, as an fp32 scalar."""
     blocks = [-(-grad.numel() // _BLOCK) for grad in grads]
     sums = torch.empty(sum(blocks), dtype=torch.float64)
     for grad, part in zip(grads, sums.split(blocks), strict=True):
@@ -45,10 +45,10 @@ def adamw_(
     weight_decay: float,
     step: int,
 ) -> None:
-    """One step of AdamW, arXiv 1711.05101, as torch.optim.AdamW takes it, in place.
+    """One AdamW step (arXiv 1711.05101) in place, with torch.optim.AdamW's arithmetic.
 
-    master, exp_avg, exp_avg_sq: fp32 of one shape. grad: bf16 or fp32, which `factor`, an fp32 scalar, multiplies first
-    (clipping). weight: bf16, receives the new master; None for none. step counts from 1.
+    master, exp_avg, exp_avg_sq: fp32 of one shape. grad: bf16 or fp32, first multiplied by `factor`, an fp32 scalar
+    (gradient clipping). weight: bf16, set to the new master; None to skip. step counts from 1.
     """
     none = master.new_empty(0, dtype=torch.bfloat16)
     moments = (exp_avg, exp_avg_sq)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def draw_key(seed: int, prompt_id: str, sample_index: int) -> int:
-    """A sample's key: a signed 64-bit hash (BLAKE2b) of the seed, the prompt and the sample's number."""
+    """A sample's key: a signed 64-bit BLAKE2b hash of the seed, the prompt id and the sample index."""
     text = f"{seed}\x1f{prompt_id}\x1f{sample_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _int64(value: int) -> int:
-    """The signed integer with the same 64 bits: torch has no arithmetic on uint64."""
+    """The signed integer with the same 64 bits; torch has no uint64 arithmetic."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -25,13 +25,13 @@ _MIX_2 = _int64(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64, whose own shift keeps the sign."""
+    """Logical right shift of int64; >> is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(key: Tensor, position: Tensor) -> Tensor:
-    """One fp64 number in (0, 1) per (key, position), both int64: the output of SplitMix64 (Steele et al. 2014, figure
-    16), seeded with the mixed key, at the position-th step."""
+    """One fp64 number in (0, 1) per (key, position), both int64: output number `position` of SplitMix64 (Steele et al.
+    2014, figure 16) seeded with the mixed key."""
     state = _mix(key) + (position + 1) * _STEP
     return (_shift_right(_mix(state), 11).double() + 0.5) * 2.0**-53
 
@@ -51,14 +51,14 @@ def sample_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at uniform(key, position).
+    """Draw one token per row by inverting the cumulative distribution at uniform(key, position).
 
-    logits [B, V] of any float dtype; key, position [B] int64. temperature 0 takes the likeliest token. top_k 0 keeps
-    all; top_p keeps the likeliest tokens up to the one that brings their probability, after temperature and top_k, to
-    top_p (Holtzman et al. 2020, section 3.1). A row's draw depends on nothing but its logits, key and position.
+    logits [B, V] of any float dtype; key, position [B] int64. temperature 0 takes the most likely token. top_k 0 keeps
+    all tokens; top_p keeps the most likely tokens whose probability, after temperature and top_k, adds up to at least
+    top_p (Holtzman et al. 2020, section 3.1). A row's draw depends only on its logits, key and position.
 
-    Returns (token [B] int64, logp [B] fp32), logp under the model's own distribution: temperature 1, nothing cut.
-    Raises ValueError on numbers out of range.
+    Returns (token [B] int64, logp [B] fp32); logp is under the model's distribution at temperature 1, without
+    truncation. Raises ValueError on options out of range.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -84,16 +84,16 @@ def sample_tokens(
     return token, logp
 
 
-# Sums of this many weights are searched first, so that the cumulative sum over the vocabulary is never built.
+# The inverse CDF searches sums of this many weights first, so no cumulative sum over the vocabulary is needed.
 _BLOCK = 256
-# argmax over a whole row takes ten times as long on a CPU as a maximum; the usual vocabularies are multiples of this.
+# On a CPU, argmax over a row takes ten times as long as max. Most vocabulary sizes are multiples of this block.
 _ARGMAX_BLOCK = 128
-# Nearly every row's nucleus lies within its likeliest tokens; the other rows are sorted.
+# Almost every row's nucleus lies within this many tokens; the other rows are sorted.
 _NUCLEUS_GUESS = 256
 
 
 def _argmax(logits: Tensor) -> Tensor:
-    """[B] logits.argmax(-1): the likeliest block, then the likeliest token in it."""
+    """[B] logits.argmax(-1): the block with the maximum, then the argmax within it."""
     if logits.is_cuda or logits.shape[-1] % _ARGMAX_BLOCK:
         return logits.argmax(-1)
     blocks = logits.unflatten(-1, (-1, _ARGMAX_BLOCK))
@@ -118,9 +118,9 @@ def _cumulative(weights: Tensor) -> Tensor:
 
 
 def _invert(cumulative: Tensor, mass: Tensor) -> Tensor:
-    """[B, 1] index of the first entry above mass [B, 1]; mass at or above the last entry counts as just below it.
+    """[B, 1] index of the first entry above mass [B, 1]; mass at or above the last entry is clamped just below it.
 
-    An entry of weight 0 has an empty interval and is never found.
+    An entry of weight 0 has an empty interval and is never returned.
     """
     mass = torch.minimum(mass, torch.nextafter(cumulative[:, -1:], torch.zeros_like(mass)))
     return torch.searchsorted(cumulative, mass, right=True).clamp_(max=cumulative.shape[-1] - 1)
@@ -133,7 +133,7 @@ def _draw_blocked(weights: Tensor, block_cumulative: Tensor, u: Tensor) -> Tenso
     before = torch.where(block > 0, block_cumulative.gather(-1, (block - 1).clamp_(min=0)), 0.0)
     block_mass = block_cumulative.gather(-1, block) - before
     inside = _cumulative(weights[torch.arange(len(weights), device=weights.device), block.squeeze(-1)])
-    # The block's fp32 sum and its fp64 cumulative sum differ by rounding: carry the fraction over, not the mass.
+    # The block's fp32 sum and its fp64 cumulative sum differ by rounding, so scale by the fraction, not the mass.
     column = _invert(inside, (mass - before) / block_mass * inside[:, -1:])
     return (block * _BLOCK + column).squeeze(-1)
 
@@ -141,9 +141,9 @@ def _draw_blocked(weights: Tensor, block_cumulative: Tensor, u: Tensor) -> Tenso
 def _draw_ranked(
     kept: Tensor, order: Tensor, total: Tensor | None, u: Tensor, temperature: float, top_p: float
 ) -> Tensor:
-    """[B] tokens by inverse CDF over the kept logits [B, K], likeliest first, and their token ids `order`.
+    """[B] tokens by inverse CDF over the kept logits [B, K], in descending order, with token ids `order`.
 
-    total [B, 1] is the weight that top_p is a share of; None for that of the kept tokens.
+    total [B, 1] is the total weight that top_p is a fraction of; None for that of the kept tokens.
     """
     cumulative = _cumulative(((kept.float() - kept[:, :1].float()) / temperature).exp_())
     mass = cumulative[:, -1:]
@@ -155,7 +155,7 @@ def _draw_ranked(
 
 
 def _draw_nucleus(logits: Tensor, total: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
-    """[B] tokens from the likeliest ones that hold top_p of the total weight [B, 1]."""
+    """[B] tokens from the smallest set of most likely tokens that holds top_p of the total weight [B, 1]."""
     if logits.is_cuda or logits.shape[-1] <= _NUCLEUS_GUESS:
         return _draw_ranked(*logits.sort(dim=-1, descending=True, stable=True), total, u, temperature, top_p)
     kept, order = logits.topk(_NUCLEUS_GUESS, dim=-1)

@@ -1,5 +1,6 @@
 """Command line and recipe files to a checked Recipe; every mistake is one line that names where it stands."""
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass, field
@@ -9,12 +10,12 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from strop.trainer.config import Recipe
+from strop.trainer.config import RECIPES, Recipe
 from strop.trainer.errors import UserError
 from strop.trainer.reports.commands import VERBS, run_verb
 
 SECRET = re.compile(r"(^|_)(api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)$", re.I)
-RECIPES = Path(__file__).parent / "recipes"
+SHIPPED = Path(__file__).parent / "recipes"
 USAGE = """\
 usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
 {verbs}
@@ -27,9 +28,9 @@ Runs rounds of rejection sampling, SFT and DPO. Without arguments it runs the re
   --debug     show the traceback of an error
   --help      this text
 
-The same command resumes a run that stopped; a changed key runs again what depends on it.
-The other commands look at runs; `strop show --help` and so on say more.
-In a checkout `torchrun trainer/main.py` is `strop`; several processes: torchrun --nproc-per-node=2 trainer/main.py ...
+The same command resumes a run that stopped; changing a key re-runs what depends on it.
+Each of the other commands has its own --help, e.g. `strop show --help`.
+In a checkout, `torchrun trainer/main.py` is `strop`; two processes: torchrun --nproc-per-node=2 trainer/main.py ...
 
 Keys, with type, default and meaning:
 """
@@ -66,14 +67,14 @@ def parse(argv: list[str]) -> Command:
         elif argument == "--debug":
             command.debug = True
         elif argument.startswith("-"):
-            raise UserError(f"{argument}: no such option; --help lists what there is")
+            raise UserError(f"{argument}: unknown option; see --help")
         elif "=" in argument:
             overrides.append(argument)
         elif read is None:
             path = find_recipe(argument)
             name, read = path.stem, read_recipe(path)
         else:
-            raise UserError(f"{argument}: a second recipe; one is enough, override its keys with key=value")
+            raise UserError(f"{argument}: a second recipe; give one, and override its keys with key=value")
     if command.help:
         return command
     read = read or read_recipe(find_recipe(name))
@@ -99,7 +100,7 @@ def find_recipe(argument: str) -> Path:
         if not path.is_file():
             raise UserError(f"{path}: no such recipe file")
         return path
-    shipped = RECIPES / f"{argument}.yaml"
+    shipped = SHIPPED / f"{argument}.yaml"
     if not shipped.is_file():
         near = difflib.get_close_matches(argument, [*VERBS, *shipped_recipes()], n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -109,7 +110,7 @@ def find_recipe(argument: str) -> Path:
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    return sorted(p.stem for p in SHIPPED.glob("*.yaml"))
 
 
 def read_recipe(path: Path) -> _Read:
@@ -139,7 +140,7 @@ def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
         seen = set()
         for key, value in node.value:
             if key.value in seen:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: the key stands here twice")
+                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: duplicate key")
             seen.add(key.value)
             _note_lines(value, (*at, key.value), path, lines)
             lines[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
@@ -149,37 +150,57 @@ def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
 
 
 def apply_override(read: _Read, override: str) -> None:
-    """Sets `a.b.0.c=value` in the tree. Raises UserError where the path leads nowhere."""
+    """Sets `a.b.0.c=value` in the tree. Raises UserError if the path leads nowhere or the value is not YAML."""
     key, _, text = override.partition("=")
     refuse_secrets({key.split(".")[-1]: text}, (), {(): "command line"})
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as e:
         raise UserError(f"command line: {override}: the value is not YAML ({getattr(e, 'problem', e)})") from e
+    set_key(read, key, value, "command line")
+
+
+def set_key(read: _Read, key: str, value: Any, where: str) -> None:
+    """Sets the dotted key in the tree; errors about it name `where`. Raises UserError if the path leads nowhere."""
     path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     at: Any = read.data
     for i, part in enumerate(path):
-        last = i == len(path) - 1
+        last, above = i == len(path) - 1, ".".join(map(str, path[:i]))
         if isinstance(at, list):
             if not isinstance(part, int) or part >= len(at):
-                raise UserError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a list of {len(at)}; "
-                                 "its entries are .0, .1, ...")
+                raise UserError(f"{where}: {key}={value}: {above} is a list of {len(at)}; its entries are .0, .1, ...")
         elif not isinstance(at, dict):
-            raise UserError(f"command line: {override}: {'.'.join(map(str, path[:i]))} is a value, it has no keys")
+            raise UserError(f"{where}: {key}={value}: {above} is a value, it has no keys")
         elif not last and at.get(part) is None:
             at[part] = {}
         if last:
             at[part] = value
         else:
             at = at[part]
-    read.lines = {k: v for k, v in read.lines.items() if k[:len(path)] != path} | {path: "command line"}
+    read.lines = {k: v for k, v in read.lines.items() if k[:len(path)] != path} | {path: where}
+
+
+def load_recipe(recipe: str | Path | dict | Recipe = "quickstart", overrides: dict[str, Any] | None = None) -> Recipe:
+    """A checked recipe: from a YAML file, the name of a shipped recipe, a dict of keys or another recipe.
+
+    overrides: dotted keys and their values, e.g. {"sample.k": 16}. Raises UserError, one mistake per line."""
+    if isinstance(recipe, Recipe | dict):
+        read = _Read(copy.deepcopy(recipe) if isinstance(recipe, dict) else recipe.model_dump(mode="json"))
+    else:
+        path = find_recipe(str(recipe))
+        read = read_recipe(path)
+        read.data.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        set_key(read, key, value, "overrides")
+    return check(read)
 
 
 def check(read: _Read) -> Recipe:
     """Validates. Raises UserError with a line for each mistake: where, key=value, what is wrong, the nearest name."""
     refuse_secrets(read.data, (), read.lines)
+    method = read.data.get("method", "llama3")
     try:
-        return Recipe.model_validate(read.data)
+        return RECIPES.get(method if isinstance(method, str) else "", Recipe).model_validate(read.data)
     except ValidationError as e:
         raise UserError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
 
@@ -188,7 +209,8 @@ def refuse_secrets(value, path: tuple, lines: dict) -> None:
     """Raises UserError at a key that is named like a secret, without its value: a recipe goes into files and logs."""
     for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if isinstance(key, str) and SECRET.search(key):
-            where = next(lines[p] for p in ((*path, key)[:n] for n in range(len(path) + 1, -1, -1)) if p in lines)
+            near = (lines[p] for p in ((*path, key)[:n] for n in range(len(path) + 1, -1, -1)) if p in lines)
+            where = next(near, "recipe")
             raise UserError(f"{where}: {'.'.join(map(str, (*path, key)))}: secrets are not taken from recipes or the "
                              "command line, which are written down; set the environment variable of the service")
         refuse_secrets(below, (*path, key), lines)
@@ -204,7 +226,8 @@ def _explain(error: dict, read: _Read) -> str:
         else:
             break
         path.append(part)
-    below = [line for k, line in read.lines.items() if k[:len(path)] == tuple(path) != () and line == "command line"]
+    below = [line for k, line in read.lines.items()
+             if k[:len(path)] == tuple(path) != () and line in ("command line", "overrides")]
     above = [read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines]
     where = (below + above + ["recipe"])[0]
     key = ".".join(map(str, path))

@@ -53,7 +53,7 @@ class Part:
             how = (type(self._section).model_fields[name].json_schema_extra or {}).get("key")
             value = getattr(self._section, name)
             if how == "content":
-                found[name] = value and read_text(name, value)
+                found[name] = value and read_text(f"{type(self._section).__name__.lower()}.{name}", value)
             elif how != "none":
                 found[name] = _key_of(value)
         return found
@@ -84,7 +84,7 @@ class Model(Section):
     )
     chat_template: str | None = Field(None, json_schema_extra=BY_CONTENT,
                                       description="Jinja file that replaces the tokenizer's chat template")
-    trust_remote_code: bool = Field(False, description="execute Python that the model folder ships")
+    trust_remote_code: bool = Field(False, description="run Python code from the model folder")
 
 
 class Lora(Section):
@@ -101,17 +101,17 @@ class Source(Section):
                              "train by default")
     reasoning_gym: str | None = Field(None, description="instead of path: name of a reasoning-gym dataset")
     reasoning_gym_config: dict[str, Any] = Field({}, description="keyword arguments of that dataset")
-    size: Positive = Field(2000, description="reasoning_gym: how many entries to generate before de-duplication")
+    size: Positive = Field(2000, description="reasoning_gym: entries to generate before deduplication")
     prompt_column: str = Field("prompt", description="column with the prompt: a string or a list of messages")
     answer_column: str = Field("answer", description="column with the true answer")
     system_prompt: str | None = Field(None, description="system message put before every prompt of this source")
-    prompt_template: str = Field("{prompt}", description="text of the user turn; {prompt} is replaced")
-    verifier: Verifier | None = Field(None, description="how completions are scored; default reasoning_gym for such "
-                                      "sources, else it must be named")
+    prompt_template: str = Field("{prompt}", description="text of the user turn; {prompt} is replaced by the prompt")
+    verifier: Verifier | None = Field(None, description="how completions are scored. Default: reasoning_gym for "
+                                      "reasoning_gym sources; required for files")
     verifier_args: dict[str, Any] = Field({}, description="regex: pattern; number: tolerance; choice: choices")
     share: PositiveFloat = Field(1.0, description="this source's weight in every round's draw of prompts")
-    templated: bool | None = Field(None, description="its prompts are alike by nature: near duplicates stay, and only "
-                                   "what equals a held-out prompt of its own is contaminated. Default: true for "
+    templated: bool | None = Field(None, description="the prompts come from templates: keep near duplicates, and "
+                                   "drop only exact copies of its own held-out prompts. Default: true for "
                                    "reasoning_gym, else false")
 
     @model_validator(mode="after")
@@ -133,9 +133,9 @@ class ReadyData(Section):
     name: str = Field(description="name of the data in tables and reports")
     path: str = Field(description=".jsonl or .parquet file, saved `datasets` folder, or hf:owner/name as in sources, "
                       "with TRL's columns")
-    rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds it is merged into, counted from 0")
-    weight: PositiveFloat = Field(1.0, description="how often a row is seen per epoch; 0.5 draws half of the rows")
-    near_duplicates: bool = Field(True, description="false: rows may be like earlier ones of this file")
+    rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds that use it, counted from 0")
+    weight: PositiveFloat = Field(1.0, description="times a row is seen per epoch; 0.5 draws half of the rows")
+    near_duplicates: bool = Field(True, description="drop rows that nearly repeat earlier ones of this file")
 
 
 class Data(Section):
@@ -144,19 +144,22 @@ class Data(Section):
     test: Positive = Field(200, description="prompts of the test split (only reports see it)")
     sft: list[ReadyData] = Field([], description="ready SFT data: messages, or prompt + completion")
     preferences: list[ReadyData] = Field([], description="ready preference data: prompt + chosen + rejected")
-    max_bad_rows: NotNegative = Field(0, description="malformed rows tolerated (quarantined and counted) per file")
+    max_bad_rows: NotNegative = Field(0,
+                                      description="malformed rows per file that are quarantined and counted; more "
+                                      "stop the run")
 
 
 class Filter(Section):
-    near_duplicates: Share = Field(0.7, description="similarity from which a prompt or ready-made row is dropped for "
-                                   "an earlier one of its source; 0 is off")
-    decontaminate: NotNegative = Field(8, description="words of an n-gram; training prompts whose n-grams cover much "
-                                       "of a held-out prompt, its template apart, are dropped. 0 is off")
+    near_duplicates: Share = Field(0.7, description="similarity at which a prompt or ready-made row is dropped as a "
+                                   "near duplicate of an earlier one of its source; 0 is off")
+    decontaminate: NotNegative = Field(8, description="words per n-gram; training prompts whose n-grams cover much "
+                                       "of a held-out prompt (without its template) are dropped. 0 is off")
     max_repetition: Share = Field(0.5, description="prompts and completions in which more than this share of 4-grams "
-                                  "stood before are dropped; 1 is off")
-    min_tokens: Positive = Field(1, description="tokens that a completion to learn from has at least")
-    max_tokens: Positive | None = Field(None, description="and at most. Default: no limit but the stages' own")
-    keep_truncated: bool = Field(False, description="let ready-made completions in that break off in the middle")
+                                  "repeat earlier ones are dropped; 1 is off")
+    min_tokens: Positive = Field(1, description="fewest tokens of a completion to learn from")
+    max_tokens: Positive | None = Field(None,
+                                        description="most tokens of a completion to learn from. Default: no limit")
+    keep_truncated: bool = Field(False, description="keep ready-made completions that look truncated")
 
     @model_validator(mode="after")
     def window(self):
@@ -166,31 +169,31 @@ class Filter(Section):
 
 
 class Sample(Section):
-    prompts: Positive = Field(128, description="prompts a round")
-    k: Positive = Field(8, description="completions a prompt")
+    prompts: Positive = Field(128, description="prompts per round")
+    k: Positive = Field(8, description="completions per prompt")
     temperature: float = Field(1.0, ge=0.0, le=10.0, description="0 is greedy")
     top_k: NotNegative = Field(0, description="0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
-    max_new_tokens: Positive = Field(64, description="tokens a completion may have, end of turn included")
+    max_new_tokens: Positive = Field(64, description="most tokens of a completion, end of turn included")
     batch_size: Positive = Field(128, description="completions decoded together, on each rank")
-    shard_prompts: Positive = Field(32, description="prompts a shard; the unit of resume and of determinism")
+    shard_prompts: Positive = Field(32, description="prompts per shard, the unit of resume and of determinism")
 
 
 class Score(Section):
-    correct_at: Share = Field(0.99, description="a stopped completion is correct from this score on")
+    correct_at: Share = Field(0.99, description="score at which a completion that stopped by itself is correct")
 
 
 class Select(Section):
-    accumulate: bool = Field(True, description="keep earlier rounds' samples: best so far per prompt over all rounds")
-    pass_rate_min: Share = Field(0.0, description="prompts solved less often than this share of their samples of all "
-                                 "rounds so far are left out")
-    pass_rate_max: Share = Field(1.0, description="prompts solved more often than that are left out")
-    sft_min_score: Share = Field(0.99, description="SFT takes a prompt's best completion if it scores at least this")
-    sft_per_prompt: Positive = Field(1, description="at most this many distinct completions a prompt go to SFT")
-    sft_cut: bool = Field(False, description="let completions cut by length into SFT")
-    pair_margin: Share = Field(0.5, description="best score minus worst score must be at least this")
-    pairs_per_prompt: Positive = Field(1, description="at most this many pairs a prompt")
-    tie_break: Literal["shortest", "first", "random"] = Field("shortest", description="among equal scores")
+    accumulate: bool = Field(True, description="also select from earlier rounds' samples")
+    pass_rate_min: Share = Field(0.0, description="drop prompts with a lower pass rate over all rounds so far")
+    pass_rate_max: Share = Field(1.0, description="drop prompts with a higher pass rate over all rounds so far")
+    sft_min_score: Share = Field(0.99, description="lowest score of a completion for SFT")
+    sft_per_prompt: Positive = Field(1, description="most distinct completions per prompt for SFT")
+    sft_cut: bool = Field(False, description="use completions cut by length for SFT")
+    pair_margin: Share = Field(0.5, description="smallest difference in score between chosen and rejected")
+    pairs_per_prompt: Positive = Field(1, description="most pairs per prompt")
+    tie_break: Literal["shortest", "first", "random"] = Field("shortest",
+                                                              description="which of equally scored completions wins")
 
     @model_validator(mode="after")
     def window(self):
@@ -201,50 +204,55 @@ class Select(Section):
 
 class Train(Section):
     enabled: bool = Field(True, description="false skips this stage")
-    epochs: PositiveFloat = Field(1.0, description="passes over the data; parts of one are allowed")
+    epochs: PositiveFloat = Field(1.0, description="passes over the data; may be fractional")
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    warmup_ratio: Share = Field(0.05, description="share of the steps that warm up linearly")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine",
+                                                              description="of the learning rate after the warm-up")
+    warmup_ratio: Share = Field(0.05, description="share of the steps with linear warm-up")
     min_lr_ratio: Share = Field(0.0, description="learning rate at the end, relative to lr")
-    batch_size: Positive = Field(32, description="examples (SFT) or pairs (DPO) of an optimizer step, over all ranks")
-    max_tokens: Positive = Field(8192, description="tokens of a packed microbatch; a longer row or pair is dropped and "
+    batch_size: Positive = Field(32, description="examples (SFT) or pairs (DPO) per optimizer step, over all ranks")
+    max_tokens: Positive = Field(8192, description="tokens per packed microbatch; longer rows or pairs are dropped and "
                                 "counted")
-    max_length: Positive | None = Field(None, description="tokens of prompt + completion; longer rows are dropped and "
+    max_length: Positive | None = Field(None,
+                                        description="most tokens of prompt + completion; longer rows are dropped and "
                                         "counted. Default: the model's context")
-    weight_decay: float = Field(0.0, ge=0.0, description="AdamW's")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's")
-    eps: PositiveFloat = Field(1e-8, description="AdamW's")
-    grad_clip: float = Field(1.0, ge=0.0, description="norm of the whole gradient; 0 is off")
+    weight_decay: float = Field(0.0, ge=0.0, description="AdamW weight decay")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW betas")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    grad_clip: float = Field(1.0, ge=0.0, description="largest norm of the gradient; 0 is off")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     checkpoint_steps: Positive = Field(50, json_schema_extra=UNKEYED, description="steps between resume points")
-    snapshots: NotNegative = Field(0, description="weights kept on the way, evenly spaced, for merge")
-    ema_decay: float = Field(0.0, ge=0.0, lt=1.0, description="keeps an exponential average of the weights; 0 is off")
+    snapshots: NotNegative = Field(0, description="intermediate weights to keep for merge, evenly spaced")
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
+                             description="decay of an exponential moving average of the weights; 0 is off")
 
 
 class Sft(Train):
-    start: Literal["base", "previous"] = Field("base", description="weights each round starts from")
+    start: Literal["base", "previous"] = Field("base", description="weights that each round's SFT starts from")
 
 
 class Dpo(Train):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
                   "apo_down", "discopop", "sppo_hard"] = Field("sigmoid", description="preference loss")
-    beta: PositiveFloat = Field(0.1, description="strength of the pull to the reference")
-    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="share of labels taken as flipped")
-    nll_weight: float = Field(0.0, ge=0.0, description="weight of the chosen completion's NLL (Llama 3: 0.2)")
+    beta: PositiveFloat = Field(0.1, description="weight of the KL penalty to the reference")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="assumed share of flipped labels")
+    nll_weight: float = Field(0.0, ge=0.0, description="weight of the chosen completions' NLL (Llama 3: 0.2)")
     nll_normalization: Literal["batch_tokens", "sequence_mean", "sequence_sum"] = Field(
-        "batch_tokens", description="what the NLL is averaged over")
-    mask_template_tokens: bool = Field(True, description="no loss on header and end-of-turn tokens (Llama 3)")
-    reference: Literal["sft", "base", "previous"] = Field("sft", description="weights of the reference log-probs")
+        "batch_tokens", description="how the NLL is averaged")
+    mask_template_tokens: bool = Field(True,
+                                       description="exclude header and end-of-turn tokens from the loss (Llama 3)")
+    reference: Literal["sft", "base", "previous"] = Field("sft",
+                                                          description="weights that give the reference log-probs")
 
 
 class Merge(Section):
-    method: Literal["last", "average", "ema"] = Field("last", description="last: the round's final weights; average: "
-                                                      "of members; ema: that of the last trained stage")
+    method: Literal["last", "average", "ema"] = Field("last", description="last: the round's last weights; average: "
+                                                      "of members; ema: of the last stage that trained")
     members: list[Literal["start", "sft", "dpo"]] = Field(
-        ["sft", "dpo"], min_length=1, description="average: each name stands for all checkpoints its stage kept")
-    weights: list[PositiveFloat] | None = Field(None, description="average: one a member; default uniform")
-    interpolate: Share = Field(1.0, description="1 keeps the merged weights, 0 the round's start; linear between")
+        ["sft", "dpo"], min_length=1, description="average: each name adds all checkpoints that its stage kept")
+    weights: list[PositiveFloat] | None = Field(None, description="average: one per member. Default: uniform")
+    interpolate: Share = Field(1.0, description="1 takes the merged weights, 0 the round's start, linear between")
     promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
                                              description="which weights go on: the best on the validation "
                                              "split among start, sft, dpo and merge, or always merge's")
@@ -257,12 +265,11 @@ class Merge(Section):
 
 
 class Evaluate(Section):
-    max_new_tokens: Positive = Field(64, description="tokens a completion may have")
+    max_new_tokens: Positive = Field(64, description="most tokens of a completion")
     batch_size: Positive = Field(128, description="completions decoded together, on each rank")
     bootstrap: Positive = Field(10_000, json_schema_extra=UNKEYED,
                                 description="resamples of the paired bootstrap interval")
-    kl_prompts: NotNegative = Field(16, description="held-out prompts on which KL to the start weights is measured; "
-                                    "0 is off")
+    kl_prompts: NotNegative = Field(16, description="held-out prompts for the KL to the start weights; 0 is off")
 
 
 class Log(Section):
@@ -281,31 +288,35 @@ class Log(Section):
 
 
 class Recipe(Section):
+    """All keys of a run; see `strop --help` for their meanings."""
+
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     method: Literal["llama3"] = Field("llama3", description="the post-training method: a function in trainer/methods")
     output_dir: str = Field("runs", json_schema_extra=UNKEYED, description="folder that holds run directories")
     seed: NotNegative = Field(0, description="seed of data order and sampling")
     rounds: Positive = Field(2, description="rounds of sample, score, select, SFT, DPO, merge, evaluate")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses a GPU if there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="compute: auto is bfloat16 where the device multiplies it, float32 on processors that do "
-        "not, by which it is several times faster; master weights are fp32 always")
+        "auto", description="compute dtype: auto is bfloat16 if the device multiplies it in hardware, else float32; "
+        "master "
+        "weights are always fp32")
     attention: Literal["auto", "triton", "flash_attn", "varlen", "sdpa"] = Field(
-        "auto", description="backend of attention in training: auto is our Triton kernel on a GPU, PyTorch elsewhere")
+        "auto", description="attention backend in training: auto is our Triton kernel on a GPU, our C++ or PyTorch on "
+        "a CPU")
     threads: NotNegative = Field(0, json_schema_extra=UNKEYED,
-                                 description="CPU threads a rank; 0 shares the cores among the ranks")
-    model: Model = Field(Model(), description="the weights all starts from")
+                                 description="CPU threads per rank; 0 divides the cores among the ranks")
+    model: Model = Field(Model(), description="the start weights")
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")
-    filter: Filter = Field(Filter(), description="what is left out of training for its content")
-    sample: Sample = Field(Sample(), description="drawing K completions a prompt")
-    score: Score = Field(Score(), description="verifying them")
-    select: Select = Field(Select(), description="what goes to SFT and to pairs")
+    filter: Filter = Field(Filter(), description="what is dropped from training because of its content")
+    sample: Sample = Field(Sample(), description="sampling K completions per prompt")
+    score: Score = Field(Score(), description="scoring completions")
+    select: Select = Field(Select(), description="which completions go to SFT and to pairs")
     sft: Sft = Field(Sft(), description="supervised fine-tuning on the best completions")
-    dpo: Dpo = Field(Dpo(), description="preference optimisation on pairs")
+    dpo: Dpo = Field(Dpo(), description="preference training on pairs")
     merge: Merge = Field(Merge(), description="averaging the round's weights")
     evaluate: Evaluate = Field(Evaluate(), description="greedy pass rate on validation and test prompts")
-    log: Log = Field(Log(), json_schema_extra=UNKEYED, description="what is written down while it runs")
+    log: Log = Field(Log(), json_schema_extra=UNKEYED, description="metrics and trackers")
 
     @model_validator(mode="after")
     def agree(self):

@@ -1,4 +1,4 @@
-"""The error that a user's mistake raises."""
+"""The error that a user's mistake raises, and how to tell that memory ran out."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     The message names file, line, key and value, and what to do. The program prints it without a traceback; every other
     exception except OSError is a bug of ours and keeps its traceback.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host ran out of memory. PyTorch raises a plain RuntimeError for the host's memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)

@@ -1,5 +1,6 @@
 """What torchrun starts: parse, set up, run, tear down. `--help` lists every key."""
 
+import contextlib
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ try:
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
     from strop.trainer.errors import UserError
+    from strop.trainer.run import stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -19,20 +21,27 @@ except ModuleNotFoundError as e:
 
 
 def run(command: Command) -> None:
-    from strop.trainer.methods.running import plan_recipe, run_recipe
+    from strop.trainer.methods.running import planned, train
     from strop.trainer.reports.statistics import print_results
     from strop.trainer.run.console import Console
 
     started, console = time.perf_counter(), Console(enabled=os.environ.get("RANK", "0") == "0")
     if command.plan:
-        recipe, store = plan_recipe(command.recipe, console)
-        console.line(to_yaml(recipe))
+        store = planned(command.recipe, console)
+        console.line(to_yaml(store.recipe))
         console.table(f"plan of {store.run_dir}", ["stage", "state", "why"],
                       [[s["stage"], s["state"], s["why"]] for s in store.plan])
         return
-    done = run_recipe(command.recipe, console)
+    done = train(command.recipe, console=console)
     print_results(console, done.results())
     console.line(f"{time.perf_counter() - started:.0f} s   weights {done.model}   report {done.dir / 'report.html'}")
+
+
+def stopped(first: bool) -> int:
+    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
+        if first:
+            print("stopped; the same command resumes", file=sys.stderr, flush=True)
+    return stopping.exit_code()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,12 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = parse(argv)
         if command.recipe is not None:
-            run(command)
+            with stopping.handled(first):
+                run(command)
         elif first:
             answer(command)
     except BrokenPipeError:  # the reader of --help or --plan has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (UserError, OSError) as e:
+        if stopping.requested() and not isinstance(e, UserError):  # e.g. the terminal is gone
+            return stopped(first)
         if "--debug" in argv:
             raise
         if not first:
@@ -55,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
+        return stopped(first)
     except Exception as e:
+        if stopping.requested():  # another rank has stopped, and the connection to it broke
+            return stopped(first)
         if "--debug" in argv:
             raise
         traceback.print_exc()

@@ -1,14 +1,13 @@
 """Attention over PackedGroups as three Triton kernels: forward, gradient of q, gradients of k and v.
 
-FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2), its two backward loops as kernels of their own, so that nothing
-needs atomics. The rows of a group lie side by side, prompt first, and row i sees row j where j <= i < readers_end[j].
-Hence a tile of query rows reads two ranges of keys: its group's prompt as far as the tile's start, where all is
-visible, and from the start of its first row's completion to the tile's end, where a mask decides. A tile of keys is
-read by the rows from its start to the last of its readers_end: by a mask inside the tile and beyond the first
-readers_end, by none between.
+FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) with the two backward loops as separate kernels, so that none
+needs atomics. The rows of a group are contiguous, prompt first, and row i sees row j iff j <= i < readers_end[j]. So a
+tile of query rows reads two ranges of keys: its group's prompt up to the tile's start, all visible, and from the start
+of its first row's completion to the tile's end, masked. A tile of keys is read by the rows from its start to the last
+of its readers_end, masked within the tile and beyond the first readers_end, unmasked in between.
 
-Exponentials are powers of two. Scores are masked with -inf under a running maximum that starts at a finite number, so
-that a row may see no key of a block without making NaN of it.
+Exponentials are base 2. Masked scores are -inf and the running maximum starts at a finite number, so a row that sees no
+key of a block does not produce NaN.
 """
 
 from __future__ import annotations
@@ -16,24 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .softcap import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _tanh(x):
-    # exp of a negative number only: it cannot overflow.
-    t = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0, -magnitude, magnitude)
-
-
-@triton.jit
 def _rows(pointer, first, stride, end, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows first, first + 1, ... of a [rows, D] matrix; zeros past `end`, unless WHOLE says all exist, and past D."""
+    """Rows first, first + 1, ... of a [rows, D] matrix; zeros past D and, unless all rows exist (WHOLE), past `end`."""
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, D_PAD)
-    # The product of row and stride may pass 2^31; that of lane and stride may not.
+    # row * stride may exceed 2^31; lane * stride does not.
     pointers = pointer + first.to(tl.int64) * stride + lane[:, None] * stride + column[None, :]
     if WHOLE and D == D_PAD:
         return tl.load(pointers)
@@ -54,7 +47,7 @@ def _store_rows(pointer, value, first, stride, end, ROWS: tl.constexpr, D: tl.co
 
 @triton.jit
 def _tile(tiles_ptr, program, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """start, end, group start and prompt end of a program's block of rows; empty where the tile is shorter."""
+    """start, end, group start and prompt end of a program's block of rows; empty if the tile is shorter."""
     split: tl.constexpr = TILE_ROWS // BLOCK
     tiles_ptr += program // split * 4
     start = tl.load(tiles_ptr) + program % split * BLOCK
@@ -74,10 +67,10 @@ def _key_ranges(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Where the rows start to end read keys in two runs, of the prompt and of their own: the runs' starts, the first
-    run's end, the blocks that need no mask of each, the blocks of the first run."""
+    """The two ranges of keys that rows start to end read, of the prompt and of their own completion: the first range's
+    start and end, the second's start, the number of unmasked blocks of each, the number of blocks of the first."""
     position = tl.load(position_ptr + start).to(tl.int32)
-    # A completion's positions go on from its prompt's; while they climb by one, no other completion begins.
+    # A completion's positions continue its prompt's; while they increase by one, no other completion begins.
     own = tl.where(start < prompt_end, start, start - position + (prompt_end - group_start))
     climbs = tl.load(position_ptr + end - 1).to(tl.int32) - position == end - 1 - start
     shared = group_start
@@ -107,7 +100,7 @@ def _key_ranges(
 
 @triton.jit
 def _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW: tl.constexpr):
-    """Per row, what a key's row must exceed to be seen: where the key is of the prompt, where it is not."""
+    """Per row, the row index that a visible key exceeds: for prompt keys, and for other keys."""
     position = tl.load(position_ptr + row, mask=row < end, other=0).to(tl.int32)
     own_floor = row - position + (prompt_end - group_start) - 1
     prompt_floor = tl.full(row.shape, -1, tl.int32)
@@ -119,34 +112,15 @@ def _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW: tl.
 
 @triton.jit
 def _forward_block(
-    q,
-    total,
-    highest,
-    out,
-    k_ptr,
-    v_ptr,
-    row,
-    prompt_floor,
-    own_floor,
-    prompt_end,
-    first,
-    end,
-    k_stride,
-    v_stride,
-    scale,
-    cap,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of keys, from `first` on, taken into a block of query rows."""
+    q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end, k_stride, v_stride,
+    scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Accumulate one block of keys, from `first` on, into a block of query rows."""
     k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
-        scores = _tanh(scores * (scale / cap))
+        scores = tanh(scores * (scale / cap))
         factor = cap * LOG2E
     else:
         factor = scale * LOG2E
@@ -166,36 +140,12 @@ def _forward_block(
 
 @triton.jit
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    tiles_ptr,
-    position_ptr,
-    q_stride,
-    k_stride,
-    v_stride,
-    out_stride,
-    q_head_stride,
-    k_head_stride,
-    v_head_stride,
-    out_head_stride,
-    tokens,
-    heads_per_key,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # The last rows of a group read the most keys: they start first.
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, position_ptr, q_stride, k_stride, v_stride, out_stride,
+    q_head_stride, k_head_stride, v_head_stride, out_head_stride, tokens, heads_per_key, scale, cap, window,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The last rows of a group read the most keys, so they start first.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
     if start >= end:
@@ -237,9 +187,9 @@ def forward_kernel(
 
 @triton.jit
 def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
-    """Attention weights and what the gradient of the scores is to be multiplied by, less the scale."""
+    """Attention weights, and the derivative of the softcap, without the scale."""
     if CAP:
-        bounded = _tanh(scores * (scale / cap))
+        bounded = tanh(scores * (scale / cap))
         weights = tl.exp2(bounded * (cap * LOG2E) - lse)
         slope = 1.0 - bounded * bounded
     else:
@@ -250,30 +200,10 @@ def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _grad_q_block(
-    q,
-    grad_out,
-    grad_q,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    row,
-    prompt_floor,
-    own_floor,
-    prompt_end,
-    first,
-    end,
-    k_stride,
-    v_stride,
-    scale,
-    cap,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end, k_stride,
+    v_stride, scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
     v = _rows(v_ptr, first, v_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -290,43 +220,13 @@ def _grad_q_block(
 
 @triton.jit
 def grad_q_kernel(
-    grad_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_q_ptr,
-    tiles_ptr,
-    position_ptr,
-    grad_out_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    out_stride,
-    grad_q_stride,
-    grad_out_head_stride,
-    q_head_stride,
-    k_head_stride,
-    v_head_stride,
-    out_head_stride,
-    grad_q_head_stride,
-    tokens,
-    heads_per_key,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Also writes delta, the row sums of grad_out * out, for grad_kv_kernel."""
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tiles_ptr, position_ptr,
+    grad_out_stride, q_stride, k_stride, v_stride, out_stride, grad_q_stride, grad_out_head_stride, q_head_stride,
+    k_head_stride, v_head_stride, out_head_stride, grad_q_head_stride, tokens, heads_per_key, scale, cap, window,
+    D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Also writes delta, the row sums of grad_out * out, which grad_kv_kernel reads."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
     if start >= end:
@@ -369,34 +269,11 @@ def grad_q_kernel(
 
 @triton.jit
 def _grad_kv_block(
-    k,
-    v,
-    grad_k,
-    grad_v,
-    grad_out_ptr,
-    q_ptr,
-    lse_ptr,
-    delta_ptr,
-    position_ptr,
-    column,
-    column_position,
-    readers_end,
-    first,
-    end,
-    grad_out_stride,
-    q_stride,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One block of query rows, from `first` on, taken into a block of keys. Keys run along the first axis."""
+    k, v, grad_k, grad_v, grad_out_ptr, q_ptr, lse_ptr, delta_ptr, position_ptr, column, column_position,
+    readers_end, first, end, grad_out_stride, q_stride, scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Accumulate one block of query rows, from `first` on, into a block of keys. Keys are on the first axis."""
     row = first + tl.arange(0, QUERIES)
     q = _rows(q_ptr, first, q_stride, end, QUERIES, D, D_PAD, not MASKED)
     grad_out = _rows(grad_out_ptr, first, grad_out_stride, end, QUERIES, D, D_PAD, not MASKED)
@@ -419,44 +296,13 @@ def _grad_kv_block(
 
 @triton.jit
 def grad_kv_kernel(
-    grad_out_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    tiles_ptr,
-    readers_end_ptr,
-    position_ptr,
-    grad_out_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    grad_k_stride,
-    grad_v_stride,
-    grad_out_head_stride,
-    q_head_stride,
-    k_head_stride,
-    v_head_stride,
-    grad_k_head_stride,
-    grad_v_head_stride,
-    tokens,
-    heads_per_key,
-    scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    CAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # The first rows of a group are read by the most queries: they start first.
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tiles_ptr, readers_end_ptr,
+    position_ptr, grad_out_stride, q_stride, k_stride, v_stride, grad_k_stride, grad_v_stride, grad_out_head_stride,
+    q_head_stride, k_head_stride, v_head_stride, grad_k_head_stride, grad_v_head_stride, tokens, heads_per_key,
+    scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The first rows of a group are read by the most queries, so they start first.
     start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(0), KEYS, TILE_ROWS)
     if start >= end:
         return
@@ -470,7 +316,7 @@ def grad_kv_kernel(
         column_position = tl.load(position_ptr + column, mask=column < end, other=0).to(tl.int32)
         reach = end - 1 + window
         if (start >= prompt_end) | (reach <= prompt_end):
-            # Neither another completion nor, from within the prompt, any completion is in the window.
+            # No other completion, or for keys within the prompt no completion at all, is in the window.
             last_reader = tl.minimum(last_reader, reach)
     elif end - start == KEYS:
         first_readers_end = tl.min(readers_end, 0)

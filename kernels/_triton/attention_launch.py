@@ -1,4 +1,4 @@
-"""Launches of the attention kernels, and the block sizes they take."""
+"""Launches of the attention kernels, and their block sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..layout import TILE
+from . import launch
 from .attention import forward_kernel, grad_kv_kernel, grad_q_kernel
 
 
@@ -22,7 +23,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By head size, up to 64, 128 and 256. The largest that compile without a spill, for want of measurements.
+# By head size: up to 64, 128 and 256. The largest blocks that compile without a spill; not tuned on hardware yet.
 Row = tuple[Blocks, Blocks, Blocks]
 # Tensor cores of Hopper and of Blackwell, 227 KiB of shared memory.
 SM90: dict[str, Row] = {
@@ -35,7 +36,7 @@ SM100: dict[str, Row] = {
     "grad_q": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
     "grad_kv": (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 8, 2)),
 }
-# Ampere and every other from Nvidia: within the 99 KiB that the smallest of them has.
+# Ampere and all other Nvidia GPUs: within the 99 KiB of the smallest of them.
 SM80: dict[str, Row] = {
     "forward": (Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3), Blocks(64, 32, 8, 2)),
     "grad_q": (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(64, 16, 8, 2)),
@@ -43,7 +44,7 @@ SM80: dict[str, Row] = {
 }
 # AMD: within 64 KiB.
 HIP: dict[str, Row] = dict.fromkeys(("forward", "grad_q", "grad_kv"), (Blocks(32, 32, 4, 2),) * 3)
-# fp32, whose exact products have no tensor cores.
+# fp32: exact products do not run on tensor cores.
 FP32: dict[str, Row] = {
     "forward": (Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 2), Blocks(16, 32, 8, 2)),
     "grad_q": (Blocks(32, 32, 8, 2), Blocks(16, 16, 8, 2), Blocks(16, 16, 8, 2)),
@@ -53,7 +54,7 @@ BY_CAPABILITY = {9: SM90, 10: SM100, None: HIP}
 
 
 def padded(head_size: int) -> int:
-    """Blocks have powers of two, products at least 16."""
+    """The next power of two, at least 16 as tl.dot requires."""
     return max(16, triton.next_power_of_2(head_size))
 
 
@@ -71,14 +72,14 @@ def _capability(device: torch.device) -> int | None:
 
 
 def _like(x: Tensor) -> Tensor:
-    """As x, rows first in memory."""
+    """An empty tensor shaped as x, rows first in memory."""
     return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def _options(kernel: str, q: Tensor, window: int, cap: float) -> dict[str, int | bool | str]:
     width = padded(q.shape[-1])
     shape = blocks(kernel, width, q.element_size(), _capability(q.device))
-    # Tensor cores would round fp32 to 10 bits of mantissa: only where PyTorch's own products may.
+    # TF32 has 10 bits of mantissa: use it only if PyTorch's own matmuls may.
     precise = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
         "D": q.shape[-1],
@@ -98,6 +99,11 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Row strides, then head strides."""
+    return *(x.stride(2) for x in tensors), *(x.stride(1) for x in tensors)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -111,26 +117,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q [1, H, T, D]; k, v [1, Hkv, T, D]; bf16, fp16 or fp32; tiles, readers_end and positions of PackedGroups.
 
-    window and cap are 0 for none. Returns the output, as q, and the log-sum-exp of each row's scores, [1, H, T] fp32.
+    window and cap are 0 for none. Returns out, shaped as q, and the log-sum-exp of each row's scores, [1, H, T] fp32.
     """
     out, (q, k, v) = _like(q), (_side_by_side(x) for x in (q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     options = _options("forward", q, window, cap)
-    tensors = (q, k, v, out)
-    forward_kernel[(len(tiles) * (TILE // options["QUERIES"]), q.shape[1])](
-        *tensors,
-        lse,
-        tiles,
-        positions,
-        *(x.stride(2) for x in tensors),
-        *(x.stride(1) for x in tensors),
-        q.shape[2],
-        q.shape[1] // k.shape[1],
-        scale,
-        cap,
-        window,
-        **options,
-    )
+    grid = (len(tiles) * (TILE // options["QUERIES"]), q.shape[1])
+    tensors, numbers = (q, k, v, out), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+    launch(forward_kernel, grid, *tensors, lse, tiles, positions, *_strides(tensors), *numbers, **options)
     return out, lse
 
 
@@ -148,39 +142,20 @@ def backward(
     window: int,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from what forward took and returned. Two runs give identical bits."""
+    """Gradients of q, k and v from forward's inputs and outputs. Deterministic."""
     grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
     grad_out, q, k, v = (_side_by_side(x) for x in (grad_out, q, k, v))
     delta = torch.empty_like(lse)
-    numbers = (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+    inputs, numbers = (grad_out, q, k, v), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
+
     options = _options("grad_q", q, window, cap)
-    tensors = (grad_out, q, k, v, out, grad_q)
-    grad_q_kernel[(len(tiles) * (TILE // options["QUERIES"]), q.shape[1])](
-        *tensors[:5],
-        lse,
-        delta,
-        grad_q,
-        tiles,
-        positions,
-        *(x.stride(2) for x in tensors),
-        *(x.stride(1) for x in tensors),
-        *numbers,
-        **options,
-    )
+    grid = (len(tiles) * (TILE // options["QUERIES"]), q.shape[1])
+    strides = _strides((*inputs, out, grad_q))
+    launch(grad_q_kernel, grid, *inputs, out, lse, delta, grad_q, tiles, positions, *strides, *numbers, **options)
+
     options = _options("grad_kv", q, window, cap)
-    tensors = (grad_out, q, k, v, grad_k, grad_v)
-    grad_kv_kernel[(len(tiles) * (TILE // options["KEYS"]), k.shape[1])](
-        *tensors[:4],
-        lse,
-        delta,
-        grad_k,
-        grad_v,
-        tiles,
-        readers_end,
-        positions,
-        *(x.stride(2) for x in tensors),
-        *(x.stride(1) for x in tensors),
-        *numbers,
-        **options,
-    )
+    grid = (len(tiles) * (TILE // options["KEYS"]), k.shape[1])
+    tensors = (*inputs, lse, delta, grad_k, grad_v, tiles, readers_end, positions)
+    strides = _strides((*inputs, grad_k, grad_v))
+    launch(grad_kv_kernel, grid, *tensors, *strides, *numbers, **options)
     return grad_q, grad_k, grad_v

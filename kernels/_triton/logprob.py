@@ -1,7 +1,7 @@
-"""The element-wise passes of kernels/passes.py as Triton kernels: one program a row, each element read once.
+"""The element-wise passes of kernels/head/passes.py as Triton kernels: one program per row, one read per element.
 
-Row offsets are int64: rows * columns passes 2^31 for real batches. Sums start anew in each chunk and are joined with
-the older ones by the online log-sum-exp of Milakov and Gimelshein 2018 (arXiv 1805.02867, algorithm 3).
+Row offsets are int64, because rows * columns exceeds 2^31 for real batches. Each chunk's sums merge with the running
+ones by the online log-sum-exp of Milakov and Gimelshein 2018 (arXiv 1805.02867, algorithm 3).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _cuda
-from ..passes import RowState
+from ..head import cuda
+from ..head.passes import RowState
+from . import launch
+from .softcap import tanh
 
-# Elements that a program holds at once: the largest that keeps fp32 copies of a block in registers at 8 warps.
+# Elements per block: the largest power of two whose fp32 copies fit in registers at 8 warps.
 _BLOCK = 4096
 _WARPS = 8
 
@@ -25,37 +27,11 @@ def _launch_shape(columns: int) -> dict[str, int]:
 
 
 @triton.jit
-def _tanh(x):
-    # exp of a negative number only: it cannot overflow.
-    t = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - t) / (1.0 + t)
-    return tl.where(x < 0, -magnitude, magnitude)
-
-
-@triton.jit
 def scan_kernel(
-    product_ptr,
-    weights_ptr,
-    target_ptr,
-    highest_ptr,
-    total_ptr,
-    decay_ptr,
-    target_logit_ptr,
-    weighted_ptr,
-    plain_ptr,
-    squares_ptr,
-    product_stride,
-    weights_stride,
-    start,
-    columns,
-    cap,
-    CAP: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    PLAIN: tl.constexpr,
-    SQUARES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    product_ptr, weights_ptr, target_ptr, highest_ptr, total_ptr, decay_ptr, target_logit_ptr, weighted_ptr,
+    plain_ptr, squares_ptr, product_stride, weights_stride, start, columns, cap, CAP: tl.constexpr,
+    WEIGHTS: tl.constexpr, WEIGHTED: tl.constexpr, PLAIN: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     product_ptr += row * product_stride
     weights_ptr += row * weights_stride
@@ -79,7 +55,7 @@ def scan_kernel(
         inside = column < columns
         x = tl.load(product_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
         if CAP:
-            x = tl.where(inside, _tanh(x) * cap, -float("inf"))
+            x = tl.where(inside, tanh(x) * cap, -float("inf"))
         target_logit = tl.sum(tl.where(column == hit, x, 0.0), 0)
         if (hit >= first) & (hit < first + BLOCK) & (hit < columns):
             tl.store(target_logit_ptr + row, target_logit)
@@ -94,7 +70,7 @@ def scan_kernel(
         d = x - highest
         e = tl.exp(d)
         if WEIGHTED:
-            # 0 * -inf would be NaN, 0 times the lowest finite number is 0.
+            # 0 * -inf is NaN; 0 times the lowest finite number is 0.
             weighted += tl.sum(e * tl.maximum(d, -3.0e38), 0)
         if SQUARES:
             squares = squares * decay * decay + tl.sum(e * e, 0)
@@ -118,7 +94,7 @@ def scan_kernel(
             inside = column < columns
             x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
             if CAP:
-                t = _tanh(x)
+                t = tanh(x)
                 e = tl.exp(t * cap - highest) * (1.0 - t * t)
             else:
                 e = tl.exp(x - highest)
@@ -127,19 +103,9 @@ def scan_kernel(
 
 @triton.jit
 def gradient_kernel(
-    product_ptr,
-    out_ptr,
-    target_ptr,
-    at_target_ptr,
-    lse_ptr,
-    product_stride,
-    out_stride,
-    start,
-    columns,
-    cap,
-    CAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    product_ptr, out_ptr, target_ptr, at_target_ptr, lse_ptr, product_stride, out_stride, start, columns, cap,
+    CAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     product_ptr += row * product_stride
     out_ptr += row * out_stride
@@ -155,7 +121,7 @@ def gradient_kernel(
         else:
             x = tl.load(product_ptr + column, mask=inside, other=0.0).to(tl.float32)
             if CAP:
-                t = _tanh(x)
+                t = tanh(x)
                 d = tl.where(column + start == target, at_target, tl.exp(t * cap - lse)) * (1.0 - t * t)
             else:
                 d = tl.where(column + start == target, at_target, tl.exp(x - lse))
@@ -168,7 +134,7 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row)
     lanes = tl.arange(0, BLOCK)
-    # The lowest finite number, not -inf: -inf - -inf would make NaN of legitimate logits of -inf.
+    # The lowest finite number, not -inf: with valid logits of -inf, -inf - -inf would be NaN.
     highest = -3.4028234663852886e38
     total = 0.0
     for first in range(0, columns, BLOCK):
@@ -189,17 +155,9 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
 
 @triton.jit
 def gather_backward_kernel(
-    grad_ptr,
-    logits_ptr,
-    out_ptr,
-    target_ptr,
-    at_target_ptr,
-    lse_ptr,
-    logits_stride,
-    out_stride,
-    columns,
+    grad_ptr, logits_ptr, out_ptr, target_ptr, at_target_ptr, lse_ptr, logits_stride, out_stride, columns,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     out_ptr += row * out_stride
@@ -221,93 +179,49 @@ def gather_backward_kernel(
 
 
 def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
-    """As passes.scan_chunk; product [N, C] with columns side by side."""
+    """passes.scan_chunk; the columns of product [N, C] are contiguous."""
     rows, columns = product.shape
-    if rows == 0:
-        return
-    scan_kernel[(rows,)](
-        product,
-        product if weights is None else weights,
-        state.target,
-        state.highest,
-        state.total,
-        state.decay,
-        state.target_logit,
-        state.weighted,
-        state.plain,
-        state.squares,
-        product.stride(0),
-        product.stride(0) if weights is None else weights.stride(0),
-        start,
-        columns,
-        cap,
-        CAP=cap != 0,
-        WEIGHTS=weights is not None,
-        WEIGHTED=state.weighted.numel() > 0,
-        PLAIN=state.plain.numel() > 0,
-        SQUARES=state.squares.numel() > 0,
-        **_launch_shape(columns),
-    )
+    out = product if weights is None else weights
+    sums = (state.highest, state.total, state.decay, state.target_logit, state.weighted, state.plain, state.squares)
+    flags = {"WEIGHTED": state.weighted.numel() > 0, "PLAIN": state.plain.numel() > 0}
+    flags |= {"SQUARES": state.squares.numel() > 0, "CAP": cap != 0, "WEIGHTS": weights is not None}
+    numbers = (product.stride(0), out.stride(0), start, columns, cap)
+    launch(scan_kernel, (rows,), product, out, state.target, *sums, *numbers, **flags, **_launch_shape(columns))
 
 
 def gradient_chunk(
     product: Tensor, start: int, target: Tensor, at_target: Tensor, lse: Tensor, cap: float, out: Tensor
 ) -> None:
-    """As passes.gradient_chunk."""
+    """passes.gradient_chunk; the columns of product and out [N, C] are contiguous."""
     rows, columns = product.shape
-    if rows == 0:
-        return
-    gradient_kernel[(rows,)](
-        product,
-        out,
-        target,
-        at_target,
-        lse,
-        product.stride(0),
-        out.stride(0),
-        start,
-        columns,
-        cap,
-        CAP=cap != 0,
-        **_launch_shape(columns),
-    )
+    numbers = (product.stride(0), out.stride(0), start, columns, cap)
+    tensors = (product, out, target, at_target, lse)
+    launch(gradient_kernel, (rows,), *tensors, *numbers, CAP=cap != 0, **_launch_shape(columns))
 
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As passes.gather_forward."""
-    if _cuda.takes("gather_forward", logits):
-        return _cuda.gather_forward(logits, target)
+    """passes.gather_forward."""
+    if cuda.takes("gather_forward", logits):
+        return cuda.gather_forward(logits, target)
     logits = logits.contiguous()
     rows, columns = logits.shape
     logp, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    if rows:
-        shape = _launch_shape(columns)
-        gather_forward_kernel[(rows,)](logits, target, logp, lse, logits.stride(0), columns, **shape)
+    tensors = (logits, target, logp, lse)
+    launch(gather_forward_kernel, (rows,), *tensors, logits.stride(0), columns, **_launch_shape(columns))
     return logp, lse
 
 
 def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
-    """As passes.gather_backward."""
+    """passes.gather_backward."""
     rows, columns = logits.shape
-    if rows == 0:
-        return
-    if logits.stride(1) != 1 or out.stride(1) != 1:
+    if rows and columns > 1 and (logits.stride(1) != 1 or out.stride(1) != 1):
         dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
         gather_backward(grad, logits.contiguous(), target, at_target, lse, dense)
         out.copy_(dense)
         return
-    if _cuda.takes("gather_backward", logits):
-        _cuda.gather_backward(grad, logits, target, at_target, lse, out)
+    if cuda.takes("gather_backward", logits):
+        cuda.gather_backward(grad, logits, target, at_target, lse, out)
         return
-    gather_backward_kernel[(rows,)](
-        grad.contiguous(),
-        logits,
-        out,
-        target,
-        at_target,
-        lse,
-        logits.stride(0),
-        out.stride(0),
-        columns,
-        **_launch_shape(columns),
-    )
+    tensors = (grad.contiguous(), logits, out, target, at_target, lse)
+    numbers = (logits.stride(0), out.stride(0), columns)
+    launch(gather_backward_kernel, (rows,), *tensors, *numbers, **_launch_shape(columns))

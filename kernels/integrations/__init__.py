@@ -1,1 +1,1 @@
-"""Drop-ins for other libraries; each module imports its library when it is imported itself."""
+"""Drop-ins for transformers, TRL and Liger."""

@@ -1,16 +1,18 @@
-"""Packed attention for transformers models, through its AttentionInterface."""
+"""Packed attention, the head's arithmetic and fused layers for transformers models. Importing this module does not
+import transformers; `register` does."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
-from functools import wraps
-from types import MethodType, ModuleType
+from dataclasses import dataclass
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from .. import layers
 from ..attention import prefix_attention
@@ -18,18 +20,20 @@ from ..layout import PackedGroups
 
 NAME = "strop"
 
-# What transformers hands down to every attention function and what has no bearing on packed attention's values.
+# Keywords that transformers passes to every attention function and that do not change packed attention's values.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
 def register(model: nn.Module | None = None, backend: str | None = None) -> str:
-    """Make `attn_implementation="strop"` known to transformers; returns that name. Calling it again changes nothing.
+    """Register `attn_implementation="strop"` with transformers; returns that name. Idempotent.
 
-    The model is then called as `model(input_ids=g.input_ids[None], position_ids=g.position_ids[None], groups=g,
-    use_cache=False)` with g a PackedGroups. A model given here raises ValueError where groups come with a mask. Our
-    attention sees 4-D masks only: transformers drops a 2-D one before, without a word. backend: the one this model is
-    to take, as in prefix_attention.
+    Call the model as `model(input_ids=g.input_ids[None], position_ids=g.position_ids[None], groups=g,
+    use_cache=False)` with g a PackedGroups. A model given here raises ValueError when called with groups and a mask;
+    attention alone sees 4-D masks only, because transformers silently drops a 2-D one first. backend is the
+    prefix_attention backend of this model.
     """
+    from transformers import AttentionInterface
+
     AttentionInterface.register(NAME, attention_forward)
     if model is not None:
         for module in {model, getattr(model, "base_model", model)}:
@@ -40,7 +44,7 @@ def register(model: nn.Module | None = None, backend: str | None = None) -> str:
 
 
 def _refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    # the mask is the second positional argument of every causal LM and decoder
+    # The mask is the second positional argument of every causal LM and decoder.
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if kwargs.get("groups") is not None and mask is not None:
         raise ValueError(f"{type(module).__name__}: the groups are the mask; attention_mask must be None")
@@ -82,14 +86,62 @@ def attention_forward(
     return out.transpose(1, 2), None
 
 
-def fuse_layers(model: nn.Module) -> dict[str, int]:
-    """Let the model's RMSNorms, SwiGLU blocks and rotary embeddings run fused, in place; values stay, time and memory
-    shrink.
+@dataclass(frozen=True)
+class Head:
+    """A causal LM's output layer, with linear_logprob's meaning of scale and softcap: the logits are
+    x = scale * (hidden @ weight.T + bias), under a softcap softcap * tanh(x / softcap).
 
-    On a GPU this is Liger's doing, where it is installed and knows the model. On the CPU, where csrc/cpu.cpp was
-    built, every module that computes what strop.kernels.layers does is found by trying it on random rows. Rotary
-    embeddings are a function of the model's Python module, which all its models then share. Returns how many were
-    found, by kind.
+    weight [V, D], bias [V] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+# Config attributes by what a model does with its logits: Cohere, Falcon-H1 and Muse multiply; Granite and MiniCPM3 (as
+# logits_scaling) and Inkling divide; Gemma, RecurrentGemma and xLSTM cap.
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output layer of a causal LM, with the scale and softcap of its config; under PEFT's modules_to_save the
+    active copy of the layer.
+
+    Raises ValueError if the layer computes anything but hidden @ weight.T + bias, as an adapter on it does.
+    """
+    layer = plain = model.get_output_embeddings()
+    if type(layer).__name__ == "ModulesToSaveWrapper":
+        plain = layer.original_module  # the wrapper's own attributes are those of the active copy
+    if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{type(model).__name__}: its head is a {type(plain).__name__}, not a plain linear layer; an adapter on it "
+            "would be ignored: take 'lm_head' out of target_modules, or train it whole with modules_to_save"
+        )
+    config = model.config.get_text_config()
+    values = {name: getattr(config, name, None) for name in (*_MULTIPLIERS, *_DIVISORS, *_SOFTCAPS)}
+    if config.model_type == "mpt":  # its config has a logit_scale that transformers does not apply
+        values["logit_scale"] = None
+    if config.model_type == "hyperclovax":  # it multiplies by what Granite divides by
+        values["logit_scale"] = values.pop("logits_scaling")
+    scale = 1.0
+    for name in _MULTIPLIERS:
+        scale *= values[name] if values[name] is not None else 1.0
+    for name in _DIVISORS:
+        scale /= values.get(name) or 1.0
+    softcap = next((values[name] for name in _SOFTCAPS if values[name]), None)
+    return Head(layer.weight, layer.bias, float(scale), softcap)
+
+
+def fuse_layers(model: nn.Module) -> dict[str, int]:
+    """Run the model's RMSNorms, SwiGLU blocks and rotary embeddings fused, in place; values stay the same to rounding.
+
+    On a GPU these are Liger's kernels, if Liger is installed and supports the model. On the CPU, if csrc/cpu.cpp was
+    built, every module that computes what strop.kernels.layers computes is found by trying it on random rows. Only this
+    model changes: its modules get subclasses of their classes. Returns how many modules changed, by kind.
     """
     if next(model.parameters()).is_cuda:
         return _fuse_with_liger(model)
@@ -97,15 +149,30 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
         return {}
     found = {"rms_norm": 0, "swiglu": 0, "rotary": 0}
     for module in model.modules():
-        if _found(_is_rms_norm, module):
-            module.forward = MethodType(_norm_forward, module)
-            found["rms_norm"] += 1
-        elif _found(_is_swiglu, module):
-            module.forward = MethodType(_swiglu_forward, module)
-            found["swiglu"] += 1
-    for name in {type(module).__module__ for module in model.modules()}:
-        found["rotary"] += _fuse_rotary(sys.modules[name])
+        forward = type(module).forward
+        if _passes(_is_rms_norm, module):
+            kind, forward = "rms_norm", _norm_forward
+        elif _passes(_is_swiglu, module):
+            kind, forward = "swiglu", _swiglu_forward
+        elif rebound := _with_fused_rotary(forward):
+            kind, forward = "rotary", rebound
+        else:
+            continue
+        _set_forward(module, forward)
+        found[kind] += 1
     return found
+
+
+def _set_forward(module: nn.Module, forward: FunctionType) -> None:
+    """Give one module another forward by way of its class: a bound method in the module would be a reference cycle."""
+    if type(module).forward is not forward:
+        module.__class__ = _subclass(type(module), forward)
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module], forward: FunctionType) -> type[nn.Module]:
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {**names, "forward": forward})
 
 
 def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -116,19 +183,27 @@ def _swiglu_forward(module: nn.Module, x: Tensor) -> Tensor:
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
     if type(down) is nn.Linear and down.bias is None:
         return layers.swiglu_linear(gate, up, down.weight)
-    return down(layers.swiglu(gate, up))  # an adapter, a bias, or a weight that lies otherwise
+    return down(layers.swiglu(gate, up))  # an adapter, a bias or a quantized weight
 
 
 @torch.no_grad()
-def _found(check: Callable[[nn.Module], bool], module: nn.Module) -> bool:
+def _passes(check: Callable[..., bool], *arguments) -> bool:
+    """Whether check(*arguments) is true; False if it fails because the module takes other inputs."""
     try:
-        return check(module)
-    except (AttributeError, TypeError, RuntimeError):  # one that wants other inputs
+        return check(*arguments)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise
         return False
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the CPU ran out of memory. PyTorch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether it gives the same bits. The rows are small whole numbers: no order of adding squares rounds them."""
+    """Whether it gives the same bits. The rows are small integers: their squares add up exactly in any order."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
         return False
@@ -145,14 +220,29 @@ def _is_swiglu(module: nn.Module) -> bool:
     return torch.equal(act(4 * rows), F.silu(4 * rows)) and _close(_swiglu_forward(module, rows), module(rows))
 
 
-def _fuse_rotary(home: ModuleType) -> bool:
-    """Put layers.rotary into a module's apply_rotary_pos_emb; whether it is there. What it cannot do goes on to the
-    function that was there."""
-    plain = getattr(home, "apply_rotary_pos_emb", None)
-    if plain is None or hasattr(plain, "is_fused"):
-        return plain is not None
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether they differ by rounding."""
+    return a.shape == b.shape and bool((a - b).norm() <= torch.finfo(b.dtype).eps * b.norm())
 
-    @wraps(plain)
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+@functools.cache
+def _with_fused_rotary(forward: Callable) -> FunctionType | None:
+    """An attention's forward on layers.rotary; None if it does not call the usual apply_rotary_pos_emb."""
+    plain = _global(forward, _ROTARY)
+    if hasattr(plain, "is_fused"):
+        return forward
+    if plain is None or not _passes(_is_rotary, plain):
+        return None
+    return _rebound(forward, _ROTARY, _fused_rotary(plain))
+
+
+def _fused_rotary(plain: Callable) -> Callable:
+    """`plain`, on layers.rotary for inputs that layers.rotary takes."""
+
+    @functools.wraps(plain)
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **options):
         fits = q.dim() == 4 and q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
         if fits and q.shape[2:] == k.shape[2:] and not rest and not options and layers.available(q, k, cos, sin):
@@ -160,29 +250,77 @@ def _fuse_rotary(home: ModuleType) -> bool:
         return plain(q, k, cos, sin, *rest, **options)
 
     fused.is_fused = True
+    return fused
+
+
+def _is_rotary(plain: Callable) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = (1, 4, 5, 16), (1, 2, 5, 16), (1, 5, 16), (1, 5, 16)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    try:
-        same = all(_close(a, b) for a, b in zip(fused(*tensors), plain(*tensors), strict=True))
-    except (TypeError, ValueError, RuntimeError):  # another signature
-        return False
-    if same:
-        home.apply_rotary_pos_emb = fused
-    return same
+    return all(_close(a, b) for a, b in zip(_fused_rotary(plain)(*tensors), plain(*tensors), strict=True))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether they differ by rounding."""
-    return a.shape == b.shape and bool((a - b).norm() <= torch.finfo(b.dtype).eps * b.norm())
+def _global(function: Callable, name: str) -> Callable | None:
+    """The global that a function, or the function that a decorator wraps, reads under this name."""
+    while function is not None:
+        if isinstance(function, FunctionType) and name in function.__code__.co_names:
+            return function.__globals__.get(name)
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+@functools.cache
+def _rebound(function: FunctionType, name: str, value: Callable) -> FunctionType:
+    """A copy of a function, within copies of its decorators, that reads `value` under a global's name."""
+    scope, cells, inner = function.__globals__, function.__closure__, getattr(function, "__wrapped__", None)
+    if name in function.__code__.co_names:
+        # Without __name__, or torch.compile would look the global up in the module of that name.
+        scope = {key: x for key, x in scope.items() if key != "__name__"} | {name: value}
+    else:
+        copy = _rebound(inner, name, value)
+        cells = tuple(type(cell)(copy) if cell.cell_contents is inner else cell for cell in cells)
+        inner = copy
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function)
+    if inner is None:
+        del copy.__wrapped__
+    else:
+        copy.__wrapped__ = inner
+    return copy
 
 
 def _fuse_with_liger(model: nn.Module) -> dict[str, int]:
+    """Liger patches modules of transformers and binds methods into the model's modules. This undoes both and gives the
+    model's modules subclasses with the same effect, so that no other model changes."""
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError:
         return {}
-    known = model.config.model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
-    if known:
-        monkey_patch._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return {"liger": int(known)}
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if patch is None or not type(model).__module__.startswith("transformers.models."):
+        return {"liger": 0}
+    flags = [name for name, p in inspect.signature(patch).parameters.items() if isinstance(p.default, bool)]
+    patch(**dict.fromkeys(flags, False))  # patches nothing, but imports every module that it can patch
+    homes = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
+    before = [dict(vars(home)) for home in homes]
+    patch(model=model, **{name: False for name in flags if "cross_entropy" in name})
+    replaced = []
+    for home, names in zip(homes, before, strict=True):
+        for name, plain in names.items():
+            if (fused := getattr(home, name, plain)) is not plain:
+                replaced.append((name, plain, fused))
+                setattr(home, name, plain)
+    count = 0
+    for module in model.modules():
+        bound = {name: value for name, value in vars(module).items() if isinstance(value, MethodType)}
+        bound = {name: value.__func__ for name, value in bound.items() if value.__module__.startswith("liger_kernel")}
+        for name in bound:
+            del vars(module)[name]
+        forward = bound.get("forward", type(module).forward)
+        for name, plain, fused in replaced:
+            if isinstance(plain, FunctionType) and _global(forward, name) is plain:
+                forward = _rebound(forward, name, fused)
+        count += type(module).forward is not forward
+        _set_forward(module, forward)
+    return {"liger": count}

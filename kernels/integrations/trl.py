@@ -1,8 +1,8 @@
 """TRL's DPOTrainer and selective_log_softmax on Strop's head and losses; needs trl 1.16 or later.
 
-TRL's trainer gives its models a forward that, called with `fused_lm_head=True`, returns log-probs of the completions'
-tokens instead of logits. StropDPOTrainer puts its own head there and computes loss and metrics with preference_loss.
-All else, such as data, reference model, adapters and precomputed reference log-probs, is TRL's.
+TRL's trainer gives its models a forward that, called with `fused_lm_head=True`, returns log-probs of the completion
+tokens instead of logits. StropDPOTrainer installs Strop's head there and computes loss and metrics with
+preference_loss. Everything else (data, reference model, adapters, precomputed reference log-probs) is TRL's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..logprob import gather_logprob, linear_logprob
+from ..head import gather_logprob, linear_logprob
 from ..preference import PREFERENCE_METRICS, preference_loss, preference_means
+from .transformers import head_of
 
 try:
     import trl
@@ -31,7 +32,7 @@ _SEAM = {
     dpo_trainer: ("add_fused_lm_head",),
     trl.DPOTrainer: ("_compute_loss", "_precompute_ref_logps", "log"),
 }
-# A method that TRL renamed would be overridden no longer, and TRL's own would run without a word.
+# If TRL renames a method, the override would silently stop working.
 if _missing := [name for owner, names in _SEAM.items() for name in names if not hasattr(owner, name)]:
     raise ImportError(f"trl {trl.__version__} has no {', '.join(_missing)} in dpo_trainer; trl 1.16 is known to work")
 
@@ -42,13 +43,13 @@ _LOSSES += ("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")
 # TRL's names of linear_logprob's stats.
 _STATS = {"entropy": "entropy", "log_sum_sq_probs": "log_sum_p2", "mean_logits": "mean_logit", "is_top1": "top1"}
 
-# What a row of metrics holds after those of preference_loss: sums over the batch, or over ranks.
+# A row of metrics is those of preference_loss, then these sums over the batch or over ranks.
 _COUNTED = ("entropy", "logits/chosen", "logits/rejected", "top1", "chosen", "rejected", "seen", "aux", "ranks")
 
 # Mean difference of log-probs that rounding explains, by the dtype of the weights.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.06}
 
-# Fits the index dtypes, and no vocabulary has it.
+# Fits int32 and int64, and is outside every vocabulary.
 _NO_TARGET = -(2**31)
 
 
@@ -58,8 +59,8 @@ def selective_log_softmax(
     """trl.trainer.utils.selective_log_softmax over gather_logprob: log softmax(logits / temperature) at index.
 
     logits [..., V] bf16, fp16, fp32 or fp64; index [...] or [..., K] integer; row_mask of index's shape, 0 where the
-    result is to be 0, whatever the logits there hold. Returns index's shape in fp32 (fp64 for fp64), where TRL's keeps
-    low precision on the CPU. Differentiable in logits. Raises ValueError on shapes and a temperature that is not
+    result is to be 0, whatever the logits there are. Returns index's shape in fp32 (fp64 for fp64); TRL keeps low
+    precision on the CPU. Differentiable in logits. Raises ValueError on mismatched shapes and a temperature that is not
     positive; on the CPU also on an index outside the vocabulary.
     """
     if not temperature > 0:
@@ -74,8 +75,8 @@ def selective_log_softmax(
     if index.shape == logits.shape[:-1]:
         target = index if masked is None else index.masked_fill(masked, _NO_TARGET)
         return gather_logprob(logits, target, ignore_index=_NO_TARGET)
-    # One log-sum-exp for all K: the likeliest of them by gather_logprob, the others by their distance from it, which
-    # is of the same sign, so that nothing cancels.
+    # One log-sum-exp for all K: gather_logprob for the most likely, the others by their difference from it. Both terms
+    # are negative, so nothing cancels.
     picked = logits.gather(-1, index.long())
     picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
     if not picked.numel():
@@ -91,16 +92,16 @@ def selective_log_softmax(
 
 
 class StropDPOTrainer(trl.DPOTrainer):
-    """trl.DPOTrainer, same arguments, that trains with linear_logprob and preference_loss.
+    """trl.DPOTrainer on linear_logprob and preference_loss, with the same arguments.
 
-    Loss, gradients, metrics and their names are TRL's. Logits exist for the completions' tokens only, a chunk of the
-    vocabulary at a time; a frozen head (LoRA) costs two matrix products. Metrics stay on the device until they are
-    logged. Precomputed reference log-probs come from the same head.
+    Loss, gradients, metrics and their names are TRL's. Logits are computed for completion tokens only, one chunk of the
+    vocabulary at a time; a frozen head (LoRA) costs two GEMMs. Metrics stay on the device until they are logged.
+    Precomputed reference log-probs use the same head.
 
-    Raises ValueError at construction on what it cannot do exactly: adapters on the head other than modules_to_save,
+    Raises ValueError at construction on what it does not support: adapters on the head other than modules_to_save,
     prompt learning, vision and encoder-decoder models, weights sharded or split over devices (FSDP, ZeRO-3, tensor,
     context and sequence parallelism, device_map), label_smoothing with "sigmoid" or "sigmoid_norm", which TRL ignores,
-    options that preference_loss refuses, and any model whose own logits give other log-probs than this head.
+    options that preference_loss rejects, and any model whose own logits give other log-probs than this head.
     """
 
     def __init__(self, *args, **kwargs):
@@ -114,17 +115,17 @@ class StropDPOTrainer(trl.DPOTrainer):
             dpo_trainer.add_fused_lm_head = theirs
 
     def _add_head(self, model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None:
-        """What TRL's constructor calls in place of its add_fused_lm_head: the policy first, then the reference."""
+        """Replaces add_fused_lm_head in TRL's constructor; called for the policy, then for the reference."""
         if not hasattr(self, "_loss_options"):
             self._loss_options = _loss_options(self)
             _check_setup(self)
         _check_model(model)
         _add_head(model, tuple(name for name in outputs if name in _STATS))
-        if model.device == self.accelerator.device:  # not yet under DeepSpeed, which moves the weights later
+        if model.device == self.accelerator.device:  # DeepSpeed moves the weights later
             _compare_with_logits(model)
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
-        # TRL's cache file is named by the dataset and this hash alone.
+        # TRL names its cache file by the dataset and this hash alone.
         weights = self._precompute_model_hash
         of_batch = (self.ld_alpha, self.args.max_length, self.args.truncation_mode)
         self._precompute_model_hash = ("strop", weights, *of_batch)
@@ -166,7 +167,7 @@ class StropDPOTrainer(trl.DPOTrainer):
 
     @torch.no_grad()
     def _reference(self, inputs: dict) -> Tensor:
-        """[2B, T - 1] log-probs of the reference: its own model, or the policy's under its first or no adapter."""
+        """[2B, T - 1] log-probs of the reference model, or of the policy with the "ref" adapter or none."""
         model, adapter = self.model if self.ref_model is None else self.ref_model, nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
@@ -176,7 +177,7 @@ class StropDPOTrainer(trl.DPOTrainer):
 
     @torch.no_grad()
     def _remember(self, metrics: Tensor, outputs: FusedCausalLMOutput, completion: Tensor, attention: Tensor) -> None:
-        """Keeps the batch's metrics, added over ranks, on the device until log."""
+        """Store the batch's metrics, summed over ranks, on the device until log."""
         chosen_tokens, rejected_tokens = completion[:, 1:].unflatten(0, (2, -1)).sum((1, 2))
         chosen_logits, rejected_logits = outputs.mean_logits.unflatten(0, (2, -1)).sum((1, 2))
         top1 = outputs.is_top1.chunk(2)[0].sum()
@@ -187,7 +188,7 @@ class StropDPOTrainer(trl.DPOTrainer):
         self._pending["train" if self.model.training else "eval"].append(self.accelerator.reduce(row, "sum"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """trl.DPOTrainer.log, with the metrics of all batches since the last one: where they leave the device."""
+        """trl.DPOTrainer.log with the metrics of all batches since the last call; copies them to the host."""
         for mode, rows in self._pending.items():
             for row in torch.stack(rows).cpu() if rows else ():
                 self._take(mode, row)
@@ -210,7 +211,7 @@ class StropDPOTrainer(trl.DPOTrainer):
         }
         for name, value in (logged | {name: means[name] for name in PREFERENCE_METRICS[:6]}).items():
             self._metrics[mode][name].append(value)
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]  # so far, not a mean
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]  # a total, not a mean
 
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -219,19 +220,19 @@ _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 def _scored(completion: Tensor) -> tuple[Tensor, Tensor]:
     """(segments, scored), each [M] int64, over the M completion tokens of TRL's batch, pair after pair.
 
-    completion [2B, T] is the batch's mask, the chosen rows before the rejected. segments number the completions as
-    chosen, rejected, chosen, rejected ...; scored are places in the flattened [2B, T - 1] of predicted tokens.
+    completion [2B, T] is the batch's mask, chosen rows before rejected rows. segments number the completions as chosen,
+    rejected, chosen, rejected ...; scored are indices into the flattened [2B, T - 1] predicted tokens.
     """
     by_turns = completion[:, 1:].unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
-    # On a GPU this waits for the device, here, where the trainer's check of the last loss for NaN has just done so,
-    # and not between the policy's layers and its head.
+    # This synchronizes on a GPU: here, right after the trainer's NaN check has done so anyway, rather than between the
+    # policy's layers and its head.
     segments, place = by_turns.nonzero(as_tuple=True)
     row = segments % 2 * (completion.shape[0] // 2) + segments // 2
     return segments, row * by_turns.shape[1] + place
 
 
 def _sums_as_tokens(sums: Tensor, segments: Tensor, ld_alpha: float) -> Tensor:
-    """[M] token log-probs whose sums under ld_alpha's weights are `sums` [S], which hold those weights already.
+    """[M] token log-probs whose ld_alpha-weighted sums are `sums` [S].
 
     A completion's first token carries its sum: its weight is 1, unless the other completion of the pair is empty.
     """
@@ -239,17 +240,16 @@ def _sums_as_tokens(sums: Tensor, segments: Tensor, ld_alpha: float) -> Tensor:
     offsets = torch.searchsorted(segments, edges)
     shorter = offsets.diff().view(-1, 2).amin(1).repeat_interleave(2)
     sums = torch.where(shorter > 0, sums, sums / (ld_alpha or 1.0))
-    tokens = sums.new_zeros(segments.shape[0] + 1)  # the last place is that of an empty completion at the end
+    tokens = sums.new_zeros(segments.shape[0] + 1)  # the last entry is for an empty completion at the end
     return tokens.index_add_(0, offsets[:-1], sums)[:-1]
 
 
 def _add_head(model: nn.Module, stats: tuple[str, ...]) -> None:
-    """Gives `model` a forward that, with `fused_lm_head=True`, returns a FusedCausalLMOutput as TRL's does.
+    """Give `model` a forward that, with `fused_lm_head=True`, returns a FusedCausalLMOutput as TRL's does.
 
-    stats: fields of it beside log_probs. With `scored` (see _scored) it does not look for the labels itself.
+    stats: its fields beside log_probs. `scored` (see _scored) saves it from finding the labels.
     """
     theirs, config = model.forward, model.config.get_text_config()
-    numbers = {"logit_scale": _logit_scale(config), "softcap": getattr(config, "final_logit_softcapping", None)}
 
     @functools.wraps(type(model).forward)  # generate checks its arguments against this signature
     def forward(self, *args, fused_lm_head=False, labels=None, scored=None, **kwargs):
@@ -265,9 +265,12 @@ def _add_head(model: nn.Module, stats: tuple[str, ...]) -> None:
         place = scored + scored // (length - 1)
         hidden = base.last_hidden_state.flatten(0, 1).index_select(0, place)
         target = labels.flatten().index_select(0, place + 1)
-        weight, bias = _weight_and_bias(self)
+        head = head_of(self)
+        if isinstance(head.weight, DTensor) or not head.weight.numel() or head.weight.is_meta:
+            raise ValueError(f"{type(self).__name__}: the weight of its head is sharded or offloaded; not supported")
         wanted = tuple(_STATS[name] for name in stats)
-        found = linear_logprob(hidden, weight, target, bias, stats=wanted, **numbers)
+        scaling = {"logit_scale": head.scale, "softcap": head.softcap}
+        found = linear_logprob(hidden, head.weight, target, head.bias, stats=wanted, **scaling)
         logp, values = found if stats else (found, {})
 
         def padded(x: Tensor) -> Tensor:
@@ -287,35 +290,8 @@ def _balance(router_logits, config, attention_mask: Tensor | None) -> Tensor:
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
 
 
-def _logit_scale(config) -> float:
-    """What a model multiplies its logits by: Cohere, Falcon-H1 and kin; Granite and MiniCPM divide."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return float(scaling if config.model_type == "hyperclovax" else 1 / scaling)
-
-
-def _weight_and_bias(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Those of the head, the trained copy's under PEFT's modules_to_save. Raises ValueError if a product of hidden
-    states and weight is not what the head computes."""
-    head = layer = model.get_output_embeddings()
-    if type(head).__name__ == "ModulesToSaveWrapper":
-        layer = head.original_module  # the wrapper's own attributes are those of the copy that is active
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"{type(model).__name__}: its head is a {type(layer).__name__}, not a plain linear layer; an adapter on it "
-            "would be ignored: take 'lm_head' out of target_modules, or train it whole with modules_to_save"
-        )
-    if isinstance(head.weight, DTensor) or not head.weight.numel() or head.weight.is_meta:
-        raise ValueError(f"{type(model).__name__}: its head's weight is sharded or offloaded, which is not supported")
-    return head.weight, head.bias
-
-
 def _loss_options(trainer: trl.DPOTrainer) -> dict:
-    """preference_loss's options of what DPOConfig says. Raises ValueError on what they do not fit."""
+    """preference_loss's options from DPOConfig. Raises ValueError on unsupported ones."""
     types, weights = trainer.loss_types, trainer.loss_weights
     if unknown := [name for name in types if name not in _LOSSES]:
         raise ValueError(f"unknown loss_type {unknown[0]!r}; known are {sorted(_LOSSES)}")
@@ -339,7 +315,7 @@ def _loss_options(trainer: trl.DPOTrainer) -> dict:
         "ld_alpha": trainer.ld_alpha,
         "discopop_tau": trainer.args.discopop_tau,
     }
-    # On one pair of nothing, for preference_loss to raise now rather than at the first step.
+    # Run preference_loss once on a dummy pair, so that it raises now rather than at the first step.
     pair = torch.zeros(2)
     squares = pair if trainer.use_weighting else None
     preference_loss(pair, pair, target_bounds=((0, 1), (1, 2)), log_sum_p2=squares, **options)
@@ -347,13 +323,13 @@ def _loss_options(trainer: trl.DPOTrainer) -> dict:
 
 
 def _check_setup(trainer: trl.DPOTrainer) -> None:
-    """Raises ValueError where the head's weight or the batch would be in pieces when the loss wants them."""
+    """Raises ValueError if the head's weight or the batch is sharded when the loss needs it whole."""
     plugin, parallel = trainer.accelerator.state.deepspeed_plugin, trainer.accelerator.parallelism_config
     if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
         raise ValueError("StropDPOTrainer needs the head's weight whole on each rank: not FSDP or DeepSpeed ZeRO-3")
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallel, name, 1) > 1:
-            raise ValueError(f"StropDPOTrainer does not know parallelism_config.{name}={getattr(parallel, name)}")
+            raise ValueError(f"StropDPOTrainer does not support parallelism_config.{name}={getattr(parallel, name)}")
     if trainer._is_vlm or trainer._is_vision_dataset:
         raise ValueError("StropDPOTrainer is for text; pass a tokenizer, not a processor, and a dataset without images")
     if is_peft_model(trainer.model):
@@ -363,18 +339,26 @@ def _check_setup(trainer: trl.DPOTrainer) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    """Raises ValueError on a model whose parts are not where the head looks for them."""
+    """Raises ValueError on a model without a base model and a head, or split over devices."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False) or model.base_model is model:
-        raise ValueError(f"{name} is no decoder with a head: it needs hidden states of its base model")
+        raise ValueError(f"{name} is not a decoder with a head on top of a base model")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise ValueError(f"{name} is split over devices by its device_map, which is not supported")
 
 
+def _rounding(device: torch.device, dtype: torch.dtype) -> float:
+    """Mean difference of log-probs that rounding explains. TF32 has fp16's mantissa."""
+    # Not allow_tf32: reading it raises once the newer fp32_precision is set, as transformers sets it for tf32=True.
+    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        dtype = torch.float16
+    return _ROUNDING.get(dtype, 1e-4)
+
+
 @torch.no_grad()
 def _compare_with_logits(model: nn.Module) -> None:
-    """Raises ValueError if the head's log-probs are not those of the model's own logits, as where a model scales, caps
-    or transforms what its config does not tell."""
+    """Raises ValueError if the head's log-probs differ from those of the model's own logits, as when a model scales,
+    caps or transforms them in a way that head_of does not know."""
     vocab = model.get_input_embeddings().weight.shape[0]
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab, (1, 16), generator=draw).to(model.device)
@@ -387,8 +371,7 @@ def _compare_with_logits(model: nn.Module) -> None:
     finally:
         model.train(training)
     truth = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    tolerance = _ROUNDING.get(torch.float16 if tf32 and model.dtype == torch.float32 else model.dtype, 1e-4)
+    tolerance = _rounding(model.device, model.dtype)
     mean = (ours - truth).abs().mean().item()
     if not mean <= tolerance:  # NaN fails too
         raise ValueError(

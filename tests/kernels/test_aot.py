@@ -1,6 +1,7 @@
-"""The ahead-of-time check itself: it compiles without a GPU, and it fails where it must."""
+"""The ahead-of-time check: it compiles without a GPU and reports failures."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,24 @@ raise SystemExit(aot.main(["--targets", "90"]))
     assert done.returncode == 1, done.stderr
     assert "FAILED: shared memory 32 over 8" in done.stdout
     assert "FAILED: a dot without a tensor-core instruction" in done.stdout
+
+
+def test_it_fails_on_slow_tensor_core_instructions():
+    code = """
+import dataclasses
+from benchmarks import aot
+case = next(case for case in aot.attention_cases("90") if case.name == "attention grad_kv bf16 256")
+if {not_yet}:
+    aot.NOT_YET = set()
+aot.cases = lambda: [case]
+raise SystemExit(aot.main(["--targets", "90"]))
+"""
+    done = _python("-c", code.format(not_yet=True))
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"FAILED: \d+ tensor-core instructions are not wgmma", done.stdout)
+    done = _python("-c", code.format(not_yet=False))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"NOT YET: \d+ tensor-core instructions are not wgmma", done.stdout)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from strop.kernels import Group, PackedGroups, prefix_attention, reference
+from strop.kernels import Group, PackedGroups, prefix_attention
+from strop.kernels.attention import reference
 
 OPTIONS = [
     {},
@@ -20,7 +21,7 @@ def _groups() -> PackedGroups:
 
 
 def _qkv(groups: PackedGroups, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """As a model hands them over: heads transposed out of [tokens, heads, size]."""
+    """In a model's layout: heads transposed out of [tokens, heads, size]."""
     torch.manual_seed(0)
     shapes = [(1, groups.num_tokens, n, 16) for n in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
@@ -39,7 +40,7 @@ def test_equals_the_reference_in_fp64(options: dict, heads: int, kv_heads: int):
 
 
 def _long_groups() -> PackedGroups:
-    """Several blocks of queries a segment, and blocks of equal size in several groups."""
+    """Several blocks of queries per segment, and blocks of equal size in several groups."""
     first, second = Group([1] * 250, [[2] * 61, [3] * 400, [4] * 200]), Group([1] * 250, [[2] * 61, [3]])
     return PackedGroups.pack([first, second, Group([], [[5] * 9])])
 

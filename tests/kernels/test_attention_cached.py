@@ -1,10 +1,11 @@
-"""csrc/cpu_cached.cpp: attention over a cache, which samples on the CPU."""
+"""csrc/cpu_cached.cpp: decode attention over the KV cache on the CPU."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from strop.kernels import _cpu, attention_cached, reference
+from strop.kernels import _cpu
+from strop.kernels.attention import cached, reference
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -48,11 +49,11 @@ def _copies(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (4, 4, 32), (70, 1, 48), (2, 1, 256)])
 def test_error_is_at_most_twice_that_of_plain_pytorch(places: str, heads: int, kv_heads: int, size: int, how: str):
     inputs, how = _inputs(PLACES[places], heads, kv_heads, size), {"scale": size**-0.5, **HOW[how]}
-    assert attention_cached.takes(*inputs[:3])
+    assert cached.takes(*inputs[:3])
     stored, plainly_stored = _copies(inputs, torch.bfloat16), _copies(inputs, torch.bfloat16)
     truth = reference.attention_over_cache(*_copies(inputs, torch.float64), **how)
     plain = reference.attention_over_cache(*plainly_stored, **how)
-    ours = attention_cached.attention_over_cache(*stored, **how)
+    ours = cached.attention_over_cache(*stored, **how)
     assert (ours - truth).norm() <= 2 * (plain - truth).norm()
     assert all(torch.equal(a, b) for a, b in zip(stored[3:7], plainly_stored[3:7], strict=True))
 
@@ -61,21 +62,21 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(places: str, heads: int, k
 @pytest.mark.parametrize("how", HOW)
 def test_fp32(how: str):
     inputs, how = _inputs(PLACES["completions"], 9, 3, 64, torch.float32), {"scale": 0.3, **HOW[how]}
-    assert attention_cached.takes(*inputs[:3])
+    assert cached.takes(*inputs[:3])
     truth = reference.attention_over_cache(*_copies(inputs, torch.float64), **how)
     plain = reference.attention_over_cache(*_copies(inputs, torch.float32), **how)
-    error = (attention_cached.attention_over_cache(*inputs, **how) - truth).norm()
+    error = (cached.attention_over_cache(*inputs, **how) - truth).norm()
     lone = 1e-7 * truth.norm() * (how.get("window") == 1)  # of one key PyTorch's softmax is exact
     assert error <= 2 * (plain - truth).norm() + lone
 
 
 def test_what_it_does_not_take():
     q, k, v = _inputs(PLACES["both"], 4, 2, 64)[:3]
-    assert attention_cached.takes(q, k, v)
-    assert not attention_cached.takes(*(x[..., :16] for x in (q, k, v)))
-    assert not attention_cached.takes(*(x[..., :40] for x in (q, k, v)))
-    assert not attention_cached.takes(q.half(), k.half(), v.half())
-    assert attention_cached.takes(q.float(), k.float(), v.float()) != BF16
+    assert cached.takes(q, k, v)
+    assert not cached.takes(*(x[..., :16] for x in (q, k, v)))
+    assert not cached.takes(*(x[..., :40] for x in (q, k, v)))
+    assert not cached.takes(q.half(), k.half(), v.half())
+    assert cached.takes(q.float(), k.float(), v.float()) != BF16
 
 
 def test_a_tokens_bits_depend_on_no_other_and_on_no_thread():
@@ -85,35 +86,35 @@ def test_a_tokens_bits_depend_on_no_other_and_on_no_thread():
         found = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(attention_cached.attention_over_cache(*_copies(inputs, torch.bfloat16), scale=0.2))
+            found.append(cached.attention_over_cache(*_copies(inputs, torch.bfloat16), scale=0.2))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
     few = (*(x[:, :5] for x in inputs[:3]), *inputs[3:8], *(x[:5].contiguous() for x in inputs[8:]))
-    assert torch.equal(attention_cached.attention_over_cache(*few, scale=0.2), found[0][:5])
+    assert torch.equal(cached.attention_over_cache(*few, scale=0.2), found[0][:5])
 
 
 def test_any_strides():
     inputs = _inputs(PLACES["both"], 6, 2, 32)
-    expected = attention_cached.attention_over_cache(*inputs, scale=0.2)
+    expected = cached.attention_over_cache(*inputs, scale=0.2)
     for other in (lambda x: x.contiguous(), lambda x: x.mT.contiguous().mT):
         again = (*(other(x) for x in inputs[:3]), *inputs[3:])
-        assert torch.equal(attention_cached.attention_over_cache(*again, scale=0.2), expected)
+        assert torch.equal(cached.attention_over_cache(*again, scale=0.2), expected)
 
 
 @pytest.mark.parametrize("place", [(3, 5, -1), (-1, 5, -1), (0, 151, -1), (0, -1, 3), (0, 0, -1), (0, 5, 256)])
 def test_a_place_outside_of_the_cache_raises(place: tuple):
     with pytest.raises(RuntimeError, match="outside of the cache"):
-        attention_cached.attention_over_cache(*_inputs([(0, 5, 2), place], 4, 2, 32), scale=0.2)
+        cached.attention_over_cache(*_inputs([(0, 5, 2), place], 4, 2, 32), scale=0.2)
 
 
 def test_tensors_that_do_not_fit_raise():
     inputs = _inputs(PLACES["both"], 4, 2, 32)
     with pytest.raises(RuntimeError, match="do not belong together"):
-        attention_cached.attention_over_cache(inputs[0][:3], *inputs[1:], scale=0.2)
+        cached.attention_over_cache(inputs[0][:3], *inputs[1:], scale=0.2)
     with pytest.raises(RuntimeError, match="prompt_v"):
-        attention_cached.attention_over_cache(*inputs[:4], inputs[4][:, :, :9], *inputs[5:], scale=0.2)
+        cached.attention_over_cache(*inputs[:4], inputs[4][:, :, :9], *inputs[5:], scale=0.2)
     with pytest.raises(RuntimeError, match="completion_v"):
-        attention_cached.attention_over_cache(*inputs[:6], inputs[6][1:], *inputs[7:], scale=0.2)
+        cached.attention_over_cache(*inputs[:6], inputs[6][1:], *inputs[7:], scale=0.2)
     with pytest.raises(RuntimeError, match="chunks"):
-        attention_cached.attention_over_cache(*inputs[:7], CHUNKS[1:], *inputs[8:], scale=0.2)
+        cached.attention_over_cache(*inputs[:7], CHUNKS[1:], *inputs[8:], scale=0.2)

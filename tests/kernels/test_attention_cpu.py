@@ -1,9 +1,10 @@
-"""csrc/cpu_attention.cpp: what prefix_attention does on the CPU, beyond tests/kernels/test_attention.py."""
+"""csrc/cpu_attention.cpp: prefix_attention on the CPU, beyond test_attention.py."""
 
 import pytest
 import torch
 
-from strop.kernels import Group, PackedGroups, _cpu, attention_cpu, prefix_attention, reference
+from strop.kernels import Group, PackedGroups, _cpu, prefix_attention
+from strop.kernels.attention import cpu, reference
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -111,7 +112,7 @@ def test_what_is_not_finite_stays_in_its_group():
 def test_what_the_operator_cannot_take_raises(spoil, message: str):
     groups = PackedGroups.pack(GROUPS["odd"])
     q, k, v = spoil(*(x.detach()[0] for x in _qkv(groups, 6, 2, 32)))
-    tables = attention_cpu._tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    tables = cpu._tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.strop.cpu_prefix_attention(q, k, v, tables.segments, tables.blocks, 1.0, out, lse)
@@ -120,7 +121,7 @@ def test_what_the_operator_cannot_take_raises(spoil, message: str):
 def test_blocks_of_other_tokens_raise():
     groups = PackedGroups.pack(GROUPS["odd"])
     q, k, v = (x.detach()[0] for x in _qkv(groups, 6, 2, 32))
-    tables = attention_cpu._tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
+    tables = cpu._tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
     for blocks in (tables.blocks + 1, tables.blocks - 1):
         with pytest.raises(RuntimeError, match="not of these tokens"):

@@ -1,10 +1,11 @@
-"""Attention on a GPU: every backend against fp64 in every dtype, without a wait, with the same bits twice."""
+"""Attention on a GPU: every backend against fp64 in every dtype, without synchronization, deterministic."""
 
 import pytest
 import torch
 
-from strop.kernels import Group, PackedGroups, attention_varlen, prefix_attention, reference
-from strop.kernels.attention import BACKENDS, _unable
+from strop.kernels import Group, PackedGroups, prefix_attention
+from strop.kernels.attention import reference, varlen
+from strop.kernels.attention.prefix import BACKENDS, _unable
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -112,4 +113,4 @@ def test_the_backends_that_should_be_here_are():
     q = torch.empty(1, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
     if torch.cuda.get_device_capability()[0] >= 8:
         assert _unable("triton", q, q, 0.0) is None
-        assert attention_varlen.unable("varlen", q, q, 0.0) is None
+        assert varlen.unable("varlen", q, q, 0.0) is None

@@ -1,7 +1,8 @@
-"""The attention operator under opcheck and torch.compile, the choice of its backend, and the gathering ones."""
+"""The attention operator under opcheck and torch.compile, the choice of backend, and the backends that gather keys."""
 
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.nn.attention.bias import causal_lower_right
 
-from strop.kernels import Group, PackedGroups, attention_varlen, prefix_attention, reference
-from strop.kernels.attention import _backward_op, _op
+from strop.kernels import Group, PackedGroups, prefix_attention
+from strop.kernels.attention import reference, varlen
+from strop.kernels.attention.prefix import _backward_op, _op
 from strop.kernels.layout import TILE, Bounds
 
 GROUPS = [Group([1, 2, 3], [[4, 5], [6], [7, 8, 9, 1]]), Group([], [[1, 2], [3]]), Group([1] * 9, [[2] * 4])]
@@ -107,18 +109,46 @@ def test_what_a_backend_cannot_take_raises():
 @pytest.mark.parametrize(
     ("backend", "window"), [(None, None), ("triton", 4), ("varlen", None), ("varlen", 4), ("sdpa", 4)]
 )
-def test_no_backend_synchronises(backend: str | None, window: int | None):
-    """On fake tensors of a GPU whatever needs a value on the host raises."""
+def test_no_backend_synchronizes(backend: str | None, window: int | None):
+    """On fake GPU tensors, reading a value on the host raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     groups = PackedGroups.pack(GROUPS)
     with FakeTensorMode() as mode, torch.no_grad():
-        moved = {n: torch.empty(x.shape, dtype=x.dtype, device="cuda") for n, x in groups._tensors().items()}
-        moved = replace(groups, **moved, segments=mode.from_tensor(groups.segments))
-        q, k = (torch.empty(1, n, groups.num_tokens, 16, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+        q, k, moved = _on_fake_gpu(groups, mode)
         out = prefix_attention(q, k, k, moved, sliding_window=window, backend=backend)
         assert out.shape == q.shape
         assert out.device.type == "cuda"
+
+
+def _on_fake_gpu(groups: PackedGroups, mode) -> tuple[torch.Tensor, torch.Tensor, PackedGroups]:
+    """q, k and the groups as fake tensors of a GPU."""
+    moved = {n: torch.empty(x.shape, dtype=x.dtype, device="cuda") for n, x in groups._tensors().items()}
+    q, k = (torch.empty(1, n, groups.num_tokens, 16, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+    return q, k, replace(groups, **moved, segments=mode.from_tensor(groups.segments))
+
+
+@pytest.mark.parametrize("backend", [None, "triton", "varlen"])
+def test_the_choice_of_a_backend_on_a_gpu_is_not_traced(backend: str | None, recwarn: pytest.WarningsRecorder):
+    """Dynamo warns where it traces through functools.cache, and older releases then fail in importlib or torch.cuda."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.warn_once_cache.clear()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    groups = PackedGroups.pack(GROUPS)
+    with FakeTensorMode() as mode, torch.no_grad():
+        q, k, groups = _on_fake_gpu(groups, mode)
+        compiled = torch.compile(partial(prefix_attention, backend=backend), fullgraph=True, backend=keep)
+        assert compiled(q, k, k, groups).device.type == "cuda"
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
+    triton = [node.args[-1] for node in graphs[0].graph.nodes if node.target is _op]
+    assert triton == ([] if backend == "varlen" else [True])
 
 
 def test_segments_stay_on_the_host():
@@ -150,7 +180,7 @@ def test_readers_end_is_the_mask():
 
 
 def _varlen_twin(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, window, cap):
-    """What both kernels promise, sequence by sequence."""
+    """The contract of both kernels, sequence by sequence."""
     outs = []
     queries, keys = (list(pairwise(x.tolist())) for x in (query_offsets, key_offsets))
     for (q_start, q_end), (k_start, k_end) in zip(queries, keys, strict=True):
@@ -177,19 +207,19 @@ def _varlen_twin(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, wi
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (4, 0.0), (0, 2.0)])
 @pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
 def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
-    """The kernels themselves need a GPU; a twin of them takes what they are given."""
+    """The kernels need a GPU; plain PyTorch replaces them here."""
     groups = PackedGroups.pack(GROUPS)
     qkv = _qkv(groups, torch.float64)
     if backend == "varlen":
         if cap:
             pytest.skip("no soft-cap")
 
-        def varlen_attn(*tensors, scale, window_size, enable_gqa):
-            assert enable_gqa and window_size[1] == 0
+        def varlen_attn(*tensors, scale, window_size, **grouped):
+            assert grouped == ({"enable_gqa": True} if torch.__version__ >= (2, 12) else {}) and window_size[1] == 0
             return _varlen_twin(*tensors, scale=scale, window=window_size, cap=0.0)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        out = attention_varlen.varlen(*qkv, groups, 0.3, window)
+        out = varlen.varlen(*qkv, groups, 0.3, window)
     else:
 
         def flash_attn_varlen_func(*tensors, softmax_scale, causal, window_size, softcap, deterministic):
@@ -197,7 +227,7 @@ def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
             return _varlen_twin(*tensors, scale=softmax_scale, window=window_size, cap=softcap)
 
         monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-        out = attention_varlen.flash_attn(*qkv, groups, 0.3, window, cap)
+        out = varlen.flash_attn(*qkv, groups, 0.3, window, cap)
     expected = reference.prefix_attention(*qkv, groups, scale=0.3, sliding_window=window or None, softcap=cap or None)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)

@@ -1,4 +1,4 @@
-"""The attention kernels under Triton's interpreter, in a process of its own: the interpreter is chosen at import."""
+"""The attention kernels under Triton's interpreter, in a subprocess, because the interpreter is selected at import."""
 
 import os
 import subprocess

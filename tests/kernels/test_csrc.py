@@ -1,5 +1,5 @@
-"""csrc/ without a GPU: the operators for CUDA on CPU tensors with the kernels' own arithmetic, their machine code, and
-the build of all. The same cases run on a GPU where the library was built."""
+"""csrc/ without a GPU: the CUDA operators on CPU tensors with the kernels' arithmetic, their machine code, and the
+build. The same cases run on a GPU if the library was built."""
 
 import math
 import platform
@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strop.kernels import Group, PackedGroups, _cpu, _cuda, passes, reference
-from strop.kernels.attention_cpu import _tables
+from strop.kernels import Group, PackedGroups, _cpu
+from strop.kernels.attention import reference as attention_reference
+from strop.kernels.attention.cpu import _tables
+from strop.kernels.head import cuda, passes, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -48,14 +50,14 @@ def host(tmp_path_factory) -> str:
 def device(request) -> str:
     if request.param == "host":
         return request.getfixturevalue("host")
-    if not _cuda.load():
+    if not cuda.load():
         pytest.skip("csrc was not built")
     return "cuda"
 
 
 def _forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if logits.is_cuda:
-        return _cuda.gather_forward(logits, target)
+        return cuda.gather_forward(logits, target)
     logp, lse = (torch.full(logits.shape[:1], 7.0) for _ in range(2))
     torch.ops.strop_host.cuda_gather_forward(logits, target, logp, lse)
     return logp, lse
@@ -63,7 +65,7 @@ def _forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def _backward(grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, lse: Tensor, out: Tensor) -> None:
     if logits.is_cuda:
-        return _cuda.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
+        return cuda.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
     torch.ops.strop_host.cuda_gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
 
 
@@ -185,7 +187,7 @@ def test_a_target_beyond_the_vocabulary_gives_nan(device: str):
 
 
 def test_offsets_pass_two_to_the_31(device: str):
-    """Row 3 of a view with 2^30 elements between rows lies past 2^31; only the rows' own pages are touched."""
+    """Row 3 of a view with 2^30 elements between rows lies beyond 2^31; only the rows' own pages are touched."""
     stride, columns = 1 << 30, 70
     storage = torch.empty(3 * stride + columns, dtype=torch.float16, device=device)
     logits = storage.as_strided((4, columns), (stride, 1))
@@ -236,17 +238,17 @@ def test_an_out_that_does_not_fit_raises(host: str, out: Tensor):
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_library_in_gather_logprob(dtype: torch.dtype, monkeypatch):
-    """Through the public function, beside Triton's kernels; two runs give identical bits."""
+    """Through the public function, against Triton's kernels; deterministic."""
     from strop.kernels import gather_logprob
 
-    if not _cuda.load():
+    if not cuda.load():
         pytest.skip("csrc was not built")
     logits = (torch.randn(64, 50257, device="cuda") * 3).to(dtype).requires_grad_()
     target = torch.randint(0, 50257, (64,), device="cuda")
     target[5] = -100
     results = []
     for prefer in (True, True, False):
-        monkeypatch.setattr(_cuda, "prefer", prefer)
+        monkeypatch.setattr(cuda, "prefer", prefer)
         logp = gather_logprob(logits, target)
         results.append([logp, *torch.autograd.grad(logp, logits, torch.linspace(-1, 1, 64, device="cuda"))])
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
@@ -258,20 +260,20 @@ def test_the_library_is_taken_only_where_it_is_measured_to_be_faster(monkeypatch
         is_cuda, dtype, device = True, torch.bfloat16, "cuda:0"
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(_cuda, "load", lambda: True)
-    assert not _cuda.takes("gather_forward", torch.zeros(1))
-    assert not _cuda.takes("gather_forward", Logits()), "not yet measured"
-    monkeypatch.setattr(_cuda, "FASTER", {(9, 0): {"gather_forward"}, (8, 0): {"gather_backward"}})
-    assert _cuda.takes("gather_forward", Logits()) and not _cuda.takes("gather_backward", Logits())
-    monkeypatch.setattr(_cuda, "prefer", False)
-    assert not _cuda.takes("gather_forward", Logits())
-    monkeypatch.setattr(_cuda, "prefer", True)
-    assert _cuda.takes("gather_backward", Logits())
-    monkeypatch.setattr(_cuda, "load", lambda: False)
+    monkeypatch.setattr(cuda, "load", lambda: True)
+    assert not cuda.takes("gather_forward", torch.zeros(1))
+    assert not cuda.takes("gather_forward", Logits()), "not yet measured"
+    monkeypatch.setattr(cuda, "FASTER", {(9, 0): {"gather_forward"}, (8, 0): {"gather_backward"}})
+    assert cuda.takes("gather_forward", Logits()) and not cuda.takes("gather_backward", Logits())
+    monkeypatch.setattr(cuda, "prefer", False)
+    assert not cuda.takes("gather_forward", Logits())
+    monkeypatch.setattr(cuda, "prefer", True)
+    assert cuda.takes("gather_backward", Logits())
+    monkeypatch.setattr(cuda, "load", lambda: False)
     with pytest.raises(RuntimeError, match="STROP_BUILD_CSRC=1"):
-        _cuda.takes("gather_forward", Logits())
-    monkeypatch.setattr(_cuda, "prefer", None)
-    assert not _cuda.takes("gather_forward", Logits()), "not built"
+        cuda.takes("gather_forward", Logits())
+    monkeypatch.setattr(cuda, "prefer", None)
+    assert not cuda.takes("gather_forward", Logits()), "not built"
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +316,7 @@ def test_inspection_fails_where_it_must():
 
 
 def test_operators_are_registered(library: Path, tmp_path: Path):
-    """The very library, loaded into a PyTorch without CUDA: the one symbol that lacks is stood in for."""
+    """The library itself, loaded into a PyTorch without CUDA, with a stub for the one missing symbol."""
     stand_in = tmp_path / "stand_in.so"
     code = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
     command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(stand_in)]
@@ -420,10 +422,10 @@ if {can[name]}:
     assert done.returncode == 0, done.stderr
     if can[name]:
         qkv = [x[None].double().requires_grad_() for x in rows[1:]]
-        truth = reference.prefix_attention(*qkv, groups, scale=0.2)
+        truth = attention_reference.prefix_attention(*qkv, groups, scale=0.2)
         truths = [truth, *torch.autograd.grad(truth, qkv, rows[0][None].double())]
         exact = [x.double() if x.is_floating_point() else x for x in cached]
-        truths.append(reference.attention_over_cache(*exact, scale=0.2))
+        truths.append(attention_reference.attention_over_cache(*exact, scale=0.2))
         for results, bound in zip(torch.load(tmp_path / "results.pt"), bounds.values(), strict=True):
             for found, expected in zip(results, truths, strict=True):
                 assert (found.double() - expected).norm() <= bound * expected.norm()

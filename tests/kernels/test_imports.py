@@ -1,4 +1,4 @@
-"""The folder `kernels` must not stand in for Hugging Face's package of that name, even from the repository root."""
+"""The folder `kernels` must not shadow Hugging Face's package of that name, even from the repository root."""
 
 import subprocess
 import sys

@@ -1,7 +1,11 @@
-"""RMSNorm, SwiGLU and rotary embeddings of the CPU: transformers' own values, no further from fp64 than PyTorch's, with
-csrc/cpu.cpp and without it."""
+"""RMSNorm, SwiGLU and rotary embeddings on the CPU: transformers' values, at most twice PyTorch's error against fp64,
+with csrc/cpu.cpp and without it."""
 
+import copy
+import gc
 import math
+import weakref
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from strop.kernels import _cpu, layers, reference
-from strop.kernels.integrations.transformers import fuse_layers
+from strop.kernels import _cpu, layers
+from strop.kernels.integrations.transformers import (
+    _fuse_with_liger,
+    _global,
+    _norm_forward,
+    _swiglu_forward,
+    fuse_layers,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FUSED = {"rms_norm": 5, "swiglu": 2, "rotary": 1}
+FUSED = {"rms_norm": 5, "swiglu": 2, "rotary": 2}
 
 
 def plain_norm(x, weight, eps):
@@ -80,7 +90,7 @@ def test_swiglu_linear(csrc, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 9, 300, 64), (1, 1, 1, 2), (1, 3, 7, 10), (1, 2, 0, 8)])
 def test_rotary(csrc, dtype, shape):
-    """cos and sin of the two halves differ, as no model's do: the backward is the transposed map, whatever they are."""
+    """cos and sin of the two halves differ, unlike in any model: the backward must transpose all such maps."""
     torch.manual_seed(0)
     by_token = torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2).to(dtype)
     cos, sin = (torch.randn(1, *shape[2:]).to(dtype) for _ in range(2))
@@ -89,11 +99,11 @@ def test_rotary(csrc, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_is_transformers_own(own_rotary, dtype):
+def test_the_reference_is_transformers_own(dtype):
     x, weight = torch.randn(3, 24).to(dtype), torch.randn(24).to(dtype)
-    assert torch.equal(reference.rms_norm(x, weight, 1e-5), plain_norm(x, weight, 1e-5))
+    assert torch.equal(layers.rms_norm_reference(x, weight, 1e-5), plain_norm(x, weight, 1e-5))
     q, cos, sin = torch.randn(1, 3, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype), torch.randn(1, 5, 8).to(dtype)
-    assert torch.equal(reference.rotary(q, cos, sin), modeling_llama.apply_rotary_pos_emb(q, q, cos, sin)[0])
+    assert torch.equal(layers.rotary_reference(q, cos, sin), modeling_llama.apply_rotary_pos_emb(q, q, cos, sin)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,7 +119,7 @@ def test_values_that_are_not_finite_stay_so(library, dtype):
 
 
 def test_the_exponential_is_exact_to_two_units_in_the_last_place(library):
-    """Over all that a softmax asks it for: of scores x and 0, whose weights' ratio is e^x, to rounding once more."""
+    """Over the range of a softmax: the weights of scores x and 0 have the ratio e^x, up to one more rounding."""
     x = torch.cat([torch.linspace(-87, 0, 100_000), torch.linspace(-1e-3, 0, 1000), torch.tensor([-87.5, -1e4])])
     weights = torch.stack([x, torch.zeros_like(x)], 1)
     torch.ops.strop.cpu_causal_softmax_backward(weights, torch.zeros_like(weights), 1, 1.0)
@@ -156,13 +166,6 @@ def test_frozen_inputs_get_no_gradient(csrc):
     assert gate.grad is not None and frozen.grad is None
 
 
-@pytest.fixture
-def own_rotary(monkeypatch):
-    """transformers' function as it is, before and after the test."""
-    plain = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", getattr(plain, "__wrapped__", plain))
-
-
 def tiny_llama() -> nn.Module:
     torch.manual_seed(0)
     return LlamaForCausalLM(
@@ -178,7 +181,7 @@ def tiny_llama() -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fused_model_gives_the_same_values_and_gradients(library, own_rotary, dtype):
+def test_a_fused_model_gives_the_same_values_and_gradients(library, dtype):
     model, ids = tiny_llama().to(dtype), torch.randint(40, (1, 9))
 
     def run():
@@ -198,23 +201,73 @@ def test_without_the_library_a_model_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(_cpu, "load", lambda: False)
     model = tiny_llama()
     assert fuse_layers(model) == {}
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or type(module).forward in OURS for module in model.modules())
+
+
+OURS = (_norm_forward, _swiglu_forward)
+
+
+def test_another_model_of_the_same_class_is_untouched(library):
+    other, plain = tiny_llama(), dict(vars(modeling_llama))
+    assert fuse_layers(tiny_llama()) == FUSED
+    assert vars(modeling_llama) == plain
+    for model in (other, tiny_llama()):
+        assert all(getattr(modeling_llama, type(module).__name__, type(module)) is type(module)
+                   for module in model.modules())  # fmt: skip
+
+
+def test_a_fused_model_is_freed_by_reference_counting(library):
+    model, ids = tiny_llama(), torch.randint(40, (1, 9))
+    gc.collect()
+    gc.disable()
+    try:
+        fuse_layers(model)
+        model(ids).logits.sum().backward()
+        weights = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_a_fused_model_can_be_copied(library):
+    model, ids = tiny_llama(), torch.randint(40, (1, 9))
+    fuse_layers(model)
+    copied = copy.deepcopy(model)
+    expected = model(ids).logits
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    assert torch.equal(copied(ids).logits, expected)
+    assert fuse_layers(copied) == FUSED, "fused once, found again"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_running_out_of_memory_is_not_taken_for_another_layer(library, error):
+    class Norm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            raise error
+
+    with pytest.raises(RuntimeError, match="memory"):
+        fuse_layers(nn.ModuleList([Norm(8)]))
 
 
 def test_a_model_in_fp16_stays_as_it_is(library):
     assert fuse_layers(tiny_llama().half()) == {}
 
 
-def test_rotary_embeddings_of_several_rows_are_transformers_own(library, own_rotary):
-    plain = modeling_llama.apply_rotary_pos_emb
-    assert fuse_layers(tiny_llama()) == FUSED and fuse_layers(tiny_llama()) == FUSED
-    assert modeling_llama.apply_rotary_pos_emb.__wrapped__ is plain, "wrapped once"
+def test_rotary_embeddings_of_several_rows_are_transformers_own(library):
+    plain, model = modeling_llama.apply_rotary_pos_emb, tiny_llama()
+    assert fuse_layers(model) == FUSED and fuse_layers(model) == FUSED
+    fused = _global(type(model.model.layers[0].self_attn).forward, "apply_rotary_pos_emb")
+    assert fused.__wrapped__ is plain, "wrapped once"
     q, k, cos = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 5, 8)
-    for found, value in zip(modeling_llama.apply_rotary_pos_emb(q, k, cos, cos), plain(q, k, cos, cos), strict=True):
+    for found, value in zip(fused(q, k, cos, cos), plain(q, k, cos, cos), strict=True):
         assert torch.equal(found, value)
 
 
-def test_a_compiled_model_runs_fused(library, own_rotary):
+def test_a_compiled_model_runs_fused(library):
     model, ids = tiny_llama(), torch.randint(40, (1, 9))
     fuse_layers(model)
     expected = model(ids, use_cache=False).logits
@@ -259,3 +312,42 @@ def test_what_computes_something_else_is_left_alone(library):
     expected = biased(x)
     assert fuse_layers(nn.ModuleList([biased])) == {"rms_norm": 0, "swiglu": 1, "rotary": 0}
     torch.testing.assert_close(biased(x), expected)
+
+
+def test_ligers_layers_reach_one_model_only(monkeypatch):
+    """Liger's kernels need a GPU; plain operations that count their calls replace them here."""
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers import monkey_patch, rms_norm, swiglu
+
+    calls = []
+
+    def norm(x, weight, eps, offset, *_):
+        calls.append("norm")
+        return layers.rms_norm_reference(x, weight + offset, eps)
+
+    def rotary(q, k, cos, sin, *_):
+        calls.append("rotary")
+        return layers.rotary_reference(q, cos, sin), layers.rotary_reference(k, cos, sin)
+
+    def product(gate, up, *_):
+        calls.append("swiglu")
+        return F.silu(gate) * up
+
+    monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", SimpleNamespace(apply=norm))
+    monkeypatch.setattr(swiglu, "LigerSiLUMulFunction", SimpleNamespace(apply=product))
+    monkeypatch.setattr(monkey_patch, "liger_rotary_pos_emb", rotary)
+    plain, other = dict(vars(modeling_llama)), tiny_llama()
+    model, ids = tiny_llama(), torch.randint(40, (1, 9))
+    expected = model(ids).logits
+    assert _fuse_with_liger(model) == {"liger": sum(FUSED.values())}
+    assert vars(modeling_llama) == plain
+    found = model(ids).logits
+    torch.testing.assert_close(found, expected)
+    assert {name: calls.count(name) for name in ("norm", "swiglu", "rotary")} == {"norm": 5, "swiglu": 2, "rotary": 2}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+    calls.clear()
+    for untouched in (other, tiny_llama()):
+        assert torch.equal(untouched(ids).logits, expected)
+    assert not calls
+    assert not any(isinstance(value, MethodType) for module in model.modules() for value in vars(module).values())

@@ -27,17 +27,6 @@ def test_rows_and_predictors():
     assert dtypes == (torch.int64,) * 4 + (torch.int32,)
 
 
-def test_separate_rows_predict_the_same_targets_from_the_same_tokens():
-    g = PackedGroups.pack(GROUPS)
-    rows = g.separate(pad_id=77)
-    assert rows.input_ids.tolist()[2] == [1, 2, 3, 7, 8, 9]
-    assert rows.input_ids.tolist()[3] == [1, 2, 77, 77, 77, 77]
-    assert rows.attention_mask.sum(1).tolist() == [5, 4, 6, 2, 3, 5]
-    assert torch.equal(rows.input_ids.flatten()[rows.pred_index], g.input_ids[g.pred_index])
-    assert torch.equal(rows.input_ids.flatten()[rows.pred_index + 1], g.target)
-    assert torch.equal(rows.position_ids.flatten()[rows.pred_index], g.position_ids[g.pred_index])
-
-
 def test_to_moves_every_tensor():
     g = PackedGroups.pack(GROUPS).to("meta")
     assert {t.device.type for t in (g.input_ids, g.position_ids, g.pred_index, g.target, g.target_segment)} == {"meta"}

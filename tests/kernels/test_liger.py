@@ -1,4 +1,4 @@
-"""The stand-in for liger_kernel.chunked_loss against Liger itself and against plain PyTorch in fp64."""
+"""The drop-in for liger_kernel.chunked_loss against Liger itself and against plain PyTorch in fp64."""
 
 import ast
 import inspect
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import strop.kernels.integrations.liger as ours
-from strop.kernels import chunked
+from strop.kernels.head import chunked
 
 PAIRED = ("dpo", "cpo", "simpo", "orpo")
 CLASS = {"dpo": "DPO", "cpo": "CPO", "simpo": "SimPO", "orpo": "ORPO", "kto": "KTO"}
@@ -48,7 +48,7 @@ def _chunked_loss():
 def _inputs(
     name: str, dtype: torch.dtype, bias: bool = True, needs: tuple = ("_input", "weight", "bias"), seed: int = 3
 ) -> dict:
-    """Tensors by Liger's names; several ignored positions, no sequence without a token."""
+    """Tensors by Liger's names; several ignored positions, at least one token per sequence."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def _ligers(name: str, options: dict, tensors: dict) -> list[torch.Tensor]:
 
 
 def _truth(name: str, options: dict, tensors: dict) -> list[torch.Tensor]:
-    """What Liger documents, on whole logits, written out."""
+    """Liger's documented formulas on materialized logits."""
     x = {key: v.detach().double() if v.is_floating_point() else v for key, v in tensors.items()}
     leaves = [x[key].requires_grad_() for key, v in tensors.items() if v.requires_grad]
     function = inspect.signature(getattr(ours, f"liger_fused_linear_{name}"))
@@ -286,7 +286,7 @@ def test_the_mean_logit_of_fp16_does_not_overflow():
 
 
 def test_kto_takes_a_kl_for_each_sequence():
-    """As Liger documents it; its chunks of one sequence would each be held against the kl of all."""
+    """As Liger documents it; its chunks of one sequence would each use the kl of all."""
     tensors = _inputs("kto", torch.float64)
     kl = torch.linspace(-1, 1, 2 * PAIRS, dtype=torch.float64)
     _same(*(f("kto", {"kl": kl}, tensors) for f in (_ours, _truth)), rtol=1e-9, atol=1e-11)
@@ -374,7 +374,7 @@ for name in chunked_loss.__all__:
 
 @pytest.mark.parametrize("name", CLASS)
 def test_ignored_positions_cost_nothing_and_the_byte_budget_holds(name: str, monkeypatch: pytest.MonkeyPatch):
-    """Every matrix product is of the live rows alone, and no tensor as large as their logits comes to be."""
+    """GEMMs run on live rows only, and no tensor as large as their logits is allocated."""
     tensors = _inputs(name, torch.float32, bias=False)
     for key in tensors:
         if "weight" in key:
@@ -391,7 +391,7 @@ def test_ignored_positions_cost_nothing_and_the_byte_budget_holds(name: str, mon
 
 
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if "nll_target" not in case[1]], ids=str)
-def test_no_host_synchronisation(name: str, options: dict):
+def test_no_host_synchronization(name: str, options: dict):
     """On fake tensors of a GPU whatever needs a value on the host raises, as a second target would. No gradients: a
     build of PyTorch without CUDA aborts on those."""
     tensors = _inputs(name, torch.float32)
@@ -438,7 +438,7 @@ def _changed(name: str, change: dict):
         ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, r"\[0.0, 0.5\)"),
         ("dpo", {"ref_weight": None}, "needs ref_input and ref_weight"),
         ("dpo", {"ref_input": torch.zeros(5, TOKENS, WIDTH)}, "ref_input"),
-        ("cpo", {"_input": torch.zeros(6, WIDTH)}, "do not fit"),
+        ("cpo", {"_input": torch.zeros(6, WIDTH)}, "do not match"),
         ("cpo", {"_input": torch.zeros(5, 2, WIDTH), "target": torch.zeros(5, 2).long()}, "5 sequences are not pairs"),
         ("orpo", {"nll_target": torch.zeros(3, TOKENS).long()}, "nll_target must be"),
         ("kto", {"preference_labels": None}, "preference_labels must be bool"),

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import _cpu, gather_logprob, linear_logprob, reference
+from strop.kernels import _cpu, gather_logprob, linear_logprob
+from strop.kernels.head import reference
 
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 HEADS = [{}, {"logit_scale": 0.5, "temperature": 0.7}, {"softcap": 3.0, "temperature": 1.3, "logit_scale": 2.0}]
@@ -139,7 +140,7 @@ def test_extreme_logits(csrc, dtype: torch.dtype, kind: str):
 
 
 def test_logp_is_never_above_zero(csrc):
-    """Even where the target holds all the probability and everything is rounded to bf16."""
+    """Even if the target has all the probability and everything is rounded to bf16."""
     torch.manual_seed(0)
     weight = torch.randn(1000, 32).bfloat16()
     hidden = weight * 3
@@ -231,7 +232,7 @@ def test_gather_logprob(csrc, dtype: torch.dtype, inplace: bool):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": torch.zeros(4, 6)}, "do not fit"),
+        ({"hidden": torch.zeros(4, 6)}, "do not match"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, "target must be"),
         ({"target": torch.tensor([0, 1, 2, 9])}, "vocabulary of 9"),
         ({"target": torch.zeros(4)}, "integer"),

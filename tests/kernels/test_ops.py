@@ -1,12 +1,18 @@
-"""The custom ops under opcheck and torch.compile, and that nothing synchronises with the device."""
+"""The custom ops under opcheck and torch.compile, and that nothing synchronizes with the device."""
 
 import pytest
 import torch
 from torch.library import opcheck
 
-from strop.kernels import chunked, gather_logprob, linear_logprob, preference_loss
-from strop.kernels.logprob import _gather_logprob, _gather_logprob_backward, _linear_logprob, _linear_logprob_backward
-from strop.kernels.preference import segment_sum
+from strop.kernels import gather_logprob, linear_logprob, preference_loss
+from strop.kernels.head import chunked
+from strop.kernels.head.logprob import (
+    _gather_logprob,
+    _gather_logprob_backward,
+    _linear_logprob,
+    _linear_logprob_backward,
+)
+from strop.kernels.preference.segment_sum import segment_sum, segment_sum_backward
 
 
 def _inputs(dtype: torch.dtype = torch.float32, seed: int = 0, needs: tuple[bool, bool, bool] = (True, True, True)):
@@ -44,7 +50,9 @@ def test_opcheck_of_gather_logprob():
 
 
 def test_opcheck_of_segment_sum():
-    opcheck(segment_sum, (torch.randn(6, requires_grad=True), torch.tensor([0, 2, 2, 6])))
+    offsets = torch.tensor([0, 2, 2, 6])
+    opcheck(segment_sum, (torch.randn(6, requires_grad=True), offsets))
+    opcheck(segment_sum_backward, (torch.randn(3), offsets, 6))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
@@ -64,7 +72,7 @@ def test_compiled_in_one_graph(needs: tuple[bool, bool, bool]):
     torch.testing.assert_close(run(compiled), run(step))
 
 
-def test_preference_loss_does_not_synchronise():
+def test_preference_loss_does_not_synchronize():
     """On fake tensors of a GPU whatever needs a value on the host raises. No gradients: a build of PyTorch without CUDA
     aborts on those."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,8 +1,9 @@
-"""Packed rows against one completion a row, on tiny random models with transformers' own eager attention as truth."""
+"""Packed rows against one completion per row, on tiny random models with transformers' eager attention."""
 
 import importlib
 from functools import partial
 from types import FunctionType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -83,6 +84,51 @@ def _logp(model, hidden: torch.Tensor, groups: PackedGroups) -> torch.Tensor:
     return linear_logprob(hidden, head.weight, groups.target, head.bias, softcap=cap)
 
 
+class SeparateRows(NamedTuple):
+    """The completions of packed groups one per row, right-padded, each after a copy of its prompt.
+
+    input_ids, attention_mask, position_ids: [completions, longest row] int64. pred_index [targets] int64 indexes the
+    flattened rows and predicts the groups' `target`, in the same order.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    pred_index: torch.Tensor
+
+
+def separate_rows(groups: PackedGroups, pad_id: int = 0) -> SeparateRows:
+    prompts = [groups.prompt_bounds[g] for g in groups.completion_group]
+    rows = [
+        groups.input_ids[[*range(*prompt), *range(*completion)]]
+        for prompt, completion in zip(prompts, groups.completion_bounds, strict=True)
+    ]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    width = input_ids.shape[1]
+    columns = torch.arange(width).repeat(len(rows), 1)
+    attention_mask = (columns < torch.tensor([len(row) for row in rows])[:, None]).long()
+    # A token's position in the packed row is its offset in a row of its own.
+    pred_index = groups.target_segment.long() * width + groups.position_ids[groups.pred_index]
+    return SeparateRows(input_ids, attention_mask, columns, pred_index)
+
+
+def test_separate_rows_predict_the_same_targets_from_the_same_tokens():
+    g = PackedGroups.pack(
+        [
+            Group([1, 2, 3], [[4, 5], [6], [7, 8, 9]]),
+            Group([], [[1, 2], [3, 4, 5]]),
+            Group([9, 9], [[2, 3, 4]], [[True, False, True]]),
+        ]
+    )
+    rows = separate_rows(g, pad_id=77)
+    assert rows.input_ids.tolist()[2] == [1, 2, 3, 7, 8, 9]
+    assert rows.input_ids.tolist()[3] == [1, 2, 77, 77, 77, 77]
+    assert rows.attention_mask.sum(1).tolist() == [5, 4, 6, 2, 3, 5]
+    assert torch.equal(rows.input_ids.flatten()[rows.pred_index], g.input_ids[g.pred_index])
+    assert torch.equal(rows.input_ids.flatten()[rows.pred_index + 1], g.target)
+    assert torch.equal(rows.position_ids.flatten()[rows.pred_index], g.position_ids[g.pred_index])
+
+
 def packed_logp(model, groups: PackedGroups) -> torch.Tensor:
     model.set_attn_implementation(register())
     ids, positions = groups.input_ids[None], groups.position_ids[None]
@@ -93,10 +139,10 @@ def packed_logp(model, groups: PackedGroups) -> torch.Tensor:
 def separate_logp(model, groups: PackedGroups) -> torch.Tensor:
     """transformers' logits, [completions, longest, vocab], without any of our code but the row layout."""
     model.set_attn_implementation("eager")
-    rows = groups.separate()
+    rows = separate_rows(groups)
     out = model(rows.input_ids, attention_mask=rows.attention_mask, position_ids=rows.position_ids, use_cache=False)
     logits = out.logits.flatten(0, 1)[rows.pred_index]
-    return logits.log_softmax(-1).gather(1, rows.target[:, None]).squeeze(1)
+    return logits.log_softmax(-1).gather(1, groups.target[:, None]).squeeze(1)
 
 
 def _loss_and_gradients(model, logp: torch.Tensor, groups: PackedGroups):
@@ -204,7 +250,7 @@ def _liger(name: str, model) -> None:
 
 @pytest.fixture(params=["llama", "qwen3", "gemma2"])
 def liger_model(request, monkeypatch):
-    """A model and what Liger will change in its module, put back afterwards."""
+    """A model, and a restore of what Liger changes in its module."""
     pytest.importorskip("liger_kernel")
     model = _model(request.param)
     module = importlib.import_module(type(model).__module__)
@@ -215,7 +261,7 @@ def liger_model(request, monkeypatch):
 
 
 def test_ligers_layers_run_packed(liger_model, monkeypatch):
-    """Its layers stand where its patches put them; plain PyTorch stands in for its kernels, which need a GPU."""
+    """Liger's patches are applied; plain PyTorch replaces its kernels, which need a GPU."""
     name, model = liger_model
     groups, called = PackedGroups.pack(_groups()), set()
     expected = _loss_and_gradients(model, packed_logp(model, groups), groups)
@@ -264,7 +310,7 @@ def test_ligers_kernels_run_packed_on_a_gpu(liger_model):
 
 
 def test_a_model_keeps_its_own_backend():
-    """Triton's needs a GPU: that it raises shows that it was asked."""
+    """Triton's backend needs a GPU: the error shows that it was selected."""
     groups, model, other = PackedGroups.pack(_groups()), _model("llama"), _model("llama")
     register(model, "triton")
     register(other)

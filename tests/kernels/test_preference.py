@@ -10,8 +10,8 @@ from strop.kernels import (
     linear_preference_loss,
     preference_loss,
     preference_means,
-    reference,
 )
+from strop.kernels.head import reference
 
 # Loss, dL/dc and dL/dr of one pair at c = r = 0 with beta 0.1: the papers' formulas worked by hand.
 ANCHORS = {
@@ -58,7 +58,7 @@ def _pairs(pairs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0):
 
 
 def _needed(name: str, pairs: int = 3) -> dict:
-    """The options without which a loss refuses."""
+    """The options that a loss requires."""
     if name == "rpo":
         return {"reward_margin": torch.linspace(-1, 2, pairs, dtype=torch.float64)}
     return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
@@ -226,7 +226,7 @@ def test_linear_preference_loss_is_the_composition(wpo: bool):
         ({"f_divergence": "renyi"}, "unknown f_divergence"),
         ({"loss_type": "nca_pair", "length_normalization": True}, "would be ignored"),
         ({"loss_type": "simpo"}, "ref_logp must be None"),
-        ({"loss_type": "sigmoid_norm", "ld_alpha": 0.5}, "undo each other"),
+        ({"loss_type": "sigmoid_norm", "ld_alpha": 0.5}, "cancel each other"),
         ({"loss_type": "aot", "log_sum_p2": torch.zeros(4)}, "WPO"),
         ({"loss_type": "rpo"}, "reward_margin"),
         ({"reward_margin": torch.ones(2)}, "reward_margin"),

@@ -32,7 +32,7 @@ def test_uniform_is_uniform_over_keys_and_over_positions():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("vocab", [7, 600])
 def test_draws_follow_the_distribution(options: dict, vocab: int):
-    """Chi-square of 4096 draws against the distribution written out; the seven likeliest tokens, the rest pooled."""
+    """Chi-square of 4096 draws against the exact distribution; the seven most likely tokens, the rest pooled."""
     torch.manual_seed(vocab)
     draws, logits = 4096, torch.randn(vocab) * 2
     token, logp = sample_tokens(logits.expand(draws, -1), _keys(draws), torch.full((draws,), 11), **options)

@@ -70,7 +70,7 @@ def model_of(tokenizer, name: str = "llama", seed: int = 0, **options):
 
 
 def moved(model):
-    """A reference: the same model a little off."""
+    """A reference: the same model, slightly perturbed."""
     model, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -185,7 +185,7 @@ TRAINING = {
     "precomputed": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
     "precomputed, ld_alpha": {"precompute_ref_log_probs": True, "ld_alpha": 0.5},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "loss_type": "ipo"},
-    "synchronised": {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    "synchronized": {"sync_ref_model": True, "ref_model_sync_steps": 1},
 }
 
 
@@ -317,7 +317,7 @@ def test_precomputed_logps_are_kept_apart_by_what_they_depend_on(tokenizer, tmp_
 
 
 def test_wpo_with_hinge_has_a_gradient(tokenizer, tmp_path):
-    """TRL's writes over what its backward needs."""
+    """TRL's version overwrites what its backward needs."""
     model = model_of(tokenizer)
     trainer = trainer_of(
         StropDPOTrainer, tokenizer, tmp_path, model, moved(model), use_weighting=True, loss_type="hinge"
@@ -341,7 +341,7 @@ def test_generation_and_logits_are_the_models_own(tokenizer, tmp_path):
 
 
 class Halved(hf.LlamaForCausalLM):
-    """Scales its logits where no config tells."""
+    """Scales its logits without a config attribute."""
 
     def forward(self, *args, **kwargs):
         found = super().forward(*args, **kwargs)
@@ -359,7 +359,7 @@ def lora(*modules, **options):
         ("TRL ignores it for 'sigmoid'", {"label_smoothing": 0.1}),
         ("label_smoothing would be ignored", {"label_smoothing": 0.1, "loss_type": "hinge"}),
         ("weights pairs", {"use_weighting": True, "loss_type": ["sigmoid", "sft"]}),
-        ("undo each other", {"ld_alpha": 0.5, "loss_type": "ipo"}),
+        ("cancel each other", {"ld_alpha": 0.5, "loss_type": "ipo"}),
         ("unknown loss_type 'kto'", {"loss_type": "kto"}),
         ("beta must be above 0", {"beta": 0.0}),
         ("`lm_head` is not supported", {"peft_config": lambda: lora("q_proj", "lm_head")}),
@@ -394,6 +394,24 @@ def test_a_head_that_does_more_than_its_config_says_is_refused(tokenizer, tmp_pa
         trainer_of(StropDPOTrainer, tokenizer, tmp_path, Halved(model_of(tokenizer).config), model_of(tokenizer))
 
 
+def test_tf32_in_either_of_pytorchs_settings_is_known():
+    code = """
+import torch
+from strop.kernels.integrations.trl import _rounding
+for api in ("legacy", "new"):
+    if api == "legacy":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
+    assert _rounding(torch.device("cuda"), torch.float32) == 0.01, api
+    assert _rounding(torch.device("cpu"), torch.float32) == 1e-4
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert _rounding(torch.device("cuda"), torch.float32) == 1e-4
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def trainer_like(*, fsdp=False, stage=None, vision=False, **parallel):
     plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
     state = SimpleNamespace(deepspeed_plugin=plugin)
@@ -418,10 +436,10 @@ def test_sharded_weights_and_images_are_refused():
 
 def test_models_without_a_decoder_of_their_own_are_refused(tokenizer):
     t5 = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    with pytest.raises(ValueError, match="no decoder with a head"):
+    with pytest.raises(ValueError, match="not a decoder with a head"):
         ours._check_model(t5)
     model = model_of(tokenizer)
-    with pytest.raises(ValueError, match="no decoder with a head"):
+    with pytest.raises(ValueError, match="not a decoder with a head"):
         ours._check_model(model.model)
     model.hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(ValueError, match="device_map"):

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import Group, PackedGroups, reference
+from strop.kernels import Group, PackedGroups
 from strop.kernels._triton import attention_launch as kernels
+from strop.kernels.attention import reference
 from strop.kernels.layout import TILE
 
 
@@ -62,7 +63,7 @@ def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries,
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 2.0)])
 def test_fp16_error_is_at_most_twice_that_of_plain_pytorch(window, cap, monkeypatch):
-    """bf16 is left to a GPU: the interpreter multiplies it wrongly."""
+    """Not bf16: the interpreter multiplies it wrongly."""
     groups = PackedGroups.pack(GROUPS)
     qkv = _qkv(groups, 2, 1, 32, torch.float16)
     case = (qkv, torch.randn_like(qkv[0]), groups, 0.2, window, cap)
@@ -90,7 +91,7 @@ def test_shapes(lengths, window: int):
 
 @pytest.mark.parametrize(("prompt", "row_stride", "head_stride"), [(280, 1 << 23, 16), (9, 288, 1 << 30)])
 def test_offsets_pass_two_to_the_31(prompt: int, row_stride: int, head_stride: int, monkeypatch):
-    """Rows so far apart, or heads; only the rows' own pages are touched."""
+    """Rows or heads more than 2^31 elements apart; only the rows' own pages are touched."""
     groups = PackedGroups.pack([_group(prompt, 5, 3)])
     heads, tokens, size = 3, groups.num_tokens, 16
     storage = torch.empty((tokens - 1) * row_stride + (heads - 1) * head_stride + 3 * heads * size, dtype=torch.float16)

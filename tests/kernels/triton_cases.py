@@ -1,19 +1,21 @@
 """Cases for Triton's interpreter; test_triton.py runs this file with TRITON_INTERPRET=1."""
 
 import math
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import PREFERENCE_METRICS, chunked, passes, preference_loss, reference
+from strop.kernels import LOSS_TYPES, _triton, preference, preference_loss
 from strop.kernels._triton import logprob as kernels
-from strop.kernels.losses import Options
-from strop.kernels.pairwise import _FUSED, NLL_NORMALIZATIONS, pairwise_sums
-from strop.kernels.passes import Head
+from strop.kernels._triton import segment_sum as segments
+from strop.kernels.head import chunked, passes, reference
+from strop.kernels.head.passes import LogitTransform
 
-HEADS = [Head(), Head(logit_scale=0.5, temperature=0.7), Head(logit_scale=2.0, temperature=1.3, softcap=3.0)]
+HEADS = [LogitTransform(), LogitTransform(0.5, temperature=0.7), LogitTransform(2.0, temperature=1.3, softcap=3.0)]
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 
 
@@ -37,7 +39,7 @@ def _run(module, hidden, weight, target, bias, head, grad, budget, frozen):
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_driver_with_triton_equals_driver_with_torch(head: Head, dtype: torch.dtype, frozen: bool):
+def test_driver_with_triton_equals_driver_with_torch(head: LogitTransform, dtype: torch.dtype, frozen: bool):
     """Several chunks, blocks wider than a chunk's rest, every statistic, every gradient."""
     hidden, weight, bias, target = _inputs(5, 24, 1300, dtype)
     grad = torch.tensor([1.0, -0.5, 0.25, 0.0, 2.0])
@@ -131,7 +133,7 @@ def test_shapes(n: int, v: int, seed: int):
 
 
 def test_offsets_pass_two_to_the_31():
-    """Row 3 of a view with 2^30 elements between rows lies past 2^31; only the rows' own pages are touched."""
+    """Row 3 of a view with 2^30 elements between rows lies beyond 2^31; only the rows' own pages are touched."""
     stride, columns = 1 << 30, 64
     storage = torch.empty(3 * stride + columns, dtype=torch.float16)
     logits = storage.as_strided((4, columns), (stride, 1))
@@ -147,47 +149,83 @@ def test_offsets_pass_two_to_the_31():
     torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def _options(**changes) -> Options:
-    numbers = {"beta": 0.3, "label_smoothing": 0.1, "simpo_gamma": 0.4, "dpop_lambda": 5.0, "discopop_tau": 0.2}
-    numbers |= {"rpo_eta": 1.0, "rpo_divergence": "squared", "desirable_weight": 1.0, "undesirable_weight": 1.0}
-    return Options(**(numbers | changes))
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 7, segments.BLOCK, 2 * segments.BLOCK + 3]), min_size=1, max_size=5),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_segment_sums(lengths: list[int], dtype: torch.dtype):
+    """Empty completions, and some longer than a block."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    values = torch.randn(int(offsets[-1]) * 2, dtype=dtype)[::2]
+    found = segments.segment_sum(values, offsets)
+    expected = torch.stack([part.double().sum() for part in values.split(lengths)])
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=tolerance)
+    grad = torch.randn(len(lengths), dtype=dtype)
+    spread = segments.segment_spread(grad, offsets, len(values))
+    assert torch.equal(spread, grad.repeat_interleave(torch.tensor(lengths)))
 
 
-@pytest.mark.parametrize("name", _FUSED)
-@pytest.mark.parametrize("nll", NLL_NORMALIZATIONS)
-def test_pairwise_losses_equal_their_formulas(name: str, nll: str):
-    """Loss, metrics and token gradients; more pairs than a tile, an empty completion, one longer than a tile."""
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_preference_losses_on_the_kernels_equal_those_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Loss, metrics and token gradients of every loss; an empty completion, one longer than a block."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 40, (34,), generator=generator)
-    lengths[3], lengths[8] = 0, 300
-    tokens = int(lengths.sum())
-    policy, ref = (-torch.rand(tokens, generator=generator) for _ in range(2))
+    lengths[3], lengths[8] = 0, 1300
+    policy, ref = (-torch.rand(int(lengths.sum()), generator=generator, dtype=torch.float64) for _ in range(2))
     policy.requires_grad_()
-    segments = torch.arange(34, dtype=torch.int32).repeat_interleave(lengths)
-    smoothed = name in ("sigmoid", "sigmoid_norm", "simpo", "robust", "exo_pair")
-    o = _options(label_smoothing=0.1 if smoothed else 0.0)
-    ref = None if name == "simpo" else ref
-    options = {"segments": segments, "num_segments": 34, "loss_type": name, "beta": 0.3, "dpop_lambda": 5.0}
-    options |= {"label_smoothing": o.label_smoothing, "simpo_gamma": 0.4, "discopop_tau": 0.2, "baseline": 0.1}
-    options |= {"nll_normalization": nll, "nll_weight": 0.7, "pair_denominator": 17, "nll_denominator": 5.0}
-    expected, expected_metrics = preference_loss(policy, ref, **options)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    for reference_logp in (ref,) if ref is None else (ref, torch.zeros(34).index_add(0, segments, ref)):
-        sums = pairwise_sums(policy, reference_logp, offsets, name, o, False, nll, 0.1)
-        torch.testing.assert_close(sums, expected_metrics, rtol=1e-4, atol=1e-4)
-        loss = sums[PREFERENCE_METRICS.index("loss")] / 17 + 0.7 * sums[PREFERENCE_METRICS.index("nll_loss")] / 5
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-        gradients = [torch.autograd.grad(x, policy, retain_graph=True)[0] for x in (loss, expected)]
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    options = {"target_bounds": list(zip(lengths.cumsum(0) - lengths, lengths.cumsum(0), strict=True))}
+    options |= {"loss_type": name, "beta": 0.3, "nll_weight": 0.0 if name == "orpo" else 0.7}
+    options |= {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
+    options |= {"reward_margin": torch.randn(17, generator=generator, dtype=torch.float64)} if name == "rpo" else {}
+    ref = None if name in ("simpo", "orpo") else ref
+
+    def results():
+        loss, metrics = preference_loss(policy, ref, **options)
+        return loss, metrics, torch.autograd.grad(loss, policy)[0]
+
+    expected = results()
+    calls = []
+    monkeypatch.setattr(preference.loss, "segment_sum", lambda *x: calls.append(x) or _KernelSum.apply(*x))
+    torch.testing.assert_close(results(), expected)
+    assert len(calls) == 1 + (ref is not None)
 
 
-def test_opcheck_of_pairwise_loss():
-    from torch.library import opcheck
+class _KernelSum(torch.autograd.Function):
+    """segment_sum as it is on a GPU."""
 
-    from strop.kernels.pairwise import _pairwise, _pairwise_backward
+    @staticmethod
+    def forward(ctx, values, offsets):
+        ctx.offsets, ctx.tokens = offsets, len(values)
+        return segments.segment_sum(values, offsets)
 
-    offsets = torch.tensor([0, 2, 3, 3, 6])
-    numbers = [0.1, 0.0, 0.0, 0.05, 0.0, 50.0]
-    policy = torch.randn(6, requires_grad=True)
-    opcheck(_pairwise, (policy, torch.randn(6), offsets, "SIGMOID", False, 0, numbers))
-    opcheck(_pairwise_backward, (torch.ones(12), offsets, torch.randn(4), torch.randn(2), 6))
+    @staticmethod
+    def backward(ctx, grad):
+        return segments.segment_spread(grad, ctx.offsets, ctx.tokens), None
+
+
+def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch):
+    order = []
+
+    class Tensor:
+        is_cuda, device = True, torch.device("cuda:1")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: order.append((grid, len(arguments), options))
+
+    @contextmanager
+    def current(device):
+        order.append(device)
+        yield
+        order.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    _triton.launch(Kernel(), (2, 3), Tensor(), 5, BLOCK=1)
+    assert order == [torch.device("cuda:1"), ((2, 3), 2, {"BLOCK": 1}), "left"]
+    _triton.launch(Kernel(), (0, 3), Tensor())
+    assert len(order) == 3, "an empty grid launches nothing"
+    sources = [path.read_text() for path in Path(_triton.__file__).parent.glob("*.py")]
+    assert not any("_kernel[" in text for text in sources), "every launch goes through launch()"

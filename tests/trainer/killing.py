@@ -46,9 +46,10 @@ class Job:
         return re.sub(r"\.\d+\.tmp$", "", re.sub(r"\.(model|ema|step-\d+)-\w+", r"\1", text))
 
     def install(self) -> None:
-
-        from strop.trainer import engine, generate, masters, store
+        from strop.trainer.run import files, store
+        from strop.trainer.sampling import in_process
         from strop.trainer.stages import merge
+        from strop.trainer.training import local, masters
 
         def around(owner, attribute: str, before=None, after=None) -> None:
             real = getattr(owner, attribute)
@@ -86,14 +87,14 @@ class Job:
         def tensors(_, path, *rest):
             self.point(f"half of {self.name(path)} is written", half(path))
 
-        around(store.Store, "_make", enters, leaves)
+        around(store.Store, "_run", enters, leaves)
         around(os, "replace", lambda a, b: self.point(f"{self.name(b)} is to be renamed"),
                lambda a, b: self.point(f"{self.name(b)} has been renamed"))
-        around(store, "_sync", syncs)
-        around(engine, "save_file", None, tensors)
+        around(files, "sync", syncs)
+        around(local, "save_file", None, tensors)
         around(merge, "save_file", None, tensors)
-        around(generate, "sample_tokens", draws)
-        around(engine.Engine, "step", lambda e: self.point(f"step {e.step_index} has its gradients"))
+        around(in_process, "sample_tokens", draws)
+        around(local.Engine, "step", lambda e: self.point(f"step {e.step_index} has its gradients"))
         around(masters.Masters, "step", None, lambda *_: self.point("the weights have moved, the step is not counted"))
 
 
@@ -140,7 +141,7 @@ def agent(task: dict) -> None:
 
 
 def serve() -> None:
-    for name in ("strop.trainer.main", "strop.trainer.loop", "strop.trainer.reports.html", "pyarrow.dataset",
+    for name in ("strop.trainer.main", "strop.trainer.methods.running", "strop.trainer.reports.html", "pyarrow.dataset",
                  "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
                  "transformers.models.auto.tokenization_auto"):
         importlib.import_module(name)

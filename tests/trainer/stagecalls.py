@@ -25,12 +25,15 @@ def score(stage, recipe, **inputs):
     score_stage.score(stage, score=recipe.score, **inputs)
 
 
+def sources_of(recipe):
+    return {s.name: {"prompt_template": s.prompt_template, "templated": s.templated} for s in recipe.data.sources}
+
+
 def select(stage, recipe, *, model, **inputs):
-    sources = {s.name: {"prompt_template": s.prompt_template, "templated": s.templated} for s in recipe.data.sources}
     select_stage.select(stage, select=recipe.select, filter=recipe.filter, data=recipe.data, model=recipe.model,
-                        sources=sources, seed=recipe.seed, tokenizer=model, **inputs,
+                        sources=sources_of(recipe), seed=recipe.seed, tokenizer=model,
                         files={kind: {d.name: d.path for d in getattr(recipe.data, kind)}
-                               for kind in ("sft", "preferences")})
+                               for kind in ("sft", "preferences")}, **inputs)
 
 
 def rules(recipe):

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.run.artifacts import list_files
 from strop.trainer.run.console import Console
@@ -307,7 +308,8 @@ CASES = {
     "a cut table": (damaged("round-00/select/sft.parquet", "round-00/sft", halve), [], "select/sft.parquet"),
     "a table that is gone": (damaged("round-00/score/scores.parquet", "round-00/select", Path.unlink), [],
                              "delete the folder"),
-    "damaged weights": (damaged("round-00/sft/model/model.safetensors", "round-00/dpo"), [], "round-00/sft to have"),
+    "damaged weights": (damaged("round-00/sft/model/model.safetensors", "round-00/dpo"), [],
+                        "round-00/sft to re-run it"),
     "damaged results": (damaged("baseline/summary.json", "round-00/merge", lambda p: p.write_text(p.read_text().replace(
         '"pass_rate": 0.0', '"pass_rate": 1.0'))), [], "baseline/summary.json: damaged"),
     "damaged final weights": (damaged_at_last, [], "final/model.safetensors"),
@@ -383,7 +385,7 @@ def test_every_reason_for_leaving_a_row_out_is_in_the_table():
 
 
 def test_debug_shows_the_traceback(place):
-    with pytest.raises(ValueError, match=r"prompts\.jsonl: no such file"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl: no such file"):
         place.prompts.unlink()
         main([str(place.recipe), "--debug"])
 

@@ -160,8 +160,8 @@ def test_first_looks_are_the_plans_own_microbatches():
 def test_a_group_over_the_budget_is_dropped_with_a_reason_never_cut(tmp_path):
     select = select_of(tmp_path / "select", 12)
     stage = stage_in(tmp_path / "dpo", "dpo")
-    pairs = load_pairs(stage, select / "pairs.parquet", recipe_of(dpo={"max_tokens": 16}), 512, record=True)
-    whole = load_pairs(stage_in(tmp_path / "all", "dpo"), select / "pairs.parquet", recipe_of(), 512, record=False)
+    pairs = load_pairs(stage, select / "pairs.parquet", recipe_of(dpo={"max_tokens": 16}).dpo, 512, record=True)
+    whole = load_pairs(stage_in(tmp_path / "all", "dpo"), select / "pairs.parquet", recipe_of().dpo, 512, record=False)
     assert pairs == [p for p in whole if p.tokens <= 16] and 0 < len(pairs) < len(whole)
     assert stage.counts == {"dropped/overlong": len(whole) - len(pairs)}
     stage = stage_in(tmp_path / "sft", "sft")

@@ -3,7 +3,8 @@ import re
 import pytest
 import yaml
 
-from strop.trainer.reports.card import GGUF_NOTE, model_card, wilson
+from strop.trainer.reports.card import GGUF_NOTE, model_card
+from strop.trainer.reports.statistics import wilson
 
 INFO = {
     "name": "my_run", "base_model": "SmolLM2-135M-Instruct", "license": "apache-2.0", "base_from_gguf": True,

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from strop.trainer.config import Model
 from strop.trainer.data.chat import (
     encode_completion,
     encode_conversation,
@@ -14,6 +15,7 @@ from strop.trainer.data.chat import (
     encode_text,
     stop_ids,
 )
+from strop.trainer.models.loading import ModelFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chats import FAMILIES, MERGING, tokenizer_of, turns

@@ -1,7 +1,7 @@
 import pytest
 
-from strop.trainer.cli import help_text, parse, shipped_recipes, to_yaml
-from strop.trainer.config import Recipe
+from strop.trainer.cli import help_text, parse, shipped_recipes
+from strop.trainer.config import Recipe, to_yaml
 from strop.trainer.main import main
 from strop.trainer.run.world import World
 
@@ -53,7 +53,7 @@ def test_overrides_reach_every_depth(recipe):
     (GOOD, ["sft.x.y=1"], "command line: sft.x={'y': 1}: unknown key"),
     (GOOD, ["data.sources.3.size=1"], "data.sources is a list of 1"),
     (GOOD, ["seed.x=1"], "command line: seed"),
-    (GOOD, ["--paln"], "--paln: no such option"),
+    (GOOD, ["--paln"], "--paln: unknown option"),
     (GOOD, ["other.yaml"], "other.yaml: a second recipe"),
     (GOOD, ["merge.method=ema"], "merge.method=ema takes the average that dpo keeps; set dpo.ema_decay"),
     (GOOD, ["merge.weights=[1.0]"], "weights has 1 entries, members 2"),
@@ -63,7 +63,7 @@ def test_overrides_reach_every_depth(recipe):
     ("data: {sources: [{path: x, verifier: exact}]}", [], "data.sources.0.name is missing; name of the source"),
     ("data: {sources: [{name: a, verifier: exact}]}", [], "name exactly one of path and reasoning_gym"),
     ("rounds: 2\n", [], "data.sources is empty"),
-    (GOOD + "seed: 1\nseed: 2\n", [], "mine.yaml:7: seed: the key stands here twice"),
+    (GOOD + "seed: 1\nseed: 2\n", [], "mine.yaml:7: seed: duplicate key"),
     (GOOD + "  x: [\n", [], "not YAML"),
     ("", [], "mine.yaml: the file is empty"),
     ("- a\n", [], "mine.yaml:1: a recipe is a mapping of keys to values, this is a list"),

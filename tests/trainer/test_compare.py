@@ -7,7 +7,7 @@ import shutil
 import pyarrow as pa
 import pytest
 import yaml
-from test_report import make_run
+from runs import make_run
 
 from strop.trainer.reports.compare import compare, difference, differences
 from strop.trainer.reports.reading import read_run
@@ -71,6 +71,8 @@ def test_cost_is_that_of_the_manifests(two):
     assert row(text, "time in stages") == ["time in stages", "10:24", "15:24"]  # 300 s more of SFT
     assert row(text, "", "training") == ["", "training", "5:08", "10:08"]
     assert row(text, "sampled tokens") == ["sampled tokens", "54,000", "54,000"]
+    assert row(text, "trained tokens") == ["trained tokens", "10,000", "10,000"]
+    assert row(text, "optimizer steps") == ["optimizer steps", "160", "160"]  # of SFT and of DPO
     assert row(text, "state") == ["state", "finished", "finished"]
 
 

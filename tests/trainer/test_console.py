@@ -138,7 +138,7 @@ def test_duration(seconds, text):
 
 
 def test_a_closed_pipe_does_not_end_the_run():
-    code = ("from strop.trainer.console import Console\nimport sys\nc = Console()\n"
+    code = ("from strop.trainer.run.console import Console\nimport sys\nc = Console()\n"
             "for i in range(20000): c.line('x' * 50)\nsys.stderr.write('finished')")
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.readline()

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -206,7 +207,9 @@ def imports(path: Path, top_level: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(["strop", *package[:len(package) + 1 - node.level]]) if node.level else ""
             base = ".".join(filter(None, [base, node.module or ""]))
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            folder = REPO.joinpath(*base.split(".")[1:])
+            modules = all((folder / f"{a.name}.py").exists() or (folder / a.name).is_dir() for a in node.names)
+            found |= {f"{base}.{alias.name}" for alias in node.names} | (set() if modules else {base})
     return found
 
 
@@ -215,11 +218,27 @@ def files(folder: str) -> list[Path]:
 
 
 def of(path: Path) -> str:
-    return ".".join(["strop", *path.relative_to(REPO).with_suffix("").parts])
+    return ".".join(["strop", *path.relative_to(REPO).with_suffix("").parts]).removesuffix(".__init__")
 
 
 def below(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(prefix + ".")
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room of the trainer -> rooms that it may import, in the order of the map's table."""
+    text = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("| room | holds | imports |"):].split("\n\n")[0]
+    found = {room: set(re.findall(r"`(\w+)`", named))
+             for room, named in re.findall(r"^\| `(\w+)` \| .* \| ([^|]*)\|$", table, re.MULTILINE)}
+    assert len(found) == table.count("\n") - 1, "a row of the table is not read"
+    return found
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module of the trainer: the folder or file directly in trainer/."""
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["strop", "trainer"] and len(parts) > 2 else None
 
 
 def test_kernels_know_nothing_of_the_trainer():
@@ -229,30 +248,66 @@ def test_kernels_know_nothing_of_the_trainer():
         assert not wrong, f"{of(path)} imports {wrong}"
 
 
-def test_stages_do_not_import_each_other_and_only_the_loop_imports_them():
+def test_the_map_has_every_room_and_its_arrows_point_down():
+    there = {p.stem for p in (REPO / "trainer").iterdir() if p.suffix == ".py" or any(p.glob("*.py"))} - {"__init__"}
+    assert rooms().keys() == there
+    order = list(rooms())
+    for room, allowed in rooms().items():
+        up = [r for r in allowed if r not in order[order.index(room) + 1:]]
+        assert not up, f"docs/architecture.md: {room} -> {up} does not point down the table"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_room_imports_what_the_map_says(room):
+    found: dict[str, set[str]] = {}
     for path in files("trainer"):
+        if room_of(of(path)) == room:
+            for other in {room_of(m) for m in imports(path)} - {room, None}:
+                found.setdefault(other, set()).add(of(path))
+    for other, modules in found.items():
+        assert other in rooms()[room], f"{sorted(modules)} import {other}: no such arrow in docs/architecture.md"
+    assert found.keys() == rooms()[room], f"docs/architecture.md has arrows from {room} that no import needs"
+
+
+def test_only_the_entries_import_methods_and_only_methods_import_stages():
+    allowed = {"methods": {"main", "api"}, "stages": {"methods"}}
+    for path in files("trainer"):
+        for room, importers in allowed.items():
+            seen = {m for m in imports(path) if below(m, f"strop.trainer.{room}")}
+            assert not seen or room_of(of(path)) in {room, *importers}, f"{of(path)} imports {seen}"
+
+
+def test_stages_do_not_import_each_other():
+    for path in files("trainer/stages"):
         stages = {m for m in imports(path) if below(m, "strop.trainer.stages")}
-        assert not stages or path.name == "loop.py", f"{of(path)} imports {stages}"
+        assert not stages, f"{of(path)} imports {stages}"
 
 
-def test_nothing_looks_up_to_the_loop_or_main():
-    for path in files("trainer"):
-        up = {m for m in imports(path) if below(m, "strop.trainer.loop") or below(m, "strop.trainer.main")}
-        assert not up or path.name == "main.py", f"{of(path)} imports {up}"
+LIGHT = ["strop.trainer.cli", "strop.trainer.config", "strop.trainer.environment", "strop.trainer.errors",
+         *(of(p) for p in files("trainer/reports"))]
+HEAVY = ("torch", "transformers", "strop.kernels")
 
 
-@pytest.mark.parametrize("name", ["show", "watch", "compare", "export", "report", "commands"])
+@pytest.mark.parametrize("name", LIGHT)
 def test_what_looks_at_runs_needs_no_model(name):
-    reach, waiting = set(), [f"strop.trainer.{name}"]
     known = {of(p): p for p in files("trainer")}
+    wrong = [m for m in imports(known[name]) if any(below(m, heavy) for heavy in HEAVY)]
+    assert not wrong, f"{name} imports {wrong}"
+    reach, waiting = set(), [name]
     while waiting:
         module = waiting.pop()
         if module not in reach and module in known:
             reach.add(module)
             waiting += imports(known[module], top_level=True)
     for module in reach:
-        wrong = [m for m in imports(known[module], top_level=True) if below(m, "torch") or below(m, "strop.kernels")]
+        wrong = [m for m in imports(known[module], top_level=True) if any(below(m, heavy) for heavy in HEAVY)]
         assert not wrong, f"{name} reaches {module}, which imports {wrong}"
+
+
+def test_what_looks_at_runs_loads_no_model():
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\n" \
+           "assert not {'torch', 'transformers', 'strop.kernels'} & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code, *LIGHT], check=True)
 
 
 def test_imports_make_no_circle():
@@ -274,11 +329,12 @@ def test_imports_make_no_circle():
 
 def test_the_map_names_what_is_there():
     text = (REPO / "docs/architecture.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"`((?:kernels|trainer)/[\w/]*(?:\.py)?)`", text)):
+    named = set(re.findall(r"`((?:kernels|trainer|csrc|benchmarks|tests)/[\w/]*(?:\.py)?)`", text))
+    assert len(named) > 30
+    for name in named:
         assert (REPO / name).exists(), name
     picture = re.search(r"```\n(main.*?)```", text, re.DOTALL)[1]
-    for word in set(re.findall(r"[a-z_]+", picture)) - {"strop", "kernels", "stages", "in", "trainer"}:
-        assert (REPO / "trainer" / f"{word}.py").exists(), word
+    assert set(re.findall(r"[a-z_]+", picture)) <= rooms().keys()
 
 
 def test_no_file_is_much_over_500_lines_and_main_is_short():
@@ -290,7 +346,8 @@ def test_no_file_is_much_over_500_lines_and_main_is_short():
 
 def test_no_module_bears_a_librarys_name():
     """`torchrun trainer/main.py` puts trainer/ first on sys.path."""
-    taken = [p.stem for p in [*(REPO / "trainer").glob("*.py"), REPO / "trainer/stages"]
-             if p.stem in sys.stdlib_module_names or any((Path(site) / name).exists() for site in sys.path
-                                                         if "site-packages" in site for name in (p.stem, p.name))]
+    sites = [Path(site) for site in sys.path if "site-packages" in site]
+    taken = [p.stem for p in (REPO / "trainer").iterdir() if p.suffix == ".py" or any(p.glob("*.py"))
+             if p.stem in sys.stdlib_module_names or any((site / name).exists() for site in sites
+                                                         for name in (p.stem, f"{p.stem}.py"))]
     assert taken in ([], ["__init__"])

@@ -45,13 +45,14 @@ def test_it_is_the_kl_summed_over_the_vocabulary(tiny_model, moved, monkeypatch)
     monkeypatch.setattr("strop.trainer.models.kl.CHUNK", 2)
     for budget in (1, 20, 4096):  # each row alone, two together, all together
         monkeypatch.setattr("strop.trainer.models.kl.BUDGET", budget)
-        found = drift({"sft": moved}, {"sft": ROWS}, tiny_model, torch.float32, CPU)["sft"]
+        found = drift({"sft": ModelFolder(moved)}, {"sft": ROWS}, ModelFolder(tiny_model), torch.float32, CPU)["sft"]
         assert found["kl"] == pytest.approx(sum(sums) / 8, rel=1e-4) and found["kl"] > 1e-3
         assert (found["prompts"], found["tokens"]) == (3, 8)
 
 
 def test_the_same_weights_have_not_moved(tiny_model):
-    assert drift({"base": tiny_model}, {"base": ROWS}, tiny_model, torch.bfloat16, CPU)["base"]["kl"] == 0.0
+    same = ModelFolder(tiny_model)
+    assert drift({"base": same}, {"base": ROWS}, same, torch.bfloat16, CPU)["base"]["kl"] == 0.0
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_means():
@@ -64,8 +65,8 @@ def test_the_standard_error_is_that_of_a_ratio_of_means():
 def test_evaluate_records_it_for_every_candidate(tiny_model, moved, tmp_path):
     import pyarrow as pa
 
-    from strop.trainer.data.sources import SCHEMA
     from strop.trainer.run.tables import write_table
+    from strop.trainer.stages.prompts import SCHEMA
 
     rows = [{"prompt_id": f"p{i}", "source": "s", "split": "validation" if i < 3 else "test", "answer": "1",
              "messages": [{"role": "user", "content": f"say {i}"}], "verifier": "exact", "verifier_args": "{}",

@@ -9,7 +9,7 @@ import torch
 from stagecalls import evaluate
 
 from strop.trainer.config import Recipe
-from strop.trainer.data.sources import SCHEMA
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.reports.statistics import paired_bootstrap
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
@@ -18,6 +18,7 @@ from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
 from strop.trainer.sampling import in_process as generate
 from strop.trainer.stages import evaluate as module
+from strop.trainer.stages.prompts import SCHEMA
 
 STOP = set(range(3, 98, 5))
 

@@ -15,6 +15,7 @@ from strop.trainer.reports.export import export, parent_licences
 from strop.trainer.reports.reading import read_run
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json, write_json
+from strop.trainer.run.store import PLAN
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def run(tiny_run, tmp_path):
     (tmp_path / "base/README.md").write_text("---\nlicense: mit\n---\n")
     config["model"]["path"] = str(tmp_path / "base")
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    plan = read_json(tmp_path / "run" / PLAN)
+    write_json(tmp_path / "run" / PLAN, plan | {"base": plan["base"] | {"license": "mit"}})
     return tmp_path / "run"
 
 
@@ -57,7 +60,7 @@ def test_a_finished_run(run, tmp_path):
 def test_an_unfinished_run_gives_what_was_promoted_last(run, tmp_path):
     shutil.rmtree(run / "final")
     promotions = read_json(run / "promotions.json")
-    write_json(run / "promotions.json", [promotions[0] | {"promoted": "sft"}])
+    write_json(run / "promotions.json", [promotions[0] | {"promoted": "sft", "weights": "round-00/sft/model"}])
     said = exported(run, tmp_path / "out")
     assert "is not finished: these are the weights promoted so far" in said
     assert largest_difference(tmp_path / "out", run / "round-00/sft/model") == 0.0
@@ -69,9 +72,27 @@ def test_an_unfinished_run_gives_what_was_promoted_last(run, tmp_path):
 def test_nothing_promoted_is_nothing_to_export(run, tmp_path):
     shutil.rmtree(run / "final")
     (run / "promotions.json").unlink()
-    with pytest.raises(ValueError, match="no weights but the start's were promoted so far"):
+    with pytest.raises(ValueError, match="only the start weights were promoted so far"):
         exported(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_round_that_keeps_what_it_began_with_changes_nothing(run, tmp_path):
+    shutil.rmtree(run / "final")
+    promotions = read_json(run / "promotions.json")
+    kept = promotions[0] | {"promoted": "sft", "weights": "round-00/sft/model"}
+    write_json(run / "promotions.json", [kept, kept | {"round": 1, "promoted": "start"}])
+    exported(run, tmp_path / "out")
+    assert largest_difference(tmp_path / "out", run / "round-00/sft/model") == 0.0
+
+
+def test_a_run_without_its_plan_is_exported_all_the_same(run, tmp_path):
+    shutil.rmtree(run / "final")
+    promotions = read_json(run / "promotions.json")
+    write_json(run / "promotions.json", [promotions[0] | {"promoted": "sft", "weights": "round-00/sft/model"}])
+    (run / PLAN).write_text("{")
+    exported(run, tmp_path / "out")
+    assert f"base_model: {tmp_path / 'base'}" in (tmp_path / "out/README.md").read_text()
 
 
 def test_damaged_weights_are_not_exported(run, tmp_path):
@@ -110,6 +131,6 @@ def test_the_licence_of_a_package_comes_along(tmp_path):
 
 def test_a_card_without_a_known_licence_says_so(tiny_run):
     recipe = Recipe.model_validate(yaml.safe_load((tiny_run / "config.yaml").read_text()))
-    info = card_info(recipe, tiny_run, [], "b" * 32, tiny_run / "prompts", [])
+    info = card_info(recipe, read_run(tiny_run), [], [])
     card = model_card({"base_model": "some-model"} | info)
     assert "licence of the start weights `some-model` is not known" in card and "\nlicense:" not in card

@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from stagecalls import prompts
+from stagecalls import prompts, sources_of
 
 from strop.trainer.config import Filter, ReadyData, Recipe
-from strop.trainer.data.dedup import HeldOut, near_duplicates
+from strop.trainer.data.contamination import HeldOut, held_out_of
+from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import repetition, truncation
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
-from strop.trainer.data.sources import held_out_of
 from strop.trainer.run.tables import Drops, read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -281,12 +281,11 @@ def test_ready_data_is_held_against_prompts_without_their_template(tmp_path):
     rows, *_ = run(tmp_path, [source])
     recipe = Recipe.model_validate({"data": {"sources": [{"name": "s", "path": "x", "verifier": "exact",
                                                           "prompt_template": "Q: {prompt} A (one letter):"}]}})
-    held = held_out_of(tmp_path / "prompts", recipe)
+    held = held_out_of(tmp_path / "prompts", recipe.filter.decontaminate, sources_of(recipe))
     asked = {r["split"]: r["messages"][-1]["content"][3:-len(" A (one letter):")] for r in rows}
     ready = [{"prompt": asked[split], "completion": "a"} for split in ("test", "validation", "train")]
     assert read(tmp_path, ready, ready_sft, held=held) == (["mine/3"], [(1, "contaminated"), (2, "contaminated")])
-    recipe.filter.decontaminate = 0
-    assert held_out_of(tmp_path / "prompts", recipe) is None
+    assert held_out_of(tmp_path / "prompts", 0, sources_of(recipe)) is None
 
 
 def test_prompts_that_repeat_themselves_are_dropped(tmp_path):

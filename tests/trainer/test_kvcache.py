@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from strop.kernels import _cpu, attention_cached
+from strop.kernels import _cpu
+from strop.kernels.attention import cached as attention_cached
 from strop.trainer.sampling.kv_cache import Beginning, Decode, Prefill, PromptKV
 
 CPU = torch.device("cpu")

@@ -38,7 +38,7 @@ def test_two_rounds_resume_and_recompute(tiny_recipe, tmp_path):
     assert not list(run.rglob("work")) and not list(run.rglob("*.partial"))
 
     again = strop(tiny_recipe)
-    assert again.returncode == 0 and again.stdout.count("done before, kept") == 19
+    assert again.returncode == 0 and again.stdout.count(": up to date\n") == 19
 
     changed = strop(tiny_recipe, "dpo.beta=0.3", "--plan")
     assert "dpo.beta: 0.1 -> 0.3" in changed.stdout

@@ -107,9 +107,9 @@ def device(request, monkeypatch, tiny_model):
                     module._buffers[name] = moved(b)
         return model
 
-    def with_adapters(model, recipe):
+    def with_adapters(*arguments):
         with unset_fake_temporarily():
-            model = add_lora(model, recipe)
+            model = add_lora(*arguments)
         return on_device(model)
 
     def collate(examples, indices, _):
@@ -132,11 +132,11 @@ def device(request, monkeypatch, tiny_model):
         return tensor(*args, device=device, **kwargs)
 
     for module, name, value in (
-            ("engine", "load_model", load_model), ("engine", "add_lora", with_adapters), ("engine", "collate", collate),
-            ("engine", "peak_flops", lambda *_: 1.0),
-            ("stages.dpo", "probe", lambda *_: True), ("stages.sft", "probe", lambda *_: True),
-            ("pairs.ReferenceTable", "of", of), ("pairs.ReferenceTable", "__init__", lambda *_: None),
-            ("engine.Engine", "resume", lambda *_: False)):
+            ("models.loading.ModelFolder", "load", load), ("training.local", "add_lora", with_adapters),
+            ("training.loop", "collate", collate), ("training.loop", "peak_flops", lambda *_: 1.0),
+            ("stages.preference", "probe", lambda *_: True), ("stages.sft", "probe", lambda *_: True),
+            ("training.pairs.ReferenceTable", "of", of), ("training.pairs.ReferenceTable", "__init__", lambda *_: None),
+            ("training.local.Engine", "resume", lambda *_: False)):
         monkeypatch.setattr(f"strop.trainer.{module}.{name}", value)
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch, "tensor", from_host)
@@ -146,7 +146,7 @@ def device(request, monkeypatch, tiny_model):
             p.grad = torch.empty_like(p)
 
     engines, init = [], Engine.__init__
-    monkeypatch.setattr(Engine, "__init__", lambda self, *args: engines.append(self) or init(self, *args))
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **keys: engines.append(self) or init(self, *a, **keys))
     if is_fake:
         monkeypatch.setattr(torch.Tensor, "backward", backward)
     else:  # neither autocast nor fused AdamW for meta
@@ -214,7 +214,8 @@ def test_metrics_are_fetched_and_reduced_once_an_interval(tmp_path, tiny_model, 
     fetched, reduced, log, cpu = [], [], Log(), torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: fetched.append(x.numel()) or cpu(x))
     monkeypatch.setattr(World, "sum_", lambda self, tensors: reduced.append(len(tensors)))
-    monkeypatch.setattr(f"strop.trainer.stages.{stage}.probe", lambda *_: True)
+    module = {"sft": "sft", "dpo": "preference"}[stage]
+    monkeypatch.setattr(f"strop.trainer.stages.{module}.probe", lambda *_: True)
     made = stage_in(tmp_path / stage, stage, log)
     if stage == "sft":
         sft(made, recipe, select=select, start=tiny_model)

@@ -17,6 +17,9 @@ from transformers import (
 
 from strop.kernels import Group, PackedGroups
 from strop.kernels.integrations.transformers import register
+from strop.trainer.errors import UserError, is_out_of_memory
+from strop.trainer.models.gguf import convert_gguf
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.console import Console
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.probe import probe
@@ -76,7 +79,7 @@ def test_what_does_not_run_packed_is_never_run_packed(config):
     groups = PackedGroups.pack([Group([3, 4, 5, 6], [[6, 7, 9], [8, 11]]), Group([7, 8], [[1, 5]])])
     try:
         packed = probe(model, Console(enabled=False))
-    except ValueError as e:
+    except UserError as e:
         assert "cannot be trained" in str(e) or "not a plain linear" in str(e)
         return
     logp = Scorer(model, packed)(groups)
@@ -110,5 +113,55 @@ def test_hybrids_with_state_and_attention_sinks_are_refused_packed(config, why):
 def test_a_head_that_is_not_what_we_compute_is_refused():
     model = model_of(LlamaConfig(**SMALL))
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: output * 1.5)
-    with pytest.raises(ValueError, match="LlamaForCausalLM: our head and its logits differ"):
+    with pytest.raises(UserError, match="LlamaForCausalLM: our head and its logits differ"):
         probe(model, Console(enabled=False))
+
+
+def allocates_too_much(*_):
+    torch.empty(1 << 60)  # RuntimeError: ... can't allocate memory
+
+
+def out_of_device_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def other_error(*_):
+    raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize("fails, error, message", [
+    (out_of_device_memory, torch.OutOfMemoryError, "Tried to allocate 2.00 GiB"),
+    (allocates_too_much, RuntimeError, "can't allocate memory")], ids=["device", "host"])
+def test_running_out_of_memory_does_not_mean_that_it_does_not_run_packed(fails, error, message):
+    model, console, warned = model_of(LlamaConfig(**SMALL)).train(), Console(enabled=False), []
+    console.warn = warned.append
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda module, args: fails() if args[0].shape[1] > 18 else None)  # the packed row, no separate one
+    with pytest.raises(error, match=message) as raised:
+        probe(model, console)
+    assert not isinstance(raised.value, UserError) and warned == [] and model.training
+    hook.remove()
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args: other_error() if args[0].shape[1] > 18 else None)
+    assert not probe(model, console) and "does not run packed (shapes do not match)" in warned[0]
+
+
+@pytest.mark.parametrize("fails", [out_of_device_memory, allocates_too_much], ids=["device", "host"])
+def test_running_out_of_memory_does_not_mean_that_weights_are_damaged(tiny_model, tmp_path, monkeypatch, fails):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(b"GGUFxx")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: fails())
+    for load in (lambda: ModelFolder(tiny_model).load(torch.float32, torch.device("cpu")),
+                 lambda: convert_gguf(tmp_path / "m.gguf", Console(enabled=False))):
+        with pytest.raises(RuntimeError, match="allocate") as raised:
+            load()
+        assert not isinstance(raised.value, UserError) and is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize("error, told", [
+    (MemoryError(), True), (torch.OutOfMemoryError("x"), True), (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (UserError("out of memory"), False),
+    (OSError("out of memory"), False)], ids=repr)
+def test_what_out_of_memory_is(error, told):
+    assert is_out_of_memory(error) == told

@@ -13,7 +13,8 @@ from stagecalls import prompts
 
 from strop.trainer.config import Recipe
 from strop.trainer.data.rows import read_rows
-from strop.trainer.data.sources import allot, normalize
+from strop.trainer.data.splits import allot
+from strop.trainer.data.text import normalize
 from strop.trainer.run.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,145 +1,14 @@
 import json
 import math
-import random
 import re
 from html.parser import HTMLParser
 
-import pyarrow as pa
 import pytest
-import yaml
 from browser import BINARY, DRIVER, chromium
+from runs import EVIL, make_run
 
 from strop.trainer.reports.charts import Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
 from strop.trainer.reports.html import write_report
-from strop.trainer.run.artifacts import content_hash, list_files
-from strop.trainer.run.files import write_json
-from strop.trainer.run.tables import DROPS, write_table
-
-SOURCES = ("sums", "products")
-EVIL = '</div><script>alert("x")</script><b onclick=x>&amp; {{ 7*7 }}'
-
-
-def make_run(run_dir, rounds=2, until=None):
-    """A run directory with the files and numbers of a small finished run; it ends after stage `until`."""
-    rng = random.Random(0)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    config = {"name": "demo", "seed": 3, "rounds": rounds, "model": {"path": "package:some_model"},
-              "evaluate": {"bootstrap": 500}, "sft": {"enabled": True}, "dpo": {"enabled": True}}
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    made = {}
-
-    class Stop(Exception):
-        pass
-
-    def finish(stage, inputs, seconds, counts=None):
-        files = list_files(run_dir / stage)
-        made[stage] = content_hash(files)
-        write_json(run_dir / stage / "manifest.json", {
-            "stage": stage, "key": "k", "inputs": {n: made.get(h, h) for n, h in inputs.items()}, "config": {},
-            "files": files, "counts": counts or {}, "seconds": seconds, "versions": {"strop": "0.1.0"},
-            "created": f"2026-01-01T00:{len(made):02}:00+00:00"})
-        if stage == until:
-            raise Stop
-
-    def table(stage, name, rows, schema=None):
-        (run_dir / stage).mkdir(parents=True, exist_ok=True)
-        write_table(run_dir / stage / name, pa.Table.from_pylist(rows, schema=schema))
-
-    prompts = [{"prompt_id": f"{s}-{i:03}", "source": s, "split": "test" if i < 80 else "validation" if i < 110 else
-                "train", "messages": [{"role": "system", "content": "Be brief."}, {
-                    "role": "user", "content": f"What is {i} {'+' if s == 'sums' else '*'} {i}?"}],
-                "answer": str(2 * i if s == "sums" else i * i)} for s in SOURCES for i in range(150)]
-    prompts[0]["messages"][1]["content"] = EVIL
-
-    def evaluate(stage, candidates):
-        rows, summary = [], {}
-        for name, rate in candidates.items():
-            held = [p for p in prompts if p["split"] != "train"]
-            mine = [{"candidate": name, "split": p["split"], "source": p["source"], "prompt_id": p["prompt_id"],
-                     "completion": EVIL if n == 0 else f"The answer is {p['answer']}.", "completion_tokens": 12,
-                     "finish": "stop", "score": float(ok), "correct": ok} for n, p in enumerate(held)
-                    for ok in [rng.random() < rate * (1.3 if p["source"] == "sums" else 0.7)]]
-            rows += mine
-            summary[name] = {}
-            for split in ("validation", "test"):
-                part = [r for r in mine if r["split"] == split]
-                by = {s: [r["correct"] for r in part if r["source"] == s] for s in SOURCES}
-                summary[name][split] = {
-                    "pass_rate": sum(r["correct"] for r in part) / len(part), "n": len(part), "mean_length": 12.0,
-                    "cut_share": 0.05, "by_source": {s: {"pass_rate": sum(c) / len(c), "n": len(c)}
-                                                     for s, c in by.items()}}
-        table(stage, "results.parquet", rows)
-        write_json(run_dir / stage / "summary.json", summary)
-
-    def train(stage, metrics):
-        lines = []
-        for step in range(1, 41):
-            values = {name: round(f(step) + rng.gauss(0, 0.02), 4) for name, f in metrics.items()}
-            values["tokens_per_second"] = 1500 + rng.gauss(0, 60)
-            lines.append({"stage": stage, "step": step, "time": 1.8e9 + step} | values)
-        with (run_dir / "metrics.jsonl").open("a") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
-        folder = run_dir / stage / "model"
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(stage.encode())
-
-    def dropped(stage, reasons):
-        rows = [{"stage": stage, "prompt_id": None, "sample_index": None, "source": "sums", "reason": r, "detail": EVIL}
-                for r, n in reasons.items() for _ in range(n)]
-        table(stage, "drops.parquet", rows, DROPS)
-        return {f"dropped/{r}": n for r, n in reasons.items()}
-
-    try:
-        table("prompts", "prompts.parquet", prompts)
-        finish("prompts", {}, 2.5, {"prompts": 300} | dropped("prompts", {"duplicate": 7}))
-        evaluate("baseline", {"base": 0.12})
-        finish("baseline", {"prompts": "prompts", "candidates.base": "b" * 32}, 31.0, {"prompts": 220})
-        promotions, weights, at = [], "b" * 32, ["baseline", "base"]
-        for r in range(rounds):
-            name = f"round-{r:02}"
-            train_prompts = [p for p in prompts if p["split"] == "train"]
-            samples = [(p, k, rng.random() < 0.2 + 0.2 * r) for p in train_prompts for k in range(8)]
-            table(f"{name}/sample", "shard-00000.parquet", [
-                {"prompt_id": p["prompt_id"], "sample_index": k, "completion_tokens": [1] * rng.randint(4, 40),
-                 "completion": (f"It is {p['answer']}." if ok else EVIL), "finish": "stop" if ok else "length"}
-                for p, k, ok in samples])
-            finish(f"{name}/sample", {"prompts": "prompts", "model": weights}, 75.0,
-                   {"samples": len(samples), "tokens": 27000})
-            table(f"{name}/score", "scores.parquet", [
-                {"prompt_id": p["prompt_id"], "sample_index": k, "score": float(ok), "correct": ok}
-                for p, k, ok in samples])
-            finish(f"{name}/score", {"sample": f"{name}/sample"}, 1.2)
-            counts = dropped(f"{name}/select", {"tie": 12, "unsolved": 30})
-            finish(f"{name}/select", {"scores": f"{name}/score"}, 0.8, {"sft rows": 50, "pairs": 44} | counts)
-            train(f"{name}/sft", {"loss": lambda s: 1.5 * math.exp(-s / 15) + 0.4, "mean_token_accuracy":
-                                  lambda s: 0.9 - 0.4 * math.exp(-s / 12), "grad_norm": lambda s: 1 + 2 / s,
-                                  "learning_rate": lambda s: 0})
-            finish(f"{name}/sft", {"select": f"{name}/select", "start": weights}, 85.0,
-                   {"rows": 50, "steps": 40, "tokens": 5000})
-            table(f"{name}/reference", "reference.parquet", [{"row_id": "a"}])
-            finish(f"{name}/reference", {"select": f"{name}/select"}, 9.0)
-            train(f"{name}/dpo", {"loss": lambda s: 0.69 * math.exp(-s / 60), "rewards/margins": lambda s: s / 50,
-                                  "rewards/accuracies": lambda s: 1 - 0.5 * math.exp(-s / 10),
-                                  "rewards/chosen": lambda s: s / 120, "rewards/rejected": lambda s: -s / 90,
-                                  "something_new": lambda s: s})
-            finish(f"{name}/dpo", {"select": f"{name}/select"}, 60.0, {"pairs": 44})
-            train(f"{name}/merge", {})
-            finish(f"{name}/merge", {"start": weights}, 2.0)
-            (run_dir / name / "evaluate").mkdir(parents=True)
-            write_json(run_dir / name / "evaluate" / "kl.json", {s: {
-                "kl": 0.05 * (r + 1) * (i + 1), "stderr": 0.01, "prompts": 16, "tokens": 320}
-                for i, s in enumerate(("sft", "dpo", "merge"))})
-            evaluate(f"{name}/evaluate", {"sft": 0.25 + 0.1 * r, "dpo": 0.3 + 0.12 * r, "merge": 0.29 + 0.1 * r})
-            stops = {"start": at} | {s: [f"{name}/evaluate", s] for s in ("sft", "dpo", "merge")}
-            promotions.append({"round": r, "promoted": "dpo", "hash": "c", "candidates": stops})
-            weights, at = made[f"{name}/dpo"], stops["dpo"]
-            write_json(run_dir / "promotions.json", promotions)
-            finish(f"{name}/evaluate", {"prompts": "prompts"}, 62.0)
-        (run_dir / "final").mkdir()
-        finish("final", {"weights": weights}, 0.4)
-    except Stop:
-        pass
-    return run_dir
 
 
 class Page(HTMLParser):
@@ -230,7 +99,7 @@ def test_a_run_half_done(tmp_path, until):
     run = make_run(tmp_path / "demo", until=until)
     (run / "round-01" / "sample.partial").mkdir(parents=True)
     page = Page(write_report(run).read_text())
-    assert "Not finished" in page.text and "partly made" in page.text and "Not readable" not in page.text
+    assert "Not finished" in page.text and "partly done" in page.text and "Not readable" not in page.text
     assert ("pass" in page.ids) == (until not in ("prompts",))
 
 

@@ -10,13 +10,13 @@ import torch
 from stagecalls import sample
 
 from strop.trainer.config import Recipe
-from strop.trainer.data.sources import SCHEMA, allot
+from strop.trainer.data.splits import allot, draw_prompts
 from strop.trainer.run.console import Console
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
 from strop.trainer.sampling import in_process as generate
-from strop.trainer.stages.sample import draw_prompts
+from strop.trainer.stages.prompts import SCHEMA
 
 
 def recipe(**how) -> Recipe:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from strop.trainer.cli import SECRET
-from strop.trainer.config import Recipe
+from strop.trainer.config import Model, Recipe
 from strop.trainer.main import main
+from strop.trainer.models.loading import ModelFolder
 
 REPO = Path(__file__).parents[2]
 
@@ -151,7 +152,7 @@ def test_code_of_a_model_runs_if_asked_and_loudly(tiny_model, tiny_recipe, tmp_p
     (model / "config.json").write_text(json.dumps(config))
     arguments = [str(tiny_recipe), f"model.path={model}", "rounds=1"]
     assert main(arguments) == 1 and not marker.exists()
-    assert "set model.trust_remote_code=true only if you trust who wrote that code" in capfd.readouterr().err
+    assert "set model.trust_remote_code=true only if you trust the author of that code" in capfd.readouterr().err
     code = main([*arguments, "model.trust_remote_code=true"])
     text = capfd.readouterr()
     assert code == 0, text.err

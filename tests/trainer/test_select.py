@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagecalls import select
+from stagecalls import rules, select
 
 from strop.trainer.config import Recipe
 from strop.trainer.run.tables import Drops, read_table
@@ -26,7 +26,8 @@ def model(tmp_path_factory):
 
 
 def recipe_of(rounds=3, data=None, seed=0, filters=None, **keys):
-    data = {"sft": [{"name": "x", "path": "x", "rounds": []}]} | (data or {})
+    data = {"sources": [{"name": "s", "path": "x", "verifier": "exact"}],
+            "sft": [{"name": "x", "path": "x", "rounds": []}]} | (data or {})
     return Recipe.model_validate({"rounds": rounds, "seed": seed, "data": data, "filter": filters or {},
                                   "select": keys})
 
@@ -254,7 +255,7 @@ def test_every_sample_is_used_or_dropped_and_pairs_are_sound(rounds, per_prompt,
                for r, drawn in enumerate(rounds) for i, (t, s, f) in enumerate(drawn)]
     drops = Drops(None)
     drops.add = lambda reason, **row: drops.rows.append({"reason": reason} | row)
-    found, pairs = pick("p", "s", samples, 0.5, recipe, drops)
+    found, pairs = pick("p", "s", samples, 0.5, rules(recipe), drops)
     used = [(s["round"], s["sample_index"]) for s in [*found, *(s for pair in pairs for s in pair)]]
     dropped = [(int(d["detail"][6:8]), d["sample_index"]) for d in drops.rows if d.get("sample_index") is not None]
     assert set(used) | set(dropped) == {(s["round"], s["sample_index"]) for s in samples}

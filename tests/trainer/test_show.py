@@ -7,13 +7,16 @@ import shutil
 import sys
 
 import pytest
-from test_report import make_run
+import yaml
+from runs import make_run, plan_of
 from test_watch import at_work, note
 
 from strop.trainer.main import main
 from strop.trainer.reports.reading import find_run, holder, next_stage, read_run
 from strop.trainer.reports.show import show
 from strop.trainer.run.console import Console
+from strop.trainer.run.files import write_json
+from strop.trainer.run.store import PLAN
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +48,8 @@ def test_a_run_that_stopped_says_where_and_how_to_go_on(tmp_path):
     run = make_run(tmp_path / "demo", until="round-00/select")
     (run / "round-00" / "sft.partial").mkdir()
     text = shown(run)
-    assert line(text, "state:") == "state: stopped before round-00/sft, partly made, 0 of 2 rounds done"
-    assert line(text, "round-00/sft").split() == ["round-00/sft", "partly", "made"]
+    assert line(text, "state:") == "state: stopped before round-00/sft, partly done, 0 of 2 rounds done"
+    assert line(text, "round-00/sft").split() == ["round-00/sft", "partly", "done"]
     assert line(text, "round-01/dpo").split() == ["round-01/dpo", "to", "run"]
     assert f"next: strop {run}/config.yaml" in text and "--plan" in text
 
@@ -59,7 +62,7 @@ def test_a_run_at_work(tmp_path):
     with at_work(run) as pid:
         text = shown(run)
         assert f"running (process {pid}), 0 of 2 rounds done; round-00/sft 12/40, 321 tok/s, 1:15 left" in text
-        assert line(text, "round-00/sft").split() == ["round-00/sft", "at", "work"]
+        assert line(text, "round-00/sft").split() == ["round-00/sft", "running"]
         assert line(text, "next: strop watch")
     assert holder(run) is None  # its id stands there still, the process is gone
     (run / ".lock").write_text(str(os.getpid()))
@@ -73,8 +76,14 @@ def test_what_the_recipe_leaves_out_is_not_waited_for(finished, tmp_path):
         shutil.rmtree(run / f"round-0{r}" / "sft")
     assert next_stage(read_run(run)) == "round-00/sft"
     text = (run / "config.yaml").read_text().replace("sft:\n  enabled: true", "sft:\n  enabled: false")
-    (run / "config.yaml").write_text(text)
-    assert next_stage(read_run(run)) is None
+    plan = plan_of(run, yaml.safe_load(text))
+    for entry in plan["stages"]:
+        entry["state"] = "done"
+    write_json(run / PLAN, plan)
+    assert next_stage(read_run(run)) is None and read_run(run).finished
+    plan["stages"][-1]["state"] = "stale"  # its folder is there, but the plan says that it is re-run
+    write_json(run / PLAN, plan)
+    assert next_stage(read_run(run)) == "final" and not read_run(run).finished
 
 
 def test_damage_is_named(finished, tmp_path):
@@ -93,7 +102,7 @@ def test_a_run_is_found_by_path_and_by_name(finished, tmp_path, monkeypatch):
     assert find_run("mine").resolve() == tmp_path / "runs" / "mine"
     with pytest.raises(ValueError, match=r"mind: no such run directory; did you mean mine\?"):
         find_run("mind")
-    with pytest.raises(ValueError, match="it has no config"):
+    with pytest.raises(ValueError, match=r"it has no config\.yaml"):
         find_run(str(tmp_path))
 
 
@@ -101,7 +110,7 @@ def test_a_run_is_found_by_path_and_by_name(finished, tmp_path, monkeypatch):
     (["show"], "show takes 1 argument, 0 given; usage: strop show RUN"),
     (["show", "a", "b"], "show takes 1 argument, 2 given"),
     (["compare", "a"], "compare takes at least 2 arguments, 1 given"),
-    (["export", "a", "b", "--force"], "--force: no such option of export"),
+    (["export", "a", "b", "--force"], "--force: unknown option of export"),
     (["watch", "a", "--port", "x"], "--port x: a number from 1 to 65535 is needed"),
     (["watch", "a", "--port=99999"], "--port 99999: a number"),
     (["show", "nowhere"], "nowhere: no such run directory"),

@@ -159,7 +159,7 @@ def test_cached_reference_equals_a_live_one(tmp_path, tiny_model):
     recipe = recipe_of(dpo={"max_tokens": 64})
     table = stage_in(tmp_path / "reference", "reference")
     reference(table, recipe, select=tmp_path / "select", model=moved)
-    pairs = load_pairs(table, tmp_path / "select" / "pairs.parquet", recipe, 512, record=True)
+    pairs = load_pairs(table, tmp_path / "select" / "pairs.parquet", recipe.dpo, 512, record=True)
     indices = list(range(len(pairs)))[::-1]  # another order and another packing than the table was made with
     live = Scorer(ModelFolder(moved).load(torch.float32, CPU))(collate(pairs, indices, CPU)).detach()
     cached = ReferenceTable(table.dir / "reference.parquet").of(pairs, indices, CPU)
@@ -173,7 +173,7 @@ def test_template_tokens_have_no_influence_when_masked(tmp_path, tiny_model):
     recipe, plain = recipe_of(), recipe_of(dpo={"mask_template_tokens": False})
     stage = stage_in(tmp_path / "s", "dpo")
     path = select_of(tmp_path / "select") / "pairs.parquet"
-    masked, whole = (load_pairs(stage, path, r, 512, record=False) for r in (recipe, plain))
+    masked, whole = (load_pairs(stage, path, r.dpo, 512, record=False) for r in (recipe, plain))
     longer = [p for p in whole if len(p.group.completions[0]) > 1]
     assert all(p.targets()[0] == len(p.group.completions[0]) for p in whole) and longer
     assert all(m.targets()[0] == len(m.group.completions[0]) - (len(m.group.completions[0]) > 1) for m in masked)
@@ -182,7 +182,7 @@ def test_template_tokens_have_no_influence_when_masked(tmp_path, tiny_model):
 def test_drops_are_counted_not_silent(tmp_path, tiny_model):
     select = select_of(tmp_path / "select")
     stage = stage_in(tmp_path / "s", "dpo")
-    kept = load_pairs(stage, select / "pairs.parquet", recipe_of(dpo={"max_length": 14}), 512, record=True)
+    kept = load_pairs(stage, select / "pairs.parquet", recipe_of(dpo={"max_length": 14}).dpo, 512, record=True)
     assert stage.counts["dropped/overlong"] == 12 - len(kept) > 0
     with pytest.raises(ValueError, match="no row is left to train on"):
         load_examples(stage, select / "sft.parquet", 2)

@@ -144,7 +144,7 @@ def test_every_entry_passes_its_own_verifier_after_json(dataset):
     generated = reasoning_gym.create_dataset(dataset, size=3, seed=1)
     for i in range(3):
         entry = json.loads(json.dumps(generated[i]))
-        assert check_answer("reasoning_gym", entry["answer"], {}, entry) is None
+        assert check_answer("reasoning_gym", {}, entry["answer"], entry) is None
 
 
 @gym
@@ -254,7 +254,7 @@ def test_missing_package_names_the_extra(monkeypatch):
     ("choice", "F", {"choices": CHOICES}, "fails its own verifier"), ("choice", "red", {"choices": CHOICES}, None),
     ("regex", None, {"pattern": "a"}, None), ("math", "\\frac{1}{2}", {}, None)])
 def test_answers_that_can_never_be_met(verifier, answer, args, why):
-    found = check_answer(verifier, answer, args, {})
+    found = check_answer(verifier, args, answer, {})
     assert found is None if why is None else why in found
 
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 from browser import BINARY, DRIVER, chromium
+from runs import make_run
 from test_report import Page as Html
-from test_report import make_run
 
+from strop.trainer.reports.html import settled
 from strop.trainer.reports.watch import Page, serve, watch
 from strop.trainer.run.files import write_json
 
@@ -93,8 +94,7 @@ def test_nothing_is_sent_again_while_nothing_changes(tmp_path):
 def test_finished_stages_are_read_once(tmp_path, monkeypatch):
     run = make_run(tmp_path / "demo", until="round-00/dpo")
     calls = []
-    monkeypatch.setattr("strop.trainer.reports.watch.settled", lambda r, s=sys.modules["strop.trainer.reports.html"].settled:
-                        calls.append(1) or s(r))
+    monkeypatch.setattr("strop.trainer.reports.watch.settled", lambda run: calls.append(1) or settled(run))
     page = Page(run)
     for done in (1, 2, 3):
         note(run, done)

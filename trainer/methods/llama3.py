@@ -15,7 +15,7 @@ def llama3(run: Run, recipe: Recipe) -> Artifact:
     weights, history = run.start, []
     prompts = run.prompts() if recipe.data.sources else None
     if prompts:
-        run.evaluate(recipe.evaluate, {"base": weights}, name="baseline")
+        run.evaluate(recipe.evaluate, prompts, {"base": weights}, name="baseline")
     for _ in run.rounds(recipe.rounds):
         if prompts:
             samples = run.sample(recipe.sample, weights, prompts)
@@ -34,6 +34,6 @@ def llama3(run: Run, recipe: Recipe) -> Artifact:
         candidates["merge"] = run.merge(recipe.merge, weights, trained).model
 
         if prompts:
-            run.evaluate(recipe.evaluate, candidates)
+            run.evaluate(recipe.evaluate, prompts, candidates)
         weights = run.promote(recipe.merge, candidates)
     return run.publish(weights)

@@ -32,7 +32,7 @@ class Run:
     """
 
     def __init__(self, store: Store, recipe: Recipe, base: Base, data: dict | None = None):
-        self.store, self.recipe, self.data = store, recipe, data or {}
+        self.store, self.recipe, self.data, self.outside = store, recipe, data or {}, (base, data)
         self.start = Artifact(base.path, None)
         if base.path.exists():
             self.start = external(base.path, is_loaded) if base.revision else external(base.path)
@@ -42,7 +42,6 @@ class Run:
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
         self._compute = recipe.only("dtype", "device", "attention")
-        self._prompts: Artifact | None = None
         commits = {path: commit for path, (_, commit) in self.data.items()}
         commits |= {recipe.model.path: base.revision} if base.revision else {}
         self._base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
@@ -66,13 +65,12 @@ class Run:
     # -- data ----------------------------------------------------------------------------------------------------------
 
     def prompts(self) -> Artifact:
-        """The prompts of data.sources, filtered and split. Evaluations use its held-out splits."""
+        """The prompts of data.sources, filtered and split into train, validation and test."""
         r = self.recipe
         config = {"data": r.data.only("sources", "validation", "test", "max_bad_rows"), "seed": r.seed,
                   "filter": r.filter.only("near_duplicates", "decontaminate", "max_repetition")}
         files = {s.name: self._rows(s.path) for s in r.data.sources if s.path}
-        self._prompts = self._stage("prompts", prompts, "prompts", config, {"files": files})
-        return self._prompts
+        return self._stage("prompts", prompts, "prompts", config, {"files": files})
 
     def _rows(self, path: str) -> Artifact:
         """The file of rows that a recipe names; without a hash while it is not downloaded yet."""
@@ -120,7 +118,7 @@ class Run:
         """`policy` trained on the selected pairs against the log-probs of `reference_weights`."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
                   "seed": self.recipe.seed}
-        table = self._stage("reference", reference, "log-probs", config,
+        table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
                   "same_weights": reference_weights.hash == policy.hash}
@@ -132,11 +130,12 @@ class Run:
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, section: Evaluate, candidates: dict[str, Artifact], name: str = "evaluate") -> Artifact | None:
+    def evaluate(self, section: Evaluate, prompts: Artifact, candidates: dict[str, Artifact],
+                 name: str = "evaluate") -> Artifact:
         """Pass rates of those candidates whose weights were not measured before, on the held-out prompts."""
         fresh = {a.hash or candidate: candidate for candidate, a in reversed(candidates.items())}
         fresh = {candidate: candidates[candidate] for key, candidate in fresh.items() if key not in self.measured}
-        inputs = {"prompts": self._prompts, "candidates": dict(sorted(fresh.items()))}
+        inputs = {"prompts": prompts, "candidates": dict(sorted(fresh.items()))}
         if self.measured:
             inputs["start"] = self.start
         config = {"evaluate": section, "score": self.recipe.score, "model": self._loading, "compute": self._numbers}
@@ -147,9 +146,10 @@ class Run:
     def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
         """The weights that go on: the best pass rate on the validation split, later candidates winning ties; the last
         candidate if section.promote is "last" or nothing was measured."""
-        known = all(a.hash is not None and a.hash in self.measured for a in candidates.values())
+        evaluations = [self.measured[a.hash][0] for a in candidates.values() if a.hash in self.measured]
+        waiting = any(evaluation.hash is None for evaluation in evaluations)  # only while planning
         chosen = list(candidates)[-1]
-        if known and section.promote == "best":
+        if section.promote == "best" and len(evaluations) == len(candidates) and not waiting:
             chosen = max(reversed(candidates), key=lambda name: self._pass_rate(candidates[name]))
         where = {name: [str(self.measured[a.hash][0].path.relative_to(self.store.run_dir)), self.measured[a.hash][1]]
                  for name, a in candidates.items() if a.hash in self.measured}
@@ -158,6 +158,8 @@ class Run:
         if not self.store.planning and self.store.world.first:
             write_json(self.store.run_dir / "promotions.json", self.promotions)
             self.store.console.line(f"round-{self.round:02}: promoted {chosen}")
+        if section.promote == "best" and waiting:
+            return Artifact(candidates[chosen].path, None)
         return candidates[chosen]
 
     def _folder(self, weights: Artifact) -> str | None:
@@ -176,7 +178,7 @@ class Run:
         self.store.verify([evaluation for evaluation, _ in self.measured.values()])
         config = {"recipe": r, "bootstrap": r.evaluate.bootstrap, "base": self._base}
         last = self._stage("final", publish, "model", config,
-                           {"weights": weights, "prompts": self._prompts, "promotions": self.promotions})
+                           {"weights": weights, "promotions": self.promotions})
         self.store.verify(last)
         return last
 

@@ -1,8 +1,12 @@
-"""Running or planning a recipe in its run directory."""
+"""Running or planning a recipe in its run directory: what the command line and `import strop` call."""
 
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from strop.trainer.cli import load_recipe
 from strop.trainer.config import Recipe, to_yaml
+from strop.trainer.environment import prepare_environment
 from strop.trainer.errors import UserError
 from strop.trainer.methods import METHODS
 from strop.trainer.methods.run import Run
@@ -14,60 +18,90 @@ from strop.trainer.run.console import PROGRESS, Console
 from strop.trainer.run.files import read_json, write_atomic
 from strop.trainer.run.metrics import open_metrics
 from strop.trainer.run.store import PLAN, Store
-from strop.trainer.run.world import join
+from strop.trainer.run.world import World, join
+
+Named = str | Path | dict | Recipe  # a recipe: a YAML file, a shipped recipe's name, its keys, or the recipe itself
 
 
-def plan_recipe(recipe: Recipe, console: Console) -> tuple[Recipe, Store]:
-    """The recipe with every default resolved, and a store whose `plan` lists what a run would do. Writes nothing."""
+def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, *,
+          console: Console | None = None) -> RunRecord:
+    """Runs a recipe to its end, or resumes it, and returns what its run directory then holds.
+
+    recipe: a YAML file, the name of a shipped recipe, a dict of keys or a Recipe. overrides: dotted keys and their
+    values, e.g. {"sample.k": 16}. Under torchrun every rank calls it. Raises UserError for what a user can fix;
+    completed stages are kept, and the same call resumes."""
+    with open_run(recipe, overrides, console=console) as run:
+        if run.store.world.first:
+            run.store.plan = _planned(run.recipe, run.store.world, Console(enabled=False), run.outside).plan
+        METHODS[run.recipe.method](run, run.recipe)
+    return read_run(run.store.run_dir)
+
+
+def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None) -> list[dict]:
+    """What `train` would do: a dict per stage with its kind, inputs, state ("done", "stale" or "to run") and why.
+
+    Nothing is run or written. Raises UserError as train does."""
+    return planned(load_recipe(recipe, overrides), Console(enabled=False)).plan
+
+
+def planned(recipe: Recipe, console: Console) -> Store:
+    """A store that has planned the recipe's method; its `recipe` has every default resolved."""
+    prepare_environment()
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
+    return _planned(recipe, world, console, _outside(recipe, console, download=False))
+
+
+def _planned(recipe: Recipe, world: World, console: Console, outside: tuple[Base, dict]) -> Store:
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
-    return recipe, follow(recipe, find_outside(recipe, store.run_dir, console, download=False), store)
+    store.recipe = recipe
+    METHODS[recipe.method](Run(store, recipe, *outside), recipe)
+    return store
 
 
-def find_outside(recipe: Recipe, run_dir: Path, console: Console, download: bool = True) -> tuple[Base, dict]:
-    """The start weights, and the files of the datasets that the recipe names on the hub (see find_data).
-
-    What this run has resolved before stays at its commit. Raises UserError for what cannot be found or downloaded."""
+def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict]:
+    """The start weights, and the files of the datasets that the recipe names on the hub (see find_data). What the run
+    has resolved before stays at its commit."""
     try:
-        pins = read_json(run_dir / PLAN)["base"]["revisions"]
+        pins = read_json(Path(recipe.output_dir) / recipe.name / PLAN)["base"]["revisions"]
     except (UserError, KeyError, TypeError):
         pins = {}
     base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
     return base, find_data(recipe.data, console, download, pins)
 
 
-def follow(recipe: Recipe, outside: tuple[Base, dict], store: Store) -> Store:
-    METHODS[recipe.method](Run(store, recipe, *outside), recipe)
-    return store
+@contextmanager
+def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, *,
+             console: Console | None = None):
+    """Locks the recipe's run directory and yields a Run, for methods of your own:
 
+        with strop.open_run("mine.yaml") as run:
+            weights = strop.methods.llama3(run, run.recipe)
 
-def run_recipe(recipe: Recipe, console: Console) -> RunRecord:
-    """Runs or resumes a recipe and returns what its run directory then holds. Every rank calls it.
-
-    Raises UserError for what a user can mend; completed stages are kept, and the same call resumes."""
+    Every stage that the method's verbs complete is kept, and the same code resumes. Raises UserError as train does."""
+    prepare_environment()
+    recipe = load_recipe(recipe, overrides)
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
+    console = console or Console(enabled=world.first)
     run_dir, text = Path(recipe.output_dir) / recipe.name, to_yaml(recipe)
     store = Store(run_dir, world, console)
     store.lock()
     try:
-        outside = world.share(find_outside(recipe, run_dir, console) if world.first else None)
+        outside = world.share(_outside(recipe, console) if world.first else None)
         console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   "
                      f"base {outside[0].name}")
         store.metrics = open_metrics(recipe, run_dir, console, world.first)
-        console.note = run_dir / PROGRESS
-        store.after = [store.metrics.stage_done, Refresh(run_dir, console)]
+        console.note, store.after = run_dir / PROGRESS, [store.metrics.stage_done, Refresh(run_dir, console)]
         if world.first:
-            store.plan = follow(recipe, outside, Store(run_dir, world, console, planning=True)).plan
             write_atomic(run_dir / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
-        follow(recipe, outside, store)
+        yield Run(store, recipe, *outside)
         store.metrics.close()
         if world.first:
             write_report(run_dir)
         world.barrier()
-        return read_run(run_dir)
     finally:
         console.note = None
         store.unlock()
         world.close()
+

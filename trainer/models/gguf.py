@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from strop.trainer.errors import UserError
+from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run.artifacts import check_file, list_files
 from strop.trainer.run.files import cache_dir, hash_file, read_json, reason_of, write_json, writing
 
@@ -36,6 +36,8 @@ def convert_gguf(gguf: Path, console, convert: bool = True) -> Path:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as e:  # a broken file can raise anything
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{gguf}: cannot be read as a GGUF of a causal LM ({reason_of(e)}); download it again, or set "
                         "another model.path") from e
     config = loaded.config

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from strop.kernels.reference import linear_logits
+from strop.kernels.head.reference import linear_logits
 from strop.trainer.models.head import Head, head_of
 from strop.trainer.models.loading import ModelFolder
 

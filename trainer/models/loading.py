@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from strop.trainer.config import Model, Part, read_text
-from strop.trainer.errors import UserError
+from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run.files import reason_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -71,9 +71,9 @@ class ModelFolder:
                 if "attention implementation" not in str(e):
                     raise
                 model, found = AutoModelForCausalLM.from_pretrained(self.path, attn_implementation="eager", **options)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as e:  # OSError, KeyError, SafetensorError, ...: depending on what is wrong with the folder
+            if is_out_of_memory(e):
+                raise
             raise UserError(f"{self.path}: transformers cannot load it ({reason_of(e)}); {remedy_of(e)}") from e
         # transformers fills missing tensors with random numbers
         for names, what in ((found["missing_keys"], "is missing"),

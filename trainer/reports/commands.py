@@ -19,7 +19,7 @@ VERBS = {
     "show": Verb("strop show RUN", "state, lineage and next step of a run, in the terminal", 1, 1),
     "watch": Verb("strop watch RUN [--port N]", "a live page of a run, served to this machine only", 1, 1),
     "compare": Verb("strop compare RUN RUN ...", "recipes, paired pass rates and cost side by side", 2, None),
-    "export": Verb("strop export RUN DIR", "the promoted model with its card and its parents' licence", 2, 2),
+    "export": Verb("strop export RUN DIR", "the promoted model with its card and its parents' license", 2, 2),
 }
 HELP = """\
 usage: {usage}
@@ -27,9 +27,9 @@ usage: {usage}
 {purpose}.
 
 RUN is a run directory (runs/quickstart) or the name of one under runs/ (quickstart).{more}"""
-MORE = {"watch": "\n--port N listens there instead of 8765. Ctrl-C ends the page; the run is not touched.",
+MORE = {"watch": "\n--port N listens there instead of 8765. Ctrl-C stops the page, not the run.",
         "export": "\nDIR must not exist yet. Hashes are checked first; the copy shares nothing with the run.",
-        "compare": "\nThe first RUN is what the others are measured against."}
+        "compare": "\nThe others are compared with the first RUN."}
 
 
 def run_verb(name: str, arguments: list[str]) -> None:
@@ -43,7 +43,7 @@ def run_verb(name: str, arguments: list[str]) -> None:
         return
     arguments, port = take_port(arguments) if name == "watch" else (arguments, 0)
     if unknown := [a for a in arguments if a.startswith("--")]:
-        raise UserError(f"{unknown[0]}: no such option of {name}; usage: {verb.usage}")
+        raise UserError(f"{unknown[0]}: unknown option of {name}; usage: {verb.usage}")
     if len(arguments) < verb.least or (verb.most is not None and len(arguments) > verb.most):
         raise UserError(f"{name} takes {'at least ' if verb.most is None else ''}{verb.least} "
                          f"argument{'s' if verb.least > 1 else ''}, {len(arguments)} given; usage: {verb.usage}")

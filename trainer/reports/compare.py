@@ -139,8 +139,8 @@ def cost_cells(run: RunRecord) -> dict[str, str]:
         "time in stages": duration(sum(seconds.values())),
         **{f"  {kind}": duration(seconds[kind]) for kind in ("sampling", "training", "evaluation", "other")},
         "processes": " or ".join(map(str, ranks)),
-        "sampled tokens": f"{sum(c.get('tokens', 0) for kind, c in counts if kind == 'sample'):,}",
+        "sampled tokens": f"{sum(c.get('tokens', 0) for kind, c in counts if kind == 'samples'):,}",
         "trained tokens": f"{trained:,}" if trained else ABSENT,
-        "optimizer steps": f"{sum(c.get('steps', 0) for kind, c in counts if kind in ('sft', 'dpo')):,}",
+        "optimizer steps": f"{sum(c.get('steps', 0) for kind, c in counts if kind == 'training'):,}",
         "made with": " ".join(f"{k} {v}" for k, v in versions.items() if k in ("strop", "torch")),
     }

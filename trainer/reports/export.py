@@ -80,8 +80,9 @@ def copy_checked(source: Path, target: Path, entry: dict, folder: Path) -> None:
 
 def card_of(run: RunRecord) -> str:
     """A card for the weights of a run that is not finished."""
-    about = card_info(Recipe.model_validate(run.config), run, run.results(), run.promotions)
-    return model_card(run.plan["base"] | about)
+    recipe = Recipe.model_validate(run.config)
+    about = card_info(recipe, run, run.results(), run.promotions)
+    return model_card({"base_model": recipe.model.path} | run.plan.get("base", {}) | about)
 
 
 def parent_licences(run: RunRecord) -> list[Path]:

@@ -4,6 +4,7 @@ import difflib
 import fcntl
 import os
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import pyarrow as pa
@@ -114,6 +115,13 @@ class RunRecord:
             raise UserError(f"{self.dir / stage}: no table {name or ''}; there are: {there}")
         return pa.concat_tables([read_table(f) for f in files])
 
+    def _repr_html_(self) -> str:
+        """The report, where Jupyter displays the run."""
+        report = self.dir / "report.html"
+        text = report.read_text(encoding="utf-8") if report.exists() else f"<p>{escape(str(self.dir))}: no report</p>"
+        return (f'<iframe sandbox="allow-scripts" srcdoc="{escape(text)}" style="width: 100%; height: 40em; '
+                'border: 1px solid #ccc"></iframe>')
+
     @property
     def resamples(self) -> int:
         return int(self.config.get("evaluate", {}).get("bootstrap", 10_000))
@@ -130,6 +138,11 @@ def find_run(argument: str | Path) -> Path:
     near = difflib.get_close_matches(Path(argument).name, there, n=1, cutoff=0.5)
     known = f"did you mean {near[0]}?" if near else f"under runs/ there are: {', '.join(there) or 'none'}"
     raise UserError(f"{argument}: no such run directory; {known}")
+
+
+def load_run(run: str | Path) -> RunRecord:
+    """A run, finished or not, by its directory or by its name under runs/. Raises UserError if there is none."""
+    return read_run(find_run(run))
 
 
 def read_run(run_dir: Path) -> RunRecord:

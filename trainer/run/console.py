@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager, suppress
+from html import escape as html_escape
 from pathlib import Path
 from typing import TextIO
 
@@ -105,6 +106,7 @@ class Console:
             dumb = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "").lower() not in ("", "0", "false")
             plain = dumb or not (file or sys.stdout).isatty()
         self.plain = plain
+        self.notebook = file is None and in_notebook()
         self.rich = None if plain else RichConsole(file=file, highlight=False)
         self.bars: RichProgress | None = None  # one live display holds all open bars: rich allows no second
         self.open = 0
@@ -144,6 +146,8 @@ class Console:
             bar.write_note()
         if not self.enabled:
             yield bar
+        elif self.notebook:
+            yield from self._notebook_progress(bar)
         elif self.plain:
             yield from self._plain_progress(bar)
         else:
@@ -164,6 +168,26 @@ class Console:
         bar.show = show
         yield bar
         show(True)  # not in a `finally`: a stage that failed has not finished
+
+    def _notebook_progress(self, bar: Progress):
+        """One line below the cell that is updated in place."""
+        from IPython.display import display
+
+        handle, shown = display({"text/plain": bar.label}, raw=True, display_id=True), -NOTE_SECONDS
+
+        def show(final: bool) -> None:
+            nonlocal shown
+            if final or bar.clock() - shown >= NOTE_SECONDS:
+                shown = bar.clock()
+                when = f"took {duration(shown - bar.start)}" if final else f"{duration(bar.left())} left"
+                text = "  ".join(filter(None, [bar.label, f"{bar.done:,}/{bar.total:,}", bar.pace(), when]))
+                html = (f'<progress max="{bar.total}" value="{bar.done}"></progress> '
+                        f'<span style="font-family: monospace">{html_escape(clean(text))}</span>')
+                handle.update({"text/plain": clean(text), "text/html": html}, raw=True)
+
+        bar.show = show
+        yield bar
+        show(True)
 
     def _rich_progress(self, bar: Progress):
         if self.bars is None:
@@ -201,10 +225,16 @@ class Console:
                 file.flush()
             else:
                 self.rich.print(text, style=style, markup=False, soft_wrap=True)
-        except BrokenPipeError:  # the reader went away (`| head`): the run is worth more than its echo
+        except OSError:  # the reader (`| head`) or the terminal is gone: the run is worth more than its echo
             self.enabled = False
             if file is sys.stdout:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
 
 
 def clean(text: str) -> str:

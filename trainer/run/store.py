@@ -66,6 +66,7 @@ class Store:
         self.run_dir, self.world, self.console, self.metrics = run_dir, world, console, metrics
         self.planning = planning
         self.plan: list[dict] = []
+        self.recipe: Any = None  # what the plan is for
         self.about: dict = {}  # what else plan.json says: name, method, rounds
         self.after: list = []  # called on the first rank with the manifest of each stage that has run
         self._checked: set[Path] = set()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strop.kernels import attention_cached
+from strop.kernels.attention import cached as attention_cached
 from strop.trainer.errors import UserError
 
 ATTENTION = "strop_generate"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from strop.trainer.data.chat import prompt_tokens
+from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_part, write_table
 
@@ -53,6 +54,7 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
         with stage.console.progress(label, total, done=kept) as bar:
             for shard in todo:
                 write_table(shard.path, to_table(shard.rows, generate(shard.rows, bar.advance)))
+                stopping.point()
     stage.world.barrier()
 
 

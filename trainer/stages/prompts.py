@@ -27,8 +27,6 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split
 
 
 REPORT_SECONDS = 10.0
-
-
 MUCH = 0.2  # of a source
 
 
@@ -41,13 +39,14 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
     rows, seen = [], {}
     for source in data.sources:
-        verifier = source.verifier or "reasoning_gym"
+        verifier, key = source.verifier or "reasoning_gym", f"data.sources, {source.name}"
         try:
             rules.check(verifier, source.verifier_args)
             if source.reasoning_gym:
+                key += f": reasoning_gym={source.reasoning_gym}"
                 rules.check("reasoning_gym", {"dataset": source.reasoning_gym})
         except UserError as e:
-            raise UserError(f"data.sources, {source.name}: {e}") from e
+            raise UserError(f"{key}: {e}") from e
         shown = time.monotonic()
         source = source.model_copy(update={"path": files.get(source.name)})
         check_answer = partial(rules.check_answer, verifier, source.verifier_args)

@@ -12,7 +12,7 @@ from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage
 
 
-def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, base: dict, weights: Path, prompts: Path | None,
+def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, base: dict, weights: Path,
             promotions: list[dict]) -> None:
     """Links the promoted weights, writes README.md (the card) and results.json.
 
@@ -21,7 +21,7 @@ def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, base: dict, weights
         if file.is_file() and file.name not in ("README.md", "results.json", "manifest.json"):
             place(file, stage.dir / file.name)
     run = read_run(stage.dir.parent)
-    results = round_results(run.dir, promotions, run.base, bootstrap) if prompts else []
+    results = round_results(run.dir, promotions, run.base, bootstrap)
     write_json(stage.dir / "results.json", {"promotions": promotions, "results": results})
     card = model_card(base | card_info(recipe, run, results, promotions))
     (stage.dir / "README.md").write_text(card, encoding="utf-8")

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 
 from strop.trainer.errors import UserError
+from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
@@ -90,8 +91,11 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
                 stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
-            if is_point:
+            # ranks stop at different steps, so this one looks at its own numbers only
+            stops = stopping.requested() and all(values.isfinite().all() for values in seen)
+            if is_point or (stops and engine.step_index < len(plan)):
                 engine.save_checkpoint(work)
+            stopping.point()
     stage.counts |= {"microbatches": whole.microbatches} | whole.values()
     engine.save(stage.dir / "model")
     engine.save_ema(stage.dir / "ema")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from strop.kernels import Group, PackedGroups
-from strop.trainer.errors import UserError
+from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.training.logprobs import Scorer
 
 # Mean difference of per-token log-probs that rounding explains, by compute dtype, on top of what a model itself shows.
@@ -17,7 +17,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 @torch.no_grad()
 def probe(model: nn.Module, console) -> bool:
-    """True if `model` runs packed, False if it must run one completion a row. Raises UserError if neither is right."""
+    """True if `model` runs packed, False if it must run one completion a row. Raises UserError if neither is right;
+    running out of memory tells neither, and is raised as it is."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name, dtype, device = type(base).__name__, base.dtype, next(base.parameters()).device
     vocab = base.get_input_embeddings().weight.shape[0]
@@ -48,6 +49,8 @@ def probe(model: nn.Module, console) -> bool:
                 raise UserError("a completion sees its sibling")
             return True
         except (ValueError, TypeError, RuntimeError) as e:
+            if is_out_of_memory(e):
+                raise
             run_separately(base)
             console.warn(f"{name} does not run packed ({str(e).splitlines()[0]}); one completion a row instead, slower")
             return False

@@ -1,8 +1,7 @@
-"""Liger's chunked losses by their names and arguments: `import strop.kernels.integrations.liger as chunked_loss` stands
-in for `liger_kernel.chunked_loss`.
+"""Drop-in for `liger_kernel.chunked_loss`: `import strop.kernels.integrations.liger as chunked_loss`.
 
-DPO, CPO, SimPO, ORPO and KTO are strop.kernels' own and need no Liger; every other public name of that package and of
-its modules is fetched from Liger on first use. docs/drop-ins.md lists where results differ from Liger's.
+DPO, CPO, SimPO, ORPO and KTO are implemented here and do not need Liger; every other public name is imported from Liger
+on first use. docs/drop-ins.md lists the differences from Liger's results.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ __all__ = [
     "sapo_loss_fn",
 ]
 
-# Liger's module of every name that is not ours.
+# The Liger module of each name that is imported from Liger.
 _OF_LIGER = {
     "LigerFusedLinearCosineSimilarityFunction": "cosine_similarity_loss",
     "LigerFusedLinearCosineSimilarityLoss": "cosine_similarity_loss",
@@ -94,7 +93,7 @@ def __getattr__(name: str):
     except ModuleNotFoundError as e:
         if e.name is None or e.name.partition(".")[0] != "liger_kernel":
             raise
-        raise ImportError(f"{name} is Liger's own, and Liger is not installed: pip install liger-kernel") from e
+        raise ImportError(f"{name} is part of Liger, which is not installed: pip install liger-kernel") from e
     return getattr(module, name)
 
 

@@ -3,7 +3,7 @@
 Hidden states are [S, T, D] and targets [S, T], already shifted: position t's hidden state predicts position t's target.
 The paired losses take S = 2B sequences, the chosen ones first, then the rejected ones in the same order. `compiled` and
 `chunk_size` are accepted and have no effect. Gradients go to the hidden states, the weight and the bias; the second
-element of a result, a tuple of statistics, has none. Log-probs and statistics are fp32 (fp64 of fp64 inputs).
+element of a result, a tuple of statistics, has none. Log-probs and statistics are fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -13,192 +13,117 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ...logprob import linear_logprob
-from ...losses import LOSSES, Options, Pairs, kto_desirable, kto_undesirable, log_odds
+from ...head import linear_logprob
+from ...preference.losses import LOSSES, Options, Pairs, kto_desirable, kto_undesirable, log_odds
 
-# The loss types of Liger's DPO, and those among them that label_smoothing has a meaning for.
-DPO_TYPES = (
-    *("sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
-    "discopop",
-)
+# The loss types of Liger's DPO, and those that use label_smoothing.
+DPO_TYPES = ("sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
+DPO_TYPES += ("discopop",)
 _SMOOTHED_TYPES = ("sigmoid", "exo_pair", "robust")
+
+# Hidden states, weight and bias; absent where there is no reference.
+Head = tuple[Tensor | None, Tensor | None, Tensor | None]
+Result = tuple[Tensor, tuple[Tensor, ...]]
 
 
 def liger_fused_linear_dpo(
-    _input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    ref_input: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    beta: float = 0.1,
-    compute_nll_loss: bool = False,
-    compiled: bool = True,
-    use_ref_model: bool = True,
-    average_log_prob: bool = False,
-    chunk_size: int = 1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    discopop_tau: float = 0.05,
+    _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ref_input: Tensor | None = None,
+    ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, ignore_index: int = -100, beta: float = 0.1,
+    compute_nll_loss: bool = False, compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False,
+    chunk_size: int = 1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
     alpha: float = 1.0,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """DPO and its kin: the mean loss over pairs, plus alpha times the NLL of the chosen tokens if compute_nll_loss.
+) -> Result:  # fmt: skip
+    """DPO and related losses: the mean over pairs, plus alpha times the NLL of the chosen tokens if compute_nll_loss.
 
     _input [2B, T, D], weight [V, D], target [2B, T] integer, bias [V]. The reference's log-probs come from ref_input
     [2B, T, D'], ref_weight [V, D'], ref_bias [V] and are 0 without use_ref_model. average_log_prob divides sequence
-    log-probs by their tokens; the mean of no tokens is 0. loss_type: sigmoid, hinge, exo_pair, nca_pair, robust,
-    bco_pair, sppo_hard, apo_zero, apo_down, discopop (formulas and papers: kernels/losses.py); label_smoothing is for
-    sigmoid (cDPO), exo_pair and robust, and another type warns that it ignores it.
+    log-probs by their token counts; the mean of no tokens is 0. loss_type: one of DPO_TYPES (formulas and papers:
+    kernels/preference/losses.py). label_smoothing applies to sigmoid (cDPO), exo_pair and robust; for another type it
+    is ignored with a warning.
 
     Returns (loss, (chosen log-probs [B], rejected log-probs [B], mean logit of the chosen, of the rejected, NLL,
-    chosen rewards [B], rejected rewards [B])). Raises ValueError on shapes and values that do not fit.
+    chosen rewards [B], rejected rewards [B])). Raises ValueError on mismatched shapes and unsupported values.
     """
     check_dpo(loss_type, label_smoothing)
-    reference = (ref_input, ref_weight, ref_bias) if use_ref_model else None
     o = _options(beta, label_smoothing if loss_type in _SMOOTHED_TYPES else 0.0, discopop_tau=discopop_tau)
-    return _paired(
-        loss_type,
-        o,
-        (_input, weight, bias),
-        target,
-        ignore_index,
-        alpha=alpha if compute_nll_loss else None,
-        average=average_log_prob,
-        reference=reference,
-    )
+    reference = (ref_input, ref_weight, ref_bias) if use_ref_model else None
+    alpha = alpha if compute_nll_loss else None
+    return _paired(loss_type, o, (_input, weight, bias), target, ignore_index, alpha, average_log_prob, reference)
 
 
 def liger_fused_linear_cpo(
-    _input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    label_smoothing: float = 0.0,
-    compute_nll_loss: bool = True,
-    compiled: bool = True,
-    average_log_prob: bool = False,
-    chunk_size: int = 1,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
+    beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0, compute_nll_loss: bool = True,
+    compiled: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
+) -> Result:  # fmt: skip
     """CPO (arXiv 2401.08417): the sigmoid loss of the policy's log-probs alone, plus alpha times the chosen NLL.
 
     Arguments, results and errors as in liger_fused_linear_dpo.
     """
-    return _paired(
-        "sigmoid",
-        _options(beta, label_smoothing),
-        (_input, weight, bias),
-        target,
-        ignore_index,
-        alpha=alpha if compute_nll_loss else None,
-        average=average_log_prob,
-    )
+    o, alpha = _options(beta, label_smoothing), alpha if compute_nll_loss else None
+    return _paired("sigmoid", o, (_input, weight, bias), target, ignore_index, alpha, average_log_prob)
 
 
 def liger_fused_linear_simpo(
-    _input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    beta: float = 0.1,
-    alpha: float = 1.0,
-    label_smoothing: float = 0.0,
-    compute_nll_loss: bool = False,
-    compiled: bool = True,
-    gamma: float = 0.5,
-    chunk_size: int = 1,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """SimPO (arXiv 2405.14734) of mean token log-probs with margin gamma, plus alpha times the chosen NLL.
+    _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
+    beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0, compute_nll_loss: bool = False,
+    compiled: bool = True, gamma: float = 0.5, chunk_size: int = 1,
+) -> Result:  # fmt: skip
+    """SimPO (arXiv 2405.14734) on mean token log-probs with margin gamma, plus alpha times the chosen NLL.
 
-    Arguments, results and errors as in liger_fused_linear_dpo; the log-probs and rewards returned are of means.
+    Arguments, results and errors as in liger_fused_linear_dpo; the returned log-probs and rewards are per-token means.
     """
-    return _paired(
-        "simpo",
-        _options(beta, label_smoothing, gamma=gamma),
-        (_input, weight, bias),
-        target,
-        ignore_index,
-        alpha=alpha if compute_nll_loss else None,
-        average=True,
-    )
+    o, alpha = _options(beta, label_smoothing, gamma=gamma), alpha if compute_nll_loss else None
+    return _paired("simpo", o, (_input, weight, bias), target, ignore_index, alpha, average=True)
 
 
 def liger_fused_linear_orpo(
-    _input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    beta: float = 0.1,
-    compute_nll_loss: bool = True,
-    nll_target: Tensor | None = None,
-    compiled: bool = True,
+    _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
+    beta: float = 0.1, compute_nll_loss: bool = True, nll_target: Tensor | None = None, compiled: bool = True,
     chunk_size: int = 1,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """ORPO (arXiv 2403.07691) of mean token log-probs: beta times the odds-ratio loss, plus the chosen NLL.
+) -> Result:  # fmt: skip
+    """ORPO (arXiv 2403.07691) on mean token log-probs: beta times the odds-ratio loss, plus the chosen NLL.
 
-    The NLL is that of nll_target [2B, T], of which the chosen half counts, if given. Otherwise arguments, results and
-    errors are as in liger_fused_linear_dpo, with two more statistics: the mean log sigmoid of the log odds ratio and
-    the mean log odds ratio.
+    nll_target [2B, T], if given, replaces target in the NLL; only its chosen half counts. Otherwise arguments, results
+    and errors are as in liger_fused_linear_dpo, with two more statistics: the mean log sigmoid of the log odds ratio,
+    and the mean log odds ratio.
     """
+    alpha, nll_target = (1.0, nll_target) if compute_nll_loss else (None, None)
+    head = (_input, weight, bias)
     loss, statistics = _paired(
-        "orpo",
-        _options(beta),
-        (_input, weight, bias),
-        target,
-        ignore_index,
-        alpha=1.0 if compute_nll_loss else None,
-        average=True,
-        nll_target=nll_target if compute_nll_loss else None,
+        "orpo", _options(beta), head, target, ignore_index, alpha, average=True, nll_target=nll_target
     )
     odds = log_odds(*statistics[:2])
     return loss, (*statistics, nn.functional.logsigmoid(odds).mean(), odds.mean())
 
 
 def liger_fused_linear_kto(
-    _input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    preference_labels: Tensor,
-    bias: Tensor | None = None,
-    ref_input: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    kl: Tensor | float | None = None,
-    ignore_index: int = -100,
-    beta: float = 0.1,
-    compiled: bool = True,
-    use_ref_model: bool = True,
-    average_log_prob: bool = False,
-    chunk_size: int = 1,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """KTO (arXiv 2402.01306), the mean loss over S sequences with a verdict each.
+    _input: Tensor, weight: Tensor, target: Tensor, preference_labels: Tensor, bias: Tensor | None = None,
+    ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
+    kl: Tensor | float | None = None, ignore_index: int = -100, beta: float = 0.1, compiled: bool = True,
+    use_ref_model: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
+) -> Result:  # fmt: skip
+    """KTO (arXiv 2402.01306): the mean loss over S sequences, each labeled desirable or not.
 
-    _input [S, T, D], target [S, T], preference_labels [S] bool, True for a chosen sequence; kl, the baseline without
+    _input [S, T, D], target [S, T], preference_labels [S] bool, True for a desirable sequence; kl, the baseline without
     gradient, one number or [S]; the rest as in liger_fused_linear_dpo.
 
-    Returns (loss, six sums, 0-dim: chosen and rejected log-probs, chosen and rejected logits, chosen and rejected
-    rewards). Raises ValueError on shapes and values that do not fit.
+    Returns (loss, six 0-dim sums: chosen and rejected log-probs, chosen and rejected logits, chosen and rejected
+    rewards). Raises ValueError on mismatched shapes and unsupported values.
     """
     head = (_input, weight, bias)
-    _check_shapes(_input, target)
+    _check_shapes("_input", _input, target)
     sequences = target.shape[0]
     if preference_labels is None or preference_labels.dtype != torch.bool or preference_labels.shape != (sequences,):
-        raise ValueError(f"preference_labels must be bool [{sequences}], True where the sequence is a chosen one")
+        raise ValueError(f"preference_labels must be bool [{sequences}], True for a chosen sequence")
     if isinstance(kl, Tensor) and kl.numel() != 1 and kl.shape != (sequences,):
         raise ValueError(f"kl must be one number or [{sequences}], got {list(kl.shape)}")
     lengths = (target != ignore_index).sum(1)
     logps = _sequence_logps(_token_logps(head, target, ignore_index), lengths, average_log_prob)
     ratio = logps
     if use_ref_model:
-        ratio = logps - _reference_logps(
-            (ref_input, ref_weight, ref_bias), target, lengths, ignore_index, average_log_prob
-        )
+        reference = (ref_input, ref_weight, ref_bias)
+        ratio = logps - _reference_logps(reference, target, lengths, ignore_index, average_log_prob)
     baseline = kl.detach().to(ratio.dtype).squeeze() if isinstance(kl, Tensor) else kl or 0.0
     o = _options(beta)
     desirable, undesirable = kto_desirable(ratio, baseline, o), kto_undesirable(ratio, baseline, o)
@@ -210,20 +135,12 @@ def liger_fused_linear_kto(
 
 
 def _paired(
-    name: str,
-    o: Options,
-    head: tuple[Tensor, Tensor, Tensor | None],
-    target: Tensor,
-    ignore_index: int,
-    *,
-    alpha: float | None,
-    average: bool,
-    reference: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
-    nll_target: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss of that name in kernels/losses.py and Liger's statistics; alpha None leaves the NLL out."""
+    name: str, o: Options, head: Head, target: Tensor, ignore_index: int, alpha: float | None, average: bool,
+    reference: Head | None = None, nll_target: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """The loss of that name in kernels/preference/losses.py and Liger's statistics; alpha None leaves the NLL out."""
     hidden, weight, _ = head
-    _check_shapes(hidden, target)
+    _check_shapes("_input", hidden, target)
     if target.shape[0] % 2 or target.shape[0] == 0:
         raise ValueError(f"{target.shape[0]} sequences are not pairs: the first half is chosen, the second rejected")
     pairs = target.shape[0] // 2
@@ -239,20 +156,8 @@ def _paired(
     if reference is not None:
         ratio = logps - _reference_logps(reference, target, lengths, ignore_index, average)
     (chosen, rejected), (c, r) = logps.split(pairs), ratio.split(pairs)
-    one = torch.ones_like(chosen)
-    read = Pairs(
-        c=c,
-        r=r,
-        chosen_score=c,
-        rejected_score=r,
-        policy=(chosen, rejected),
-        lengths=(one, one),  # a loss that divides by them is given means
-        baseline=0.0,
-        reward_margin=None,
-        batch=None,
-        batch_offset=0,
-    )
-    loss = LOSSES[name].formula(read, o).mean()
+    one = torch.ones_like(chosen)  # a loss that divides by lengths gets means already
+    loss = LOSSES[name].formula(Pairs(c, r, c, r, policy=(chosen, rejected), lengths=(one, one)), o).mean()
     nll = torch.zeros_like(loss)
     if alpha is not None:
         nll = -nll_logps.sum() / nll_count.clamp_min(1)
@@ -265,26 +170,16 @@ def _paired(
 
 
 def _options(beta: float, label_smoothing: float = 0.0, *, gamma: float = 0.0, discopop_tau: float = 0.05) -> Options:
-    return Options(
-        beta=beta,
-        label_smoothing=label_smoothing,
-        simpo_gamma=gamma,
-        dpop_lambda=0.0,
-        discopop_tau=discopop_tau,
-        rpo_eta=1.0,
-        rpo_divergence="target_first",
-        desirable_weight=1.0,
-        undesirable_weight=1.0,
-    )
+    return Options(beta=beta, label_smoothing=label_smoothing, simpo_gamma=gamma, discopop_tau=discopop_tau)
 
 
-def _check_shapes(hidden: Tensor, target: Tensor) -> None:
+def _check_shapes(name: str, hidden: Tensor, target: Tensor) -> None:
     if hidden.dim() != 3 or target.shape != hidden.shape[:2]:
-        raise ValueError(f"_input [S, T, D] and target [S, T] do not fit: {list(hidden.shape)}, {list(target.shape)}")
+        raise ValueError(f"{name} [S, T, D] and target [S, T] do not match: {list(hidden.shape)}, {list(target.shape)}")
 
 
 def check_dpo(loss_type: str, label_smoothing: float) -> None:
-    """Raises ValueError where Liger does, and warns of a label_smoothing that the loss ignores."""
+    """Raises ValueError where Liger does; warns about a label_smoothing that the loss ignores."""
     if loss_type not in DPO_TYPES:
         raise ValueError(f"Unsupported loss_type: {loss_type}. Supported types are: {', '.join(DPO_TYPES)}")
     if loss_type == "exo_pair" and label_smoothing <= 0.0:
@@ -295,7 +190,7 @@ def check_dpo(loss_type: str, label_smoothing: float) -> None:
         warnings.warn(f"label_smoothing has no effect on loss_type={loss_type!r}", stacklevel=3)
 
 
-def _token_logps(head: tuple[Tensor, Tensor, Tensor | None], target: Tensor, ignore_index: int) -> Tensor:
+def _token_logps(head: Head, target: Tensor, ignore_index: int) -> Tensor:
     """[S, T] log-probs, 0 where ignored."""
     hidden, weight, bias = head
     logps = linear_logprob(hidden.flatten(0, 1), weight, target.flatten(), bias, ignore_index=ignore_index)
@@ -308,31 +203,20 @@ def _sequence_logps(token_logps: Tensor, lengths: Tensor, average: bool) -> Tens
     return sums / lengths.clamp_min(1) if average else sums
 
 
-def _reference_logps(
-    head: tuple[Tensor | None, Tensor | None, Tensor | None],
-    target: Tensor,
-    lengths: Tensor,
-    ignore_index: int,
-    average: bool,
-) -> Tensor:
-    hidden, weight, bias = head
+@torch.no_grad()
+def _reference_logps(head: Head, target: Tensor, lengths: Tensor, ignore_index: int, average: bool) -> Tensor:
+    hidden, weight, _ = head
     if hidden is None or weight is None:
         raise ValueError("use_ref_model needs ref_input and ref_weight")
-    if hidden.shape[:2] != target.shape:
-        raise ValueError(
-            f"ref_input [S, T, D] and target [S, T] do not fit: {list(hidden.shape)}, {list(target.shape)}"
-        )
-    with torch.no_grad():
-        return _sequence_logps(_token_logps((hidden, weight, bias), target, ignore_index), lengths, average)
+    _check_shapes("ref_input", hidden, target)
+    return _sequence_logps(_token_logps(head, target, ignore_index), lengths, average)
 
 
-def _two_targets(
-    head: tuple[Tensor, Tensor, Tensor | None], target: Tensor, nll_target: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _two_targets(head: Head, target: Tensor, nll_target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Log-probs of target [2B, T] and of the chosen half of nll_target [B, T], 0 where ignored.
 
-    A position is computed once, and a second time only where the two have different tokens; finding those
-    synchronises on a GPU.
+    Each position is computed once, and a second time only where the two targets differ; finding those positions
+    synchronizes on a GPU.
     """
     hidden, weight, bias = head
     if nll_target.shape != target.shape:
@@ -356,18 +240,18 @@ def _two_targets(
 
 
 def _side_sums(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of values [S] over the sequences where chosen [S] is True and over the others."""
+    """Sums of values [S] over the sequences where chosen [S] is True, and over the others."""
     return values.where(chosen, 0.0).sum(), values.masked_fill(chosen, 0.0).sum()
 
 
-def _logit_sums(head: tuple[Tensor, Tensor, Tensor | None], chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits summed over vocabulary and positions, ignored ones included, of chosen and of other sequences.
+def _logit_sums(head: Head, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits summed over the vocabulary and all positions, ignored ones included, of chosen and of other sequences.
 
-    The sum of h W_v over positions and vocabulary is the product of two sums, so it takes no logits.
+    The sum of h W_v over positions and vocabulary is the product of two sums, so no logits are needed.
     """
     hidden, weight, bias = head
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    # By blocks: the CPU's sum in another dtype copies its operand.
+    # In blocks: on the CPU, a sum in another dtype copies its operand.
     direction = torch.stack([block.sum(0, dtype=dtype) for block in weight.split(8192)]).sum(0)
     sums = (hidden.sum(1, dtype=dtype) * direction).sum(1)
     if bias is not None:
@@ -375,31 +259,13 @@ def _logit_sums(head: tuple[Tensor, Tensor, Tensor | None], chosen: Tensor) -> t
     return _side_sums(sums, chosen)
 
 
-class LigerFusedLinearDPOFunction:
-    """`apply` is liger_fused_linear_dpo."""
-
-    apply = staticmethod(liger_fused_linear_dpo)
-
-
-class LigerFusedLinearCPOFunction:
-    """`apply` is liger_fused_linear_cpo."""
-
-    apply = staticmethod(liger_fused_linear_cpo)
+def _function(name: str, apply) -> type:
+    """Liger's autograd Function of a loss, of which callers use `apply` only."""
+    return type(name, (), {"apply": staticmethod(apply), "__module__": __name__})
 
 
-class LigerFusedLinearSimPOFunction:
-    """`apply` is liger_fused_linear_simpo."""
-
-    apply = staticmethod(liger_fused_linear_simpo)
-
-
-class LigerFusedLinearORPOFunction:
-    """`apply` is liger_fused_linear_orpo."""
-
-    apply = staticmethod(liger_fused_linear_orpo)
-
-
-class LigerFusedLinearKTOFunction:
-    """`apply` is liger_fused_linear_kto."""
-
-    apply = staticmethod(liger_fused_linear_kto)
+LigerFusedLinearDPOFunction = _function("LigerFusedLinearDPOFunction", liger_fused_linear_dpo)
+LigerFusedLinearCPOFunction = _function("LigerFusedLinearCPOFunction", liger_fused_linear_cpo)
+LigerFusedLinearSimPOFunction = _function("LigerFusedLinearSimPOFunction", liger_fused_linear_simpo)
+LigerFusedLinearORPOFunction = _function("LigerFusedLinearORPOFunction", liger_fused_linear_orpo)
+LigerFusedLinearKTOFunction = _function("LigerFusedLinearKTOFunction", liger_fused_linear_kto)

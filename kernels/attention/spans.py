@@ -1,8 +1,8 @@
 """Attention over PackedGroups in plain PyTorch, one span of query rows at a time.
 
-A span is a prompt with its first completion, or a further completion. With a sliding window or a soft-cap, for which
-SDPA has no argument, the scores are written out for a block of query rows at a time, in the forward and again in the
-backward: no mask and no scores beyond a block's.
+A span is a prompt with its first completion, or a later completion. SDPA has no argument for a sliding window or a
+softcap; with these the scores are materialized for one block of query rows at a time, in the forward and again in the
+backward.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Bounds, PackedGroups
+from ..layout import Bounds, PackedGroups
 from .reference import attention_mask
 
-# Query rows of a block of written-out scores.
+# Query rows per block of materialized scores.
 BLOCK = 256
 
 # prompt start, prompt end, first query row, its end
@@ -24,14 +24,14 @@ _Span = tuple[int, int, int, int]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> Tensor:
-    """q: [1, H, T, D]; k, v: [1, Hkv, T, D or other]. SDPA's fused kernels, on keys put side by side."""
+    """q: [1, H, T, D]; k, v: [1, Hkv, T, D or other]. SDPA's fused kernels on concatenated keys."""
     return torch.cat([_sdpa(q, k, v, span, scale) for span in _spans(groups)], dim=2)
 
 
 def explicit_forward(
     q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups | Bounds, scale: float, window: int, cap: float
 ) -> Tensor:
-    """As sdpa, but with scores bounded by cap and windows of positions, 0 for none. Computes in fp32 at least."""
+    """As sdpa, with a softcap and a window of positions, 0 for none. Computes in at least fp32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     k_wide, v_wide = k[0].to(wide), v[0].to(wide)
@@ -53,7 +53,7 @@ def explicit_backward(
     window: int,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from what explicit_forward took."""
+    """Gradients of q, k and v from explicit_forward's inputs."""
     wide, stacked = torch.promote_types(q.dtype, torch.float32), (k.shape[1], -1)
     k_wide, v_wide = k[0].to(wide), v[0].to(wide)
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k_wide), torch.zeros_like(v_wide)
@@ -78,7 +78,7 @@ def explicit_backward(
 
 
 def _spans(groups: PackedGroups | Bounds) -> list[_Span]:
-    """In row order; the first completion has its prompt's rows with it."""
+    """In row order; the first completion's span includes its prompt's rows."""
     spans = []
     for (start, end), group in zip(groups.completion_bounds, groups.completion_group, strict=True):
         prompt_start, prompt_end = groups.prompt_bounds[group]
@@ -95,10 +95,10 @@ def _keys(x: Tensor, span: _Span) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float) -> Tensor:
     q, k, v = q[:, :, span[2] : span[3]], _keys(k, span), _keys(v, span)
-    # SDPA's is_causal aligns the mask top-left; later completions need it bottom-right.
+    # SDPA's is_causal aligns the mask top-left; completions after the first need it bottom-right.
     bias = None
     if q.shape[2] != k.shape[2]:
-        from torch.nn.attention.bias import causal_lower_right  # imports torch.compile's whole machinery
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler
 
         bias = causal_lower_right(q.shape[2], k.shape[2])
     grouped = q.shape[1] != k.shape[1]
@@ -110,12 +110,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, span: _Span, scale: float) -> Tensor:
 def _blocks(
     groups: PackedGroups | Bounds, window: int, device: torch.device
 ) -> Iterator[tuple[slice, list[slice], Tensor]]:
-    """Query rows, the rows of all keys they may see in one or two runs, and what of these is hidden: [rows, keys]."""
+    """Query rows, one or two row ranges of the keys they may see, and which of those are masked: [rows, keys]."""
     for prompt_start, prompt_end, start, end in _spans(groups):
         shared = 0 if start == prompt_start else prompt_end - prompt_start
         for row in range(start, end, BLOCK):
             rows = slice(row, min(row + BLOCK, end))
-            # Positions within the span's keys: the prompt's first, its own rows' after them.
+            # Positions within the span's keys: the prompt's, then the span's own.
             first, last = shared + row - start, shared + rows.stop - start
             seen = max(0, first - window + 1) if window else 0
             keys = [slice(prompt_start + seen, prompt_end)] if seen < shared else []
@@ -127,8 +127,8 @@ def _blocks(
 def _weights(
     q: Tensor, k: Tensor, keys: list[slice], hidden: Tensor, scale: float, cap: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention weights of q [H, N, D], the query heads of a key head stacked as rows: [Hkv, r * N, keys]; and, where
-    there is a cap, its derivative, of the same shape."""
+    """Attention weights of q [H, N, D], with the query heads of a key head stacked as rows: [Hkv, r * N, keys]; and the
+    derivative of the softcap, of the same shape, or None."""
     stacked = q.reshape(k.shape[0], -1, q.shape[-1])
     scores = torch.cat([torch.bmm(stacked, k[:, key].mT) for key in keys], dim=-1).mul_(scale)
     slope = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chunked, passes
-from .passes import Head
+from .passes import LogitTransform
 
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 
@@ -29,21 +29,21 @@ def linear_logprob(
     byte_budget: int | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """log softmax(x)[target] with x = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature,
-    without ever holding all of x.
+    without materializing x.
 
     hidden [N, D], weight [V, D], bias [V]: one dtype of bf16, fp16, fp32, fp64, or autocast's. target [N] integer,
-    ignore_index where a row has none. softcap None means no cap. byte_budget bounds the scratch for logits (default
-    64 MiB on a CPU with AMX, 256 MiB on another, 512 MiB on a GPU); when it holds all N*V of them they are kept for the
-    backward, else they are computed again there. Where neither weight nor bias needs a gradient, the forward prepares
-    that of hidden.
+    ignore_index in rows without one. softcap None means no cap. byte_budget bounds the scratch for logits (default
+    64 MiB on a CPU with AMX, 256 MiB on other CPUs, 512 MiB on a GPU). If all N*V logits fit they are kept for the
+    backward, otherwise the backward recomputes them. If neither weight nor bias needs a gradient, the forward already
+    computes that of hidden.
 
-    Returns logp [N] in fp32 (fp64 for fp64), 0 for ignored rows; with stats also a dict of them, each [N] in the same
-    dtype, 0 for ignored rows and without gradient: "lse" of x, "entropy" in nats, "mean_logit" the mean of x over the
-    vocabulary, "top1" 1 where no x is above the target's, "log_sum_p2" = log sum p^2 (WPO, arXiv 2406.11827).
-    Differentiable once, in hidden, weight and bias. Two runs give identical bits. On the CPU ignored rows and rows of
-    zero upstream gradient are left out of every product; on a GPU, where finding them would synchronise, only out of
-    the element-wise passes. Raises ValueError on shapes, dtypes and values that do not fit; on a GPU a target beyond
-    the vocabulary gives NaN instead.
+    Returns logp [N] in fp32 (fp64 for fp64), 0 in ignored rows; with stats also a dict of them, each [N] in the same
+    dtype, 0 in ignored rows, without gradient: "lse" of x, "entropy" in nats, "mean_logit" the mean of x over the
+    vocabulary, "top1" 1 if no x exceeds the target's, "log_sum_p2" = log sum p^2 (WPO, arXiv 2406.11827).
+    Differentiable once, in hidden, weight and bias. Deterministic. On the CPU ignored rows and rows with zero upstream
+    gradient are excluded from every GEMM; on a GPU, where finding them would synchronize, only from the element-wise
+    passes. Raises ValueError on mismatched shapes and dtypes and on options out of range; a target outside the
+    vocabulary raises on the CPU and gives NaN on a GPU.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -75,7 +75,7 @@ def _check(
     stats: Sequence[str],
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {list(hidden.shape)}, {list(weight.shape)}")
+        raise ValueError(f"hidden [N, D] and weight [V, D] do not match: {list(hidden.shape)}, {list(weight.shape)}")
     if target.shape != hidden.shape[:1]:
         raise ValueError(f"target must be [{hidden.shape[0]}], got {list(target.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -100,13 +100,13 @@ def _passes(x: Tensor) -> ModuleType:
     """The element-wise passes for x's device."""
     if not x.is_cuda:
         return passes
-    from ._triton import logprob as triton_passes
+    from .._triton import logprob as triton_passes
 
     return triton_passes
 
 
 def _live_target(target: Tensor, ignore_index: int, vocab: int) -> Tensor:
-    """target as int64 with -1 where ignored. Raises ValueError on the CPU when one is out of range."""
+    """target as int64 with -1 where ignored. On the CPU raises ValueError if one is out of range."""
     ignored = target == ignore_index
     target = target.long().masked_fill(ignored, -1)
     if target.device.type == "cpu" and target.numel():
@@ -117,20 +117,20 @@ def _live_target(target: Tensor, ignore_index: int, vocab: int) -> Tensor:
 
 
 def _compact(live: Tensor) -> Tensor | None:
-    """Indices of the live rows, None where all are or where finding them would synchronise."""
+    """Indices of the live rows; None if all are live or if finding them would synchronize."""
     if live.device.type != "cpu" or bool(live.all()):
         return None
     return live.nonzero().squeeze(1)
 
 
 def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """values at `rows` of zeros with `count` rows; values itself where rows is None."""
+    """`count` rows of zeros with values at `rows`; values itself if rows is None."""
     if rows is None:
         return values
     return values.new_zeros(count, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-# A custom op cannot return None: what was not asked for comes back empty, with numel 0.
+# A custom op cannot return None: results that were not requested are empty, with numel 0.
 @torch.library.custom_op("strop::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor,
@@ -145,7 +145,7 @@ def _linear_logprob(
     mode: int,
     byte_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logp, lse, the five STATS (bit i of `wanted` asks for the i-th), kept products, bracket."""
+    """logp, lse, the five STATS (bit i of `wanted` requests the i-th), kept products, bracket."""
     count, vocab = hidden.shape[0], weight.shape[0]
     live = _live_target(target, ignore_index, vocab)
     rows = _compact(live >= 0)
@@ -158,7 +158,7 @@ def _linear_logprob(
         weight,
         live if rows is None else live[rows],
         bias,
-        Head(logit_scale, temperature, softcap),
+        LogitTransform(logit_scale, temperature, softcap),
         stats,
         byte_budget,
         kept=kept if mode == chunked.KEEP else None,
@@ -172,7 +172,7 @@ def _linear_logprob(
             return lse.new_empty(0)
         return _spread(values, rows, count).masked_fill_(dead, 0.0)
 
-    # lse twice: once for the backward, once as a statistic, since outputs must not share memory.
+    # lse appears twice, for the backward and as a statistic: outputs of a custom op must not alias.
     statistics = [
         whole(found[name].clone() if name == "lse" else found[name]) if name in found else whole(None) for name in STATS
     ]
@@ -210,7 +210,7 @@ def _linear_logprob_backward(
     needs: list[bool],
     byte_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not needed."""
+    """Gradients of hidden, weight and bias; empty if not needed."""
     count, vocab = hidden.shape[0], weight.shape[0]
     live = _live_target(target, ignore_index, vocab)
     scored = live >= 0
@@ -218,7 +218,7 @@ def _linear_logprob_backward(
     rows = _compact(live >= 0)
     kept_rows = None
     if rows is not None:
-        # Forward kept the scored rows, one after the other; of these only those with a gradient are meant.
+        # Forward kept the scored rows contiguously; select those with a gradient.
         kept_rows = (scored.cumsum(0) - 1)[rows] if kept.numel() else None
         kept = kept[: int(scored.sum()) * vocab]
         hidden, grad, live, logp, lse = (x[rows] for x in (hidden, grad, live, logp, lse))
@@ -234,7 +234,7 @@ def _linear_logprob_backward(
         lse,
         kept if kept.numel() else None,
         kept_rows,
-        Head(logit_scale, temperature, softcap),
+        LogitTransform(logit_scale, temperature, softcap),
         tuple(needs),
         byte_budget,
         passes=_passes(hidden),
@@ -279,12 +279,11 @@ _linear_logprob.register_autograd(_linear_logprob_autograd, setup_context=_linea
 def gather_logprob(
     logits: Tensor, target: Tensor, *, ignore_index: int = -100, inplace_backward: bool = False
 ) -> Tensor:
-    """log softmax(logits)[..., target] for those who already hold logits: one read of them forward, one read and one
-    write backward.
+    """log softmax(logits)[..., target] of materialized logits: one read forward, one read and one write backward.
 
-    logits [..., V] bf16, fp16, fp32 or fp64; target [...] integer, ignore_index where there is none. Returns [...] in
-    fp32 (fp64 for fp64), 0 where ignored. inplace_backward writes the gradient over the logits: only for logits that
-    nothing else reads after this. Raises ValueError on shapes and, on the CPU, targets that do not fit.
+    logits [..., V] bf16, fp16, fp32 or fp64; target [...] integer, or ignore_index. Returns [...] in fp32 (fp64 for
+    fp64), 0 where ignored. inplace_backward overwrites the logits with their gradient; use it only if nothing else
+    reads them afterwards. Raises ValueError on mismatched shapes and, on the CPU, on targets outside the vocabulary.
     """
     if target.shape != logits.shape[:-1]:
         raise ValueError(f"target must be {list(logits.shape[:-1])}, got {list(target.shape)}")
@@ -344,7 +343,7 @@ _gather_logprob.register_autograd(_gather_autograd, setup_context=_gather_setup)
 
 
 class _GatherInPlace(torch.autograd.Function):
-    """gather_logprob whose backward overwrites the logits: no custom op, which may not return what it was given."""
+    """gather_logprob whose backward overwrites the logits. Not a custom op, because those may not return an input."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:

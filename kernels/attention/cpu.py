@@ -1,9 +1,8 @@
-"""Prefix attention on the CPU: one operator each way, csrc/cpu_attention.cpp, for bf16, and for fp32 where the machine
-does not multiply bf16; for all else, and where that was not built, PyTorch's flash attention forward and whole rows of
-scores backward.
+"""Prefix attention on the CPU: csrc/cpu_attention.cpp for bf16, and for fp32 on processors that cannot multiply bf16;
+otherwise PyTorch's flash attention forward and whole rows of scores backward.
 
-Flash attention goes in two parts: prompts and completions attend causally to themselves; completions 2..K of a group
-also attend, together in one call, to their prompt, and the two parts merge by log-sum-exp.
+Flash attention runs in two parts: prompts and completions attend causally to themselves; completions 2..K of a group
+also attend, in one call, to their prompt, and the two parts merge by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -15,22 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cpu
-from .layout import PackedGroups
+from .. import _cpu
+from ..layout import PackedGroups
 
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# Tokens of a block of csrc/cpu_attention.cpp, and of the part of a group whose gradients one thread adds up.
+# Query tokens per block of csrc/cpu_attention.cpp, and per slice of a group whose gradients one thread accumulates.
 _QUERIES = 64
 _SLICE = 1024
-# Elsewhere: queries of a block of whole rows of scores, and scores of all heads that go through together, within the
-# caches.
+# Without it: query rows per block of whole score rows, and scores of all heads per block, to fit the caches.
 _BLOCK = 192
 _SCORES = 1 << 21
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
-    """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns the output, as q, and the log-sum-exp [1, H, T] in lse_dtype."""
+def forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float) -> tuple[Tensor, Tensor]:
+    """q: [1, H, T, D]; k, v: [1, Hkv, T, D]. Returns out, shaped as q, and the log-sum-exp [1, H, T] in lse_dtype."""
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q, k, v))
     if _cpu.multiplies(q, k, v):
         out = empty_rows_first(q, *q.shape[1::2])
@@ -56,10 +54,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, sca
     return out, lse
 
 
-def attention_backward(
+def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from what attention_forward took and returned."""
+    """Gradients of q, k and v from forward's inputs and outputs."""
     if _cpu.multiplies(q, k, v):
         grads = tuple(empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
         tables = _tables(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
@@ -74,20 +72,20 @@ def attention_backward(
 
 
 def lse_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """At least fp32, and fp64 where the operator takes fp32: of a sharp softmax fp32's rounding of it would be seen."""
+    """At least fp32; fp64 where csrc runs fp32, because for a peaked softmax an fp32 lse loses digits."""
     if q.dtype == torch.float32 and _cpu.multiplies(q, k, v):
         return torch.float64
     return torch.promote_types(q.dtype, torch.float32)
 
 
 def empty_rows_first(x: Tensor, heads: int, size: int) -> Tensor:
-    """For x [1, H, T, D] an empty [1, heads, T, size] that lies in memory as [T, heads, size]."""
+    """For x [1, H, T, D] an empty [1, heads, T, size], laid out in memory as [T, heads, size]."""
     return x.new_empty(1, x.shape[2], heads, size).transpose(1, 2)
 
 
 class _Tables(NamedTuple):
-    """What csrc/cpu_attention.cpp is told of the groups, int64: segments [S, 3], blocks [B, 7], slices [N, 6]; and how
-    many rows of gradients its slices share."""
+    """The groups as csrc/cpu_attention.cpp reads them, int64: segments [S, 3], blocks [B, 7], slices [N, 6]; and the
+    number of rows of partial gradients over all slices."""
 
     segments: Tensor
     blocks: Tensor
@@ -97,8 +95,8 @@ class _Tables(NamedTuple):
 
 @dataclass
 class _Slice:
-    """Blocks first_block to last_block, which one thread takes, and the rows first to last that hold their keys; the
-    rows' gradients start `at` a row of the shares. group: in a group's last slice the index of its first."""
+    """Blocks first_block to last_block, processed by one thread, and the rows first to last of their keys. Their
+    partial gradients start at row `at` of the shares. group: in a group's last slice, the index of its first slice."""
 
     first_block: int
     last_block: int
@@ -108,7 +106,7 @@ class _Slice:
     group: int = -1
 
 
-@lru_cache(maxsize=8)  # the layers of a model ask for the same tables
+@lru_cache(maxsize=8)  # all layers of a model use the same tables
 def _tables(prompt_bounds, completion_bounds, completion_group) -> _Tables:
     completions = [[] for _ in prompt_bounds]
     for group, bounds in zip(completion_group, completion_bounds, strict=True):
@@ -146,17 +144,17 @@ def _tables(prompt_bounds, completion_bounds, completion_group) -> _Tables:
 def _whole_rows_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In fp32 or fp64: all scores of a row are there at once, for a softmax that errs no more than a plain one.
+    """In fp32 or fp64, with the softmax recomputed over whole rows of scores.
 
-    e^(score - lse) carries the rounding of lse, and of scores that came out otherwise in the forward; where the softmax
-    is sharp, that alone is several times what a plain softmax errs. So the output and lse are of no use here.
+    exp(score - lse) carries the rounding of lse and of scores that the forward rounded differently; for a peaked
+    softmax that is several times the error of a plain softmax. So this uses neither the output nor lse.
     """
     grads = tuple(torch.zeros_like(x) for x in (q, k, v))
     heads, key_heads, size = q.shape[1], k.shape[1], q.shape[3]
     spans = _causal_spans(groups.prompt_bounds, groups.completion_bounds, groups.completion_group)
     for (start, last), group in zip(spans, groups.completion_group, strict=True):
         prompt = groups.prompt_bounds[group]
-        before = (start, start) if start == prompt[0] else prompt  # the first completion's span holds its prompt
+        before = (start, start) if start == prompt[0] else prompt  # the first completion's span includes its prompt
         step = min(_BLOCK, max(32, _SCORES // (heads * (last - start + prompt[1] - prompt[0]))))
         for first in range(start, last, step):
             rows = slice(first, min(first + step, last))
@@ -174,8 +172,8 @@ def _whole_rows_backward(
 
 
 def _causal_softmax_backward(scores: Tensor, grad_weights: Tensor, rows: int, scale: float) -> None:
-    """In place: scores [B, r * N, M] to softmax weights, the weights' gradient to that of q k^T; the N rows' own keys
-    are the last N of M."""
+    """In place: scores [B, r * N, M] become softmax weights, the weights' gradient becomes that of q k^T. The N rows'
+    own keys are the last N of M."""
     if _cpu.takes(scores, grad_weights):
         torch.ops.strop.cpu_causal_softmax_backward(scores, grad_weights, rows, scale)
         return
@@ -187,7 +185,7 @@ def _causal_softmax_backward(scores: Tensor, grad_weights: Tensor, rows: int, sc
 
 
 def _causal_spans(prompt_bounds, completion_bounds, completion_group) -> list[tuple[int, int]]:
-    """Row ranges that attend causally to themselves: prompt with first completion, then each further completion."""
+    """Row ranges that attend causally to themselves: a prompt with its first completion, then each later completion."""
     return [
         (prompt_bounds[g][0] if start == prompt_bounds[g][1] else start, end)
         for g, (start, end) in zip(completion_group, completion_bounds, strict=True)

@@ -1,4 +1,4 @@
-"""Preference losses over packed token log-probs or sequence sums, without a host synchronisation."""
+"""Preference losses over packed token log-probs or sequence sums, without a host synchronization."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .logprob import linear_logprob
-from .losses import LOSSES, Loss, Options, Pairs, by_turns, kto_desirable, kto_undesirable
-from .pairwise import NLL_NORMALIZATIONS, covers, pairwise_sums
+from ..head import linear_logprob
+from .losses import LOSSES, Loss, Options, Pairs, alternating, kto_desirable, kto_undesirable
+from .segment_sum import segment_of_token, segment_sum
 
 LOSS_TYPES = tuple(LOSSES)
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 RPO_DIVERGENCES = ("target_first", "policy_first", "squared")
+NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
 
-# What each entry of the metrics sums over; counts come last, and every other entry is divided by one of them.
+# Order of the metrics: sums, then the counts that preference_means divides them by.
 PREFERENCE_METRICS = (
     "rewards/chosen",
     "rewards/rejected",
@@ -68,29 +69,29 @@ def preference_loss(
     batch: tuple[Tensor, Tensor] | None = None,
     batch_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """A preference loss and its metrics, on the device, without a host synchronisation.
+    """A preference loss and its metrics, on the device, without a host synchronization.
 
-    S completions are ordered chosen, rejected, chosen, rejected ...: B = S / 2 pairs. policy_logp is either token
-    log-probs [M] with `segments` [M] (ascending completion ids, as PackedGroups.target_segment) and their number
-    num_segments = S, or with `target_bounds` on the host; or sequence sums [S], with `lengths` [S] where a loss or the
-    NLL divides by them. ref_logp is of the same shape, or sequence sums [S]; None for losses without a reference.
+    The S completions alternate chosen, rejected, chosen, rejected ...: B = S / 2 pairs. policy_logp is either token
+    log-probs [M] with `segments` [M] (ascending completion ids, as PackedGroups.target_segment) and num_segments = S,
+    or with `target_bounds` on the host; or sequence sums [S], with `lengths` [S] if a loss or the NLL divides by them.
+    ref_logp has the same shape, or is sequence sums [S]; None for losses without a reference.
 
     loss_type: one of LOSS_TYPES, or several with loss_weights. The loss is the sum over pairs over pair_denominator
     (default B), plus nll_weight times the NLL of the chosen completions over nll_denominator: "batch_tokens" sums over
-    tokens (default denominator: the chosen tokens), "sequence_mean" and "sequence_sum" take a mean or a sum for each
-    completion (default B). "orpo" brings its NLL with weight 1.
+    tokens (default denominator: the chosen tokens), "sequence_mean" and "sequence_sum" use each completion's mean or
+    sum (default B). "orpo" includes its NLL with weight 1.
 
     Options: label_smoothing; length_normalization divides each score by its length ("sigmoid_norm" and "ipo_norm",
     TRL's IPO, always do); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens
-    beyond the shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] turns on WPO's pair weights (arXiv
+    beyond the shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] enables WPO's pair weights (arXiv
     2406.11827); reward_margin [B] is dr* of "rpo"; baseline is z of "kto" (log-ratio) or d of "bco_pair" (reward);
-    desirable [S] bool makes "kto" unpaired, completions in any order, default denominator S. batch holds no-grad
+    desirable [S] bool makes "kto" unpaired: completions in any order, default denominator S. batch holds no-grad
     sequence sums (policy [2G], reference [2G]) of the whole global batch for "aot" and "aot_unpaired", batch_offset
-    this call's first pair in it; without it the given pairs are the batch.
+    is this call's first pair in it; without batch the given pairs are the batch.
 
     Returns (loss, metrics): loss 0-dim; metrics fp32 sums in the order of PREFERENCE_METRICS, to be added over
-    microbatches and ranks and divided by preference_means. Rewards are beta times the log-ratio. Raises ValueError on
-    what does not fit together, options that the loss would ignore included.
+    microbatches and ranks and then divided by preference_means. Rewards are beta times the log-ratio. Raises ValueError
+    on mismatched shapes, options out of range, and options that the loss would ignore.
     """
     types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     weights = (1.0,) * len(types) if loss_weights is None else tuple(loss_weights)
@@ -111,10 +112,10 @@ def preference_loss(
         raise ValueError(f"unknown nll_normalization {nll_normalization!r}; known are {NLL_NORMALIZATIONS}")
     if "orpo" in types:
         if nll_weight:
-            raise ValueError("orpo brings its NLL with weight 1; nll_weight must be 0")
+            raise ValueError("orpo includes its NLL with weight 1; nll_weight must be 0")
         nll_weight = weights[types.index("orpo")]
     if ("rpo" in types) != (reward_margin is not None):
-        raise ValueError("rpo needs reward_margin, and no other loss does")
+        raise ValueError("reward_margin is required by rpo and used by no other loss")
     if desirable is not None and (types != ("kto",) or nll_weight or log_sum_p2 is not None or ld_alpha is not None):
         raise ValueError("desirable is for kto alone, without nll_weight, ld_alpha and log_sum_p2")
 
@@ -135,36 +136,38 @@ def preference_loss(
     if ref_logp is not None and ref_logp.shape not in ((completions,), policy_logp.shape):
         raise ValueError(f"ref_logp {list(ref_logp.shape)} is neither {completions} sums nor one for each token")
 
-    plain = f_divergence == "reverse_kl" and ld_alpha is None and log_sum_p2 is None and weights == (1.0,)
-    on_gpu = policy_logp.is_cuda and policy_logp.dtype == torch.float32 and offsets is not None
-    if on_gpu and plain and covers(types[0], baseline):
-        sums = pairwise_sums(
-            policy_logp, ref_logp, offsets, types[0], o, length_normalization, nll_normalization, baseline
+    lengths = None if lengths is None else lengths.to(dtype)
+    policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, ld_alpha)
+    ratio = policy if ref is None else policy - ref
+    if desirable is not None:
+        return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
+    if batch is None and any(loss.batchwide for loss in losses):
+        batch = (policy.detach(), ref)
+    score = _f_score(ratio, f_divergence, f_alpha)
+    terms = []
+    for loss, weight in zip(losses, weights, strict=True):
+        normalize = loss.scores and (loss.mean or length_normalization)
+        scaled = score / lengths.clamp_min(1) if normalize else score
+        pairs = Pairs(
+            *alternating(ratio),
+            *alternating(scaled),
+            policy=alternating(policy),
+            lengths=None if lengths is None else alternating(lengths),
+            baseline=baseline,
+            reward_margin=reward_margin,
+            batch=batch,
+            batch_offset=batch_offset,
         )
-        pair_sum, nll_sum, nll_count, metrics = sums.select(0, 6), sums.select(0, 7), sums.select(0, 11), sums.detach()
-    else:
-        lengths = None if lengths is None else lengths.to(dtype)
-        policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, ld_alpha)
-        ratio = policy if ref is None else policy - ref
-        if desirable is not None:
-            return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
-        if batch is None and any(loss.batchwide for loss in losses):
-            batch = (policy.detach(), ref)
-        score = _f_score(ratio, f_divergence, f_alpha)
-        per_pair = torch.zeros_like(by_turns(ratio)[0])
-        for loss, weight in zip(losses, weights, strict=True):
-            normalize = loss.scores and (loss.mean or length_normalization)
-            scaled = score / lengths.clamp_min(1) if normalize else score
-            pairs = _pairs(ratio, scaled, policy, lengths, baseline, reward_margin, batch, batch_offset)
-            per_pair = per_pair + weight * loss.formula(pairs, o)
-        if log_sum_p2 is not None:
-            likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
-            per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
-        pair_sum = per_pair.sum()
-        # The NLL counts every token, whatever ld_alpha makes of the sums.
-        unweighted = policy if ld_alpha is None else segment_sum(policy_logp, offsets)
-        nll_sum, nll_count = _nll(unweighted, lengths, nll_normalization)
-        metrics = _metrics(ratio, policy, beta, pair_sum, nll_sum, nll_count)
+        terms.append(loss.formula(pairs, o) if weight == 1.0 else weight * loss.formula(pairs, o))
+    per_pair = sum(terms[1:], terms[0])
+    if log_sum_p2 is not None:
+        likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
+        per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
+    pair_sum = per_pair.sum()
+    # ld_alpha does not apply to the NLL.
+    unweighted = policy if ld_alpha is None else segment_sum(policy_logp, offsets)
+    nll_sum, nll_count = _nll(unweighted, lengths, nll_normalization)
+    metrics = _metrics(ratio, policy, beta, pair_sum, nll_sum, nll_count)
     total = pair_sum / (completions // 2 if pair_denominator is None else pair_denominator)
     if nll_weight:
         total = total + nll_weight * nll_sum / (nll_count.clamp_min(1) if nll_denominator is None else nll_denominator)
@@ -190,8 +193,8 @@ def linear_preference_loss(
 
     hidden [M, D], weight [V, D], target [M], bias [V] and the keywords named here as in linear_logprob; segments,
     num_segments or target_bounds, ref_logp and every other option as in preference_loss. wpo weights the pairs as WPO
-    does (arXiv 2406.11827). An ignored target counts as a token of log-prob 0: leave it out where lengths matter.
-    Returns and raises as preference_loss.
+    does (arXiv 2406.11827). An ignored target counts as a token of log-prob 0: drop it if lengths matter. Returns and
+    raises as preference_loss.
     """
     if "log_sum_p2" in options:
         raise ValueError("log_sum_p2 is computed here: set wpo=True")
@@ -212,9 +215,9 @@ def linear_preference_loss(
 
 
 def preference_means(metrics: Tensor) -> dict[str, float]:
-    """The means behind (added-up) metrics of preference_loss, by name: the one place that synchronises.
+    """Means by name from summed metrics of preference_loss; synchronizes with the device.
 
-    Of unpaired data the accuracies are left out and rewards/margins is the difference of the two means.
+    For unpaired data, accuracies are omitted and rewards/margins is the difference of the two means.
     """
     sums = dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
     both, chosen, rejected, nll = (max(value, 1.0) for value in metrics[8:].tolist())
@@ -233,43 +236,13 @@ def preference_means(metrics: Tensor) -> dict[str, float]:
     return means
 
 
-@torch.library.custom_op("strop::segment_sum", mutates_args=())
-def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """[S] sums of values [M] between offsets [S + 1]; the same bits every time, unlike index_add on CUDA."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
-
-
-@segment_sum.register_fake
-def _(values, offsets):
-    return values.new_empty(offsets.shape[0] - 1)
-
-
-def _segment_sum_setup(ctx, inputs, output) -> None:
-    values, offsets = inputs
-    ctx.save_for_backward(offsets)
-    ctx.tokens = values.shape[0]
-
-
-def _segment_sum_autograd(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    (offsets,) = ctx.saved_tensors
-    return grad.index_select(0, _segment_of_token(offsets, ctx.tokens)), None
-
-
-segment_sum.register_autograd(_segment_sum_autograd, setup_context=_segment_sum_setup)
-
-
-def _segment_of_token(offsets: Tensor, tokens: int) -> Tensor:
-    """[M] int64 completion of each token."""
-    return torch.searchsorted(offsets, torch.arange(tokens, device=offsets.device), right=True) - 1
-
-
 def _offsets(
     policy_logp: Tensor,
     segments: Tensor | None,
     num_segments: int | None,
     target_bounds: Sequence[tuple[int, int]] | None,
 ) -> Tensor | None:
-    """[S + 1] int64 offsets of the completions in policy_logp, None when it holds sequence sums."""
+    """[S + 1] int64 offsets of the completions in policy_logp; None if it holds sequence sums."""
     if policy_logp.dim() != 1:
         raise ValueError(f"policy_logp must have one dimension, got {list(policy_logp.shape)}")
     if target_bounds is not None:
@@ -280,16 +253,16 @@ def _offsets(
     if segments is None:
         return None
     if num_segments is None or segments.shape != policy_logp.shape:
-        raise ValueError("segments need policy_logp's shape, and num_segments, known on the host")
+        raise ValueError("segments must have policy_logp's shape, and num_segments must be given")
     edges = torch.arange(num_segments + 1, dtype=segments.dtype, device=segments.device)
     return torch.searchsorted(segments, edges)
 
 
 def _beyond_shorter(offsets: Tensor, tokens: int) -> Tensor:
-    """[M] bool: the token lies beyond the length of the pair's shorter completion."""
-    segment = _segment_of_token(offsets, tokens)
+    """[M] bool: the token is beyond the length of the pair's shorter completion."""
+    segment = segment_of_token(offsets, tokens)
     lengths = offsets.diff()
-    shorter = torch.minimum(*by_turns(lengths))
+    shorter = torch.minimum(*alternating(lengths))
     place = torch.arange(tokens, device=offsets.device) - offsets.index_select(0, segment)
     return place >= shorter.index_select(0, segment // 2)
 
@@ -301,7 +274,7 @@ def _f_score(ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
     if f_divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(ratio)
     if f_divergence == "alpha_divergence" and alpha != 1.0:
-        # 80 keeps exp within fp32: beyond it the pair's gradient is that of the clamp.
+        # exp(80) is finite in fp32; beyond that the clamp makes the pair's gradient zero.
         return torch.expm1(((alpha - 1) * ratio).clamp(max=80.0)) / (alpha - 1)
     return ratio
 
@@ -322,39 +295,14 @@ def _sequence_sums(
     return segment_sum(policy_logp, offsets), segment_sum(ref_logp, offsets) if per_token_ref else ref_logp
 
 
-def _pairs(
-    ratio: Tensor,
-    score: Tensor,
-    policy: Tensor,
-    lengths: Tensor | None,
-    baseline: Tensor | float,
-    reward_margin: Tensor | None,
-    batch: tuple[Tensor, Tensor] | None,
-    batch_offset: int,
-) -> Pairs:
-    (c, r), (chosen_score, rejected_score) = by_turns(ratio), by_turns(score)
-    return Pairs(
-        c=c,
-        r=r,
-        chosen_score=chosen_score,
-        rejected_score=rejected_score,
-        policy=by_turns(policy),
-        lengths=None if lengths is None else by_turns(lengths),
-        baseline=baseline,
-        reward_margin=reward_margin,
-        batch=batch,
-        batch_offset=batch_offset,
-    )
-
-
 def _nll(policy: Tensor, lengths: Tensor | None, normalization: str) -> tuple[Tensor, Tensor]:
-    """The sum of the chosen completions' NLL as the normalisation has it, and what there is of it to divide by."""
-    nll = -by_turns(policy)[0]
+    """The chosen completions' NLL summed under the given normalization, and its default denominator."""
+    nll = -alternating(policy)[0]
     count = torch.ones_like(nll)
     if lengths is not None and normalization == "batch_tokens":
-        count = by_turns(lengths)[0]
+        count = alternating(lengths)[0]
     elif lengths is not None and normalization == "sequence_mean":
-        nll = nll / by_turns(lengths)[0].clamp_min(1)
+        nll = nll / alternating(lengths)[0].clamp_min(1)
     return nll.sum(), count.sum()
 
 
@@ -362,13 +310,13 @@ def _nll(policy: Tensor, lengths: Tensor | None, normalization: str) -> tuple[Te
 def _metrics(
     ratio: Tensor, policy: Tensor, beta: float, pair_sum: Tensor, nll_sum: Tensor, nll_count: Tensor
 ) -> Tensor:
-    chosen, rejected = by_turns(beta * ratio)
-    chosen_logp, rejected_logp = by_turns(policy)
+    chosen, rejected = alternating(beta * ratio)
+    chosen_logp, rejected_logp = alternating(policy)
     margin = chosen - rejected
     count = torch.full_like(pair_sum, margin.shape[0])
-    entries = (chosen.sum(), rejected.sum(), (margin > 0).to(ratio.dtype).sum(), margin.sum())
-    entries += (chosen_logp.sum(), rejected_logp.sum(), pair_sum, nll_sum, count, count, count, nll_count)
-    return torch.stack(entries).float()
+    by_pair = torch.stack([chosen, rejected, (margin > 0).to(ratio.dtype), margin, chosen_logp, rejected_logp])
+    totals = torch.stack([pair_sum, nll_sum, count, count, count, nll_count])
+    return torch.cat([by_pair.sum(1), totals]).float()
 
 
 def _unpaired_kto(
@@ -380,7 +328,7 @@ def _unpaired_kto(
     weight: float,
     denominator: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
-    """preference_loss for completions with a verdict each instead of a partner."""
+    """preference_loss for completions that are each labeled desirable or not, instead of paired."""
     if desirable.shape != ratio.shape or desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool [{ratio.shape[0]}], got {desirable.dtype} {list(desirable.shape)}")
     each = weight * torch.where(desirable, kto_desirable(ratio, baseline, o), kto_undesirable(ratio, baseline, o))
@@ -396,7 +344,7 @@ def _unpaired_kto(
 
 
 def _check_losses(types: tuple[str, ...], weights: tuple[float, ...], o: Options) -> list[Loss]:
-    """The losses by name. Raises ValueError on unknown names and on numbers outside a formula's domain."""
+    """The losses by name. Raises ValueError on unknown names and on options outside a formula's domain."""
     if not types or len(types) != len(weights):
         raise ValueError(f"{len(types)} loss types need as many loss_weights, got {len(weights)}")
     if unknown := [name for name in types if name not in LOSSES]:
@@ -425,14 +373,14 @@ def _check_options(
     log_sum_p2: Tensor | None,
     batch: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Raises ValueError on an option that some loss needs and lacks, or that all of them would ignore."""
+    """Raises ValueError on an option that a loss needs and lacks, or that all of them would ignore."""
     for name, loss in zip(types, losses, strict=True):
         if loss.reference == "needed" and ref_logp is None:
             raise ValueError(f"{name} needs ref_logp")
         if loss.reference == "none" and ref_logp is not None:
             raise ValueError(f"{name} has no reference model; ref_logp must be None")
         if ld_alpha is not None and (loss.mean or length_normalization):
-            raise ValueError(f"ld_alpha and {name}'s division by length undo each other")
+            raise ValueError(f"ld_alpha and {name}'s division by length cancel each other")
         if log_sum_p2 is not None and (loss.batchwide or name == "kto"):
             raise ValueError(f"WPO weights (log_sum_p2) belong to pairs; {name} has none")
     if f_divergence not in F_DIVERGENCES:

@@ -1,4 +1,4 @@
-"""gather_logprob's passes in CUDA C++ (csrc/), for where the library was built and measured to be the faster one."""
+"""gather_logprob's passes in CUDA C++ (csrc/gather.cu), for GPUs on which they are measured to beat Triton's."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# The passes measured to be faster than Triton's, by compute capability, e.g. {(9, 0): {"gather_forward"}}.
-# Empty: not yet measured.
+# Passes measured to be faster than Triton's, by compute capability, e.g. {(9, 0): {"gather_forward"}}. None so far.
 FASTER: dict[tuple[int, int], set[str]] = {}
 
-# For benchmarks and tests, which compare: True takes the library and raises where it cannot, False leaves it, None is
-# what FASTER says.
+# For benchmarks and tests: True uses the library and raises if it is missing, False avoids it, None follows FASTER.
 prefer: bool | None = None
 
 
 @cache
 def load() -> bool:
-    """Load the library, once; False where it was not built. Only a PyTorch for CUDA has all that it links to."""
-    path = Path(__file__).with_name("_csrc.so")
+    """Load the library, once; False if it was not built. It links to PyTorch's CUDA libraries."""
+    path = Path(__file__).parents[1] / "_csrc.so"
     if not path.is_file():
         return False
     torch.ops.load_library(path)
@@ -30,7 +28,7 @@ def load() -> bool:
 
 
 def takes(name: str, logits: Tensor) -> bool:
-    """Whether the pass `name` over these logits is the library's. Raises RuntimeError where it should be and is not."""
+    """Whether the library runs the pass `name` on these logits. Raises RuntimeError if preferred but not built."""
     if prefer is False or not logits.is_cuda or logits.dtype not in DTYPES:
         return False
     if prefer:
@@ -41,7 +39,7 @@ def takes(name: str, logits: Tensor) -> bool:
 
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As passes.gather_forward, but lse is 0 in dead rows, which are not read."""
+    """passes.gather_forward, except that lse is 0 in dead rows, which are not read."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     logp, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
@@ -50,5 +48,5 @@ def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
-    """As passes.gather_backward; columns of logits and out side by side."""
+    """passes.gather_backward; the columns of logits and out are contiguous."""
     torch.ops.strop.cuda_gather_backward(grad.float().contiguous(), logits, target, at_target, lse, out)

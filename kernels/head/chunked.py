@@ -1,8 +1,8 @@
-"""The head's log-probabilities over vocabulary chunks: library matrix products and element-wise passes by turns.
+"""The head's log-probabilities over vocabulary chunks: library GEMMs alternating with element-wise passes.
 
-A library matrix product writes the logits of one vocabulary chunk into a scratch buffer, an element-wise pass updates
-the online log-sum-exp (forward) or makes the gradient in place (backward), library matrix products finish. Everything
-per row is computed in fp32 (fp64 for fp64 inputs).
+A GEMM writes the logits of one vocabulary chunk into a scratch buffer, an element-wise pass updates the online
+log-sum-exp (forward) or computes the gradient in place (backward), and further GEMMs reduce it. Row statistics are fp32
+(fp64 for fp64 inputs).
 
 With x the logits, p = softmax(x) and target y, the gradient of a row's log-prob is d x_v = [v = y] - p_v. The upstream
 gradient of a row is constant over the vocabulary, so it is applied to `hidden` before the product for the weight and
@@ -17,17 +17,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _cpu
+from .. import _cpu
 from . import passes as torch_passes
-from .passes import Head, RowState, new_state
+from .passes import LogitTransform, RowState, new_state
 
 RECOMPUTE, KEEP, FROZEN = range(3)
 
-# A scratch chunk of this many elements stays in the last-level cache of a CPU; on a GPU, launches are what counts.
+# On a CPU a scratch chunk should stay in the last-level cache; on a GPU larger chunks save launches.
 _CHUNK_ELEMENTS = {"cpu": 4 << 20, "cuda": 64 << 20}
 _MIN_CHUNK = 1024
-# Logits that are kept save a fourth product: a fifth of a trained head's time on a CPU without a matrix unit (AMX);
-# with one, writing and reading them takes longer than the product.
+# Keeping the logits saves one of four GEMMs, a fifth of a trained head's time on a CPU without AMX. With AMX, writing
+# and reading them takes longer than the GEMM.
 _DEFAULT_BYTE_BUDGET = {"cpu, AMX": 64 << 20, "cpu": 256 << 20, "cuda": 512 << 20}
 
 
@@ -38,7 +38,7 @@ def default_byte_budget(device: torch.device) -> int:
 
 
 def chunk_width(rows: int, vocab: int, itemsize: int, byte_budget: int, device: torch.device) -> int:
-    """Vocabulary columns per chunk: cache-sized for few rows, wide enough for the matrix products for many."""
+    """Vocabulary columns per chunk: small enough for the cache, at least _MIN_CHUNK for efficient GEMMs."""
     elements = _CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
     wanted = max(_MIN_CHUNK, elements // max(rows, 1))
     allowed = byte_budget // max(rows * itemsize, 1)
@@ -60,23 +60,22 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, 
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total fp32 whatever a and b are."""
+    """total += a @ b with an fp32 total."""
     if total.is_cuda and total.dtype != a.dtype:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
-        # The CPU has no product of low-precision operands into fp32: each chunk's product is rounded, their sum is not.
+        # The CPU has no GEMM from low precision to fp32: each chunk's product is rounded, their sum is not.
         for rows in _row_blocks(total):
             total[rows] += torch.mm(a[rows], b)
 
 
-def _turned_is_faster(x: Tensor) -> bool:
-    """Whether [D, N] @ [N, C] takes less time than the transposed product: half of it on a CPU's matrix unit (AMX);
-    without one it takes a tenth more."""
+def _transposed_is_faster(x: Tensor) -> bool:
+    """Whether [D, N] @ [N, C] is faster than [C, N] @ [N, D]: it takes half the time with AMX, a tenth more without."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _cpu.HAS_MATRIX_UNIT
 
 
 def _row_blocks(x: Tensor) -> Iterator[slice]:
-    """Rows of at most a megabyte or so on the CPU, so that what is made for each stays small; all rows on a GPU."""
+    """Blocks of rows of about a megabyte on the CPU, to keep temporaries small; one block of all rows on a GPU."""
     step = max(256, (1 << 19) // x.shape[1]) if x.device.type == "cpu" else max(x.shape[0], 1)
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
@@ -86,18 +85,18 @@ def forward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    head: Head,
+    head: LogitTransform,
     stats: tuple[str, ...],
     byte_budget: int,
     kept: Tensor | None = None,
     bracket: bool = False,
     passes: ModuleType = torch_passes,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-    """logp, lse, the requested stats, and (if bracket) d logp / d hidden.
+    """Returns logp, lse, the requested stats and, with bracket, d logp / d hidden.
 
-    hidden [N, D], weight [V, D], target [N] int64 with negative ones for dead rows, bias [V]. kept, if given, has room
-    for N * V elements and receives the scaled products, chunk after chunk. Row results are [N] in the compute dtype and
-    undefined in dead rows; the bracket is [N, D] in hidden's dtype.
+    hidden [N, D], weight [V, D], target [N] int64, negative in dead rows, bias [V]. kept, if given, has N * V elements
+    and receives the scaled products, chunk after chunk. Row results are [N] in the compute dtype, undefined in dead
+    rows; the bracket is [N, D] in hidden's dtype.
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     width = chunk_width(rows, vocab, hidden.element_size(), byte_budget, hidden.device)
@@ -121,7 +120,7 @@ def forward(
 
 
 def _chunk_view(buffer: Tensor, rows: int, chunk: slice, first_column: int) -> Tensor:
-    """[rows, chunk] of a flat buffer that holds chunks one after the other."""
+    """[rows, chunk] view of a flat buffer of consecutive chunks."""
     columns = chunk.stop - chunk.start
     return buffer[rows * first_column : rows * (first_column + columns)].view(rows, columns)
 
@@ -151,15 +150,15 @@ def backward(
     lse: Tensor,
     kept: Tensor | None,
     kept_rows: Tensor | None,
-    head: Head,
+    head: LogitTransform,
     needs: tuple[bool, bool, bool],
     byte_budget: int,
     passes: ModuleType = torch_passes,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (grad * logp).sum() for hidden, weight and bias, each None unless needed.
 
-    grad [N], zero in dead rows; logp and lse as forward returned them. kept as forward filled it, or None to compute
-    the products again; kept_rows are the N of its rows that are meant, None for all.
+    grad [N], zero in dead rows; logp and lse from forward. kept as forward filled it, or None to recompute the
+    products; kept_rows selects N of its rows, None for all.
     """
     rows, vocab, dtype = hidden.shape[0], weight.shape[0], lse.dtype
     need_hidden, need_weight, need_bias = needs
@@ -168,12 +167,12 @@ def backward(
     grad_column = grad.to(dtype).unsqueeze(1)
     norm = None
     if hidden.dtype == torch.float16:
-        # fp16 hidden states times a mean's 1/N would vanish: the largest gradient is multiplied in at the end.
+        # fp16 hidden states times a mean's 1/N would underflow: divide by the largest gradient, multiply at the end.
         norm = grad_column.abs().amax().clamp_min(torch.finfo(dtype).tiny) if rows else None
     factor = (grad_column if norm is None else grad_column / norm) * -head.slope
     scaled_hidden = (hidden * factor).to(hidden.dtype) if need_weight else None
-    turned = need_weight and _turned_is_faster(hidden)
-    if turned:
+    transposed = need_weight and _transposed_is_faster(hidden)
+    if transposed:
         scaled_hidden = scaled_hidden.t().contiguous()
     factor_row = factor.to(hidden.dtype).t()
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
@@ -192,7 +191,7 @@ def backward(
         if need_hidden:
             _accumulate(grad_hidden, d, weight[chunk])
         if need_weight:
-            if turned:
+            if transposed:
                 grad_weight[chunk] = torch.mm(scaled_hidden, d).t()
             else:
                 torch.mm(d.t(), scaled_hidden, out=grad_weight[chunk])
@@ -202,7 +201,7 @@ def backward(
         for gradient in (grad_weight, grad_bias):
             if gradient is not None:
                 gradient.mul_(norm)
-    del scratch, d, scaled_hidden  # before the last allocation
+    del scratch, d, scaled_hidden  # free before the last allocation
     return (
         grad_hidden.mul_(-head.slope * grad_column).to(hidden.dtype) if need_hidden else None,
         grad_weight,

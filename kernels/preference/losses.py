@@ -1,8 +1,8 @@
-"""The formulas of the preference losses and the options each of them honours.
+"""The formulas of the preference losses and the options that each of them uses.
 
 Notation, per pair: c and r are the log-ratios log pi - log ref of the chosen and the rejected completion, each summed
 over its tokens (log pi alone where there is no reference), D = c - r, b = beta, e = label smoothing, S = log sigmoid.
-Scores are log-ratios after the f-divergence and the length normalisation; where those apply, D is of scores.
+Scores are log-ratios after the f-divergence and length normalization; losses that use scores take D from them.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Options:
-    """preference_loss's numbers, under its names."""
+    """Scalar options of preference_loss, by the same names."""
 
-    beta: float
-    label_smoothing: float
-    simpo_gamma: float
-    dpop_lambda: float
-    discopop_tau: float
-    rpo_eta: float
-    rpo_divergence: str
-    desirable_weight: float
-    undesirable_weight: float
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    simpo_gamma: float = 0.5
+    dpop_lambda: float = 50.0
+    discopop_tau: float = 0.05
+    rpo_eta: float = 1.0
+    rpo_divergence: str = "target_first"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Per pair, [B] each: what the formulas read.
+    """Inputs of the formulas, [B] each.
 
-    policy: sequence log-probs. lengths: tokens with loss. baseline: KTO's z or BCO's d. reward_margin: RPO's dr*.
-    batch: no-grad sequence log-probs (policy, reference) of the whole global batch, [2G] each, chosen and rejected by
-    turns; batch_offset: the first of these pairs in it.
+    policy: sequence log-probs. lengths: tokens in the loss. baseline: KTO's z or BCO's d. reward_margin: RPO's dr*.
+    batch: no-grad sequence log-probs (policy, reference) of the whole global batch, [2G] each, alternating chosen and
+    rejected; batch_offset: the index of the first of these pairs in it.
     """
 
     c: Tensor
@@ -46,10 +46,10 @@ class Pairs:
     rejected_score: Tensor
     policy: tuple[Tensor, Tensor]
     lengths: tuple[Tensor, Tensor] | None
-    baseline: Tensor | float
-    reward_margin: Tensor | None
-    batch: tuple[Tensor, Tensor] | None
-    batch_offset: int
+    baseline: Tensor | float = 0.0
+    reward_margin: Tensor | None = None
+    batch: tuple[Tensor, Tensor] | None = None
+    batch_offset: int = 0
 
     @property
     def margin(self) -> Tensor:
@@ -99,7 +99,7 @@ def log_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _orpo(x: Pairs, o: Options) -> Tensor:
-    """-b S(log odds_w - log odds_l) of the mean token log-probs, arXiv 2403.07691; its NLL is added by the caller."""
+    """-b S(log odds_w - log odds_l) of the mean token log-probs, arXiv 2403.07691; the caller adds its NLL."""
     return -o.beta * F.logsigmoid(log_odds(*x.mean_logps()))
 
 
@@ -151,8 +151,8 @@ def _apo_down(x: Pairs, o: Options) -> Tensor:
     return torch.sigmoid(o.beta * x.c) + torch.sigmoid(o.beta * (x.r - x.c))
 
 
-def by_turns(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected), each [B], of values [2B] that hold them by turns."""
+def alternating(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected), each [B], of values [2B] that alternate between them."""
     return values.view(-1, 2).unbind(1)
 
 
@@ -163,10 +163,10 @@ def _ranks(values: Tensor) -> Tensor:
 def _aot(x: Pairs, o: Options) -> Tensor:
     """-S(b(sorted policy margin - sorted reference margin)) over the whole batch, arXiv 2406.05882.
 
-    The reference is constant, so a pair needs only the reference margin that sorting puts opposite its own.
+    The reference is constant, so a pair needs only the reference margin of the same rank as its own.
     """
     policy, ref = x.batch
-    policy_margin, ref_margin = (chosen - rejected for chosen, rejected in map(by_turns, (policy, ref)))
+    policy_margin, ref_margin = (chosen - rejected for chosen, rejected in map(alternating, (policy, ref)))
     opposite = ref_margin.sort().values.index_select(0, _ranks(policy_margin))
     opposite = opposite.narrow(0, x.batch_offset, x.c.shape[0])
     return _smoothed(o.beta * (x.policy[0] - x.policy[1] - opposite), o)
@@ -175,11 +175,11 @@ def _aot(x: Pairs, o: Options) -> Tensor:
 def _aot_unpaired(x: Pairs, o: Options) -> Tensor:
     """-S(b(sorted c - sorted r)) over the whole batch, arXiv 2406.05882.
 
-    c and r of one pair meet different partners, each of which may be on another rank and thus a constant here. The
-    value is counted with c, and r's term adds its gradient only.
+    c and r of one pair are matched with different partners, which may be on another rank and are constants here. The
+    value counts c's term only; r's term adds its gradient.
     """
     policy, ref = x.batch
-    c, r = by_turns(policy - ref)
+    c, r = alternating(policy - ref)
     opposite_c = r.sort().values.index_select(0, _ranks(c)).narrow(0, x.batch_offset, x.c.shape[0])
     opposite_r = c.sort().values.index_select(0, _ranks(r)).narrow(0, x.batch_offset, x.r.shape[0])
     with_r = _smoothed(o.beta * (opposite_r - x.r), o)
@@ -210,10 +210,10 @@ def _rpo(x: Pairs, o: Options) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A formula and the options it honours; preference_loss refuses an option that the loss would ignore.
+    """A formula and the options it uses; preference_loss rejects an option that the loss would ignore.
 
-    scores: a function of the margin of scores alone, so f-divergences and length normalisation apply. mean: divides by
-    lengths. reference: "needed", "optional" or "none". batchwide: mixes pairs, so weights per pair have no meaning.
+    scores: a function of the margin of scores alone, so f-divergences and length normalization apply. mean: divides by
+    lengths. reference: "needed", "optional" or "none". batchwide: mixes pairs, so per-pair weights are undefined.
     """
 
     formula: Callable[[Pairs, Options], Tensor]

@@ -1,30 +1,31 @@
-"""Attention over PackedGroups by kernels for sequences of unequal length, on keys and values gathered per completion.
+"""Attention over PackedGroups by variable-length kernels, on keys and values gathered per completion.
 
-Query spans [P C1][C2] .. against key spans [P C1][P C2] ..: the rows of q already lie so, those of k and v are
-gathered. Both kernels align a causal mask bottom-right, and within a span positions count on, so that windows of rows
-are windows of positions. Every completion after the first costs a copy of its prompt's keys and values.
+Query spans [P C1][C2] .. attend to key spans [P C1][P C2] ..: the rows of q already have this layout, those of k and v
+are gathered. Both kernels align the causal mask bottom-right, and positions are consecutive within a span, so windows
+of rows are windows of positions. Every completion after the first costs a copy of its prompt's keys and values.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
-from inspect import signature
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import PackedGroups
+from ..layout import PackedGroups
 
 DTYPES = (torch.bfloat16, torch.float16)
+# Looked up once at import: torch.compile must not trace into importlib.
+HAS_FLASH_ATTN = find_spec("flash_attn") is not None
+# Before 2.12 varlen_attn has no such argument and takes grouped heads as they are.
+GROUPED_HEADS = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
 
 
 def unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
-    """Why `backend`, "flash_attn" or "varlen", cannot take these; None where it can."""
-    module = "flash_attn" if backend == "flash_attn" else "torch.nn.attention.varlen"
-    if not _installed(module):
-        return f"{module} is not installed"
+    """Why `backend`, "flash_attn" or "varlen", does not support these inputs; None if it does."""
+    if backend == "flash_attn" and not HAS_FLASH_ATTN:
+        return "flash_attn is not installed"
     if not q.is_cuda or q.dtype not in DTYPES:
         return "it takes bf16 and fp16 on a GPU"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
@@ -34,16 +35,8 @@ def unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
     return None
 
 
-@cache
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, window: int, cap: float) -> Tensor:
-    """q: [1, H, T, D]; k, v: [1, Hkv, T, D]; window and cap are 0 for none. Two runs give identical bits."""
+    """q: [1, H, T, D]; k, v: [1, Hkv, T, D]; window and cap are 0 for none. Deterministic."""
     from flash_attn import flash_attn_varlen_func
 
     out = flash_attn_varlen_func(
@@ -62,11 +55,9 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: flo
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, window: int) -> Tensor:
-    """As flash_attn, by PyTorch's own kernel. Two runs give identical bits under torch.use_deterministic_algorithms."""
+    """As flash_attn, by PyTorch's kernel. Deterministic under torch.use_deterministic_algorithms."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before 2.12 there is no such argument, and grouped heads are taken as they come.
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     out = varlen_attn(
         *_rows(q, k, v, groups),
         groups.query_offsets,
@@ -75,7 +66,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, 
         groups.max_keys,
         scale=scale,
         window_size=(window - 1 if window else -1, 0),
-        **grouped,
+        **GROUPED_HEADS,
     )
     return out.transpose(0, 1).unsqueeze(0)
 
@@ -99,6 +90,6 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
-        # index_put sorts where it accumulates, index_add would use atomics.
+        # index_put sorts before it accumulates; index_add would use atomics.
         total = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device)
         return total.index_put_((index,), grad.float(), accumulate=True).to(grad.dtype), None

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import attention_cpu, attention_segments, attention_varlen
-from .layout import Bounds, PackedGroups
+from .._triton import HAS_TRITON
+from ..layout import Bounds, PackedGroups
+from . import cpu, spans, varlen
 
 BACKENDS = ("triton", "flash_attn", "varlen", "sdpa")
-# The backend measured to be the fastest, by major compute capability. Empty: not yet measured, and Triton's is taken.
-FASTEST: dict[int, str] = {}
 
 
 def prefix_attention(
@@ -35,31 +31,31 @@ def prefix_attention(
     at position p sees keys at positions above p - sliding_window. softcap bounds the scaled scores by tanh before
     masking (Gemma 2).
 
-    backend: one of BACKENDS; None takes the one measured to be the fastest here among those that can. "triton", ours,
-    takes bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn", if installed, and "varlen",
-    torch.nn.attention.varlen, take bf16 and fp16 there and copy every prompt's keys for each further completion; "sdpa"
-    is plain PyTorch, for all else and for the CPU.
+    backend: one of BACKENDS. None picks "triton" where it is supported, else "sdpa". "triton", our kernels, supports
+    bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn", if installed, and "varlen",
+    torch.nn.attention.varlen, support bf16 and fp16 on a GPU and copy each prompt's keys for every completion after the
+    first; "sdpa" is plain PyTorch and supports everything, the CPU included.
 
-    Returns [1, H, T, D]; differentiable once. Raises ValueError when the shapes do not belong to the groups, and when
-    the backend asked for cannot take them.
+    Returns [1, H, T, D]; differentiable once. Raises ValueError if shapes, dtypes or devices do not match the groups,
+    on options out of range and on inputs that the requested backend does not support.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, groups)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # A window that no row outgrows hides nothing.
+    # A window at least as long as every row hides nothing.
     window = 0 if sliding_window is None or sliding_window >= groups.max_keys else sliding_window
     cap = float(softcap or 0.0)
     if not scale > 0 or window < 0 or cap < 0 or sliding_window == 0:
         raise ValueError(f"scale {scale}, sliding_window {sliding_window} and softcap {softcap} must be above 0")
     backend = _choose(backend, q, v, cap)
     if backend == "flash_attn":
-        return attention_varlen.flash_attn(q, k, v, groups, scale, window, cap)
+        return varlen.flash_attn(q, k, v, groups, scale, window, cap)
     if backend == "varlen":
-        return attention_varlen.varlen(q, k, v, groups, scale, window)
+        return varlen.varlen(q, k, v, groups, scale, window)
     if backend == "sdpa" and q.is_cuda and not window and not cap:
-        return attention_segments.sdpa(q, k, v, groups, scale)
+        return spans.sdpa(q, k, v, groups, scale)
     layout = (groups.segments, groups.tiles, groups.readers_end, groups.position_ids)
     return _op(q, k, v, *layout, float(scale), window, cap, backend == "triton")[0]
 
@@ -88,39 +84,37 @@ def _choose(backend: str | None, q: Tensor, v: Tensor, cap: float) -> str:
         return backend
     if not q.is_cuda:
         return "sdpa"
-    wanted = (FASTEST.get(_capability(q.device)), "triton")
-    return next((name for name in wanted if name and not _unable(name, q, v, cap)), "sdpa")
+    return "sdpa" if _unable("triton", q, v, cap) else "triton"
 
 
 def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
-    """Why the backend cannot take these; None where it can."""
+    """Why the backend does not support these inputs; None if it does."""
     if backend == "sdpa":
         return None
     if backend != "triton":
-        return attention_varlen.unable(backend, q, v, cap)
+        return varlen.unable(backend, q, v, cap)
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "it takes bf16, fp16 and fp32 on a GPU"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256:
         return "it takes one head size up to 256"
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     return None if _capability(q.device) >= 8 else "it needs a GPU of compute capability 8.0 or later"
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
 def _capability(device: torch.device) -> int:
-    """Major compute capability; 8 where there is no device to ask, as under FakeTensorMode."""
+    """Major compute capability; 8 without a GPU, as under FakeTensorMode."""
     return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
 
 
-# Defined by schema, and its autograd by a Function under the dispatcher's key: torch.library.custom_op and
-# register_autograd do the same for more microseconds a call. Outputs and gradients have rows first in memory, as models
-# hand q, k and v over and take the output back.
+# torch.compile then calls it at trace time instead of tracing into it. torch.compiler.assume_constant_result sets this
+# too, but imports the compiler into every process.
+_capability._dynamo_marked_constant = True
+
+
+# Defined by schema, with an autograd.Function under the Autograd key: the same as torch.library.custom_op with
+# register_autograd, at less overhead per call. Outputs and gradients are laid out rows first in memory, as models
+# produce q, k and v and consume the output.
 _library = torch.library.Library("strop", "FRAGMENT")
 _LAYOUT = "Tensor segments, Tensor tiles, Tensor readers_end, Tensor positions"
 _NUMBERS = "float scale, int window, float cap, bool triton"
@@ -133,35 +127,35 @@ _op, _backward_op = torch.ops.strop.prefix_attention.default, torch.ops.strop.pr
 
 
 def _explicit(q: Tensor, v: Tensor, window: int, cap: float, triton: bool) -> bool:
-    """Whether attention_segments writes the scores out, which needs no log-sum-exp."""
+    """Whether spans.explicit_* runs, which materializes blocks of scores and needs no log-sum-exp."""
     return not triton and bool(window or cap or q.shape[-1] != v.shape[-1] or q.is_cuda)
 
 
 def _forward(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
-    """out [1, H, T, Dv] and lse [1, H, T], at least fp32; lse is empty where the backward needs none."""
+    """out [1, H, T, Dv] and lse [1, H, T], at least fp32; lse is empty if the backward does not need it."""
     if triton:
-        from ._triton import attention_launch
+        from .._triton import attention_launch
 
         return attention_launch.forward(q, k, v, tiles, readers_end, positions, scale, window, cap)
     bounds = Bounds.of(segments)
     if _explicit(q, v, window, cap, triton):
-        out = attention_segments.explicit_forward(q, k, v, bounds, scale, window, cap)
+        out = spans.explicit_forward(q, k, v, bounds, scale, window, cap)
         return out, q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
-    out, lse = attention_cpu.attention_forward(q, k, v, bounds, scale)
+    out, lse = cpu.forward(q, k, v, bounds, scale)
     return _rows_first(out), lse
 
 
 def _backward(grad_out, q, k, v, out, lse, segments, tiles, readers_end, positions, scale, window, cap, triton):
     if triton:
-        from ._triton import attention_launch
+        from .._triton import attention_launch
 
         layout = (tiles, readers_end, positions)
         return attention_launch.backward(grad_out, q, k, v, out, lse, *layout, scale, window, cap)
     bounds = Bounds.of(segments)
     if _explicit(q, v, window, cap, triton):
-        grads = attention_segments.explicit_backward(grad_out, q, k, v, bounds, scale, window, cap)
+        grads = spans.explicit_backward(grad_out, q, k, v, bounds, scale, window, cap)
     else:
-        grads = attention_cpu.attention_backward(grad_out, q, k, v, out, lse, bounds, scale)
+        grads = cpu.backward(grad_out, q, k, v, out, lse, bounds, scale)
     return tuple(_rows_first(grad) for grad in grads)
 
 
@@ -172,13 +166,13 @@ def _rows_first(x: Tensor) -> Tensor:
 def _forward_fake(q, k, v, segments, tiles, readers_end, positions, scale, window, cap, triton):
     explicit = _explicit(q, v, window, cap, triton)
     plain = torch.promote_types(q.dtype, torch.float32)
-    dtype = plain if explicit or triton else attention_cpu.lse_dtype(q, k, v)
+    dtype = plain if explicit or triton else cpu.lse_dtype(q, k, v)
     lse = q.new_empty((0,) if explicit else q.shape[:3], dtype=dtype)
-    return attention_cpu.empty_rows_first(q, q.shape[1], v.shape[3]), lse
+    return cpu.empty_rows_first(q, q.shape[1], v.shape[3]), lse
 
 
 def _backward_fake(grad_out, q, k, v, *_):
-    return tuple(attention_cpu.empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
+    return tuple(cpu.empty_rows_first(x, *x.shape[1::2]) for x in (q, k, v))
 
 
 class _PrefixAttention(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""Element-wise passes over logits in PyTorch operations, block by block within a core's cache.
+"""Element-wise passes over logits in PyTorch operations, in blocks that fit a core's cache.
 
-kernels/_triton/logprob.py holds the same functions as Triton kernels. A row with a negative target is dead: its
-results are undefined, and the passes write zeros for it wherever a matrix product would read it.
+kernels/_triton/logprob.py has the same functions as Triton kernels. A row with a negative target is dead: its results
+are undefined, and the passes write zeros for it wherever a matrix product reads them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _cpu
+from .. import _cpu
 
-# Elements of the compute type that stay in a core's own cache.
+# Elements of the compute dtype that fit a core's private cache.
 _BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
-class Head:
-    """What makes logits of a matrix product: softcap * tanh(logit_scale * product / softcap) / temperature.
+class LogitTransform:
+    """Logits from a matrix product: softcap * tanh(logit_scale * product / softcap) / temperature.
 
-    softcap 0 means none. The product is computed with product_scale, so that only tanh is left to the passes.
+    softcap 0 means none. The product is computed with product_scale, which leaves only tanh to the passes.
     """
 
     logit_scale: float = 1.0
@@ -35,21 +35,21 @@ class Head:
 
     @property
     def slope(self) -> float:
-        """d logit / d product of the unscaled product, tanh's own slope apart."""
+        """d logit / d product of the unscaled product, without the derivative of tanh."""
         return self.logit_scale / self.temperature
 
     @property
     def cap(self) -> float:
-        """The largest logit a soft-capped head can give; 0 without a cap."""
+        """The largest logit under a softcap; 0 without one."""
         return self.softcap / self.temperature
 
 
 @dataclass(frozen=True)
 class RowState:
-    """Running sums over the vocabulary, each [N] in the compute dtype: with m the highest logit so far and e the sum's
-    exp(x - m), total = sum e, weighted = sum e (x - m), squares = sum e^2, plain = sum x.
+    """Running sums over the vocabulary, each [N] in the compute dtype. With m the highest logit so far and
+    e = exp(x - m): total = sum e, weighted = sum e (x - m), squares = sum e^2, plain = sum x.
 
-    decay is what the last chunk scaled the older sums by. Sums that nobody asked for are empty.
+    decay is the factor by which the last chunk scaled the older sums. Sums that were not requested are empty.
     """
 
     target: Tensor
@@ -74,11 +74,11 @@ def new_state(hidden: Tensor, target: Tensor, weighted: bool, plain: bool, squar
 
     return RowState(
         target=target,
-        # The lowest finite number, not -inf: -inf - -inf would make NaN of a legitimate bias of -inf.
+        # The lowest finite number, not -inf: with a valid bias of -inf, -inf - -inf would be NaN.
         highest=hidden.new_full((rows,), torch.finfo(dtype).min, dtype=dtype),
         total=sums(),
         decay=sums(),
-        # A target that no chunk holds must not look like a log-prob.
+        # Stays NaN if the target is outside the vocabulary.
         target_logit=hidden.new_full((rows,), torch.nan, dtype=dtype),
         weighted=sums(weighted),
         plain=sums(plain),
@@ -96,24 +96,24 @@ def _scratch(like: Tensor, width: int) -> Tensor:
 
 
 def _hits(target: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns within the chunk) of the targets that lie in it."""
+    """(rows, columns within the chunk) of the targets in the chunk."""
     rows = ((target >= start) & (target < start + columns)).nonzero().squeeze(1)
     return rows, target[rows] - start
 
 
 def _logits(product: Tensor, cap: float) -> Tensor:
-    """In place: the scaled product to the logits."""
+    """Logits from the scaled product, in place."""
     return product.tanh_().mul_(cap) if cap else product
 
 
 def _scan_logits(logits: Tensor, highest: Tensor, total: Tensor, decay: Tensor, weights: Tensor | None = None) -> None:
-    """csrc/cpu.cpp's part of scan_chunk and gather_forward."""
+    """scan_chunk's and gather_forward's inner loop in csrc/cpu.cpp."""
     weights = logits.new_empty(0, 0) if weights is None else weights
     torch.ops.strop.cpu_scan_logits(_cpu.dense_rows(logits), highest, total, decay, weights)
 
 
 def _softmax_of(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
-    """csrc/cpu.cpp's part of gradient_chunk and gather_backward: scale * exp(logits - lse), into out."""
+    """scale * exp(logits - lse) into out, in csrc/cpu.cpp; for gradient_chunk and gather_backward."""
     dense = out if out.stride(1) == 1 or out.shape[1] == 1 else out.new_empty(out.shape)
     torch.ops.strop.cpu_softmax_of(_cpu.dense_rows(logits), lse.contiguous(), scale, dense)
     if dense is not out:
@@ -121,9 +121,9 @@ def _softmax_of(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None
 
 
 def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
-    """Take the chunk's scaled product [N, C], vocabulary columns from `start`, into the running sums.
+    """Add a chunk's scaled product [N, C], vocabulary columns from `start`, to the running sums.
 
-    weights [N, C], which may be product itself, receives exp(x - m), times tanh's slope under a soft-cap.
+    weights [N, C], which may be product itself, receives exp(x - m), times the derivative of tanh under a softcap.
     """
     rows, columns = product.shape
     dtype = state.total.dtype
@@ -146,7 +146,7 @@ def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights
         e = x.exp() if state.weighted.numel() else x.exp_()
         torch.sum(e, 1, out=part[block])
         if state.weighted.numel():
-            # 0 * -inf would be NaN, 0 times the lowest finite number is 0.
+            # 0 * -inf is NaN; 0 times the lowest finite number is 0.
             state.weighted[block] += moved[block] * state.total[block]
             state.weighted[block] *= moved[block].exp()
             state.weighted[block] += x.clamp_(min=torch.finfo(dtype).min).mul_(e).sum(1)
@@ -164,9 +164,9 @@ def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights
 def gradient_chunk(
     product: Tensor, start: int, target: Tensor, at_target: Tensor, lse: Tensor, cap: float, out: Tensor
 ) -> None:
-    """Write (p - [v = target]) times tanh's slope to out [N, C], which may be product itself.
+    """Write (p - [v = target]) times the derivative of tanh to out [N, C], which may be product itself.
 
-    at_target [N] is p - 1 at the target, computed as expm1(logp): a difference of rounded numbers would lose it.
+    at_target [N] is p - 1 at the target, computed as expm1(logp), because p - 1 cancels for p near 1.
     """
     rows, columns = product.shape
     hit_rows, hit_columns = _hits(target, start, columns)
@@ -229,5 +229,5 @@ def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Ten
         x.copy_(logits[block]).sub_(lse[block].unsqueeze(1)).exp_()
         x.scatter_(1, column[block], at_target[block].unsqueeze(1)).mul_(scale[block].unsqueeze(1))
         out[block] = x
-    # 0 * NaN is NaN: what an ignored row holds must not reach its gradient.
+    # 0 * NaN is NaN: values in an ignored row must not reach its gradient.
     out.masked_fill_((target < 0).unsqueeze(1), 0.0)
