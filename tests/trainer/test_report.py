@@ -80,7 +80,7 @@ def test_results_are_those_of_the_artifacts(finished, tmp_path):
 
 def test_kl_length_and_throughput_are_those_of_the_artifacts(finished):
     html, _ = finished
-    assert {"KL to the start weights, nats a token", "tokens a completion, test split",
+    assert {"KL to the start weights, nats per token", "tokens per completion, test split",
             "completions cut by length, test split"} <= set(re.findall(r"<h3>([^<]*)</h3>", html))
     assert "round 1 dpo: 0.2 (0.18 to 0.22) over 320 tokens of 16 prompts" in html  # 0.2 with 1.96 x 0.01 either way
     row = re.search(r">round-01/sample</td>(.*?)</tr>", html).group(1)

@@ -111,8 +111,8 @@ def test_a_run_is_found_by_path_and_by_name(finished, tmp_path, monkeypatch):
     (["show", "a", "b"], "show takes 1 argument, 2 given"),
     (["compare", "a"], "compare takes at least 2 arguments, 1 given"),
     (["export", "a", "b", "--force"], "--force: unknown option of export"),
-    (["watch", "a", "--port", "x"], "--port x: a number from 1 to 65535 is needed"),
-    (["watch", "a", "--port=99999"], "--port 99999: a number"),
+    (["watch", "a", "--port", "x"], "--port x: must be a number from 1 to 65535"),
+    (["watch", "a", "--port=99999"], "--port 99999: must be a number"),
     (["show", "nowhere"], "nowhere: no such run directory"),
     (["shwo"], "did you mean show?"),
 ])

@@ -1,5 +1,5 @@
-"""Rows of the report that a person reads: prompts with their best and worst completion, and what changed on held-out
-prompts."""
+"""Rows of the report's prompt tables: sampled prompts with their best and worst completion, and held-out prompts before
+and after training."""
 
 from collections import defaultdict
 from itertools import zip_longest
@@ -12,19 +12,18 @@ PER_ROUND, HELD_OUT, CHARACTERS = 60, 150, 1500
 
 
 def sampled_rows(run: RunRecord) -> list[dict]:
-    """Up to PER_ROUND prompts a round: how many of K were right, the best and the worst completion."""
+    """Up to PER_ROUND prompts per round, with the number of correct completions and the best and worst completion."""
     rows = []
     for stage in run.of_kind("scores"):
         prompts = read_prompts(run.dir / stage["inputs"]["prompts"])
         scores = defaultdict(list)
         for score in read_table(run.dir / stage["stage"] / "scores.parquet").to_pylist():
             scores[score["prompt_id"]].append(score)
-        chosen = spread(list(scores), lambda i, prompts=prompts: prompts[i]["source"], PER_ROUND)
+        chosen = spread(list(scores), prompts, PER_ROUND)
         texts = completions(run.dir / stage["inputs"]["sample"], set(chosen))
         for prompt_id in chosen:
             ranked = sorted(scores[prompt_id], key=lambda s: (-s["score"], s["sample_index"]))
-            best, worst = ({**texts[prompt_id, s["sample_index"]], "score": s["score"], "correct": s["correct"]}
-                           for s in (ranked[0], ranked[-1]))
+            best, worst = (shown(texts[prompt_id, s["sample_index"]] | s) for s in (ranked[0], ranked[-1]))
             right = sum(s["correct"] for s in ranked)
             state = "all right" if right == len(ranked) else "some right" if right else "none right"
             rows.append({**prompts[prompt_id], "round": stage["stage"].split("/")[0],
@@ -33,7 +32,7 @@ def sampled_rows(run: RunRecord) -> list[dict]:
 
 
 def held_out_rows(run: RunRecord) -> list[dict]:
-    """Up to HELD_OUT test prompts: the base's completion and that of the newest promoted weights."""
+    """Up to HELD_OUT test prompts with the completions of the base and of the newest promoted weights."""
     if run.base is None:
         return []
     entry = next(s for s in run.stages if s["stage"] == run.base[0])
@@ -41,7 +40,7 @@ def held_out_rows(run: RunRecord) -> list[dict]:
     before = results(run.dir, run.base)
     after = results(run.dir, run.current) if run.current else {}
     rows = []
-    for prompt_id in spread(list(before), lambda i: before[i]["source"], HELD_OUT):
+    for prompt_id in spread(list(before), before, HELD_OUT):
         old, new = before[prompt_id], after.get(prompt_id)
         state = ("right" if old["correct"] else "wrong") if new is None else {
             (False, True): "gained", (True, False): "lost", (True, True): "stays right",
@@ -64,8 +63,7 @@ def completions(folder: Path, wanted: set[str]) -> dict[tuple[str, int], dict]:
     found = {}
     for shard in sorted(folder.glob("shard-*.parquet")):
         table = read_table(shard).select(["prompt_id", "sample_index", "completion", "finish"])
-        found |= {(r["prompt_id"], r["sample_index"]): {"completion": cut(r["completion"]), "finish": r["finish"]}
-                  for r in table.to_pylist() if r["prompt_id"] in wanted}
+        found |= {(r["prompt_id"], r["sample_index"]): r for r in table.to_pylist() if r["prompt_id"] in wanted}
     return found
 
 
@@ -80,11 +78,11 @@ def shown(row: dict) -> dict:
             "correct": row["correct"]}
 
 
-def spread(ids: list[str], source, limit: int) -> list[str]:
-    """Up to `limit` ids, taking turns among the sources, in an order that does not depend on the tables'."""
+def spread(ids: list[str], rows: dict[str, dict], limit: int) -> list[str]:
+    """Up to `limit` ids, taking turns among the sources in `rows`, independent of the order of `ids`."""
     by_source = defaultdict(list)
     for i in sorted(ids):
-        by_source[source(i)].append(i)
+        by_source[rows[i]["source"]].append(i)
     turns = zip_longest(*(by_source[s] for s in sorted(by_source)))
     return [i for turn in turns for i in turn if i is not None][:limit]
 

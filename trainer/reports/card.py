@@ -1,4 +1,4 @@
-"""The model card of a run's final weights: what it is, what made it, what was measured."""
+"""The model card of a run's final weights: license, results, lineage, data and recipe."""
 
 import json
 import re
@@ -22,15 +22,15 @@ GGUF_NOTE = (
 
 
 def model_card(info: dict) -> str:
-    """README.md of a model folder. Everything but `name` and `base_model` may be absent.
+    """README.md of a model folder. Everything except `name` and `base_model` is optional.
 
     info:
       name: the run's; base_model: name of the start weights; base_from_gguf: bool; base_hash: their content hash;
-      revision: the base's commit on the hub; revisions: {model or dataset, as the recipe names it: commit}
-      license: the base's, as Hugging Face spells it ("apache-2.0"); language: list of str; tags: list of str
+      revision: the base's commit on the hub; revisions: {model or dataset, as in the recipe: commit}
+      license: of the base, in Hugging Face's spelling ("apache-2.0"); language: list of str; tags: list of str
       recipe: the resolved recipe, a dict; seed: int
       rounds: [{"round": "round-00", "promoted": "dpo", "stages": {"sft": {"hash": .., "counts": {..}, "seconds": ..}}}]
-      sources: [{"name", "origin", "verifier", "prompts"}], origin being a file's name or a dataset's
+      sources: [{"name", "origin", "verifier", "prompts"}], origin: name of a file or dataset
       results: [{"candidate", "split", "source", "n", "pass_rate"}], rates in [0, 1], source None for all
       gains: [{"candidate", "over", "split", "gain", "low", "high"}], rates in [-1, 1]
       hashes: {what: content hash}; versions: {package: version}
@@ -52,20 +52,19 @@ def model_card(info: dict) -> str:
 
 
 def dump(value: dict, without: str = "") -> str:
-    """YAML of plain data, empty for an empty dict; the marks `without` are broken up."""
+    """YAML of plain data, "" for an empty dict. Occurrences of `without` are split with spaces."""
     found = yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, allow_unicode=True) if value else ""
     return found.replace(without, " ".join(without)) if without else found
 
 
 def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: list[dict]) -> dict:
-    """What `model_card` shows of a run, except for its base model."""
+    """The `info` of `model_card` for a run, without the keys of its base model."""
     rounds = []
     for p in promotions:
-        done = [(s, run.manifests[s["stage"]]) for s in run.stages
-                if s["round"] == p["round"] and s["stage"] in run.manifests]
+        done = {s["stage"].split("/")[-1]: run.manifests[s["stage"]] for s in run.stages
+                if s["round"] == p["round"] and s["stage"] in run.manifests}
         rounds.append({"round": f"round-{p['round']:02}", "promoted": p["promoted"], "stages": {
-            s["stage"].split("/")[-1]: {"hash": m["key"], "counts": m["counts"], "seconds": m["seconds"]}
-            for s, m in done}})
+            name: {"hash": m["key"], "counts": m["counts"], "seconds": m["seconds"]} for name, m in done.items()}})
     counts = Counter()
     for s in run.of_kind("prompts"):
         counts.update(read_table(run.dir / s["stage"] / "prompts.parquet")["source"].to_pylist())
@@ -94,7 +93,7 @@ def one_line(value: str) -> str:
 
 
 def text(value: str) -> str:
-    """A value as Markdown shows it: no markup, one line."""
+    """A value as one line of Markdown, without markup."""
     return re.sub(r"([\\|`*_\[\]#])", r"\\\1", one_line(value)).replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -103,6 +102,6 @@ def code(value: str) -> str:
 
 
 def numbers(counts: dict) -> str:
-    """Counts as one cell of a table."""
+    """Counts as a table cell."""
     return text(", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
                           for name, value in counts.items()))

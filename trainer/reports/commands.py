@@ -1,5 +1,6 @@
-"""What `strop` does beside running a recipe: look at runs, compare them, take a model out."""
+"""The verbs of `strop`: show, watch and compare runs, and export a model."""
 
+import importlib
 from dataclasses import dataclass
 
 from strop.trainer.errors import UserError
@@ -7,7 +8,7 @@ from strop.trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: how it is called, what it is for, how many arguments it takes (`most` None: any number)."""
+    """A command: usage, purpose, and the range of its number of arguments (`most` None: no limit)."""
 
     usage: str
     purpose: str
@@ -28,12 +29,12 @@ usage: {usage}
 
 RUN is a run directory (runs/quickstart) or the name of one under runs/ (quickstart).{more}"""
 MORE = {"watch": "\n--port N listens there instead of 8765. Ctrl-C stops the page, not the run.",
-        "export": "\nDIR must not exist yet. Hashes are checked first; the copy shares nothing with the run.",
-        "compare": "\nThe others are compared with the first RUN."}
+        "export": "\nDIR must not exist yet. File hashes are checked first; the copy is independent of the run.",
+        "compare": "\nAll runs are compared with the first RUN."}
 
 
 def run_verb(name: str, arguments: list[str]) -> None:
-    """Carries out `strop NAME ARGUMENTS`. Raises UserError, one line, for what a user can get wrong."""
+    """Runs `strop NAME ARGUMENTS`: the function NAME in module NAME. Raises UserError on a user's mistake."""
     from strop.trainer.run.console import Console
 
     verb, console = VERBS[name], Console()
@@ -41,39 +42,27 @@ def run_verb(name: str, arguments: list[str]) -> None:
         print(HELP.format(usage=verb.usage, purpose=verb.purpose[:1].upper() + verb.purpose[1:],
                           more=MORE.get(name, "")), flush=True)
         return
-    arguments, port = take_port(arguments) if name == "watch" else (arguments, 0)
+    options = {}
+    if name == "watch":
+        arguments, options["port"] = take_port(arguments)
     if unknown := [a for a in arguments if a.startswith("--")]:
         raise UserError(f"{unknown[0]}: unknown option of {name}; usage: {verb.usage}")
     if len(arguments) < verb.least or (verb.most is not None and len(arguments) > verb.most):
         raise UserError(f"{name} takes {'at least ' if verb.most is None else ''}{verb.least} "
                          f"argument{'s' if verb.least > 1 else ''}, {len(arguments)} given; usage: {verb.usage}")
-    if name == "show":
-        from strop.trainer.reports.show import show
-
-        show(console, *arguments)
-    elif name == "compare":
-        from strop.trainer.reports.compare import compare
-
-        compare(console, *arguments)
-    elif name == "export":
-        from strop.trainer.reports.export import export
-
-        export(console, *arguments)
-    else:
-        from strop.trainer.reports.watch import watch
-
-        watch(console, *arguments, port=port)
+    function = getattr(importlib.import_module(f"strop.trainer.reports.{name}"), name)
+    function(console, *arguments, **options)
 
 
 def take_port(arguments: list[str]) -> tuple[list[str], int | None]:
-    """(arguments without --port N, N); None where it is not given."""
+    """(arguments without --port N, N or None)."""
     rest, port = [], None
     waiting = iter(arguments)
     for argument in waiting:
         if argument == "--port" or argument.startswith("--port="):
             text = argument.partition("=")[2] or next(waiting, "")
             if not text.isdigit() or not 0 < int(text) < 65536:
-                raise UserError(f"--port {text}: a number from 1 to 65535 is needed")
+                raise UserError(f"--port {text}: must be a number from 1 to 65535")
             port = int(text)
         else:
             rest.append(argument)

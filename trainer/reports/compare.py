@@ -1,36 +1,34 @@
-"""Two or more runs side by side: what was asked of them, what they reached on the same prompts, and what it cost."""
+"""`strop compare`: two or more runs side by side: recipes, pass rates on the same prompts, and cost."""
 
 from collections import Counter
 
-import numpy as np
-
 from strop.trainer.errors import UserError
 from strop.trainer.reports.reading import RunRecord, find_run, read_run
-from strop.trainer.reports.statistics import correct, paired_bootstrap, percent, points, wilson
+from strop.trainer.reports.statistics import correct, gain, percent, points, wilson
 from strop.trainer.run.console import duration
 from strop.trainer.run.tables import read_table
 
 ABSENT = "-"
-OWN = ("name", "output_dir")  # keys that always differ
-MEASURES = ("evaluate.max_new_tokens", "score.", "data.sources")  # keys on which a pass rate depends
+IGNORED = ("name", "output_dir")
+MEASURES = ("evaluate.max_new_tokens", "score.", "data.sources")  # keys that change how pass rates are measured
 KINDS = {"samples": "sampling", "training": "training", "log-probs": "training", "evaluation": "evaluation"}
 
 
 def compare(console, *arguments: str) -> None:
-    """Prints the tables of two or more runs; the first one is what the others are measured against.
+    """Prints the tables of two or more runs; the others are compared with the first one.
 
-    Raises UserError if one of them is no run directory or has no results yet.
+    Raises UserError if one of them is not a run directory, or if a run is given twice.
     """
     runs = [read_run(find_run(a)) for a in arguments]
     if len({r.dir.resolve() for r in runs}) < len(runs):
-        raise UserError(f"compare {' '.join(arguments)}: the same run stands there twice")
+        raise UserError(f"compare {' '.join(arguments)}: the same run twice; name different runs")
     names = labels(runs)
     differing = differences(runs)
     console.table("what differs in their recipes", ["key", *names],
                   [[key, *map(short, values)] for key, values in differing] or [["nothing", *[""] * len(runs)]])
     if measured := [key for key, _ in differing if key.startswith(MEASURES)]:
         more = f" and {len(measured) - 4} more" if len(measured) > 4 else ""
-        console.warn(f"{', '.join(measured[:4])}{more} differ: the pass rates below are not measured alike")
+        console.warn(f"{', '.join(measured[:4])}{more} differ: the pass rates below are not comparable")
     results = [result(run) for run in runs]
     console.table("test split, promoted weights (95 % intervals; differences are paired by prompt)", ["", *names],
                   across(result_cells(results, names[0])) + source_rows(results))
@@ -38,29 +36,30 @@ def compare(console, *arguments: str) -> None:
 
 
 def across(columns: list[dict[str, str]]) -> list[list[str]]:
-    """Rows of a table with a column a run: what each cell is called, then the cells."""
+    """Rows of a table from one {row's name: cell} per column."""
     return [[name, *(column[name] for column in columns)] for name in columns[0]]
 
 
 def labels(runs: list[RunRecord]) -> list[str]:
-    """Names of the runs; their paths where two share a name."""
+    """Names of the runs; paths of those that share a name."""
     names = Counter(run.name for run in runs)
     return [run.name if names[run.name] == 1 else str(run.dir) for run in runs]
 
 
 def differences(runs: list[RunRecord]) -> list[tuple[str, list]]:
-    """(key, its value in each run) of every key of the recipes that is not the same in all."""
+    """(key, its value in each run) of every key of the recipes that differs between runs."""
     flat = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(k for f in flat for k in f if k not in OWN)
+    keys = dict.fromkeys(k for f in flat for k in f if k not in IGNORED)
     found = [(k, [f.get(k, ABSENT) for f in flat]) for k in keys]
     return [(k, values) for k, values in found if any(v != values[0] for v in values)]
 
 
 def flatten(tree, prefix: str = "") -> dict:
+    """Dotted key -> value; lists of plain values are values."""
+    if isinstance(tree, list) and any(isinstance(t, dict) for t in tree):
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
         return {k: v for name, t in tree.items() for k, v in flatten(t, f"{prefix}{name}.").items()}
-    if isinstance(tree, list) and any(isinstance(t, dict) for t in tree):
-        return {k: v for i, t in enumerate(tree) for k, v in flatten(t, f"{prefix}{i}.").items()}
     return {prefix[:-1]: tree}
 
 
@@ -70,27 +69,17 @@ def short(value) -> str:
 
 
 def result(run: RunRecord) -> dict | None:
-    """`label` and per prompt of the test split whether base and promoted weights were right; None without any yet."""
+    """Test results of base and promoted weights, prompt_id -> correct, with a label; None before any evaluation."""
     if run.base is None:
         return None
     where = run.current or run.base
-    label = "base" if where == run.base else " ".join([where[0].split("/")[0].replace("-0", " "), where[1]])
-    if where == run.base and run.promotions:
-        label = "base (promoted)"
+    label = "base (promoted)" if run.promotions else "base"
+    if where != run.base:
+        label = " ".join([where[0].split("/")[0].replace("-0", " "), where[1]])
     table = read_table(run.dir / where[0] / "results.parquet").select(["prompt_id", "source"])
     sources = {r["prompt_id"]: r["source"] for r in table.to_pylist()}
     return {"label": label, "base": correct(run.dir, run.base, "test"), "now": correct(run.dir, where, "test"),
             "sources": sources, "resamples": run.resamples}
-
-
-def difference(new: dict[str, bool], old: dict[str, bool], resamples: int) -> dict | None:
-    """Gain of `new` over `old` on the prompts that both have: gain, low, high, n. None where they share none."""
-    ids = sorted(new.keys() & old.keys())
-    if not ids:
-        return None
-    a, b = (np.array([side[i] for i in ids], dtype=float) for side in (new, old))
-    gain, low, high = paired_bootstrap(a, b, resamples, 0)
-    return {"gain": gain, "low": low, "high": high, "n": len(ids)}
 
 
 def rate(right: dict[str, bool]) -> str:
@@ -107,10 +96,10 @@ def result_cells(results: list[dict | None], first_name: str) -> list[dict[str, 
         if r is None:
             columns.append({"weights": "not evaluated yet"})
             continue
-        over_first = difference(r["now"], first["now"], r["resamples"]) if first and r is not first else None
+        over_first = gain(r["now"], first["now"], r["resamples"]) if first and r is not first else None
         columns.append({
             "weights": r["label"], "prompts": str(len(r["now"])), "base": rate(r["base"]), "pass rate": rate(r["now"]),
-            "over its base": points(difference(r["now"], r["base"], r["resamples"])),
+            "over its base": points(gain(r["now"], r["base"], r["resamples"])),
             f"over {first_name}": ABSENT if r is first else points(over_first) or "no prompt in common",
             "prompts in common": str(over_first["n"]) if over_first else ABSENT})
     names = dict.fromkeys(name for column in columns for name in column)

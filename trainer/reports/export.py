@@ -1,4 +1,4 @@
-"""The promoted model of a run as a folder of its own: weights, tokenizer, card, and the licence of its parents."""
+"""`strop export`: the promoted model as a standalone folder: weights, tokenizer, card, and its parents' license."""
 
 import importlib.metadata
 import os
@@ -10,35 +10,36 @@ from strop.trainer.config import Recipe
 from strop.trainer.errors import UserError
 from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.reports.reading import RunRecord, find_run, read_run
-from strop.trainer.run.files import hash_file
+from strop.trainer.run.artifacts import check_file
 
-LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+LICENSE_FILES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 CARD = "README.md"
 
 
 def export(console, argument: str, target: str) -> None:
     """Copies the newest promoted weights of a run to `target`, a new folder that transformers loads.
 
-    A finished run's final folder is taken as it stands; of an unfinished one the weights that were promoted last, with
-    a card made for them. Raises UserError if `target` exists, nothing was promoted, or a file is damaged.
+    A finished run's final folder is copied as it is; an unfinished run's newest promoted weights get a new card. Raises
+    UserError if `target` exists, nothing was promoted, or a file is damaged.
     """
     run, folder = read_run(find_run(argument)), Path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; name a folder that does not")
+        raise UserError(f"{folder}: already exists; name a new folder")
     stage, prefix = promoted(run)
     files = {name: entry for name, entry in run.manifests[stage]["files"].items()
              if name.startswith(prefix) and "/" not in name.removeprefix(prefix) and name != "results.json"}
     if not any(name.endswith(".safetensors") for name in files):
-        raise UserError(f"{run.dir / stage}: holds no weights; delete the folder to have it made again")
+        raise UserError(f"{run.dir / stage}: holds no weights; delete the folder and re-run the recipe")
     if not folder.parent.is_dir():
-        raise UserError(f"{folder.parent}: no such folder; make it first")
+        raise UserError(f"{folder.parent}: no such folder; create it first")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, entry in files.items():
-            copy_checked(run.dir / stage / name, temporary / name.removeprefix(prefix), entry, run.dir / stage)
+            check_file(run.dir / stage / name, entry, f"delete the folder {run.dir / stage} and re-run the recipe")
+            shutil.copyfile(run.dir / stage / name, temporary / name.removeprefix(prefix))
         if not (temporary / CARD).exists():
             (temporary / CARD).write_text(card_of(run), encoding="utf-8")
-        for source in parent_licences(run):
+        for source in parent_licenses(run):
             if not (temporary / source.name).exists():
                 shutil.copyfile(source, temporary / source.name)
         temporary.chmod(0o755)
@@ -47,17 +48,17 @@ def export(console, argument: str, target: str) -> None:
         raise UserError(f"{folder}: cannot be written ({e.strerror}); nothing was exported") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(p.stat().st_size for p in folder.iterdir())
-    console.line(f"{folder}: {len(list(folder.iterdir()))} files, {size / 1e6:,.1f} MB, from {run.dir / stage}")
+    sizes = [p.stat().st_size for p in folder.iterdir()]
+    console.line(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, from {run.dir / stage}")
     if not run.finished:
-        console.warn(f"{run.name} is not finished: these are the weights promoted so far")
+        console.warn(f"{run.name} is not finished: these are the newest promoted weights")
     if "\nlicense: " not in (folder / CARD).read_text(encoding="utf-8").split("\n---\n")[0]:
-        console.warn(f"the licence of the start weights is not known; look it up and name it in {folder / CARD} before "
-                     "you pass the model on")
+        console.warn(f"the license of the start weights is unknown; add it to {folder / CARD} before you distribute "
+                     "the model")
 
 
 def promoted(run: RunRecord) -> tuple[str, str]:
-    """(stage, folder in it) of the weights to export, e.g. ("final", "") or ("round-00/dpo", "model/")."""
+    """(stage, folder in it) of the weights to export: ("final", "") or e.g. ("round-00/dpo", "model/")."""
     published = run.of_kind("model")
     if run.finished and published:
         return published[-1]["stage"], ""
@@ -65,28 +66,19 @@ def promoted(run: RunRecord) -> tuple[str, str]:
         stage, _, folder = (promotion["weights"] or "").rpartition("/")
         if stage in run.manifests:
             return stage, f"{folder}/"
-    raise UserError(f"{run.dir}: only the start weights were promoted so far, there is nothing to export")
-
-
-def copy_checked(source: Path, target: Path, entry: dict, folder: Path) -> None:
-    """Copies a file of an artifact. Raises UserError unless the copy is what the manifest says was written."""
-    if not source.exists():
-        raise UserError(f"{source}: missing; delete the folder {folder} and run the recipe to have it made again")
-    shutil.copyfile(source, target)
-    if hash_file(target) != entry["hash"]:
-        raise UserError(f"{source}: damaged, its content is not what was written; delete the folder {folder} and run "
-                         "the recipe to have it made again")
+    raise UserError(f"{run.dir}: only the start weights were promoted so far, there is nothing to export; run more "
+                     "rounds")
 
 
 def card_of(run: RunRecord) -> str:
-    """A card for the weights of a run that is not finished."""
+    """The model card of an unfinished run."""
     recipe = Recipe.model_validate(run.config)
     about = card_info(recipe, run, run.results(), run.promotions)
     return model_card({"base_model": recipe.model.path} | run.plan.get("base", {}) | about)
 
 
-def parent_licences(run: RunRecord) -> list[Path]:
-    """Licence texts that stand beside the start weights, or that the package which holds them ships."""
+def parent_licenses(run: RunRecord) -> list[Path]:
+    """License files next to the start weights, or of the Python package that contains them."""
     path = str(run.config.get("model", {}).get("path", ""))
     if path.startswith("package:"):
         try:
@@ -98,4 +90,4 @@ def parent_licences(run: RunRecord) -> list[Path]:
         folder = Path(path).expanduser()
         folder = folder if folder.is_dir() else folder.parent
         paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if p.is_file() and p.name.upper().startswith(LICENCE_FILES)]
+    return [p for p in paths if p.is_file() and p.name.upper().startswith(LICENSE_FILES)]

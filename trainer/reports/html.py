@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file made from what stands in the run directory, finished or not."""
+"""The report of a run, finished or not: one self-contained HTML file."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from strop.trainer.errors import UserError
 from strop.trainer.reports.browse import held_out_rows, sampled_rows
 from strop.trainer.reports.card import GGUF_NOTE
-from strop.trainer.reports.charts import COLOURS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
+from strop.trainer.reports.charts import COLORS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
 from strop.trainer.reports.reading import RunRecord, lineage, planned, read_run
 from strop.trainer.reports.statistics import wilson
 from strop.trainer.run.console import duration
@@ -23,15 +23,15 @@ from strop.trainer.run.metrics import RESERVED
 from strop.trainer.run.tables import read_table
 
 TEMPLATES = Path(__file__).parent / "templates"
-PANELS = {  # a chart each, per kind of training stage; what a stage logs beyond these gets a chart of its own
+PANELS = {  # charts per training stage: title -> metrics; other metrics get one chart each
     "loss": ("loss",), "token accuracy": ("mean_token_accuracy",), "reward margin": ("rewards/margins",),
-    "pairs ranked right": ("rewards/accuracies",), "rewards": ("rewards/chosen", "rewards/rejected"),
+    "preference accuracy": ("rewards/accuracies",), "rewards": ("rewards/chosen", "rewards/rejected"),
     "log-probs of completions": ("logps/chosen", "logps/rejected"), "NLL of chosen": ("nll_loss",),
     "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",), "share of the peak speed (MFU)": ("mfu",),
     "packing and balance": ("packing_efficiency", "packing_fill", "rank_balance"),
 }
-REST = 20  # a report that is refreshed during a run takes at most one part in so many of the run's time
+REST = 20  # refreshing the report during a run takes at most 1/REST of its time
 
 
 def write_report(run_dir: Path) -> Path:
@@ -39,14 +39,15 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory")
-    html = render(context(read_run(run_dir)))
+    run = read_run(run_dir)
+    html = render(settled(run) | moving(run))
     path = run_dir / "report.html"
     write_atomic(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
     return path
 
 
 class Refresh:
-    """Keeps report.html in step with a run: called with the manifest of each stage. A report that fails only warns."""
+    """Refreshes report.html after a stage; an instance is called with its manifest. A failure is only a warning."""
 
     def __init__(self, run_dir: Path, console, clock=time.monotonic):
         self.run_dir, self.console, self.clock, self.not_before = run_dir, console, clock, clock()
@@ -57,18 +58,18 @@ class Refresh:
             return
         try:
             write_report(self.run_dir)
-        except Exception as e:  # whatever it is, the run is worth more than its picture
+        except Exception as e:  # must not stop the run
             self.console.warn(f"{self.run_dir / 'report.html'}: not refreshed ({type(e).__name__}: {e})")
         self.not_before = self.clock() + REST * (self.clock() - started)
 
 
 def render(values: dict) -> str:
-    """The page of a run, from its `context`."""
+    """The HTML page of a run, from `settled`, `moving` and `live`."""
     parts = ("report.js", "watch.js") if values["live"] else ("report.js",)
     script = "".join((TEMPLATES / part).read_text(encoding="utf-8") for part in parts)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.globals["colours"] = COLOURS
+    environment.globals["colors"] = COLORS
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "duration": duration,
                             "points": lambda v: f"{100 * v:+.1f}", "count": count}
     return environment.get_template("report.html.j2").render(
@@ -76,12 +77,8 @@ def render(values: dict) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
-def context(run: RunRecord) -> dict:
-    return settled(run) | moving(run)
-
-
 def moving(run: RunRecord) -> dict:
-    """What changes while a stage is at work, and costs little."""
+    """Values of the page that change while a stage runs; cheap."""
     return {
         "name": run.name, "seed": run.config.get("seed"), "finished": run.finished, "rounds": run.rounds,
         "rounds_done": len(run.promotions), "pipeline": pipeline(run), "training": training(run),
@@ -90,38 +87,34 @@ def moving(run: RunRecord) -> dict:
 
 
 def settled(run: RunRecord) -> dict:
-    """What changes only when a stage is made."""
+    """Values of the page that change only when a stage completes."""
     results = run.attempt("results", run.results, default=[])
     path = str(run.config.get("model", {}).get("path", ""))
     sampling = run.attempt("samples", sampling_rows, run, default=[])
-    moved = run.attempt("kl.json", kl_of, run, default={})
+    kl = run.attempt("kl.json", kl_of, run, default={})
     return {
         "model": run.start,
         "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
-        "headline": headline(results), "results": result_table(results, moved),
+        "headline": headline(results), "results": result_table(results, kl),
         "result_sources": sources_of(results), "pass_charts": pass_charts(results),
-        "change_charts": change_charts(results, moved),
+        "change_charts": change_charts(results, kl),
         "sampling": sampling, "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
         "seconds": sum(m["seconds"] for m in run.manifests.values()),
         "sampled_tokens": sum(row["tokens"] for row in sampling),
         "drops": run.attempt("drops", drop_rows, run, default=[]),
         "sampled": run.attempt("sampled prompts", sampled_rows, run, default=[]),
         "held_out": run.attempt("held-out prompts", held_out_rows, run, default=[]),
-        "lineage": lineage(run), "problems": run.problems,
-        "versions": next((m["versions"] for m in reversed(run.manifests.values()) if m.get("versions")), {}),
+        "lineage": lineage(run), "problems": run.problems, "versions": run.versions,
         "created": next((m["created"] for m in reversed(run.manifests.values())), ""),
     }
 
 
 def pipeline(run: RunRecord) -> list[tuple[str, list[dict]]]:
-    """Rows of the progress picture: (row's name, its stages with state done, partly or open)."""
-    states = []
-    for name, stages in planned(run):
-        states.append((name, [{
-            "name": s["stage"].split("/")[-1], "seconds": run.manifests.get(s["stage"], {}).get("seconds"),
-            "state": "done" if run.is_done(s) else "partly" if s["stage"] in run.partial else "open"}
-            for s in stages]))
-    return states
+    """Rows of the progress section: (name, stages with state "done", "partly" or "open")."""
+    return [(name, [{
+        "name": s["stage"].split("/")[-1], "seconds": run.manifests.get(s["stage"], {}).get("seconds"),
+        "state": "done" if run.is_done(s) else "partly" if s["stage"] in run.partial else "open"}
+        for s in stages]) for name, stages in planned(run)]
 
 
 def label(row: dict) -> str:
@@ -130,27 +123,26 @@ def label(row: dict) -> str:
 
 def headline(results: list[dict]) -> dict | None:
     """Base and newest promoted weights on the test split."""
-    promoted = [r for r in results if r["promoted"]]
     if not results:
         return None
+    now = next((r for r in reversed(results) if r["promoted"]), None)
     return {"base": results[0]["test"]["pass_rate"], "n": results[0]["test"]["n"],
-            "now": promoted[-1]["test"]["pass_rate"] if promoted else None,
-            "label": label(promoted[-1]) if promoted else None, "gain": promoted[-1]["over_base"] if promoted else None}
+            "now": now and now["test"]["pass_rate"], "label": now and label(now), "gain": now and now["over_base"]}
 
 
 def kl_of(run: RunRecord) -> dict[tuple[str, str], dict]:
-    """(evaluate artifact, candidate) -> its distance from the start weights."""
+    """(evaluation, candidate) -> its KL from the start weights."""
     return {(s["stage"], name): found for s in run.of_kind("evaluation") if (run.dir / s["stage"] / "kl.json").exists()
             for name, found in read_json(run.dir / s["stage"] / "kl.json").items()}
 
 
-def result_table(results: list[dict], moved: dict) -> list[dict]:
+def result_table(results: list[dict], kl: dict) -> list[dict]:
     rows = []
     for r in results:
         splits = {s: r[s] | dict(zip(("low", "high"), wilson(r[s]["pass_rate"], r[s]["n"]), strict=True))
                   for s in ("validation", "test")}
         rows.append({"label": label(r), "promoted": r["promoted"], "over_base": r.get("over_base"),
-                     "part": r.get("part"), "before": r.get("before"), "kl": moved.get(tuple(r["where"])), **splits})
+                     "part": r.get("part"), "before": r.get("before"), "kl": kl.get(tuple(r["where"])), **splits})
     return rows
 
 
@@ -158,47 +150,40 @@ def sources_of(results: list[dict]) -> list[str]:
     return list(results[0]["test"].get("by_source", {})) if results else []
 
 
+def dot(row: dict, value: float, interval: tuple[float, float] | None = None, note: str = "") -> Dot:
+    """A value of a row of results at its place in a chart."""
+    is_base = row["round"] is None
+    return Dot("start" if is_base else row["stop"], "base" if is_base else f"round {row['round']}", value,
+               *(interval or (value, value)), row["promoted"] or is_base, note)
+
+
 def pass_charts(results: list[dict]) -> dict:
     """{"test", "validation": chart, "sources": [(source, chart)]}"""
 
-    def dots(pick) -> list[Dot]:
-        found = []
-        for r in results:
-            part = pick(r)
-            if part and part["n"]:
-                low, high = wilson(part["pass_rate"], part["n"])
-                group = "base" if r["round"] is None else f"round {r['round']}"
-                found.append(Dot(r["stop"] if r["round"] is not None else "start", group, part["pass_rate"], low, high,
-                                 r["promoted"] or r["round"] is None, f"of {part['n']} prompts"))
-        return found
+    def chart(parts: list[dict | None], *size: int) -> Markup:
+        return Markup(dot_chart([dot(r, p["pass_rate"], wilson(p["pass_rate"], p["n"]), f"of {p['n']} prompts")
+                                 for r, p in zip(results, parts, strict=True) if p and p["n"]], *size))
 
-    charts = {s: Markup(dot_chart(dots(lambda r, s=s: r[s]), height=230)) for s in ("test", "validation")}
-    charts["sources"] = [(s, Markup(dot_chart(dots(lambda r, s=s: r["test"]["by_source"].get(s)), 490, 200)))
-                         for s in sources_of(results)]
-    return charts
+    charts = {split: chart([r[split] for r in results], 1000, 230) for split in ("test", "validation")}
+    return charts | {"sources": [(s, chart([r["test"]["by_source"].get(s) for r in results], 490, 200))
+                                 for s in sources_of(results)]}
 
 
-def change_charts(results: list[dict], moved: dict) -> list[tuple[str, Markup]]:
-    """(title, chart) of what changes from weights to weights beside the pass rate."""
-    kl, length, cut = [], [], []
-    for r in results:
-        at = (r["stop"], f"round {r['round']}") if r["round"] is not None else ("start", "base")
-        strong, test = r["promoted"] or r["round"] is None, r["test"]
-        found = moved.get(tuple(r["where"]))
-        if found:
-            half = 1.96 * (found["stderr"] or 0.0)
-            kl.append(Dot(*at, found["kl"], max(0.0, found["kl"] - half), found["kl"] + half, strong,
-                          f"over {found['tokens']} tokens of {found['prompts']} prompts"))
-        length.append(Dot(*at, test["mean_length"], test["mean_length"], test["mean_length"], strong))
-        cut.append(Dot(*at, test["cut_share"], *wilson(test["cut_share"], test["n"]), strong))
-    charts = [("KL to the start weights, nats a token", dot_chart(kl, 340, 190, form=number, label="KL by round")),
-              ("tokens a completion, test split", dot_chart(length, 340, 190, form=number, label="length by round")),
+def change_charts(results: list[dict], kl: dict) -> list[tuple[str, Markup]]:
+    """(title, chart) of KL, length and cut share, by round."""
+    measured = [(r, kl[tuple(r["where"])]) for r in results if tuple(r["where"]) in kl]
+    kls = [dot(r, k["kl"], (max(0.0, k["kl"] - 1.96 * (k["stderr"] or 0.0)), k["kl"] + 1.96 * (k["stderr"] or 0.0)),
+               f"over {k['tokens']} tokens of {k['prompts']} prompts") for r, k in measured]
+    lengths = [dot(r, r["test"]["mean_length"]) for r in results]
+    cut = [dot(r, r["test"]["cut_share"], wilson(r["test"]["cut_share"], r["test"]["n"])) for r in results]
+    charts = [("KL to the start weights, nats per token", dot_chart(kls, 340, 190, form=number, label="KL by round")),
+              ("tokens per completion, test split", dot_chart(lengths, 340, 190, form=number, label="length by round")),
               ("completions cut by length, test split", dot_chart(cut, 340, 190, label="share cut by round"))]
     return [(title, Markup(chart)) for title, chart in charts if chart]
 
 
 def training(run: RunRecord) -> list[dict]:
-    """A block for each kind of training stage: charts with a curve per round."""
+    """A block per kind of training stage: charts with a curve per round."""
     blocks = []
     for title in dict.fromkeys(s["title"] for s in run.stages if s["kind"] == "training"):
         names = [s["stage"] for s in run.stages if (s["kind"], s["title"]) == ("training", title)]
@@ -221,29 +206,23 @@ def training(run: RunRecord) -> list[dict]:
 
 
 def sampling_rows(run: RunRecord) -> list[dict]:
-    """Per round: samples, tokens, mean length, shares cut and correct, prompts by how many of K were right."""
+    """Per round: samples, tokens, mean length, shares cut and correct, histogram of correct samples per prompt."""
     rows = []
     scored = {s["inputs"]["sample"]: run.dir / s["stage"] / "scores.parquet" for s in run.of_kind("scores")}
     for stage in (s["stage"] for s in run.of_kind("samples")):
-        folder = run.dir / stage
-        length, cut, n = 0, 0, 0
-        for shard in sorted(folder.glob("shard-*.parquet")):
-            table = read_table(shard).select(["completion_tokens", "finish"])
-            n += table.num_rows
-            length += compute.sum(compute.list_value_length(table["completion_tokens"])).as_py() or 0
-            cut += table["finish"].to_pylist().count("length")
+        table = run.table(stage).select(["completion_tokens", "finish"])
+        n, cut = table.num_rows, table["finish"].to_pylist().count("length")
+        length = compute.sum(compute.list_value_length(table["completion_tokens"])).as_py() or 0
         row = {"round": stage.split("/")[0], "samples": n, "tokens": length, "mean_length": length / max(1, n),
                "cut": cut / max(1, n), "correct": None, "solved": None, "histogram": None,
                "seconds": run.manifests[stage]["seconds"]}
-        scores = scored.get(stage)
-        if scores:
-            right = defaultdict(list)
-            for score in read_table(scores).select(["prompt_id", "correct"]).to_pylist():
-                right[score["prompt_id"]].append(score["correct"])
-            if right:
-                row |= {"correct": sum(map(sum, right.values())) / sum(map(len, right.values())),
-                        "solved": sum(map(any, right.values())) / len(right),
-                        "histogram": Counter(map(sum, right.values())), "k": max(map(len, right.values()))}
+        right = defaultdict(list)
+        for score in read_table(scored[stage]).to_pylist() if stage in scored else ():
+            right[score["prompt_id"]].append(score["correct"])
+        if right:
+            row |= {"correct": sum(map(sum, right.values())) / sum(map(len, right.values())),
+                    "solved": sum(map(any, right.values())) / len(right),
+                    "histogram": Counter(map(sum, right.values())), "k": max(map(len, right.values()))}
         rows.append(row)
     return rows
 
@@ -268,7 +247,7 @@ def time_chart(run: RunRecord) -> str:
 
 
 def drop_rows(run: RunRecord) -> list[dict]:
-    """A row for each stage, reason and source: how many, and one example of the detail."""
+    """A row per stage, reason and source, with the count and an example."""
     rows, details = Counter(), {}
     for stage in run.manifests:
         path = run.dir / stage / "drops.parquet"

@@ -1,10 +1,12 @@
-"""Reading a run directory, finished or not: its plan, its artifacts, its results, and the process that runs it."""
+"""Reads a run directory, finished or not: plan, manifests, metrics, results, and the process that runs it."""
 
 import difflib
 import fcntl
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,19 +14,19 @@ import yaml
 
 from strop.trainer.errors import UserError
 from strop.trainer.reports.statistics import round_results
-from strop.trainer.run.artifacts import content_hash
+from strop.trainer.run.artifacts import Artifact, content_hash
 from strop.trainer.run.console import PROGRESS
 from strop.trainer.run.files import read_json
 from strop.trainer.run.metrics import read_metrics
 from strop.trainer.run.store import PLAN
 from strop.trainer.run.tables import read_table
 
-UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # what a half-written or damaged artifact can cause
+UNREADABLE = (ValueError, KeyError, OSError, TypeError)  # errors that a partial or damaged artifact can cause
 
 
 @dataclass
 class RunRecord:
-    """What a run directory holds. `problems` collects what could not be read; readers go on without it."""
+    """The content of a run directory. `problems` lists parts that could not be read."""
 
     dir: Path
     config: dict = field(default_factory=dict)
@@ -37,6 +39,7 @@ class RunRecord:
     problems: list[str] = field(default_factory=list)
 
     def attempt(self, what: str, function, *args, default=None):
+        """function(*args), or `default` and an entry in `problems` if the artifacts cannot be read."""
         try:
             return function(*args)
         except UNREADABLE as e:
@@ -49,7 +52,7 @@ class RunRecord:
 
     @property
     def stages(self) -> list[dict]:
-        """The entries of plan.json, in order; of a run without one, what its manifests tell."""
+        """The entries of plan.json, in order; without one, entries made from the manifests."""
         made = [{"stage": stage, "kind": m.get("kind", "other"), "title": stage.split("/")[-1], "inputs": {},
                  "round": int(stage.split("/")[0].removeprefix("round-")) if "/" in stage else None, "state": "done"}
                 for stage, m in self.manifests.items()]
@@ -59,11 +62,19 @@ class RunRecord:
     def rounds(self) -> int:
         return len({s["round"] for s in self.stages if s["round"] is not None})
 
+    @property
+    def rounds_done(self) -> str:
+        return f"{len(self.promotions)} of {self.rounds} rounds done"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return next((m["versions"] for m in reversed(self.manifests.values()) if m.get("versions")), {})
+
     def is_done(self, stage: dict) -> bool:
         return stage["stage"] in self.manifests and stage["state"] != "stale"
 
     def of_kind(self, kind: str) -> list[dict]:
-        """The done stages of a kind, in the order of the plan."""
+        """The completed stages of a kind, in the order of the plan."""
         return [s for s in self.stages if s["kind"] == kind and s["stage"] in self.manifests]
 
     @property
@@ -105,8 +116,8 @@ class RunRecord:
         return round_results(self.dir, self.promotions, self.base, self.resamples)
 
     def table(self, stage: str, name: str | None = None) -> pa.Table:
-        """A table of a stage: run.table("round-00/select", "pairs"). Without a name: its only table, or all shards of
-        a stage that samples. Raises UserError if there is none of that name."""
+        """A table of a stage: run.table("round-00/select", "pairs"). Without a name: its only table, or all shards of a
+        sampling stage. Raises UserError if there is no such table."""
         files = sorted((self.dir / stage).glob("*.parquet" if name is None else f"{name}.parquet"))
         if name is None:
             files = [f for f in files if f.stem != "drops"]
@@ -116,7 +127,7 @@ class RunRecord:
         return pa.concat_tables([read_table(f) for f in files])
 
     def _repr_html_(self) -> str:
-        """The report, where Jupyter displays the run."""
+        """The report, for Jupyter."""
         report = self.dir / "report.html"
         text = report.read_text(encoding="utf-8") if report.exists() else f"<p>{escape(str(self.dir))}: no report</p>"
         return (f'<iframe sandbox="allow-scripts" srcdoc="{escape(text)}" style="width: 100%; height: 40em; '
@@ -128,7 +139,7 @@ class RunRecord:
 
 
 def find_run(argument: str | Path) -> Path:
-    """A run directory by its path, or by its name under runs/. Raises UserError if there is neither."""
+    """A run directory by its path, or by its name under runs/. Raises UserError if there is none."""
     for path in (Path(argument), Path("runs") / argument):
         if path.is_dir() and any((path / name).exists() for name in ("config.yaml", PLAN)):
             return path
@@ -146,7 +157,7 @@ def load_run(run: str | Path) -> RunRecord:
 
 
 def read_run(run_dir: Path) -> RunRecord:
-    """Reads what the directory holds; damaged parts end up in `problems`."""
+    """Reads a run directory; damaged parts end up in `problems`."""
     run = RunRecord(run_dir)
     if (run_dir / "config.yaml").exists():
         run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
@@ -161,7 +172,7 @@ def read_run(run_dir: Path) -> RunRecord:
     for path in sorted([*run_dir.glob("*/manifest.json"), *run_dir.glob("round-*/*/manifest.json")]):
         stage = path.parent.relative_to(run_dir).as_posix()
         manifest = run.attempt(f"{stage}/manifest.json", read_json, path)
-        if manifest and manifest.get("stage") == stage:  # not one that is partly done or set aside
+        if manifest and manifest.get("stage") == stage:  # not a partial or stale one
             found.append(manifest)
     order = {s["stage"]: i for i, s in enumerate(run.plan.get("stages", []))}
     found.sort(key=lambda m: (m["created"], order.get(m["stage"], len(order))))
@@ -170,7 +181,7 @@ def read_run(run_dir: Path) -> RunRecord:
                          for p in [*run_dir.glob("*.partial"), *run_dir.glob("round-*/*.partial")])
     if (run_dir / "promotions.json").exists():
         promotions = run.attempt("promotions.json", read_json, run_dir / "promotions.json", default=[])
-        # after a key has changed, promotions of rounds still to be re-run may point at artifacts that were set aside
+        # after a key changed, promotions of rounds that have not been re-run yet may point to stale artifacts
         run.promotions = [p for p in promotions if all(w[0] in run.manifests for w in p["candidates"].values())]
     for row in read_metrics(run_dir / "metrics.jsonl"):
         run.metrics.setdefault(row["stage"], []).append(row)
@@ -178,15 +189,9 @@ def read_run(run_dir: Path) -> RunRecord:
 
 
 def planned(run: RunRecord) -> list[tuple[str, list[dict]]]:
-    """(row's name, its stages) of the plan, in order: what comes before the rounds, each round, what comes after."""
-    rows: list[tuple[str, list[dict]]] = []
-    for stage in run.stages:
-        name = f"round {stage['round']}" if stage["round"] is not None else "end" if rows and (
-            rows[-1][0] != "start") else "start"
-        if not rows or rows[-1][0] != name:
-            rows.append((name, []))
-        rows[-1][1].append(stage)
-    return rows
+    """(name, stages) of each row of the plan: "start", the rounds, "end"."""
+    rows = [(r, list(stages)) for r, stages in groupby(run.stages, lambda s: s["round"])]
+    return [(f"round {r}" if r is not None else "end" if i else "start", stages) for i, (r, stages) in enumerate(rows)]
 
 
 def next_stage(run: RunRecord) -> str | None:
@@ -195,15 +200,13 @@ def next_stage(run: RunRecord) -> str | None:
 
 
 def holder(run_dir: Path) -> int | None:
-    """The id of the process that runs in this directory, None if there is none (on this machine)."""
+    """The id of the process (on this machine) that runs in this directory, or None."""
     try:
         pid = int((run_dir / ".lock").read_text().strip())
         os.kill(pid, 0)
         with open(run_dir / ".lock") as f:  # the id may belong to another process by now: is the lock held?
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return pid
-    except PermissionError:  # another user's process
+    except (BlockingIOError, PermissionError):  # the lock is held, or it is another user's process
         return pid
     except (OSError, ValueError):
         pass
@@ -211,22 +214,22 @@ def holder(run_dir: Path) -> int | None:
 
 
 def progress(run_dir: Path) -> dict | None:
-    """The last progress note: label, done, total, unit, pace, left (seconds or null), updated (epoch)."""
-    try:
+    """The content of progress.json: label, done, total, unit, pace, left (seconds or null), updated (epoch)."""
+    with suppress(UserError, OSError):
         found = read_json(run_dir / PROGRESS)
-    except (UserError, OSError):
-        return None
-    return found if isinstance(found, dict) and {"label", "done", "total", "updated"} <= found.keys() else None
+        if isinstance(found, dict) and {"label", "done", "total", "updated"} <= found.keys():
+            return found
+    return None
 
 
 def lineage(run: RunRecord) -> list[dict]:
-    """Which artifacts each artifact was made from, found by content hash; what no stage made came from outside."""
+    """The inputs of every artifact, matched by content hash; `maker` is None for inputs from outside the run."""
     makers = {}
     for stage, m in run.manifests.items():
-        makers[content_hash(m["files"])] = stage
+        artifact = Artifact(run.dir / stage, content_hash(m["files"]), m["files"])
+        makers[artifact.hash] = stage
         for folder in {f.split("/")[0] for f in m["files"] if "/" in f}:
-            files = {k.removeprefix(f"{folder}/"): v for k, v in m["files"].items() if k.startswith(f"{folder}/")}
-            makers.setdefault(content_hash(files), f"{stage}/{folder}")
+            makers.setdefault(artifact.sub(folder).hash, f"{stage}/{folder}")
     rows = []
     for stage, m in run.manifests.items():
         inputs = [{"name": name, "hash": value[:12], "maker": makers.get(value)} for name, value in m["inputs"].items()

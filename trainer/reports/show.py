@@ -1,23 +1,15 @@
-"""A run in the terminal: its state, what made what, how good the weights are, and what to do next."""
+"""`strop show`: a run's state, lineage, results and next step, in the terminal."""
 
 import shlex
 import time
 
-from strop.trainer.reports.reading import (
-    RunRecord,
-    find_run,
-    holder,
-    lineage,
-    next_stage,
-    progress,
-    read_run,
-)
+from strop.trainer.reports.reading import RunRecord, find_run, holder, lineage, next_stage, progress, read_run
 from strop.trainer.reports.statistics import points
 from strop.trainer.run.console import duration
 
 
 def show(console, argument: str) -> None:
-    """Prints what stands in a run directory. Raises ValueError if there is none of that name."""
+    """Prints a summary of a run. Raises UserError if there is no such run."""
     run = read_run(find_run(argument))
     pid = holder(run.dir)
     console.line(f"{run.name}   {run.dir}")
@@ -36,16 +28,15 @@ def show(console, argument: str) -> None:
 
 
 def state(run: RunRecord, pid: int | None) -> str:
-    """One line: running and where, finished, or stopped and where."""
-    done = f"{len(run.promotions)} of {run.rounds} rounds done"
+    """One line: running, finished, or stopped, and at which stage."""
     if pid:
         at = progress(run.dir)
-        return f"running (process {pid}), {done}" + (f"; {how_far(at)}" if at else "")
+        return f"running (process {pid}), {run.rounds_done}" + (f"; {how_far(at)}" if at else "")
     if run.finished:
-        return f"finished, {done}"
+        return f"finished, {run.rounds_done}"
     where = next_stage(run)
     partly = ", partly done" if where in run.partial else ""
-    return f"stopped before {where}{partly}, {done}" if where else f"stopped, {done}"
+    return f"stopped before {where}{partly}, {run.rounds_done}" if where else f"stopped, {run.rounds_done}"
 
 
 def how_far(at: dict) -> str:
@@ -63,8 +54,9 @@ def lineage_rows(run: RunRecord, pid: int | None) -> list[list[str]]:
     for entry in run.stages:
         stage = entry["stage"]
         if not run.is_done(entry):
-            partly = "running" if pid else "partly done"
-            state = partly if stage in run.partial else "stale" if stage in made else "to run"
+            state = "stale" if stage in made else "to run"
+            if stage in run.partial:
+                state = "running" if pid else "partly done"
             rows.append([stage, state, "", "", ""])
             continue
         inputs = dict.fromkeys(i["maker"] or f"{i['name'].split('.')[-1]} from outside" for i in made[stage]["inputs"])
@@ -73,7 +65,7 @@ def lineage_rows(run: RunRecord, pid: int | None) -> list[list[str]]:
 
 
 def gains(run: RunRecord) -> str:
-    """Pass rates of base and promoted weights on the test split; empty while there are none."""
+    """Pass rates of base and promoted weights on the test split; empty if there are none yet."""
     if run.current is None:
         return ""
     results = run.attempt("results", run.results, default=[])
@@ -86,11 +78,11 @@ def gains(run: RunRecord) -> str:
 
 
 def advice(run: RunRecord, pid: int | None) -> str:
-    """What a user would do now."""
+    """The command to give next."""
     quoted = shlex.quote(str(run.dir))
     if pid:
         return f"strop watch {quoted}   (a live page)"
     if run.finished:
-        return f"strop export {quoted} DIR   (the promoted model as a folder of its own); {quoted}/report.html"
-    again = shlex.quote(str(run.dir / "config.yaml"))
-    return f"strop {again}   (goes on with {next_stage(run) or 'what is left'}; --plan tells what would run)"
+        return f"strop export {quoted} DIR   (copies the promoted model); {quoted}/report.html"
+    recipe = shlex.quote(str(run.dir / "config.yaml"))
+    return f"strop {recipe}   (resumes at {next_stage(run) or 'the start'}; --plan shows what would run)"

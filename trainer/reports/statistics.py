@@ -1,4 +1,4 @@
-"""What a run achieved: pass rates of base and of every round's weights, and paired gains between them."""
+"""Results of a run: pass rates of the start weights and of every round's candidates, and paired gains."""
 
 import math
 from itertools import pairwise
@@ -18,24 +18,31 @@ def correct(run_dir: Path, where: tuple[str, str], split: str) -> dict[str, bool
             if (r["candidate"], r["split"]) == (candidate, split)}
 
 
-def gain(run_dir: Path, new: tuple[str, str], old: tuple[str, str], split: str, resamples: int) -> dict:
-    """Pass rate of `new` less that of `old` on the same prompts, with a 95 % paired bootstrap interval."""
-    after, before = correct(run_dir, new, split), correct(run_dir, old, split)
-    ids = sorted(after.keys() & before.keys())
-    assert len(ids) == len(after) == len(before), (new, old, split)
-    a, b = (np.array([side[i] for i in ids], dtype=float) for side in (after, before))
+def gain(new: dict[str, bool], old: dict[str, bool], resamples: int) -> dict | None:
+    """Pass rate of `new` minus that of `old` on their common prompts: `gain`, its 95 % paired bootstrap interval `low`
+    to `high`, and the number of prompts `n`. None if they have no prompt in common."""
+    ids = sorted(new.keys() & old.keys())
+    if not ids:
+        return None
+    a, b = (np.array([side[i] for i in ids], dtype=float) for side in (new, old))
     value, low, high = paired_bootstrap(a, b, resamples, 0)
-    return {"split": split, "gain": value, "low": low, "high": high}
+    return {"gain": value, "low": low, "high": high, "n": len(ids)}
 
 
 def round_results(run_dir: Path, promotions: list[dict], base: tuple[str, str] | None, resamples: int) -> list[dict]:
     """A row for the start weights and for each candidate of each round: `round`, `stop`, `promoted`, the splits' pass
-    rates, and on the test split `over_base` and `part` (the gain over the candidate before it in the round).
+    rates, and on the test split `over_base` and `part` (the gain over the previous candidate of the round).
 
-    A round's first candidate is what the round began with, so it gets no row. base: where the start weights were
-    evaluated; without it there are no results."""
+    A round's first candidate has no row, since the round began with it. base: where the start weights were evaluated;
+    without it there are no results."""
     if base is None:
         return []
+
+    def over(new: tuple[str, str], old: tuple[str, str]) -> dict:
+        after, before = correct(run_dir, new, "test"), correct(run_dir, old, "test")
+        assert after.keys() == before.keys(), (new, old)
+        return {"split": "test"} | gain(after, before, resamples)
+
     rows = [{"round": None, "stop": "base", "promoted": False, "where": base, **rates(run_dir, base)}]
     for promotion in promotions:
         stops = {stop: tuple(where) for stop, where in promotion["candidates"].items()}
@@ -43,8 +50,7 @@ def round_results(run_dir: Path, promotions: list[dict], base: tuple[str, str] |
             where = stops[stop]
             rows.append({"round": promotion["round"], "stop": stop, "promoted": promotion["promoted"] == stop,
                          "where": where, "before": before, **rates(run_dir, where),
-                         "over_base": gain(run_dir, where, base, "test", resamples),
-                         "part": gain(run_dir, where, stops[before], "test", resamples)})
+                         "over_base": over(where, base), "part": over(where, stops[before])})
     return rows
 
 
@@ -54,7 +60,7 @@ def rates(run_dir: Path, where: tuple[str, str]) -> dict:
 
 
 def print_results(console, results: list[dict]) -> None:
-    """The table of rounds at the end of a run, from `round_results`."""
+    """Prints the table of rounds at the end of a run, from `round_results`."""
     rows = []
     for r in results:
         name = "base" if r["round"] is None else f"{r['round']:02} {r['stop']}{' *' if r['promoted'] else ''}"
@@ -63,7 +69,7 @@ def print_results(console, results: list[dict]) -> None:
                      f"{r['test']['mean_length']:.1f}", f"{r['test']['cut_share']:.1%}"])
     if rows:
         console.table("rounds (* promoted; points with 95 % paired bootstrap interval on the test split)",
-                      ["weights", "validation", "test", "gain over base", "part of it", "length", "cut"], rows)
+                      ["weights", "validation", "test", "gain over base", "gain of this step", "length", "cut"], rows)
 
 
 def points(g: dict | None) -> str:
@@ -74,12 +80,11 @@ def paired_bootstrap(new: np.ndarray, old: np.ndarray, resamples: int, seed: int
                      level: float = 0.95) -> tuple[float, float, float]:
     """(gain, low, high): the mean of `new` - `old` and its percentile interval over resampled prompts.
 
-    new, old: [prompts], entry i of both belongs to the same prompt. Raises ValueError if they differ in length or are
-    empty.
+    new, old: [prompts], in the same order. Raises ValueError if they differ in length or are empty.
     """
     if new.shape != old.shape or new.ndim != 1 or not len(new):
         raise ValueError(f"paired_bootstrap needs two arrays of the same prompts, got shapes {new.shape}, {old.shape}")
-    # prompts with equal differences are exchangeable, so how often each difference is drawn is multinomial
+    # prompts with equal differences are exchangeable, so the counts of the distinct differences are multinomial
     values, counts = np.unique(new.astype(np.float64) - old.astype(np.float64), return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(new), counts / len(new), size=resamples)
     low, high = np.quantile(drawn @ values / len(new), [(1 - level) / 2, (1 + level) / 2])
@@ -87,12 +92,12 @@ def paired_bootstrap(new: np.ndarray, old: np.ndarray, resamples: int, seed: int
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share seen in n trials (Wilson's score interval)."""
+    """95 % interval of a share observed in n trials (Wilson's score interval)."""
     z = 1.959964
     if n == 0:
         return 0.0, 1.0
-    centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+    center, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
 
 
 def percent(rate: float) -> str:

@@ -1,7 +1,8 @@
-"""A live page of a run: the report, served to this machine only and brought up to date while the run goes on."""
+"""`strop watch`: the report as a live page, served to this machine only and refreshed during the run."""
 
 import hashlib
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -15,87 +16,82 @@ PORT = 8765
 
 
 def watch(console, argument: str, port: int | None = None) -> None:
-    """Serves the page until Ctrl-C. Without `port` the usual one, or a free one where that is taken.
+    """Serves the page until Ctrl-C. Without `port`: the default port, or a free one if that is in use.
 
-    Raises UserError if there is no such run or the port asked for is taken.
+    Raises UserError if there is no such run or `port` is in use.
     """
     run_dir = find_run(argument)
-    server = serve(run_dir, port)
-    console.line(f"http://127.0.0.1:{server.server_port}/   {run_dir}   Ctrl-C ends the page, not the run")
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        console.line("")
-    finally:
-        server.server_close()
+    with serve(run_dir, port) as server:
+        console.line(f"http://127.0.0.1:{server.server_port}/   {run_dir}   Ctrl-C stops the page, not the run")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            console.line("")
 
 
 def serve(run_dir: Path, port: int | None = None) -> ThreadingHTTPServer:
-    """A server of the page on the loopback address, not yet serving."""
+    """A server of the page on the loopback address; call its `serve_forever`."""
     handler = type("Handler", (PageHandler,), {"page": Page(run_dir)})
     try:
         return ThreadingHTTPServer(("127.0.0.1", PORT if port is None else port), handler)
     except OSError as e:
         if port is not None:
-            raise UserError(f"--port {port}: cannot listen there ({e.strerror}); choose another one") from e
+            raise UserError(f"--port {port}: cannot listen ({e.strerror}); choose another port") from e
         return ThreadingHTTPServer(("127.0.0.1", 0), handler)
 
 
 class Page:
-    """The page of a run as it stands; what stages left behind is read again only when a stage was made."""
+    """The current page of a run; artifacts are read again only when a stage completed."""
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.lock = run_dir, threading.Lock()
-        self.stamp = self.html = self.made = self.kept = None
+        self.stamp = self.html = self.made = self.settled = None
 
     def get(self, known: str = "") -> tuple[str, str | None]:
-        """(stamp, page); no page where the stamp is the one that is known."""
+        """(stamp, page); no page if the stamp is `known`."""
         with self.lock:
             stamp = stamp_of(self.run_dir)
             if stamp != self.stamp:
                 run = read_run(self.run_dir)
                 made = [(stage, m["key"], m["created"]) for stage, m in run.manifests.items()]
                 if made != self.made:
-                    self.kept, self.made = settled(run), made
-                self.html = render(self.kept | moving(run) | {"live": live(run, stamp)})
+                    self.settled, self.made = settled(run), made
+                self.html = render(self.settled | moving(run) | {"live": live(run, stamp)})
                 self.stamp = stamp
             return stamp, None if known == stamp else self.html
 
 
 def stamp_of(run_dir: Path) -> str:
-    """Changes whenever something in the run directory changes that the page shows."""
+    """A hash that changes whenever the page's content changes in the run directory."""
     seen = [holder(run_dir)]
     for path in [*run_dir.glob("*"), *run_dir.glob("round-*/*")]:
         if path.name != "report.html":
-            try:
-                found = path.stat()
-            except OSError:  # moved on meanwhile
-                continue
-            seen.append((str(path), found.st_mtime_ns, found.st_size))
+            with suppress(OSError):  # renamed meanwhile
+                stat = path.stat()
+                seen.append((str(path), stat.st_mtime_ns, stat.st_size))
     return hashlib.blake2b(repr(sorted(map(repr, seen))).encode(), digest_size=12).hexdigest()
 
 
 def live(run: RunRecord, stamp: str) -> dict:
-    """The banner: running, finished or stopped, and how far the stage at work is."""
-    pid, at = holder(run.dir), progress(run.dir)
-    if pid:
-        share = min(1.0, at["done"] / at["total"]) if at and at["total"] else None
-        done = f"{len(run.promotions)} of {run.rounds} rounds done"
-        return {"stamp": stamp, "kind": "running", "text": "  ·  ".join([done, *([how_far(at)] if at else [])]),
-                "share": share}
+    """The banner: running, finished or stopped, and the progress of the running stage."""
+    if holder(run.dir):
+        at = progress(run.dir)
+        return {"stamp": stamp, "kind": "running",
+                "text": "  ·  ".join([run.rounds_done, *([how_far(at)] if at else [])]),
+                "share": min(1.0, at["done"] / at["total"]) if at and at["total"] else None}
     kind = "finished" if run.finished else "stopped"
     return {"stamp": stamp, "kind": kind, "text": state(run, None).partition(" ")[2].lstrip(", "), "share": None}
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / and GET /page?stamp=...; nothing else of the machine can be reached through it."""
+    """GET / and GET /page?stamp=...; nothing else is served."""
 
     page: Page
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         host = self.headers.get("Host", "").rsplit(":", 1)[0]
-        if host not in ("127.0.0.1", "localhost"):  # a foreign page that had its name resolved to this machine
+        if host not in ("127.0.0.1", "localhost"):  # DNS rebinding by a foreign page
             return self.answer(403, "this page is for 127.0.0.1 only")
         url = urlsplit(self.path)
         if url.path not in ("/", "/page"):
@@ -103,7 +99,7 @@ class PageHandler(BaseHTTPRequestHandler):
         known = parse_qs(url.query).get("stamp", [""])[0]
         try:
             _, html = self.page.get(known)
-        except Exception as e:  # a run directory in motion: the next request finds it settled
+        except Exception as e:  # the run directory changed during the read: the next request succeeds
             return self.answer(503, f"{type(e).__name__}: {e}")
         return self.answer(204 if html is None else 200, html or "", "text/html")
 

@@ -1,4 +1,4 @@
-// filters of the tables of prompts
+// filters of the prompt tables
 function browse(box) {
   const rows = [...box.querySelectorAll("tbody tr")];
   const inputs = [...box.querySelectorAll("input, select")];

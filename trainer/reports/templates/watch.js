@@ -1,7 +1,7 @@
-// the live page: asks for what changed, and puts it in place without losing filters, scrolling or open details
+// the live page: fetches changes and replaces changed parts, keeping filters, scroll positions and open details
 const EVERY = 2000;
 const page = document.querySelector("main");
-const written = new Map();  // name of a part -> the text it was made from
+const written = new Map();  // name of a part -> its HTML
 const nameOf = (part) => part.dataset.part || part.id;
 
 function carryOver(before, after) {
@@ -48,9 +48,9 @@ async function refresh() {
     } catch {
       const live = page.querySelector(".live");
       live.className = "live lost";
-      live.querySelector("b").textContent = "no answer";
+      live.querySelector("b").textContent = "disconnected";
       written.delete("live");
-      page.dataset.stamp = "";  // so that the next answer is a whole page
+      page.dataset.stamp = "";  // the next answer is a whole page
     }
   }
   setTimeout(refresh, EVERY);
