@@ -11,7 +11,7 @@ try:
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
-    from strop.trainer.errors import UserError
+    from strop.trainer.errors import UserError, clean
     from strop.trainer.run import stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if not first:
             time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+        text = str(e) if isinstance(e, UserError) else clean(f"{e.filename}: {e.strerror}" if e.filename else str(e))
         print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             return stopping.report(first)
         if "--debug" in argv:
             raise
-        traceback.print_exc()
+        print(*map(clean, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
         told = "out of memory" if type(e).__name__ == "OutOfMemoryError" else "a bug in Strop or in a library"
         print(f"error: {told} (traceback above); completed stages are kept, and the same command resumes",
               file=sys.stderr, flush=True)
