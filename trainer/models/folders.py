@@ -15,23 +15,25 @@ from strop.trainer.config import Model
 from strop.trainer.errors import UserError
 from strop.trainer.models.checks import check_model, find_package
 from strop.trainer.models.gguf import convert_gguf
+from strop.trainer.models.hub import find_model, is_model_name
 from strop.trainer.run.files import writing
 
 
 @dataclass(frozen=True)
 class Base:
-    """The start weights: a Hugging Face folder, what to call it, whether it was dequantised, and its licence as
-    Hugging Face spells it, where it says one."""
+    """The start weights: a Hugging Face folder, what to call it, whether it was dequantised, its licence as Hugging
+    Face spells it, where it says one, and the commit if it was downloaded."""
 
     path: Path
     name: str
     from_gguf: bool
     license: str | None = None
+    revision: str | None = None
 
 
-def find_base(model: Model, console, convert: bool = True) -> Base:
-    """The folder that `model.path` names; a GGUF is converted into the cache, once (`convert`=False only says
-    where to). Raises UserError if there is no such model."""
+def find_base(model: Model, console, convert: bool = True, pin: str | None = None) -> Base:
+    """The folder that `model.path` names; a GGUF is converted into the cache and a model of the hub downloaded, once
+    (`convert`=False only says where to), at commit `pin` if given. Raises UserError if there is no such model."""
     if model.trust_remote_code:
         console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with all your rights; know who "
                      "wrote it")
@@ -50,9 +52,14 @@ def find_base(model: Model, console, convert: bool = True) -> Base:
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return Base(convert_gguf(path, console, convert), path.stem, True)
+    if not path.is_dir() and is_model_name(model.path):
+        found, commit = find_model(model, console, convert, pin)
+        if convert:
+            check_model(found, model, read_all=True)
+        return Base(found, model.path.split("@")[0], False, card_license(found / "README.md"), commit)
     if not path.is_dir():
-        raise UserError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
-                         "save_pretrained and name its folder)")
+        raise UserError(f"model.path={model.path}: no such folder; name one that save_pretrained wrote, or a model of "
+                         "the Hugging Face hub as owner/name")
     check_folder(path)
     check_model(path, model, read_all=convert)
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
