@@ -117,8 +117,8 @@ class Lora(Section):
 class Source(Section):
     name: str = Field(description="name of the source in tables and reports")
     path: FilePath | None = Field(None, description="prompts: a .jsonl or .parquet file, a saved `datasets` folder, or "
-                                  "a dataset of the Hugging Face hub as hf:owner/name[/config][@revision][:split], split "
-                                  "train by default")
+                                  "a dataset of the Hugging Face hub as hf:owner/name[/config][@revision][:split], "
+                                  "split train by default")
     reasoning_gym: str | None = Field(None, description="instead of path: name of a reasoning-gym dataset")
     reasoning_gym_config: dict[str, Any] = Field({}, description="keyword arguments of that dataset")
     size: Positive = Field(2000, le=10_000_000, description="reasoning_gym: entries to generate before deduplication")

@@ -38,8 +38,13 @@ def check_model(path: Path, options: Model, read_all: bool) -> None:
     if (adapter := path / "adapter_config.json").exists():
         raise UserError(f"{adapter}: the folder holds an adapter, which would be left out; merge it into the weights "
                          "(merge_and_unload of peft) and name the folder of the result, or delete the file")
-    settings, generation, *_ = [read_object(path / name) for name in (
-        file.name, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")]
+    if not file.exists():
+        raise UserError(f"{path}: has no config.json, so it is no Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
+                         "never loaded)")
+    settings, generation, *_ = [read_object(path / f"{name}.json") for name in (
+        "config", "generation_config", "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens")]
     if found := settings.get("quantization_config"):
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise UserError(f"{file}: quantization_config={method}: quantized weights cannot be trained; save the model in "

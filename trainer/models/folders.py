@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from strop.trainer.config import Model
@@ -61,18 +60,8 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
     if not path.is_dir():
         raise UserError(f"model.path={model.path}: no such folder; name one that save_pretrained wrote, or a model of "
                          "the Hugging Face hub as owner/name")
-    check_folder(path)
     check_model(path, model, read_all=convert)
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
-
-
-def check_folder(path: Path) -> None:
-    """Raises UserError if `path` has no config or no safetensors weights."""
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: has no config.json, so it is no Hugging Face model folder")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
-                         "never loaded)")
 
 
 def card_license(card: Path) -> str | None:
@@ -105,12 +94,3 @@ def finish_folder(temporary: Path, source: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name and the safetensors file that holds it."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as f:
-            found.update(dict.fromkeys(f.keys(), file))
-    return found
