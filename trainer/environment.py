@@ -1,6 +1,9 @@
 """Environment variables that libraries read when they are imported: set before torch and transformers load."""
 
 import os
+import sys
+
+from strop.trainer.errors import UserError
 
 # libgomp's threads spin for about 1 ms at the end of a parallel loop and then sleep. On a busy machine they wake up
 # late, which made training steps 1.2 to 1.9 times slower (docs/performance.md). Spinning for 20 ms keeps each thread on
@@ -26,3 +29,16 @@ def user_is_offline() -> bool:
     """Whether the user's own environment forbids network access."""
     names = (ASKED_OFFLINE, "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def check_process() -> None:
+    """Opens standard streams that were closed, or the next file would take their numbers. Raises UserError if the
+    working directory was deleted."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
+    try:
+        os.getcwd()
+    except FileNotFoundError as e:
+        raise UserError("the working directory was deleted; cd to one that exists") from e

