@@ -1,26 +1,39 @@
-"""Judging text in a child process that can be killed: for regular expressions, computer algebra and foreign scorers.
+"""Judging text in a child process: regular expressions, computer algebra and the scorers of a library.
 
-What a model writes can make such code run for ever, eat all memory or reach for files. The child has a time limit per
-task, a memory limit, may not write files, sees no secrets of the environment, and dies with its parent.
+Data can make such code run forever, fill the memory or reach for files. The child has a limit on CPU time per task and
+on memory, an empty, deleted working directory, no secrets of the environment and no inherited files, and it is started
+without the working directory on its import path. An audit hook lets it evaluate arithmetic only, and no program start,
+connection or write: on every platform. On Linux the kernel also forbids writing and executing files (Landlock, 5.13 or
+newer) and TCP (6.7), gives it a network of its own where the user may make one, and ends it with its parent.
 """
 
+import ast
 import atexit
 import contextlib
 import ctypes
+import io
 import json
+import math
 import os
 import resource
 import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 
 from strop.trainer.errors import UserError
 
 LOAD_SECONDS = 120.0
 MEMORY_BYTES = 4 << 30
-KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+KEPT_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln",
+             "sqrt", "Abs", "abs", "Symbol", "Integer", "Float", "Rational", "factorial"}
+COMPUTES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Tuple, ast.List, ast.Set,
+            ast.Dict, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+FORBIDDEN = ("os", "subprocess", "socket", "shutil", "pty", "webbrowser", "ctypes", "urllib")
 
 
 class Child:
@@ -32,30 +45,31 @@ class Child:
         self._loaded: set[str] = set()
 
     def ask(self, kind: str, task: dict, seconds: float) -> dict | None:
-        """The child's answer to `task`, or None if it gave none within `seconds` or died of it.
+        """The child's answer to `task`; None if it took more than `seconds` of CPU time, or the child died of it.
 
-        Raises UserError with the child's message if what `kind` needs is not installed.
+        Raises UserError with the child's message if the child cannot load what `kind` needs.
         """
         with self._lock:
             for _ in range(2):  # once more if the child had died before it got the task
                 if self._process is None or self._process.poll() is not None:
                     self._start()
-                if kind not in self._loaded:
-                    answer = self._exchange({"load": kind}, LOAD_SECONDS)
-                    if answer is None:
-                        raise UserError(f"the process that runs verifier {kind} could not start")
-                    if "error" in answer:
-                        raise UserError(answer["error"])
-                    self._loaded.add(kind)
                 with contextlib.suppress(BrokenPipeError):
-                    return self._exchange({"kind": kind, **task}, seconds)
+                    if kind not in self._loaded:
+                        answer = self._exchange({"load": kind}, LOAD_SECONDS)
+                        if answer is None or "error" in answer:
+                            raise UserError(f"the process that runs verifier {kind} cannot start: "
+                                            f"{(answer or {}).get('error') or self._complaint()}")
+                        self._loaded.add(kind)
+                    # the wall clock only ends a task that waits
+                    return self._exchange({"kind": kind, "seconds": seconds, **task}, 60 + 20 * seconds)
             return None
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
+            for pipe in (self._process.stdin, self._process.stdout, self._stderr):
                 with contextlib.suppress(OSError):
                     pipe.close()
         self._process = None
@@ -64,10 +78,21 @@ class Child:
     def _start(self) -> None:
         self.close()
         environment = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "strop.trainer.scoring.sandbox"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=environment | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})
+        path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
+        environment |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
+                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        with tempfile.TemporaryDirectory() as empty:  # -P: no module of a working directory is imported
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "strop.trainer.scoring.sandbox"], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=self._stderr, env=environment, cwd=empty, close_fds=True,
+                start_new_session=True)
         atexit.register(self.close)
+
+    def _complaint(self) -> str:
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"no answer within {LOAD_SECONDS:g} s"
 
     def _exchange(self, message: dict, seconds: float) -> dict | None:
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -81,36 +106,109 @@ class Child:
         return json.loads(line)
 
 
+# ---- in the child
+
+class OutOfTime(BaseException):
+    """A task has used its CPU time. No library catches it by `except Exception`."""
+
+
+def main() -> None:
+    """The child: one JSON task a line in, one JSON answer a line out; null for a task that was cut off."""
+    from strop.trainer.scoring.rules import JUDGES
+
+    answers, nothing = os.fdopen(os.dup(1), "wb"), {"score": 0.0, "extracted": None}
+    _confine()
+    signal.signal(signal.SIGPROF, _out_of_time)
+    sys.addaudithook(_forbid)
+    for line in sys.stdin.buffer:
+        task, seconds = json.loads(line), 0.0
+        try:
+            if "load" in task:
+                answer = JUDGES[task["load"]](None)
+            else:
+                judge, seconds = JUDGES[task.pop("kind")], task.pop("seconds")
+                signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
+                # SIGXCPU ends the process if one long call of C code keeps Python from raising OutOfTime
+                last = math.ceil(time.process_time() + seconds) + 2
+                resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
+                _armed.append(task)
+                answer = judge(task)
+        except OutOfTime:
+            answer = None
+        except (Exception, SystemExit) as e:
+            answer = nothing if seconds else {"error": f"{type(e).__name__}: {e}"}
+        finally:
+            _armed.clear()
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def _out_of_time(*_) -> None:
+    raise OutOfTime
+
+
 def _confine() -> None:
     for what, limit in (("AS", MEMORY_BYTES), ("FSIZE", 0), ("CORE", 0)):
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
             resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (limit, limit))
     if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        libc, new_user, new_network, pr_set_pdeathsig, pr_set_no_new_privs = ctypes.CDLL(None), 1 << 28, 1 << 30, 1, 38
+        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+        libc.unshare(new_network if os.geteuid() == 0 else new_user | new_network)
+        libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0)
+        create, restrict = 444, 446  # Landlock: a handled right that no rule grants is gone
+        version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
+        execute_write, make_remove = 0b11, sum(1 << i for i in range(4, 13 + (version > 1) + (version > 2)))
+        rights = (ctypes.c_uint64 * 2)(execute_write | make_remove, 0b11 if version > 3 else 0)
+        ruleset = libc.syscall(create, rights, ctypes.c_size_t(16 if version > 3 else 8), 0) if version > 0 else -1
+        if ruleset >= 0:
+            libc.syscall(restrict, ruleset, 0)
+            os.close(ruleset)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for stream in (1, 2):  # what a scorer prints must not be taken for an answer
+        os.dup2(null, stream)
+    sys.stdout = sys.stderr = io.StringIO()
 
 
-def main() -> None:
-    """The child: one JSON task a line in, one JSON answer a line out."""
-    from strop.trainer.scoring.rules import ISOLATED
+_armed: list = []  # the task in work
 
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a scorer prints must not be taken for an answer
-    _confine()
-    for line in sys.stdin.buffer:
-        task = json.loads(line)
+
+def _forbid(event: str, args: tuple) -> None:
+    """An audit hook: raises PermissionError where a task evaluates other text than arithmetic, or changes anything."""
+    if not _armed:
+        return
+    if event == "compile":
+        source, name = args
+        if str(name).startswith("<") and source and not _arithmetic(source) and not _importing():
+            raise PermissionError("only arithmetic is evaluated")
+    elif event == "open":
+        if not isinstance(args[0], int) and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR)):
+            raise PermissionError("no file is written")
+    elif event.partition(".")[0] in FORBIDDEN and event not in ("os.listdir", "os.scandir"):
+        raise PermissionError(f"{event} is forbidden")
+
+
+def _arithmetic(source) -> bool:
+    """True if evaluating `source` can only compute: names, constants, containers, operators, FUNCTIONS."""
+    if isinstance(source, str | bytes):
+        text, task = source if isinstance(source, str) else source.decode(), _armed.pop()
         try:
-            if "load" in task:
-                ISOLATED[task["load"]](None)
-                answer = {}
-            else:
-                answer = ISOLATED[task.pop("kind")](task)
-        except ImportError as e:
-            answer = {"error": str(e)}
-        except (Exception, RecursionError, MemoryError):
-            answer = {"score": 0.0, "extracted": None}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
+            source = ast.parse("0" if text == "from sympy import *" else text, mode="eval")  # sympy begins with it
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+        finally:
+            _armed.append(task)
+    return all(isinstance(n, COMPUTES) or (isinstance(n, ast.Name) and "__" not in n.id)
+               or (isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in FUNCTIONS)
+               for n in ast.walk(source))
+
+
+def _importing() -> bool:
+    frame = sys._getframe()
+    while frame and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,175 @@
+r"""What a completion gives as its final answer: thinking off, marks found, corrections followed.
+
+Marks, all of one rank; the last one in the text counts: `<answer>...</answer>`, `\boxed{...}`, a line `#### ...`, a
+heading or label "Answer", and "the answer is ...". Boxes or tags side by side are one answer that lists several.
+What follows a mark replaces it only if it takes the answer back ("wait, no, it is 7"). Without a mark, the last
+statement that says anything counts; notes, checks and explanations behind it do not.
+"""
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+MAX_CHARS = 20_000  # the end of an answer that is looked at
+
+_NAMES = "think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis|seed:think"
+_THINKING = re.compile(rf"(?P<open><(?:{_NAMES})>|\[THINK\]|<\|begin_of_thought\|>|◁think▷)|</(?:{_NAMES})>"
+                       r"|\[/THINK\]|<\|end_of_thought\|>|◁/think▷|<\|channel\|>final<\|message\|>", re.I)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[\w+-]*[ \t]*$", re.M)
+
+_TAG = re.compile(r"<(?P<close>/?)(?:final[_ ]?)?answer>", re.I)
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<brace>[{}])")
+_HASHES = re.compile(r"^[ \t]*####[ \t]*([-+−$€£¥(]*[0-9.][^\n]*|[^\n]+\Z)", re.M)
+_ASIDE = r"(?:,? (?:to|for|of|in|on|as) [^.:;!?\n=\\]{1,60}?|,? (?:then|therefore|thus|hence|here|now|clearly),?)?"
+_VERB = r"(?:is|are|was|equals|comes? to|(?:must|would|should|will|has to|can only) be)\b"
+_SAYS = re.compile(
+    rf"(?:\banswers?\b|\bans\b\.?|\bfinal (?:result|value|total|amount|count|number|price|cost|solution)\b|\b(?:correct|"
+    rf"right|best) (?:option|choice|letter|one)\b|^[ \t#>*_]*result(?=[*_]*:)){_ASIDE}(?:[\s*_]*\b{_VERB}(?:[\s*_]*[:：=])*|(?:[\s*_]*[:：=])+)"
+    r"|^[ \t#>*_✅]*(?:the |my )?(?:final |correct )?answer[ \t*_]*$", re.I | re.M)
+_END = re.compile(r"\n|;|[.!?。](?=\s+[^\s0-9]|\s*$)|,? (?:because|since|as) |, (?:which|where)\b")
+_INITIALS = re.compile(r"(?:\b\w|\b(?:St|Dr|Mrs?|Ms|Jr|Sr|Mt|Prof|vs))$")
+_START = r"(?:^|[.!?;,:\n(—–…-])[\s*_]{0,9}(?:oh|but|ah|hmm+|oops|ok(?:ay)?)?[,.\s]{0,9}"
+_BACK = re.compile(rf"{_START}(?:wait|actually|hold on|hmm+|oops|sorry|correction|scratch that|on second thought|no[,!:]"
+                   r"|no\.(?=\s+\D)|my mistake|i (?:made|see) (?:a|an|my) (?:mistake|error)|i meant"
+                   r"|let me (?:re|correct|fix)[-\w]*)", re.I)
+_CONFIRMED = re.compile(r"(?:(?:\bis|\bwas|'s|\blooks?)\s(?:\w+\s)?(?:correct|right|fine|good|ok(?:ay)?|the same)|checks? "
+                        r"out|confirm\w*|verified|match(?:es)?|holds|\byes)[\s.!✓✅*)]*$", re.I)
+_NOTES = re.compile(r"(?:\n|(?<=[.!?])[ \t])[ \t*_#>(]*(?:note|check|verif\w+|explanation|reason(?:ing)?|remark|p\.?s\b"
+                    r"|let me know|i hope|feel free|if you|this (?:works|assumes|is because))\b", re.I)
+_LEAD = re.compile(r"^(?:(?:so|thus|therefore|hence|then|well|no|but|i (?:think|believe|say)|it(?: is|'s)|(?:this|that) is|"
+                   r"that's|they are)[,:]?\s+(?:an?\s+)?)+", re.I)
+
+
+class Final(NamedTuple):
+    text: str  # the statement: up to the end of a sentence or line, or the whole inside of a tag or box
+    block: str  # everything from its start on, for answers over several lines
+    marked: bool
+
+
+def spoken(text: str) -> str:
+    """`text` without its thinking, closed or not; a closing mark alone ends thinking that the prompt began."""
+    kept, start, inside = [], 0, False
+    for m in _THINKING.finditer(text):
+        if m["open"]:
+            kept += [] if inside else [text[start:m.start()]]
+        elif not inside:
+            kept = []
+        inside, start = bool(m["open"]), m.end()
+    return "\n".join(kept if inside else [*kept, text[start:]])
+
+
+def finals(text: str) -> list[Final]:
+    """The final answer of `text`, then what to look at if it says nothing: earlier marks, then the end."""
+    text = _FENCE.sub("", spoken(text)[-MAX_CHARS:])
+    text = re.sub(r"\s{50,}", lambda m: m[0][:50], text)
+    marks, last = _marks(text)[-9:], []
+    if marks:
+        end, final = marks[-1][1:]
+        back = _BACK.search(text, end)
+        if back and not _CONFIRMED.search(text) and text[back.end():].strip(" .,!?\n"):
+            last = [Final(text[back.end():], text[back.end():], False)]
+        elif re.search(r"\beither\b|\bor\b", final.text) and (rest := text[end:].strip(" .\n*")):
+            last = [Final(rest, rest, False)]  # the answer is A or B. B.
+    return [*last, *(final for *_, final in marks[::-1]), Final(text, text, False)]
+
+
+def _marks(text: str) -> list[tuple[int, int, Final]]:
+    """(start, end, what it says) of each mark, in the order in which they end."""
+    found = []
+    open_at = []
+    for m in _BRACE.finditer(text):
+        if m["box"] or m["brace"] == "{":
+            open_at.append(m)
+        elif m["brace"] and open_at and (start := open_at.pop())["box"]:
+            found.append((start.start(), m.end(), text[start.end():m.start()]))
+    tag = None
+    for m in _TAG.finditer(text):
+        if tag:
+            found.append((tag.start(), m.end() if m["close"] else m.start(), text[tag.end():m.start()]))
+        tag = None if m["close"] else m
+    if tag:
+        found.append((tag.start(), len(text), text[tag.end():]))
+    found.sort()
+    marks = []
+    for start, end, inside in found:
+        if marks and start < marks[-1][1]:  # a box in a tag or in a box: the inner one says it
+            marks.pop()
+        if marks and inside != marks[-1][2].text and re.fullmatch(r"[\s,;&$]*(?:and|or)?[\s,;&$]*",
+                                                                  text[marks[-1][1]:start][:40]):
+            start, inside = marks[-1][0], f"{marks.pop()[2].text}, {inside}"
+        marks.append((start, end, Final(inside.strip(), inside.strip("\n"), True)))
+    marks += [(m.start(), m.end(), Final(m[1].strip(), m[1], True)) for m in _HASHES.finditer(text)]
+    for m in _SAYS.finditer(text):
+        rest = text[m.end():m.end() + 2000].lstrip(" *_`\n\t:")
+        end = _END.search(rest)
+        said = rest[:end.start()] if end else rest
+        if said.strip(" *_`$"):
+            marks.append((m.start(), min(len(text), m.end() + 2000) - len(rest) + len(said), Final(said, rest, True)))
+    marks.sort(key=lambda mark: mark[0])
+    return marks
+
+
+def sentences(text: str) -> list[str]:
+    """The statements of `text`, the last one first, without notes and checks behind them."""
+    notes = next((m for m in _NOTES.finditer(text) if text[:m.start()].strip()), None)
+    text = text[:notes.start()] if notes else text
+    return [s for s in reversed(re.split(r"\n+|(?<=[.!?;。])(?<!\b[A-Z]\.)\s+", text)) if s.strip(" *_#`-")]
+
+
+# ---- text as people read it
+
+_RAISED, _LOWERED, _VULGAR = re.compile("[⁰¹²³⁴-⁹⁻ⁿ]+"), re.compile("[₀-₉]+"), re.compile("[¼-¾⅐-⅞]")
+_LATEX = [(re.compile(pattern), by) for pattern, by in (
+    (r"\\(?:text\w*|math(?:rm|bf|it|sf|tt)|mbox|operatorname\*?|emph|underline)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right|displaystyle|[Bb]igg?[lr]?)(?![a-zA-Z])|\\[()\[\]]|\\!", ""), (r"\\[,;: ]|~|\\q?quad\b", " "),
+    (r"(?<=-)\\[dtc]?frac\s*([0-9])\s*([0-9])", r"\1/\2"), (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r" \1/\2"),
+    (r"\\[dtc]?frac\s*\{\s*([^{}]{1,80}?)\s*\}\s*\{\s*([^{}]{1,80}?)\s*\}",
+     lambda m: ("" if m.string[m.start() - 1:m.start()] == "-" else " ") + "/".join(p if re.fullmatch(r"-?\w+", p) else f"({p})" for p in m.groups())),
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b", "°"), (r"\^\{([^{}]{1,40})\}", r"^\1"), (r"\\([%$&#_])", r"\1"),
+    (r"\\(?:times|cdot)(?![a-zA-Z])|[×·⋅]", "*"), (r"\\(?:approx|simeq)\b", "≈"), (r"\\pm\b", "±"), (r"\\div\b|÷", "/"),
+    (r"(?<=[0-9])\{,\}(?=[0-9])", ","))]
+
+
+def unwrap(text: str) -> str:
+    """`text` with full-width characters, superscripts and the wrappers of LaTeX as plain characters."""
+    if not text.isascii():
+        for pattern, before in ((_RAISED, "^"), (_LOWERED, "_"), (_VULGAR, " ")):
+            text = pattern.sub(lambda m, before=before: before + unicodedata.normalize("NFKC", m[0]), text)
+        text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+        text = re.sub("[\u2010-\u2015\u2212]", "-", text)
+    if not text.isascii() or re.search(r"\\|\^\{|\{,\}", text):
+        for pattern, by in _LATEX:
+            text = pattern.sub(by, text)
+    return text
+
+
+def plain(text: str) -> str:
+    """`text` as exact and choice compare it: unwrapped, case folded, white space and outer marks and quotes off."""
+    text = re.sub(r"\$([^$]+)\$", r"\1", unwrap(text).replace("**", ""))
+    text = " ".join(text.casefold().split())
+    text = re.sub(r"\s*([-+*/=<>^,])\s*", r"\1", text)
+    return text.strip(" *_`\"'“”‘’«»#").rstrip(".!,;: ").strip(" *_`\"'“”‘’«»")
+
+
+def readings(completion: str, answer: str) -> list[str]:
+    """What `completion` may be taken to say if the true answer has the lines of `answer`; the likeliest first."""
+    final, lines = finals(completion)[0], answer.strip("\n").splitlines()
+    rows = [row for row in final.block.strip("\n").splitlines() if row.strip() or not all(map(str.strip, lines))] or [""]
+    if (n := len(lines)) > 1:
+        blocks = [b for b in re.split(r"\n[ \t]*\n", final.block.strip("\n")) if b.strip().count("\n") == n - 1]
+        return [*blocks[:1], "\n".join(rows[:n])] if final.marked else [*blocks[-1:], "\n".join(rows[-n:])]
+    pieces = [final.text, _upto(rows[0])] if final.marked else [final.text, rows[-1], *sentences(final.text)[:1]]
+    found = []
+    for piece in dict.fromkeys(pieces):
+        for back in list(_BACK.finditer(piece))[-1:]:
+            piece = piece[back.end():].lstrip(" ,.:")
+        said = _LEAD.sub("", piece.strip())
+        found += [piece.strip(), said, re.sub(r"\s\([^()]*\)[.\s]*$", "", said), *re.findall(r"\*\*([^*]+)\*\*", said)[-1:],
+                  re.split(r"\s(?:is|are|was|be)\s|:\s", said)[-1], re.split(r"\s(?:is|are|was|be)\s(?:an?|the)\s", said)[-1],
+                  re.split(r",? (?:not|rather than|instead of)\s", said)[0]]
+    return [text for text in dict.fromkeys(found) if text]
+
+
+def _upto(text: str) -> str:
+    """`text` up to the end of its sentence, where "J. R. R. Tolkien" is none."""
+    return next((text[:m.start()] for m in _END.finditer(text) if not _INITIALS.search(text[:m.start()])), text)

@@ -1,0 +1,88 @@
+"""Multiple choice: which one option a completion names, by its label, its text or both."""
+
+import re
+
+from strop.trainer.scoring.answers import finals, plain, sentences, unwrap
+
+_NOT = (r"(?:\bnot|n['’]t(?: be)?|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bunlike|\brul(?:e|es|ed|ing) out|"
+        r"\beliminat\w+|\bexclud\w+|\breject\w*|\bdiscard\w*)")
+_WRONG = (r"(?:\s+\w+){0,2}?(?:\s+(?:is|are|was|were|can|could|would|does|do|seems?|looks?)(?:n['’]t)?)(?:\s+\w+){0,2}?\s*"
+          r"(?:\bnot\b|n['’]t\b|\bwrong|\bincorrect|\bfalse|\binvalid|\bimpossible|\bruled out|\beliminated|\bexcluded|\bout\b)"
+          r"|\s+(?:can|could|would|is|are|does|do)(?:not|n['’]t)\b")
+_KIND = r"(?:the\s+|an?\s+)?(?:options?|answers?|choices?|letters?)\s+"
+_VERBS = r"is|was|because|since|as|and|or|nor|would|must|seems|looks|are|has|gives|matches"
+_SO = re.compile(r"\b(?:so|thus|therefore|hence|i(?:'ll| will| would)? (?:say|choose|pick|go with|select))\b,?\s*", re.I)
+
+
+def options(choices) -> dict[str, str]:
+    """{label: text}, labels upper case; from a list of texts or from {"label": [...], "text": [...]}; else {}."""
+    labels, texts = None, choices
+    if isinstance(choices, dict):
+        labels, texts = choices.get("label"), choices.get("text")
+    if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(t, str) for t in texts):
+        return {}
+    if not isinstance(labels, list):
+        labels = [chr(ord("A") + i) for i in range(len(texts))]
+    found = {str(label).strip().upper(): plain(text) for label, text in zip(labels, texts, strict=False)}
+    return found if len(found) == len(texts) == len(set(found.values())) and all(found.values()) else {}
+
+
+def chosen(completion: str, choices: dict[str, str]) -> str | None:
+    """The label of the one option that `completion` ends on; None if it names none or several."""
+    ruled_out = set()
+    for final in finals(completion):
+        for text in [final.text] if final.marked else sentences(final.text):
+            named, negated = _named(text, choices)
+            if len(named) == 1 and (label := named.pop()) not in ruled_out:
+                return label
+            if named:
+                return None
+            ruled_out |= negated
+    return None
+
+
+def which(text: str, choices: dict[str, str]) -> str | None:
+    """The label of the one option that `text` names."""
+    named, _ = _named(text, choices)
+    return named.pop() if len(named) == 1 else None
+
+
+def _named(text: str, choices: dict[str, str]) -> tuple[set[str], set[str]]:
+    """(labels of the options that `text` names, labels of those that it rules out)"""
+    words = plain(text)
+    for label, option in choices.items():
+        if words == option:
+            return {label}, set()
+    text = " ".join(re.sub(r"\$([^$]+)\$", r"\1", unwrap(text)).replace("*", "").split())
+    lone = re.fullmatch(rf"(?:{_KIND})?[(\[]?\s*(\w{{1,2}})\s*[)\].:]*", text.strip(" \"'`_"), re.I)
+    if lone and lone[1].upper() in choices:
+        return {lone[1].upper()}, set()
+    labels = "|".join(map(re.escape, sorted(choices, key=len, reverse=True)))
+    texts = "|".join(map(re.escape, sorted(choices.values(), key=len, reverse=True)))
+    mention = (rf"(?:(?i:{_KIND})?(?:[(\[](?P<in>{labels})[)\]]|(?<![\w'’.])(?P<by>{labels})(?![\w'’^/=])[).:]*)"
+               rf"|(?<![\w/.^-])(?i:(?P<text>{texts}))(?![\w/^]|\.\d))")
+    nameless = re.sub(r"\?P<\w+>", "?:", mention)
+    several = rf"{nameless}(?:\s*(?:,|and|or|nor|&|,\s*(?:and|or))\s*{nameless}){{0,9}}"
+    negated = re.compile(rf"(?i:{_NOT})\s+(?:\w+\s+)?{several}|{several}(?i:{_WRONG})")
+    gone = " ".join(m[0] for m in negated.finditer(text))
+    text = negated.sub(" ", text)
+    return _mentions(mention, text, choices), _mentions(mention, gone, choices) if gone else set()
+
+
+def _mentions(mention: str, text: str, choices: dict[str, str]) -> set[str]:
+    by_label, by_text = [], []
+    for m in re.finditer(mention, text):
+        if m["text"]:
+            by_text += [label for label, option in choices.items() if option == m["text"].casefold()]
+        elif m["in"] or m["by"] not in ("A", "I") or not re.match(rf"\s+(?!(?:{_VERBS})\b)[a-z]", text[m.end():]) \
+                or re.match(_KIND, m[0], re.I) or m[0][-1] in ").:":
+            by_label.append(((m["in"] or m["by"]).upper(), m.start(), m.end()))
+    said = {label for label, *_ in by_label}
+    if len(said) > 1 and (so := list(_SO.finditer(text))) and so[-1].end() < len(text):
+        return _mentions(mention, text[so[-1].end():], choices)
+    if len(said) == 1:  # the text beside the label must be its own; what a longer explanation names does not matter
+        (label, _, end), own = by_label[0], choices[by_label[0][0]]
+        beside = [t for t in by_text if re.match(rf"\W*{re.escape(choices[t])}", text[end:], re.I)]
+        return said | set(beside) if len(text) - end > len(own) + 2 else said | set(by_text)
+    # an option whose text lies inside a longer one that is named too is not meant
+    return {a for a in by_text if not any(a != b and choices[a] in choices[b] for b in by_text)}
