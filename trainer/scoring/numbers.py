@@ -28,7 +28,8 @@ _CONTINENTAL = re.compile(r"([0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)(?:,([0-9]+))?")
 _OPERAND = re.compile(r"\s?[*/^]\s?[(0-9.√\\A-Za-z]|\s?[√π±]|\s?[-+]\s?[0-9(.√\\]|\s[-+]\s|:[0-9]|\s?\\[A-Za-z]|\(|\s?[xX]\s?[0-9]"
                       r"|[xyzabcijnpqruvwXYZ](?![A-Za-z])")
 _NEGATED = re.compile(r"(?:\bnot|n't|\bnever|rather than|instead of)\s+(?:be |equal to |equal )?$", re.I)
-_LIST = re.compile(r"[ \t]+|\s*[,;&|/]\s*(?:(?:and|or)\s+)?|[,\s]+(?:[A-Za-z]+\s+)?(?:and|or)\s+(?:maybe\s+|perhaps\s+)?", re.I)
+_LIST = re.compile(r"[ \t]+|\s*[,;&|/]\s*(?:(?:and|or)\s+)?|[,\s]+(?:[A-Za-z]+\s+)?(?:and|or)\s+(?:maybe\s+|perhaps\s+)?"
+                   r"|\s*(?:,|and|or)\s*[a-z]\s*=\s*", re.I)
 _OF = re.compile(r"\s*(?:[A-Za-z]+\s+)?(?:out of|of|per|for every)\s+(?:the |a total of |all )?", re.I)
 
 
@@ -156,7 +157,7 @@ def _pick(text: str, found: list[Number], first: bool) -> list[Number]:
         return []
     k = good[-1]
     if any(part.value != found[k].value and _LIST.fullmatch(between) for part, between in
-           [*((found[i - 1], gap(i - 1)) for _ in range(i > 0)), *((found[j + 1], gap(j)) for _ in range(j + 1 < len(found)))]):
+           [*((found[k - 1], gap(k - 1)) for _ in range(k > 0)), *((found[j + 1], gap(j)) for _ in range(j + 1 < len(found)))]):
         return []
     near = [found[n] for n in (k - 1, k + 1) if 0 <= n < len(found) and "≈" in gap(min(n, k)) and found[n].value is not None]
     return [found[k], *near]

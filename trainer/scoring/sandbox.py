@@ -129,7 +129,7 @@ def main() -> None:
                 judge, seconds = JUDGES[task.pop("kind")], task.pop("seconds")
                 signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
                 # SIGXCPU ends the process if one long call of C code keeps Python from raising OutOfTime
-                last = math.ceil(time.process_time() + seconds) + 2
+                last = math.ceil(time.process_time() + seconds) + 1
                 resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
                 _armed.append(task)
                 answer = judge(task)
