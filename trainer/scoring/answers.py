@@ -16,28 +16,28 @@ _NAMES = "think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis|seed:
 _THINKING = re.compile(rf"(?P<open><(?:{_NAMES})>|\[THINK\]|<\|begin_of_thought\|>|◁think▷)|</(?:{_NAMES})>"
                        r"|\[/THINK\]|<\|end_of_thought\|>|◁/think▷|<\|channel\|>final<\|message\|>", re.I)
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~)[\w+-]*[ \t]*$", re.M)
-
-_TAG = re.compile(r"<(?P<close>/?)(?:final[_ ]?)?answer>", re.I)
+_TAG = re.compile(r"<((?:final[_ ]?)?answer)>(.*?)(?:</\1>|\Z)", re.I | re.S)
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|(?P<brace>[{}])")
 _HASHES = re.compile(r"^[ \t]*####[ \t]*([-+−$€£¥(]*[0-9.][^\n]*|[^\n]+\Z)", re.M)
 _ASIDE = r"(?:,? (?:to|for|of|in|on|as) [^.:;!?\n=\\]{1,60}?|,? (?:then|therefore|thus|hence|here|now|clearly),?)?"
-_VERB = r"(?:is|are|was|equals|comes? to|(?:must|would|should|will|has to|can only) be)\b"
+_VERB = r"\b(?:is|are|was|equals|comes? to|(?:must|would|should|will|has to|can only) be)\b"
 _SAYS = re.compile(
-    rf"(?:\banswers?\b|\bans\b\.?|\bfinal (?:result|value|total|amount|count|number|price|cost|solution)\b|\b(?:correct|"
-    rf"right|best) (?:option|choice|letter|one)\b|^[ \t#>*_]*result(?=[*_]*:)){_ASIDE}(?:[\s*_]*\b{_VERB}(?:[\s*_]*[:：=])*|(?:[\s*_]*[:：=])+)"
+    r"(?:\banswers?\b|\bans\b\.?|\bfinal (?:result|value|total|amount|count|number|price|cost|solution)\b|\b(?:correct|"
+    rf"right|best) (?:option|choice|letter|one)\b|^[ \t#>*_]*result(?=[*_]*:)){_ASIDE}"
+    rf"(?:[\s*_]*{_VERB}(?:[\s*_]*[:：=])*|(?:[\s*_]*[:：=])+)"
     r"|^[ \t#>*_✅]*(?:the |my )?(?:final |correct )?answer[ \t*_]*$", re.I | re.M)
 _END = re.compile(r"\n|;|[.!?。](?=\s+[^\s0-9]|\s*$)|,? (?:because|since|as) |, (?:which|where)\b")
+_OUTER, _BESIDE = re.compile(r"[ *_`\n\t:]*"), re.compile(r"[\s,;&$]*(?:and|or)?[\s,;&$]*")
 _INITIALS = re.compile(r"(?:\b\w|\b(?:St|Dr|Mrs?|Ms|Jr|Sr|Mt|Prof|vs))$")
-_START = r"(?:^|[.!?;,:\n(—–…-])[\s*_]{0,9}(?:oh|but|ah|hmm+|oops|ok(?:ay)?)?[,.\s]{0,9}"
-_BACK = re.compile(rf"{_START}(?:wait|actually|hold on|hmm+|oops|sorry|correction|scratch that|on second thought|no[,!:]"
-                   r"|no\.(?=\s+\D)|my mistake|i (?:made|see) (?:a|an|my) (?:mistake|error)|i meant"
-                   r"|let me (?:re|correct|fix)[-\w]*)", re.I)
+_BACK = re.compile(r"(?:^|[.!?;,:\n(—–…-])[\s*_]{0,9}(?:oh|but|ah|hmm+|oops|ok(?:ay)?)?[,.\s]{0,9}(?:wait|actually|hold on|"
+                   r"hmm+|oops|sorry|correction|scratch that|on second thought|no[,!:]|no\.(?=\s+\D)|my mistake|i meant|"
+                   r"i (?:made|see) (?:a|an|my) (?:mistake|error)|let me (?:re|correct|fix)[-\w]*)", re.I)
 _CONFIRMED = re.compile(r"(?:(?:\bis|\bwas|'s|\blooks?)\s(?:\w+\s)?(?:correct|right|fine|good|ok(?:ay)?|the same)|checks? "
-                        r"out|confirm\w*|verified|match(?:es)?|holds|\byes)[\s.!✓✅*)]*$", re.I)
+                        r"out|confirm\w*|verified|match(?:es)?|holds|\byes)[\s.!✓✅*)]{0,9}$", re.I)
 _NOTES = re.compile(r"(?:\n|(?<=[.!?])[ \t])[ \t*_#>(]*(?:note|check|verif\w+|explanation|reason(?:ing)?|remark|p\.?s\b"
                     r"|let me know|i hope|feel free|if you|this (?:works|assumes|is because))\b", re.I)
-_LEAD = re.compile(r"^(?:(?:so|thus|therefore|hence|then|well|no|but|i (?:think|believe|say)|it(?: is|'s)|(?:this|that) is|"
-                   r"that's|they are)[,:]?\s+(?:an?\s+)?)+", re.I)
+_LEAD = re.compile(r"^(?:(?:so|thus|therefore|hence|then|well|no|but|i (?:think|believe|say)|it(?: is|'s)|(?:this|that) "
+                   r"is|that's|they are)[,:]?\s+(?:an?\s+)?)+", re.I)
 
 
 class Final(NamedTuple):
@@ -66,53 +66,38 @@ def finals(text: str) -> list[Final]:
     if marks:
         end, final = marks[-1][1:]
         back = _BACK.search(text, end)
-        if back and not _CONFIRMED.search(text) and text[back.end():].strip(" .,!?\n"):
-            last = [Final(text[back.end():], text[back.end():], False)]
-        elif re.search(r"\beither\b|\bor\b", final.text) and (rest := text[end:].strip(" .\n*")):
-            last = [Final(rest, rest, False)]  # the answer is A or B. B.
+        if (back and not _CONFIRMED.search(text)) or re.search(r"\beither\b|\bor\b", final.text):
+            rest = text[back.end() if back else end:].strip(" .,!?\n*")
+            last = [Final(rest, rest, False)] if rest else []  # the answer is A or B. B.
     return [*last, *(final for *_, final in marks[::-1]), Final(text, text, False)]
 
 
 def _marks(text: str) -> list[tuple[int, int, Final]]:
-    """(start, end, what it says) of each mark, in the order in which they end."""
-    found = []
-    open_at = []
+    """(start, end, what it says) of each mark, in order."""
+    found, opened, marks = [(m.start(), m.end(), m[2].rpartition("answer>")[2]) for m in _TAG.finditer(text)], [], []
     for m in _BRACE.finditer(text):
         if m["box"] or m["brace"] == "{":
-            open_at.append(m)
-        elif m["brace"] and open_at and (start := open_at.pop())["box"]:
+            opened.append(m)
+        elif m["brace"] and opened and (start := opened.pop())["box"]:
             found.append((start.start(), m.end(), text[start.end():m.start()]))
-    tag = None
-    for m in _TAG.finditer(text):
-        if tag:
-            found.append((tag.start(), m.end() if m["close"] else m.start(), text[tag.end():m.start()]))
-        tag = None if m["close"] else m
-    if tag:
-        found.append((tag.start(), len(text), text[tag.end():]))
-    found.sort()
-    marks = []
-    for start, end, inside in found:
-        if marks and start < marks[-1][1]:  # a box in a tag or in a box: the inner one says it
+    for start, end, inside in sorted(found):
+        if marks and start < marks[-1][1]:  # of nested ones the inner one says it
             marks.pop()
-        if marks and inside != marks[-1][2].text and re.fullmatch(r"[\s,;&$]*(?:and|or)?[\s,;&$]*",
-                                                                  text[marks[-1][1]:start][:40]):
+        if marks and inside != marks[-1][2].text and _BESIDE.fullmatch(text[marks[-1][1]:start][:40]):
             start, inside = marks[-1][0], f"{marks.pop()[2].text}, {inside}"
         marks.append((start, end, Final(inside.strip(), inside.strip("\n"), True)))
     marks += [(m.start(), m.end(), Final(m[1].strip(), m[1], True)) for m in _HASHES.finditer(text)]
     for m in _SAYS.finditer(text):
-        rest = text[m.end():m.end() + 2000].lstrip(" *_`\n\t:")
-        end = _END.search(rest)
-        said = rest[:end.start()] if end else rest
-        if said.strip(" *_`$"):
-            marks.append((m.start(), min(len(text), m.end() + 2000) - len(rest) + len(said), Final(said, rest, True)))
-    marks.sort(key=lambda mark: mark[0])
-    return marks
+        begin, limit = _OUTER.match(text, m.end()).end(), m.end() + 2000
+        end = next((e.start() for e in _END.finditer(text, begin, limit)), min(limit, len(text)))
+        if text[begin:end].strip(" *_`$"):
+            marks.append((m.start(), end, Final(text[begin:end], text[begin:limit], True)))
+    return sorted(marks, key=lambda mark: mark[0])
 
 
 def sentences(text: str) -> list[str]:
     """The statements of `text`, the last one first, without notes and checks behind them."""
-    notes = next((m for m in _NOTES.finditer(text) if text[:m.start()].strip()), None)
-    text = text[:notes.start()] if notes else text
+    text = next((text[:m.start()] for m in _NOTES.finditer(text) if text[:m.start()].strip()), text)
     return [s for s in reversed(re.split(r"\n+|(?<=[.!?;。])(?<!\b[A-Z]\.)\s+", text)) if s.strip(" *_#`-")]
 
 
