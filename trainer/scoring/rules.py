@@ -4,7 +4,9 @@ A completion is judged by its one final answer (see answers.py), so listing seve
 raises and never hangs; what cannot be read scores 0. Code of libraries and patterns run in a child process only.
 """
 
+import difflib
 import importlib.util
+import logging
 import math
 import re
 import warnings
@@ -33,8 +35,8 @@ def verify(verifier: str, completion: str, answer: str | None, args: dict, metad
         score = any(numbers.same(one, true, Fraction(args.get("tolerance", 0))) for one in said) if true else False
         return float(score), said[0].shown if said else None
     if verifier == "exact":
-        found, true = _reading(completion, answer or "")
-        return float(bool(found) and plain(found) == true), found or None
+        found, equal = _reading(completion, answer or "")
+        return float(equal), found or None
     if verifier == "choice":
         choices = options(args.get("choices") or metadata.get("choices"))
         found = chosen(completion, choices) if choices else None
@@ -99,28 +101,28 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     return None if score >= 0.99 else f"the answer {short!r} fails its own verifier {verifier} ({score:g})"
 
 
-def _reading(completion: str, answer: str) -> tuple[str, str]:
-    """(the reading of `completion` that is `answer`, else the likeliest one; the answer in plain text)"""
-    final = next((f for f in finals(answer) if f.marked), None)
-    true = plain(final.text if final else answer)
-    said = readings(completion, answer)
-    return next((text for text in said if plain(text) == true), said[0] if said else ""), true
+def _whole(answer: str) -> str:
+    """A true answer, or the part of it that a mark (a box, a tag, ####) says is it."""
+    return next((final.text for final in finals(answer) if final.marked), answer)
+
+
+def _reading(completion: str, answer: str) -> tuple[str, bool]:
+    """(the reading of `completion` that is `answer`, else the likeliest one; whether it is the answer)"""
+    said, true = readings(completion, answer), plain(_whole(answer))
+    equal = next((text for text in said if plain(text) == true), None) if true else None
+    return (said[0] if said else "", False) if equal is None else (equal, True)
 
 
 def _math(completion: str, answer: str) -> tuple[float, str | None]:
-    final = next((f for f in finals(answer) if f.marked), None)
-    true = final.text if final else answer
-    said = _term(completion)
-    if not said.strip(" .") or not true.strip():
-        return 0.0, None
-    if plain(said) == plain(true) or any(plain(text) == plain(true) for text in readings(completion, true)):
-        return 1.0, said
-    letter = re.fullmatch(r"\(?([a-z])\)?", plain(true))
-    option = re.match(r"\(?([a-z])\)?(?=[).: ]|$)", plain(said))
-    if letter and option and len(plain(said)) > 1 and "(" in plain(said) + plain(true):
+    true, said = _whole(answer), _term(completion)
+    equal = _reading(completion, true)[1] or plain(said) == plain(true)
+    if equal or not said.strip(" .") or not true.strip():
+        return float(equal), said or None
+    letter, option = re.fullmatch(r"\(?([a-z])\)?", plain(true)), re.match(r"\(?([a-z])\)?(?=[).: ]|$)", plain(said))
+    if letter and option and "(" in plain(said) + plain(true):  # \textbf{(B)}\ 12
         return float(letter[1] == option[1]), said
     one, other = numbers.truth(said), numbers.truth(true)
-    if one and other and not re.search(r"\.\d{6}", one.shown):
+    if one and other and not re.search(r"\.[0-9]{6}", one.shown):
         return float(numbers.same(one, other)), said
     return _judged("math", {"text": said, "answer": true}, MATH_SECONDS, said)
 
@@ -128,98 +130,42 @@ def _math(completion: str, answer: str) -> tuple[float, str | None]:
 def _term(completion: str) -> str:
     """The term that `completion` gives as its answer."""
     for final in finals(completion):
-        for text in [final.text] if final.marked else sentences(final.text):
+        for text in [final.text] if final.marked else (all_said := sentences(final.text)):
             terms = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
             if terms and not re.search(r"[0-9]", re.split(r"\$|\\\)|\\\]", text)[-1]):
-                return next(filter(None, terms[-1]), "")
+                return "".join(terms[-1])
             if final.marked:
                 return text.strip(" *.$")
-            if re.search(r"[0-9\\]", unwrap(text)) or len(sentences(final.text)) == 1:
-                found = numbers.answered(text)
-                prose = re.search(r"(?<!\\)\b[A-Za-z]{3}", text)
-                return found[0].shown if found and prose else re.split(r"\b(?:is|are|was|be|equals) ", text)[-1].strip(" *.")
+            if re.search(r"[0-9\\]", unwrap(text)) or len(all_said) == 1:
+                found = numbers.answered(text) if re.search(r"(?<!\\)\b[A-Za-z]{3}", text) else []
+                return found[0].shown if found else re.split(r"\b(?:is|are|was|be|equals) ", text)[-1].strip(" *.")
     return ""
 
 
-def _reasoning_gym(completion: str, answer: str | None, dataset: str | None, metadata: dict) -> tuple[float, str | None]:
-    """The generator's own score, with two of its leniencies taken away: a wrong number earns nothing (it would give
-    "10" half a point where the truth is "1"), and neither does a text that merely contains the truth."""
-    entry = {"answer": answer, **metadata}
-    if not isinstance(entry.get("metadata"), dict):
-        entry["metadata"] = {}
+def _reasoning_gym(completion: str, answer: str | None, dataset: str | None, row: dict) -> tuple[float, str | None]:
+    """The generator's own score, less two leniencies: a wrong number earns nothing (the library gives "10" half a point
+    where the truth is "1"), and neither does a text that merely contains the truth."""
+    entry = {"answer": answer, **row}
+    entry["metadata"] = entry["metadata"] if isinstance(entry.get("metadata"), dict) else {}
     dataset = dataset or entry["metadata"].get("source_dataset")
     if not isinstance(dataset, str):
         raise UserError("verifier reasoning_gym: the row names no source_dataset; set verifier_args.dataset")
-    true = numbers.truth(answer) if isinstance(answer, str) and re.fullmatch(r"[-+0-9.,eE/$%\s]+", answer) else None
+    true = numbers.truth(answer) if answer and re.fullmatch(r"[-+0-9.,eE/$%\s]+", answer) else None
     if true:
         found = numbers.answered(completion)
         if not found:
             return 0.0, None
-        digits = [re.sub(r"[^0-9/]", "", text) for text in (found[0].shown, answer)]
-        equal = numbers.same(found[0], true) and ("/" not in answer or digits[0] == digits[1])
-        said = answer if equal else found[0].shown.replace(",", "")
+        said, equal = found[0].shown.replace(",", ""), numbers.same(found[0], true)
+        if "/" in answer:  # a fraction is to be in the terms that the question asks for
+            equal = equal and re.findall("[0-9]+", said) == re.findall("[0-9]+", answer)
     else:
-        found, plain_answer = _reading(completion, answer or "")
-        said = answer if answer and plain(found) == plain_answer else found
-    return _judged("reasoning_gym", {"dataset": dataset, "text": said, "entry": entry, "strict": bool(true)}, GYM_SECONDS,
-                   said)
-
-
-def _judged(kind: str, task: dict, seconds: float, extracted: str | None = None) -> tuple[float, str | None]:
-    judged = _child.ask(kind, task, seconds)
-    if judged is None:  # out of time or memory
-        return 0.0, extracted
-    return float(judged["score"]), judged.get("extracted", extracted)
-
-
-# ---- what runs in the child process
-
-def _judge_regex(task: dict | None) -> dict:
-    """1 if the pattern is found. With a group and an answer, the last match's first group must equal the answer."""
-    if task is None:
-        return {}
-    pattern = re.compile(task["pattern"])
-    last = None
-    for last in pattern.finditer(task["text"]):  # noqa: B007 - the last match counts
-        pass
-    if last is None:
-        return {"score": 0.0, "extracted": None}
-    if not pattern.groups or task["answer"] is None:
-        return {"score": 1.0, "extracted": last[0]}
-    said, answer = last[1] or "", task["answer"]
-    equal = plain(said) == plain(answer)
-    if not equal and (one := numbers.truth(said)) and (other := numbers.truth(answer)):
-        equal = numbers.same(one, other)
-    return {"score": float(equal), "extracted": said}
-
-
-def _judge_math(task: dict | None) -> dict:
-    """1 if math-verify finds the two LaTeX terms equal, and they are also equal relative to their size."""
-    import logging
-
-    from math_verify import parse, verify
-
-    if task is None:
-        logging.disable(logging.CRITICAL)
-        verify(*(parse(text, parsing_timeout=None) for text in ("$x^2+2x+1$", "$(x+1)^2$")), timeout_seconds=None)
-        return {}
-    gold, said = (parse(_latex(task[name]), parsing_timeout=None) for name in ("answer", "text"))
-    equal = bool(gold and said) and verify(gold, said, timeout_seconds=None)
-    if equal and all(getattr(terms[0], "is_number", False) for terms in (gold, said)):
-        one, other = (terms[0].evalf(30) for terms in (gold, said))
-        near = any(abs(one - factor * other) <= 1e-5 * abs(one) for factor in (1, 100)) if one.is_finite else False
-        equal = near or plain(task["answer"]) == plain(task["text"])
-    return {"score": float(equal), "extracted": str(said[-1])[:500] if said else None}
-
-
-def _latex(text: str) -> str:
-    return text if re.search(r"\\boxed|(?<!\\)\$|\\\(|\\\[", text) else f"${text}$"
+        said, equal = _reading(completion, answer or "")
+    task = {"dataset": dataset, "text": answer if equal else said, "entry": entry, "strict": bool(true)}
+    return _judged("reasoning_gym", task, GYM_SECONDS, said)
 
 
 def gym_scorer(dataset: str):
     """The scorer of a dataset of reasoning-gym. Raises UserError if there is none of that name."""
-    import difflib
-
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -229,21 +175,54 @@ def gym_scorer(dataset: str):
     return reasoning_gym.get_score_answer_fn(dataset)
 
 
-def _judge_gym(task: dict | None) -> dict:
-    """The best score that the dataset's own scorer gives one of the readings of a completion.
+# ---- what runs in the child process, where a judge is loaded by the task None
 
-    A scorer of the library that gives part of a point to whatever contains the answer counts only where it gives all.
-    """
+def _judged(kind: str, task: dict, seconds: float, extracted: str | None = None) -> tuple[float, str | None]:
+    judged = _child.ask(kind, task, seconds) or {"score": 0.0}  # None: out of time or memory
+    return float(judged["score"]), judged.get("extracted", extracted)
+
+
+def _judge_regex(task: dict | None) -> dict:
+    """1 if the pattern is found. With a group and an answer, the last match's first group must equal the answer."""
+    last, answer = None, task and task["answer"]
+    for last in re.finditer(task["pattern"], task["text"]) if task else ():  # noqa: B007 - the last match counts
+        pass
+    if last is None:
+        return {"score": 0.0, "extracted": None}
+    if not last.re.groups or answer is None:
+        return {"score": 1.0, "extracted": last[0]}
+    said = last[1] or ""
+    one, other = numbers.truth(said), numbers.truth(answer)
+    equal = plain(said) == plain(answer) or bool(one and other and numbers.same(one, other))
+    return {"score": float(equal), "extracted": said}
+
+
+def _judge_math(task: dict | None) -> dict:
+    """1 if math-verify finds the two terms equal, and they also are relative to their size."""
+    from math_verify import parse, verify
+
+    logging.disable(logging.CRITICAL)
+    task = task or {"answer": "x^2+2x+1", "text": "(x+1)^2"}
+    gold, said = (parse(text if re.search(r"\\boxed|(?<!\\)\$|\\\(|\\\[", text) else f"${text}$", parsing_timeout=None)
+                  for text in (task["answer"], task["text"]))
+    equal = bool(gold and said) and verify(gold, said, timeout_seconds=None)
+    if equal and all(getattr(terms[0], "is_number", False) for terms in (gold, said)):
+        one, other = (terms[0].evalf(30) for terms in (gold, said))
+        near = one.is_finite and any(abs(one - factor * other) <= 1e-5 * abs(one) for factor in (1, 100))
+        equal = bool(near) or plain(task["answer"]) == plain(task["text"])
+    return {"score": float(equal), "extracted": str(said[-1])[:500] if said else None}
+
+
+def _judge_gym(task: dict | None) -> dict:
+    """The dataset's own score; where its scorer is the library's lenient one, or a number is asked for, only 1 counts."""
     from reasoning_gym.dataset import ProceduralDataset
 
-    if task is None:
-        return {}
-    scorer = gym_scorer(task["dataset"])
-    score = float(scorer(task["text"], task["entry"]))
-    lenient = task["strict"] or getattr(scorer, "__func__", None) is ProceduralDataset.score_answer
-    if not math.isfinite(score) or (lenient and score < 0.99):
+    scorer = gym_scorer(task["dataset"] if task else "chain_sum")
+    score = float(scorer(task["text"], task["entry"])) if task else 0.0
+    strict = task is None or task["strict"] or getattr(scorer, "__func__", None) is ProceduralDataset.score_answer
+    if not math.isfinite(score) or (strict and score < 0.99):
         score = 0.0
-    return {"score": min(1.0, max(0.0, score)), "extracted": task["text"]}
+    return {"score": min(1.0, max(0.0, score)), "extracted": task and task["text"]}
 
 
 JUDGES = {"regex": _judge_regex, "math": _judge_math, "reasoning_gym": _judge_gym}

@@ -23,16 +23,17 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 
 from strop.trainer.errors import UserError
 
 LOAD_SECONDS = 120.0
 MEMORY_BYTES = 4 << 30
 KEPT_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
-FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln",
-             "sqrt", "Abs", "abs", "Symbol", "Integer", "Float", "Rational", "factorial"}
-COMPUTES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Tuple, ast.List, ast.Set,
-            ast.Dict, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log",
+             "ln", "sqrt", "Abs", "abs", "Symbol", "Integer", "Float", "Rational", "factorial"}
+COMPUTES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Tuple, ast.List,
+            ast.Set, ast.Dict, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
 FORBIDDEN = ("os", "subprocess", "socket", "shutil", "pty", "webbrowser", "ctypes", "urllib")
 
 
@@ -55,44 +56,39 @@ class Child:
                     self._start()
                 with contextlib.suppress(BrokenPipeError):
                     if kind not in self._loaded:
-                        answer = self._exchange({"load": kind}, LOAD_SECONDS)
-                        if answer is None or "error" in answer:
-                            raise UserError(f"the process that runs verifier {kind} cannot start: "
-                                            f"{(answer or {}).get('error') or self._complaint()}")
-                        self._loaded.add(kind)
+                        self._load(kind)
                     # the wall clock only ends a task that waits
                     return self._exchange({"kind": kind, "seconds": seconds, **task}, 60 + 20 * seconds)
             return None
 
     def close(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout, self._stderr):
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._process = None
-        self._loaded.clear()
+            with contextlib.suppress(OSError), self._process:
+                self._process.kill()
+        self._process, self._loaded = None, set()
 
     def _start(self) -> None:
         self.close()
-        environment = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ}
         path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
-        environment |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
-                        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        environment = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ} | {
+            "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._complaint = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
         with tempfile.TemporaryDirectory() as empty:  # -P: no module of a working directory is imported
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "strop.trainer.scoring.sandbox"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=self._stderr, env=environment, cwd=empty, close_fds=True,
-                start_new_session=True)
+                stdout=subprocess.PIPE, stderr=self._complaint, env=environment, cwd=empty, start_new_session=True)
         atexit.register(self.close)
 
-    def _complaint(self) -> str:
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"no answer within {LOAD_SECONDS:g} s"
+    def _load(self, kind: str) -> None:
+        answer = self._exchange({"load": kind}, LOAD_SECONDS)
+        if answer is None or "error" in answer:
+            self._complaint.seek(0)
+            lines = self._complaint.read().decode(errors="replace").strip().splitlines()
+            why = answer["error"] if answer else lines[-1] if lines else f"no answer within {LOAD_SECONDS:g} s"
+            raise UserError(f"verifier {kind} cannot start its process {sys.executable} -P -m strop.trainer.scoring."
+                            f"sandbox ({why}); repair what the message names, or choose another verifier")
+        self._loaded.add(kind)
 
     def _exchange(self, message: dict, seconds: float) -> dict | None:
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -178,12 +174,12 @@ def _forbid(event: str, args: tuple) -> None:
     """An audit hook: raises PermissionError where a task evaluates other text than arithmetic, or changes anything."""
     if not _armed:
         return
-    if event == "compile":
-        source, name = args
-        if str(name).startswith("<") and source and not _arithmetic(source) and not _importing():
+    if event == "compile" and args[0] and str(args[1]).startswith("<"):
+        importing = any("importlib._bootstrap" in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None))
+        if not importing and not _arithmetic(args[0]):
             raise PermissionError("only arithmetic is evaluated")
-    elif event == "open":
-        if not isinstance(args[0], int) and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR)):
+    elif event == "open" and not isinstance(args[0], int):
+        if set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR):
             raise PermissionError("no file is written")
     elif event.partition(".")[0] in FORBIDDEN and event not in ("os.listdir", "os.scandir"):
         raise PermissionError(f"{event} is forbidden")
@@ -202,13 +198,6 @@ def _arithmetic(source) -> bool:
     return all(isinstance(n, COMPUTES) or (isinstance(n, ast.Name) and "__" not in n.id)
                or (isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in FUNCTIONS)
                for n in ast.walk(source))
-
-
-def _importing() -> bool:
-    frame = sys._getframe()
-    while frame and "importlib._bootstrap" not in frame.f_code.co_filename:
-        frame = frame.f_back
-    return frame is not None
 
 
 if __name__ == "__main__":
