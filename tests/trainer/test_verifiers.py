@@ -1,8 +1,15 @@
 import importlib.util
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -309,6 +316,101 @@ def test_child_sees_no_secrets(monkeypatch):
     with open(f"/proc/{child._process.pid}/environ", "rb") as f:
         assert b"secret" not in f.read()
     child.close()
+
+
+# ---- nothing that comes with data runs
+
+SHELL = "__import__('os').system('touch {path}') or 5"
+ESCAPED = "exec\\\n(\"" + "".join(f"\\x{b:02x}" for b in b"import os; os.mkdir('made')") + "\")"
+
+
+@needs_gym
+@pytest.mark.parametrize("text", [
+    SHELL, ESCAPED, "[c for c in ().__class__.__base__.__subclasses__()]", "print.__self__", "(lambda: 5)()",
+    "open('{path}', 'w')", "eval('5')", "f'{{__import__}}'", "Symbol.__init__", "getattr(5, 'real')", "5 if exit() else 6"])
+def test_no_text_of_a_row_is_evaluated_in_either_process(text, tmp_path):
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    path, seen = tmp_path / "made", []
+    text = text.format(path=path) if "{path}" in text else text
+    in_this_process = [True]
+    sys.addaudithook(lambda event, args: seen.append(args[0]) if in_this_process and event == "compile" else None)
+    for dataset in ("bitwise_arithmetic", "spiral_matrix", "string_insertion", "n_queens", "binary_matrix", "countdown",
+                    "number_sorting", "puzzle24", "polynomial_multiplication", "simple_integration"):
+        assert dataset in DATASETS
+        entry = json.loads(json.dumps(reasoning_gym.create_dataset(dataset, size=1, seed=1)[0]))
+        hostile = {k: text if isinstance(v, str) else v for k, v in entry["metadata"].items()}
+        hostile |= {"source_dataset": dataset, "problem": text, "integrand": text, "variable": "x"}
+        seen.clear()
+        for completion, answer in (("5", "5"), (text, "5"), ("5", text), (f"<answer>{text}</answer>", text)):
+            check_answer("reasoning_gym", {}, answer, {"metadata": hostile})
+            verify("reasoning_gym", completion, answer, {}, {"answer": answer, "metadata": hostile})
+        assert text not in seen
+    in_this_process.clear()
+    assert not path.exists() and not (Path.cwd() / "made").exists()
+
+
+ESCAPES = """
+import ast, ctypes, os, socket, sys
+from strop.trainer.scoring import sandbox
+sandbox._confine()
+if sys.argv[1] == "audit":
+    sys.addaudithook(sandbox._forbid)
+    sandbox._armed.append(1)
+failed = 0
+for attempt in (lambda: open(sys.argv[2], "w"), lambda: os.mkdir(sys.argv[2]), lambda: os.execv("/bin/true", ["true"]),
+                lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), 2)):
+    try:
+        attempt()
+    except OSError:
+        failed += 1
+os._exit(failed)
+"""
+
+
+@pytest.mark.parametrize("how", ["audit", "kernel"])
+def test_a_judge_cannot_write_execute_or_connect(how, tmp_path):
+    release = tuple(int(n) for n in os.uname().release.split(".")[:2]) if sys.platform == "linux" else (0, 0)
+    if how == "kernel" and release < (6, 7):
+        pytest.skip("needs Landlock with TCP, Linux 6.7")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done = subprocess.run([sys.executable, "-c", ESCAPES, how, str(tmp_path / "made"), port], timeout=60)
+    if how == "kernel" and done.returncode != 4:
+        pytest.skip(f"the kernel forbids {done.returncode} of 4: Landlock is off, or this is a container")
+    assert done.returncode == 4 and not (tmp_path / "made").exists()
+
+
+def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
+    for name in ("selectors", "json", "re", "strop", "sympy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}")
+    child = Child()
+    assert child.ask("regex", {"pattern": "a", "text": "a", "answer": None}, 10)["score"] == 1
+    child.close()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_limit_is_cpu_time(monkeypatch):
+    """A stopped child loses no CPU time; a task that computes for longer than its limit is ended, and the child lives."""
+    child, task = Child(), {"pattern": "(a+)+$", "text": "a" * 40 + "!", "answer": None}
+    assert child.ask("regex", task | {"text": "a"}, 1.0)["score"] == 1
+    pid = child._process.pid
+    pause = threading.Timer(0.1, lambda: (os.kill(pid, signal.SIGSTOP), time.sleep(1.5), os.kill(pid, signal.SIGCONT)))
+    pause.start()
+    assert child.ask("regex", task | {"text": "a" * 20 + "!"}, 1.0) == {"score": 0.0, "extracted": None}  # no match
+    pause.join()
+    assert child.ask("regex", task, 0.5) is None
+    assert child._process.pid == pid
+    child.close()
+
+
+def test_a_child_that_cannot_start_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match="verifier regex cannot start its process .*false -P -m strop"):
+        Child().ask("regex", {}, 1.0)
 
 
 # ---- what a recipe or its data can get wrong

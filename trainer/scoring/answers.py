@@ -123,7 +123,7 @@ def unwrap(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
         text = re.sub("[\u2010-\u2015\u2212]", "-", text)
     if not text.isascii() or re.search(r"\\|\^\{|\{,\}", text):
-        for pattern, by in (_LATEX[0], *_LATEX):
+        for pattern, by in (*_LATEX, _LATEX[0]):
             text = pattern.sub(by, text)
     return text
 

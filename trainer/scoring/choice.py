@@ -10,7 +10,8 @@ _WRONG = (r"(?:\s+\w+){0,2}?(?:\s+(?:is|are|was|were|can|could|would|does|do|see
           r"(?:\bnot\b|n['’]t\b|\bwrong|\bincorrect|\bfalse|\binvalid|\bimpossible|\bruled out|\beliminated|\bexcluded|\bout\b)"
           r"|\s+(?:can|could|would|is|are|does|do)(?:not|n['’]t)\b")
 _KIND = r"(?:the\s+|an?\s+)?(?:options?|answers?|choices?|letters?)\s+"
-_VERBS = r"is|was|because|since|as|and|or|nor|would|must|seems|looks|are|has|gives|matches"
+_ARTICLE = re.compile(r"\s+(?!(?:is|was|because|since|as|and|or|nor|would|must|seems|looks|are|has|gives|matches)\b)[a-z]")
+_LABELED = re.compile(rf"^{_KIND}|[).:]$", re.I)
 _SO = re.compile(r"\b(?:so|thus|therefore|hence|i(?:'ll| will| would)? (?:say|choose|pick|go with|select))\b,?\s*", re.I)
 
 
@@ -41,18 +42,10 @@ def chosen(completion: str, choices: dict[str, str]) -> str | None:
     return None
 
 
-def which(text: str, choices: dict[str, str]) -> str | None:
-    """The label of the one option that `text` names."""
-    named, _ = _named(text, choices)
-    return named.pop() if len(named) == 1 else None
-
-
 def _named(text: str, choices: dict[str, str]) -> tuple[set[str], set[str]]:
     """(labels of the options that `text` names, labels of those that it rules out)"""
-    words = plain(text)
-    for label, option in choices.items():
-        if words == option:
-            return {label}, set()
+    if plain(text) in choices.values():
+        return {next(label for label, option in choices.items() if option == plain(text))}, set()
     text = " ".join(re.sub(r"\$([^$]+)\$", r"\1", unwrap(text)).replace("*", "").split())
     lone = re.fullmatch(rf"(?:{_KIND})?[(\[]?\s*(\w{{1,2}})\s*[)\].:]*", text.strip(" \"'`_"), re.I)
     if lone and lone[1].upper() in choices:
@@ -70,19 +63,18 @@ def _named(text: str, choices: dict[str, str]) -> tuple[set[str], set[str]]:
 
 
 def _mentions(mention: str, text: str, choices: dict[str, str]) -> set[str]:
-    by_label, by_text = [], []
+    by_label, by_text, ends = set(), set(), [0]
     for m in re.finditer(mention, text):
         if m["text"]:
-            by_text += [label for label, option in choices.items() if option == m["text"].casefold()]
-        elif m["in"] or m["by"] not in ("A", "I") or not re.match(rf"\s+(?!(?:{_VERBS})\b)[a-z]", text[m.end():]) \
-                or re.match(_KIND, m[0], re.I) or m[0][-1] in ").:":
-            by_label.append(((m["in"] or m["by"]).upper(), m.start(), m.end()))
-    said = {label for label, *_ in by_label}
-    if len(said) > 1 and (so := list(_SO.finditer(text))) and so[-1].end() < len(text):
+            by_text |= {label for label, option in choices.items() if option == m["text"].casefold()}
+        elif m["by"] not in ("A", "I") or _LABELED.search(m[0]) or not _ARTICLE.match(text, m.end()):
+            by_label.add((m["in"] or m["by"]).upper())
+            ends.append(m.end())
+    if len(by_label) > 1 and (so := list(_SO.finditer(text))) and so[-1].end() < len(text):
         return _mentions(mention, text[so[-1].end():], choices)
-    if len(said) == 1:  # the text beside the label must be its own; what a longer explanation names does not matter
-        (label, _, end), own = by_label[0], choices[by_label[0][0]]
-        beside = [t for t in by_text if re.match(rf"\W*{re.escape(choices[t])}", text[end:], re.I)]
-        return said | set(beside) if len(text) - end > len(own) + 2 else said | set(by_text)
+    if len(by_label) == 1:  # the text beside the label must be its own; what an explanation names does not matter
+        rest = text[ends[1]:]
+        long = len(rest) > len(choices[min(by_label)]) + 2
+        return by_label | {t for t in by_text if not long or re.match(rf"\W*{re.escape(choices[t])}", rest, re.I)}
     # an option whose text lies inside a longer one that is named too is not meant
-    return {a for a in by_text if not any(a != b and choices[a] in choices[b] for b in by_text)}
+    return by_label or {a for a in by_text if not any(a != b and choices[a] in choices[b] for b in by_text)}

@@ -15,7 +15,7 @@ from fractions import Fraction
 from strop.trainer.errors import UserError
 from strop.trainer.scoring import numbers
 from strop.trainer.scoring.answers import MAX_CHARS, finals, plain, readings, sentences, spoken, unwrap
-from strop.trainer.scoring.choice import chosen, options, which
+from strop.trainer.scoring.choice import chosen, options
 from strop.trainer.scoring.sandbox import Child
 
 # of CPU time
@@ -40,7 +40,7 @@ def verify(verifier: str, completion: str, answer: str | None, args: dict, metad
     if verifier == "choice":
         choices = options(args.get("choices") or metadata.get("choices"))
         found = chosen(completion, choices) if choices else None
-        return float(found is not None and found == which(answer or "", choices)), found
+        return float(found is not None and found == chosen(answer or "", choices)), found
     if verifier == "regex":
         task = {"pattern": args["pattern"], "text": spoken(completion)[-MAX_CHARS:], "answer": answer}
         return _judged("regex", task, REGEX_SECONDS)

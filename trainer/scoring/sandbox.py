@@ -1,10 +1,10 @@
 """Judging text in a child process: regular expressions, computer algebra and the scorers of a library.
 
-Data can make such code run forever, fill the memory or reach for files. The child has a limit on CPU time per task and
-on memory, an empty, deleted working directory, no secrets of the environment and no inherited files, and it is started
-without the working directory on its import path. An audit hook lets it evaluate arithmetic only, and no program start,
-connection or write: on every platform. On Linux the kernel also forbids writing and executing files (Landlock, 5.13 or
-newer) and TCP (6.7), gives it a network of its own where the user may make one, and ends it with its parent.
+Data can make such code run forever, fill the memory or reach for files. The child has a limit on memory and on CPU time
+per task, a deleted working directory, no secrets of the environment and no inherited files. It does not import from the
+user's working directory. An audit hook lets a task evaluate arithmetic only, and start, connect or write nothing. On
+Linux the kernel also forbids writing and executing files (Landlock, 5.13 or newer) and TCP (6.7), gives the child an
+empty network where the user may make one, and ends it with its parent.
 """
 
 import ast
@@ -27,7 +27,6 @@ import traceback
 
 from strop.trainer.errors import UserError
 
-LOAD_SECONDS = 120.0
 MEMORY_BYTES = 4 << 30
 KEPT_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log",
@@ -43,105 +42,92 @@ class Child:
     def __init__(self):
         self._process: subprocess.Popen | None = None
         self._lock = threading.Lock()
-        self._loaded: set[str] = set()
 
     def ask(self, kind: str, task: dict, seconds: float) -> dict | None:
         """The child's answer to `task`; None if it took more than `seconds` of CPU time, or the child died of it.
 
-        Raises UserError with the child's message if the child cannot load what `kind` needs.
+        Raises UserError with the child's message if the child cannot start or load what `kind` needs.
         """
+        message = json.dumps({"kind": kind, "seconds": seconds, "task": task}).encode() + b"\n"
         with self._lock:
             for _ in range(2):  # once more if the child had died before it got the task
                 if self._process is None or self._process.poll() is not None:
-                    self._start()
+                    self._start(kind)
                 with contextlib.suppress(BrokenPipeError):
-                    if kind not in self._loaded:
-                        self._load(kind)
+                    self._process.stdin.write(message)
+                    self._process.stdin.flush()
                     # the wall clock only ends a task that waits
-                    return self._exchange({"kind": kind, "seconds": seconds, **task}, 60 + 20 * seconds)
+                    answer = json.loads(self._line(120 + 20 * seconds) or b"null")
+                    if answer is not None and "error" in answer:
+                        raise UserError(f"verifier {kind} cannot load what it needs: {answer['error']}")
+                    return answer
             return None
 
     def close(self) -> None:
         if self._process is not None:
             with contextlib.suppress(OSError), self._process:
                 self._process.kill()
-        self._process, self._loaded = None, set()
+        self._process = None
 
-    def _start(self) -> None:
+    def _start(self, kind: str) -> None:
         self.close()
         path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
         environment = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ} | {
             "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._complaint = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
-        with tempfile.TemporaryDirectory() as empty:  # -P: no module of a working directory is imported
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "strop.trainer.scoring.sandbox"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=self._complaint, env=environment, cwd=empty, start_new_session=True)
-        atexit.register(self.close)
+        command = [sys.executable, "-P", "-m", "strop.trainer.scoring.sandbox"]
+        with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as stderr:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
+                                             env=environment, cwd=empty, start_new_session=True)
+            atexit.register(self.close)
+            if not self._line(120.0):
+                stderr.seek(0)
+                lines = stderr.read().decode(errors="replace").strip().splitlines() or ["no answer within 120 s"]
+                raise UserError(f"verifier {kind} cannot start its process ({' '.join(command)}): {lines[-1]}; that "
+                                "command, run by hand, must start and wait")
 
-    def _load(self, kind: str) -> None:
-        answer = self._exchange({"load": kind}, LOAD_SECONDS)
-        if answer is None or "error" in answer:
-            self._complaint.seek(0)
-            lines = self._complaint.read().decode(errors="replace").strip().splitlines()
-            why = answer["error"] if answer else lines[-1] if lines else f"no answer within {LOAD_SECONDS:g} s"
-            raise UserError(f"verifier {kind} cannot start its process {sys.executable} -P -m strop.trainer.scoring."
-                            f"sandbox ({why}); repair what the message names, or choose another verifier")
-        self._loaded.add(kind)
-
-    def _exchange(self, message: dict, seconds: float) -> dict | None:
-        self._process.stdin.write(json.dumps(message).encode() + b"\n")
-        self._process.stdin.flush()
+    def _line(self, seconds: float) -> bytes:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             line = self._process.stdout.readline() if selector.select(seconds) else b""
         if not line.endswith(b"\n"):
             self.close()
-            return None
-        return json.loads(line)
+            return b""
+        return line
 
 
 # ---- in the child
 
-class OutOfTime(BaseException):
-    """A task has used its CPU time. No library catches it by `except Exception`."""
-
-
 def main() -> None:
-    """The child: one JSON task a line in, one JSON answer a line out; null for a task that was cut off."""
+    """The child: a line when it is ready; then one JSON task a line in, one JSON answer a line out."""
     from strop.trainer.scoring.rules import JUDGES
 
-    answers, nothing = os.fdopen(os.dup(1), "wb"), {"score": 0.0, "extracted": None}
+    answers, loaded = os.fdopen(os.dup(1), "wb"), set()
     _confine()
-    signal.signal(signal.SIGPROF, _out_of_time)
     sys.addaudithook(_forbid)
-    for line in sys.stdin.buffer:
-        task, seconds = json.loads(line), 0.0
-        try:
-            if "load" in task:
-                answer = JUDGES[task["load"]](None)
-            else:
-                judge, seconds = JUDGES[task.pop("kind")], task.pop("seconds")
-                signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
-                # SIGXCPU ends the process if one long call of C code keeps Python from raising OutOfTime
-                last = math.ceil(time.process_time() + seconds) + 1
-                resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
-                _armed.append(task)
-                answer = judge(task)
-        except OutOfTime:
-            answer = None
-        except (Exception, SystemExit) as e:
-            answer = nothing if seconds else {"error": f"{type(e).__name__}: {e}"}
-        finally:
-            _armed.clear()
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, signal.default_int_handler)  # raises KeyboardInterrupt, which no library catches
+    answer = "ready"
+    while True:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _armed.clear()
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
-
-
-def _out_of_time(*_) -> None:
-    raise OutOfTime
+        asked = json.loads(sys.stdin.buffer.readline() or sys.exit())
+        judge, seconds = JUDGES[asked["kind"]], asked["seconds"]
+        try:
+            if judge not in loaded:
+                judge(None)
+                loaded.add(judge)
+            _armed.append(judge)
+            # SIGXCPU ends the process if one long call of C code keeps Python from raising
+            last = math.ceil(time.process_time() + seconds) + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (last, resource.RLIM_INFINITY))
+            signal.setitimer(signal.ITIMER_PROF, seconds, 0.5)
+            answer = judge(asked["task"])
+        except KeyboardInterrupt:
+            answer = None
+        except (Exception, SystemExit) as e:
+            answer = {"score": 0.0, "extracted": None} if _armed else {"error": f"{type(e).__name__}: {e}"}
 
 
 def _confine() -> None:
@@ -167,7 +153,7 @@ def _confine() -> None:
     sys.stdout = sys.stderr = io.StringIO()
 
 
-_armed: list = []  # the task in work
+_armed: list = []  # the judge at work
 
 
 def _forbid(event: str, args: tuple) -> None:
@@ -188,13 +174,13 @@ def _forbid(event: str, args: tuple) -> None:
 def _arithmetic(source) -> bool:
     """True if evaluating `source` can only compute: names, constants, containers, operators, FUNCTIONS."""
     if isinstance(source, str | bytes):
-        text, task = source if isinstance(source, str) else source.decode(), _armed.pop()
+        text, judge = source if isinstance(source, str) else source.decode(), _armed.pop()
         try:
             source = ast.parse("0" if text == "from sympy import *" else text, mode="eval")  # sympy begins with it
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
         finally:
-            _armed.append(task)
+            _armed.append(judge)
     return all(isinstance(n, COMPUTES) or (isinstance(n, ast.Name) and "__" not in n.id)
                or (isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in FUNCTIONS)
                for n in ast.walk(source))
