@@ -12,14 +12,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import verdicts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import verdicts
 from strop.trainer.scoring.numbers import answered
 from strop.trainer.scoring.rules import ARGUMENTS, check, check_answer, verify
 from strop.trainer.scoring.sandbox import Child
-
 
 needs_math = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
@@ -112,8 +111,9 @@ def render(value: Fraction) -> list[str]:
 
 WRAPPERS = ["{}", "The answer is {}.", "**Answer:** {}", "\\boxed{{{}}}", "<answer>{}</answer>", "So $x = {}$.",
             "First 3 + 4 = 7.\nIn the end it is {}.", "<think>It is 99 or \\boxed{{98}}.</think>\nIt is {}",
-            "### Final answer\n\n{}\n\nNote: this took 2 steps.", "The answer is 97. Wait, no, it is {}", "{} (about 96.5)",
-            "The answer is \\(\\boxed{{\\text{{{}}}}}\\).", "It is not 95 but {}", "hm 94</think>{}", "It comes to **{}**"]
+            "### Final answer\n\n{}\n\nNote: this took 2 steps.", "The answer is 97. Wait, no, it is {}",
+            "{} (about 96.5)", "The answer is \\(\\boxed{{\\text{{{}}}}}\\).", "It is not 95 but {}",
+            "hm 94</think>{}", "It comes to **{}**"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -256,7 +256,8 @@ def test_what_a_model_writes_is_not_executed(dataset, hostile, tmp_path, monkeyp
 HOSTILE = ["\\boxed{" * 5000, "{" * 20000, "<answer>" * 3000, "answer is " * 3000, " " * 50000, "1 " * 20000,
            "-" * 20000,
            "answer is" + " " * 30000 + "x", "1" + "," * 20000, "1,111" * 5000, "$" * 20000, "1/" * 10000, "\x00\ud800",
-           "\\frac{" * 5000, "1e" * 10000, "(" * 20000, "9" * 100000, "a" * 30 + "!", "\n" * 20000, "A, " * 7000, "not A " * 3000, "wait, no, " * 2000 + "5", "<think>" * 3000,
+           "\\frac{" * 5000, "1e" * 10000, "(" * 20000, "9" * 100000, "a" * 30 + "!", "\n" * 20000, "A, " * 7000,
+           "not A " * 3000, "wait, no, " * 2000 + "5", "<think>" * 3000,
            "½" * 9000, "\\text{" * 4000, "^{" * 10000, "5 or " * 4000, "#### 1\n" * 3000, "A is " * 4000]
 
 
@@ -327,7 +328,8 @@ ESCAPED = "exec\\\n(\"" + "".join(f"\\x{b:02x}" for b in b"import os; os.mkdir('
 @needs_gym
 @pytest.mark.parametrize("text", [
     SHELL, ESCAPED, "[c for c in ().__class__.__base__.__subclasses__()]", "print.__self__", "(lambda: 5)()",
-    "open('{path}', 'w')", "eval('5')", "f'{{__import__}}'", "Symbol.__init__", "getattr(5, 'real')", "5 if exit() else 6"])
+    "open('{path}', 'w')", "eval('5')", "f'{{__import__}}'", "Symbol.__init__", "getattr(5, 'real')",
+    "5 if exit() else 6"])
 def test_no_text_of_a_row_is_evaluated_in_either_process(text, tmp_path):
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -394,7 +396,7 @@ def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
 
 
 def test_the_limit_is_cpu_time(monkeypatch):
-    """A stopped child loses no CPU time; a task that computes for longer than its limit is ended, and the child lives."""
+    """A stopped child loses no CPU time. A task that computes for longer than its limit ends, its child does not."""
     child, task = Child(), {"pattern": "(a+)+$", "text": "a" * 40 + "!", "answer": None}
     assert child.ask("regex", task | {"text": "a"}, 1.0)["score"] == 1
     pid = child._process.pid
@@ -409,7 +411,7 @@ def test_the_limit_is_cpu_time(monkeypatch):
 
 def test_a_child_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(ValueError, match="verifier regex cannot start its process .*false -P -m strop"):
+    with pytest.raises(ValueError, match=r"verifier regex cannot start its process .*false -P -m strop"):
         Child().ask("regex", {}, 1.0)
 
 
@@ -418,8 +420,10 @@ def test_a_child_that_cannot_start_says_why(monkeypatch):
 @pytest.mark.parametrize("verifier,args,match", [
     ("number", {"tolerence": 1}, "tolerence.*it takes: tolerance"), ("number", {"tolerance": -1}, "0 or more"),
     ("number", {"tolerance": "x"}, "must be a number"), ("number", {"tolerance": True}, "must be a number"),
-    ("exact", {"case": 1}, "it takes: none"), ("regex", {}, "pattern is missing"), ("regex", {"pattern": "("}, "cannot be compiled"),
-    ("regex", {"pattern": "a{99999999999}"}, "pattern.*too large"), ("regex", {"pattern": "(" * 3000}, "verifier_args.pattern"),
+    ("exact", {"case": 1}, "it takes: none"), ("regex", {}, "pattern is missing"),
+    ("regex", {"pattern": "("}, "cannot be compiled"),
+    ("regex", {"pattern": "a{99999999999}"}, r"pattern.*too large"),
+    ("regex", {"pattern": "(" * 3000 + ")" * 3000}, "verifier_args.pattern"),
     ("choice", {"choices": ["a"]}, "at least two"), ("choice", {"choices": ["a", "A "]}, "at least two different"),
     ("reasoning_gym", {"dataset": "chain_sums"}, "did you mean chain_sum")])
 def test_wrong_arguments(verifier, args, match):
@@ -434,7 +438,8 @@ def test_missing_package_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize("verifier,answer,args,why", [
-    ("number", None, {}, "needs an answer"), ("number", "four", {}, "no number"), ("number", "12\\sqrt{3}", {}, "use verifier math"), ("number", "12 or 13", {}, "more than one"),
+    ("number", None, {}, "needs an answer"), ("number", "four", {}, "no number"),
+    ("number", "12\\sqrt{3}", {}, "use verifier math"), ("number", "12 or 13", {}, "more than one"),
     ("exact", " ", {}, "needs an answer"), ("exact", "x", {}, None), ("choice", "A", {}, "needs verifier_args.choices"),
     ("choice", "F", {"choices": CHOICES}, "fails its own verifier"), ("choice", "red", {"choices": CHOICES}, None),
     ("regex", None, {"pattern": "a"}, None), ("math", "\\frac{1}{2}", {}, None)])

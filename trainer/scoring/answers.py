@@ -29,15 +29,16 @@ _SAYS = re.compile(
 _END = re.compile(r"\n|;|[.!?。](?=\s+[^\s0-9]|\s*$)|,? (?:because|since|as) |, (?:which|where)\b")
 _OUTER, _BESIDE = re.compile(r"[ *_`\n\t:]*"), re.compile(r"[\s,;&$]*(?:and|or)?[\s,;&$]*")
 _INITIALS = re.compile(r"(?:\b\w|\b(?:St|Dr|Mrs?|Ms|Jr|Sr|Mt|Prof|vs))$")
-_BACK = re.compile(r"(?:^|[.!?;,:\n(—–…-])[\s*_]{0,9}(?:oh|but|ah|hmm+|oops|ok(?:ay)?)?[,.\s]{0,9}(?:wait|actually|hold on|"
-                   r"hmm+|oops|sorry|correction|scratch that|on second thought|no[,!:]|no\.(?=\s+\D)|my mistake|i meant|"
-                   r"i (?:made|see) (?:a|an|my) (?:mistake|error)|let me (?:re|correct|fix)[-\w]*)", re.I)
-_CONFIRMED = re.compile(r"(?:(?:\bis|\bwas|'s|\blooks?)\s(?:\w+\s)?(?:correct|right|fine|good|ok(?:ay)?|the same)|checks? "
-                        r"out|confirm\w*|verified|match(?:es)?|holds|\byes)[\s.!✓✅*)]{0,9}$", re.I)
+_BACK = re.compile(r"(?:^|[.!?;,:\n(—–…-])[\s*_]{0,9}(?:oh|but|ah|no|hmm+|oops|ok(?:ay)?)?[,.\s]{0,9}(?:wait|"
+                   r"actually|hold on|hmm+|oops|sorry|correction|scratch that|no[,!:]|no\.(?=\s+\D)|my mistake|"
+                   r"i meant|on second thought|i (?:made|see) (?:an?|my) (?:mistake|error)|"
+                   r"let me (?:re|correct|fix)[-\w]*)", re.I)
+_CONFIRMED = re.compile(r"(?:(?:\bis|\bwas|'s|\blooks?)\s(?:\w+\s)?(?:correct|right|fine|good|ok(?:ay)?|the same)|"
+                        r"checks? out|confirm\w*|verified|match(?:es)?|holds|\byes)[\s.!✓✅*)]{0,9}$", re.I)
 _NOTES = re.compile(r"(?:\n|(?<=[.!?])[ \t])[ \t*_#>(]*(?:note|check|verif\w+|explanation|reason(?:ing)?|remark|p\.?s\b"
                     r"|let me know|i hope|feel free|if you|this (?:works|assumes|is because))\b", re.I)
-_LEAD = re.compile(r"^(?:(?:so|thus|therefore|hence|then|well|no|but|i (?:think|believe|say)|it(?: is|'s)|(?:this|that) "
-                   r"is|that's|they are)[,:]?\s+(?:an?\s+)?)+", re.I)
+_LEAD = re.compile(r"^(?:(?:so|thus|therefore|hence|then|well|no|but|i (?:think|believe|say)|it(?: is|'s)|(?:this|that)"
+                   r" is|that's|they are)[,:]?\s+(?:an?\s+)?)+", re.I)
 
 
 class Final(NamedTuple):
@@ -109,7 +110,8 @@ _LATEX = [(re.compile(pattern), by) for pattern, by in (
     (r"\\(?:left|right|displaystyle|[Bb]igg?[lr]?)(?![a-zA-Z])|\\[()\[\]]|\\!", ""), (r"\\[,;: ]|~|\\q?quad\b", " "),
     (r"(?<=-)\\[dtc]?frac\s*([0-9])\s*([0-9])", r"\1/\2"), (r"\\[dtc]?frac\s*([0-9])\s*([0-9])", r" \1/\2"),
     (r"\\[dtc]?frac\s*\{\s*([^{}]{1,80}?)\s*\}\s*\{\s*([^{}]{1,80}?)\s*\}",
-     lambda m: ("" if m.string[m.start() - 1:m.start()] == "-" else " ") + "/".join(p if re.fullmatch(r"-?\w+", p) else f"({p})" for p in m.groups())),
+     lambda m: " " * (m.string[m.start() - 1:m.start()] != "-") + "/".join(
+         p if re.fullmatch(r"-?\w+", p) else f"({p})" for p in m.groups())),
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree\b", "°"), (r"\^\{([^{}]{1,40})\}", r"^\1"), (r"\\([%$&#_])", r"\1"),
     (r"\\(?:times|cdot)(?![a-zA-Z])|[×·⋅]", "*"), (r"\\(?:approx|simeq)\b", "≈"), (r"\\pm\b", "±"), (r"\\div\b|÷", "/"),
     (r"(?<=[0-9])\{,\}(?=[0-9])", ","))]
@@ -139,9 +141,10 @@ def plain(text: str) -> str:
 def readings(completion: str, answer: str) -> list[str]:
     """What `completion` may be taken to say if the true answer has the lines of `answer`; the likeliest first."""
     final, lines = finals(completion)[0], answer.strip("\n").splitlines()
-    rows = [row for row in final.block.strip("\n").splitlines() if row.strip() or not all(map(str.strip, lines))] or [""]
+    block, gaps = final.block.strip("\n"), not all(map(str.strip, lines))
+    rows = [row for row in block.splitlines() if gaps or row.strip()] or [""]
     if (n := len(lines)) > 1:
-        blocks = [b for b in re.split(r"\n[ \t]*\n", final.block.strip("\n")) if b.strip().count("\n") == n - 1]
+        blocks = [b for b in re.split(r"\n[ \t]*\n", block) if b.strip().count("\n") == n - 1]
         return [*blocks[:1], "\n".join(rows[:n])] if final.marked else [*blocks[-1:], "\n".join(rows[-n:])]
     pieces = [final.text, _upto(rows[0])] if final.marked else [final.text, rows[-1], *sentences(final.text)[:1]]
     found = []
@@ -149,9 +152,9 @@ def readings(completion: str, answer: str) -> list[str]:
         for back in list(_BACK.finditer(piece))[-1:]:
             piece = piece[back.end():].lstrip(" ,.:")
         said = _LEAD.sub("", piece.strip())
-        found += [piece.strip(), said, re.sub(r"\s\([^()]*\)[.\s]*$", "", said), *re.findall(r"\*\*([^*]+)\*\*", said)[-1:],
-                  re.split(r"\s(?:is|are|was|be)\s|:\s", said)[-1], re.split(r"\s(?:is|are|was|be)\s(?:an?|the)\s", said)[-1],
-                  re.split(r",? (?:not|rather than|instead of)\s", said)[0]]
+        found += [piece.strip(), said, re.sub(r"\s\([^()]*\)[.\s]*$", "", said),
+                  *re.findall(r"\*\*([^*]+)\*\*", said)[-1:], re.split(r",? (?:not|rather than|instead of)\s", said)[0],
+                  *(re.split(rf"\s(?:is|are|was|be)\s{article}|:\s", said)[-1] for article in ("", "(?:an?|the)\\s"))]
     return [text for text in dict.fromkeys(found) if text]
 
 

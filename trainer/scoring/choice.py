@@ -4,15 +4,15 @@ import re
 
 from strop.trainer.scoring.answers import finals, plain, sentences, unwrap
 
-_NOT = (r"(?:\bnot|n['’]t(?: be)?|\brather than|\binstead of|\bneither|\bnor|\bexcept|\bunlike|\brul(?:e|es|ed|ing) out|"
-        r"\beliminat\w+|\bexclud\w+|\breject\w*|\bdiscard\w*)")
-_WRONG = (r"(?:\s+\w+){0,2}?(?:\s+(?:is|are|was|were|can|could|would|does|do|seems?|looks?)(?:n['’]t)?)(?:\s+\w+){0,2}?\s*"
-          r"(?:\bnot\b|n['’]t\b|\bwrong|\bincorrect|\bfalse|\binvalid|\bimpossible|\bruled out|\beliminated|\bexcluded|\bout\b)"
+_NOT = (r"(?:\bnot|n['’]t(?: be)?|\brather than|\binstead of|\bneither|\bnone of|\bnor|\bexcept|\bunlike|"
+        r"\brul(?:es?|ed) out|\beliminat\w+|\bexclud\w+|\breject\w*|\bdiscard\w*)")
+_WRONG = (r"(?:\s+\w+){0,2}?(?:\s+(?:is|are|was|were|can|could|would|does|do|seems?|looks?)(?:n['’]t)?)(?:\s+\w+){0,2}?"
+          r"\s*(?:\bnot\b|n['’]t\b|\bwrong|\bincorrect|\bfalse|\binvalid|\bimpossible|\beliminated|\bexcluded|\bout\b)"
           r"|\s+(?:can|could|would|is|are|does|do)(?:not|n['’]t)\b")
 _KIND = r"(?:the\s+|an?\s+)?(?:options?|answers?|choices?|letters?)\s+"
-_ARTICLE = re.compile(r"\s+(?!(?:is|was|because|since|as|and|or|nor|would|must|seems|looks|are|has|gives|matches)\b)[a-z]")
+_ARTICLE = re.compile(r"\s+(?!(?:is|was|because|since|as|and|or|nor|would|must|seems|looks|are|has|gives)\b)[a-z]")
 _LABELED = re.compile(rf"^{_KIND}|[).:]$", re.I)
-_SO = re.compile(r"\b(?:so|thus|therefore|hence|i(?:'ll| will| would)? (?:say|choose|pick|go with|select))\b,?\s*", re.I)
+_SO = re.compile(r"\b(?:so|but|thus|therefore|hence|i(?:'ll| will| would)? (?:say|choose|pick|go with))\b,?\s*", re.I)
 
 
 def options(choices) -> dict[str, str]:
@@ -52,7 +52,7 @@ def _named(text: str, choices: dict[str, str]) -> tuple[set[str], set[str]]:
         return {lone[1].upper()}, set()
     labels = "|".join(map(re.escape, sorted(choices, key=len, reverse=True)))
     texts = "|".join(map(re.escape, sorted(choices.values(), key=len, reverse=True)))
-    mention = (rf"(?:(?i:{_KIND})?(?:[(\[](?P<in>{labels})[)\]]|(?<![\w'’.])(?P<by>{labels})(?![\w'’^/=])[).:]*)"
+    mention = (rf"(?:(?i:{_KIND})?(?:[(\[](?P<in>(?i:{labels}))[)\]]|(?<![\w'’.])(?P<by>{labels})(?![\w'’^/=])[).:]*)"
                rf"|(?<![\w/.^-])(?i:(?P<text>{texts}))(?![\w/^]|\.\d))")
     nameless = re.sub(r"\?P<\w+>", "?:", mention)
     several = rf"{nameless}(?:\s*(?:,|and|or|nor|&|,\s*(?:and|or))\s*{nameless}){{0,9}}"

@@ -1,4 +1,4 @@
-r"""Numbers as people write them, exactly: 1,234  -5  .5  1.5e3  2 x 10^6  3/4  2 1/2  \frac{3}{4}  3,14  50%  2 million.
+r"""Numbers as people write them, exactly: 1,234  -5  .5  1.5e3  2 x 10^6  3/4  2 1/2  \frac{3}{4}  3,14  50%.
 
 A number that is only part of a larger term (12\sqrt{3}, 2x, 10/2, 3:4, the exponent of a unit) is no answer.
 """
@@ -24,15 +24,15 @@ _NUMBER = re.compile(
     r"|\s?\^\s?\(?(?P<power>[-+]?[0-9]{1,5})\)?(?!\w))?"
     r"(?:\s?/\s?(?P<under>-?[0-9]+)|(?:\s?(?:and|&)?\s|-)(?P<part>[0-9]{1,9}\s?/\s?[0-9]{1,9}))?(?![0-9])"
     rf"(?:\s?(?P<scale>{'|'.join(_SCALES)}|per cent)(?![A-Za-z]))?", re.I)
-_GROUPED = re.compile(r"([0-9]{1,3}(?:[, '][0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)(?:\.([0-9]+))?|\.([0-9]+)")
+_GROUPED = re.compile(r"([0-9]{1,3}(?:[, '][0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]*)(?:\.([0-9]+))?")
 _CONTINENTAL = re.compile(r"([0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)(?:,([0-9]+))?")
-_OPERAND = re.compile(r"\s?[*/^]\s?[(0-9.√\\A-Za-z]|\s?[√π±]|\s?[-+]\s?[0-9(.√\\]|\s[-+]\s|:[0-9]|\s?\\[A-Za-z]|\(|\s?[xX]\s?[0-9]"
-                      r"|[xyzabcijnpqruvwXYZ](?![A-Za-z])")
+_OPERAND = re.compile(r"\s?[*/^]\s?[(0-9.√\\A-Za-z]|\s?[√π±]|\s?[-+]\s?[0-9(.√\\]|\s[-+]\s|:[0-9]|\s?\\[A-Za-z]|\("
+                      r"|\s?[xX]\s?[0-9]|[xyzabcijnpqruvwXYZ](?![A-Za-z])")
 _GLUED, _JOINED = re.compile(r"[A-Za-z\\]$|[_^]\s*$"), re.compile(r"[*/√<>≤≥]\s*$|[0-9]:$|[A-Za-z]\($")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _UNITS = re.compile(r"[\s.()\[\]°%:]*(?:[^\W\d]+(?![^\W\d])(?:\^[0-9]|[/ .,'()°\-]|$)*){0,6}[\s.()\[\]°]*")
 _NEGATED = re.compile(r"(?:\bnot|n't|\bnever|rather than|instead of)\s+(?:be |equal to |equal )?$", re.I)
-_LIST = re.compile(r"[ \t]+|\s*[,;&|/]\s*(?:(?:and|or)\s+)?|[,\s]+(?:[A-Za-z]+\s+)?(?:and|or)\s+(?:maybe\s+|perhaps\s+)?"
+_LIST = re.compile(r"[ \t]+|\s*[,;&|/]\s*(?:(?:and|or)\s+)?|[,\s]+(?:[A-Za-z]+\s+)?(?:and|or)\s+(?:maybe\s+)?"
                    r"|\s*(?:,|and|or)\s*[a-z]\s*=\s*", re.I)
 _OF = re.compile(r"\s*(?:[A-Za-z]+\s+)?(?:out of|of|per|for every)\s+(?:the |a total of |all )?", re.I)
 
@@ -56,8 +56,9 @@ def numbers(text: str) -> tuple[str, list[Number]]:
             joined = sign == "operator" or bool(_JOINED.search(before))
             value = None if joined or _OPERAND.match(text, m.end()) else _value(m)
             start = m.start() if sign == "-" else m.start("digits")
-            found.append(Number(text[start:m.end()].strip(), -value if value and sign == "-" else value,
-                                m["scale"] and m["scale"].lower().replace("per cent", "percent"), start, m.end(), joined))
+            scale = m["scale"] and m["scale"].lower().replace("per cent", "percent")
+            value = -value if value and sign == "-" else value
+            found.append(Number(text[start:m.end()].strip(), value, scale, start, m.end(), joined))
     return text, found
 
 
@@ -78,8 +79,8 @@ def _value(m: re.Match) -> Fraction | None:
     parts = (not re.match(r"0,[0-9]", digits) and _GROUPED.fullmatch(digits)) or _CONTINENTAL.fullmatch(digits)
     if not parts or len(digits) > 300 or abs(power) > 300 or len(m["under"] or "") > 300:
         return None
-    whole, decimals = (*parts.groups()[:2],) if parts[1] else ("0", parts[3])
-    value = Fraction(f"{re.sub('[^0-9]', '', whole)}.{decimals or 0}")
+    whole, decimals = parts.groups()
+    value = Fraction(f"{re.sub('[^0-9]', '', whole) or 0}.{decimals or 0}")
     if m["power"]:
         value = value**power if value else None
     elif power:
@@ -109,8 +110,8 @@ def answered(completion: str) -> list[Number]:
         for text in [final.text] if final.marked else sentences(final.text):
             short = re.sub(r"(?<=[\w%}$*])\s+\([^()]*\)", "", text)  # a remark in brackets
             text = short if re.search(r"[0-9½-¾]", short) else text
-            bold = [] if final.marked else [b for b in re.findall(r"\*\*([^*\n]*[^*\n:\s])\*\*(?!:)", text) if numbers(b)[1]]
-            text, found = numbers(bold[-1] if bold else text)
+            bold = re.findall(r"\*\*([^*\n]*[0-9][^*\n]*(?<![:\s]))\*\*(?!:)", text)
+            text, found = numbers(bold[-1] if bold and not final.marked else text)
             if found:
                 return _pick(text, found, final.marked and len(_WORD.findall(text[:found[0].start])) < 3)
     return []

@@ -214,7 +214,7 @@ def _judge_math(task: dict | None) -> dict:
 
 
 def _judge_gym(task: dict | None) -> dict:
-    """The dataset's own score; where its scorer is the library's lenient one, or a number is asked for, only 1 counts."""
+    """The dataset's own score. For a number, or with the library's own lenient scorer, only 1 counts."""
     from reasoning_gym.dataset import ProceduralDataset
 
     scorer = gym_scorer(task["dataset"] if task else "chain_sum")
