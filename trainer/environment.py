@@ -2,18 +2,18 @@
 
 import os
 
-# libgomp's threads wait for each other at the end of every parallel loop. By default they spin for about a millisecond
-# and then sleep; with another busy process on the machine they are woken late, and a training step took 1.2 to 1.9
-# times as long (docs/performance.md). Spinning for some 20 ms keeps each thread on its core; idle threads still sleep.
+# libgomp's threads spin for about 1 ms at the end of a parallel loop and then sleep. On a busy machine they wake up
+# late, which made training steps 1.2 to 1.9 times slower (docs/performance.md). Spinning for 20 ms keeps each thread on
+# its core; idle threads still sleep.
 SPIN = "10000000"
 ASKED_OFFLINE = "STROP_HUB_OFFLINE"  # keeps HF_HUB_OFFLINE as the user has set it, also for processes that we start
 OURS = "ON"  # HF_HUB_OFFLINE as we set it; a user writes 1
 
 
 def prepare_environment() -> None:
-    """No network, no library progress bars or warnings between a run's own lines, and CPU threads that spin longer.
+    """Disables network access, library progress bars and warnings, and lets CPU threads spin longer.
 
-    Variables that are set already win, except HF_HUB_OFFLINE: only what a recipe names is downloaded, by a child."""
+    Variables that are already set win, except HF_HUB_OFFLINE: a child process downloads what a recipe names."""
     if os.environ.get("HF_HUB_OFFLINE") != OURS or ASKED_OFFLINE not in os.environ:
         os.environ[ASKED_OFFLINE] = os.environ.get("HF_HUB_OFFLINE", "0")
     defaults = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}

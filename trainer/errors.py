@@ -1,17 +1,17 @@
-"""The error that a user's mistake raises, and how to tell that memory ran out."""
+"""The error that a user's mistake raises, and a test for running out of memory."""
 
 
 class UserError(ValueError):
     """A mistake in a recipe, a file, a model or the machine's setup, in one line per mistake.
 
-    The message names file, line, key and value, and what to do. The program prints it without a traceback; every other
-    exception except OSError is a bug of ours and keeps its traceback.
+    The message names file, line, key and value, and what to do. The program prints it without a traceback; every
+    other exception except OSError is a bug of ours and keeps its traceback.
     """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host ran out of memory. PyTorch raises a plain RuntimeError for the host's memory."""
+    """Whether a device or the host ran out of memory. For host memory, PyTorch raises a plain RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    told = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))

@@ -1,6 +1,5 @@
-"""What torchrun starts: parse, set up, run, tear down. `--help` lists every key."""
+"""The entry point of `strop` and torchrun: parse, run, print errors. `--help` lists every key."""
 
-import contextlib
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ try:
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
-    from strop.trainer.errors import UserError
+    from strop.trainer.errors import UserError, is_out_of_memory
     from strop.trainer.run import stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -37,13 +36,6 @@ def run(command: Command) -> None:
     console.line(f"{time.perf_counter() - started:.0f} s   weights {done.model}   report {done.dir / 'report.html'}")
 
 
-def stopped(first: bool) -> int:
-    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
-        if first:
-            print("stopped; the same command resumes", file=sys.stderr, flush=True)
-    return stopping.exit_code()
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     first = os.environ.get("RANK", "0") == "0"
@@ -54,29 +46,23 @@ def main(argv: list[str] | None = None) -> int:
                 run(command)
         elif first:
             answer(command)
-    except BrokenPipeError:  # the reader of --help or --plan has seen enough
+    except BrokenPipeError:  # the reader of --help or --plan closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (UserError, OSError) as e:
-        if stopping.requested() and not isinstance(e, UserError):  # e.g. the terminal is gone
-            return stopped(first)
-        if "--debug" in argv:
-            raise
-        if not first:
-            time.sleep(2)  # rank 0 has most likely said the same, and torchrun then ends this process
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
-        return 1
     except KeyboardInterrupt:
-        return stopped(first)
+        return stopping.report(first)
     except Exception as e:
-        if stopping.requested():  # another rank has stopped, and the connection to it broke
-            return stopped(first)
+        if stopping.requested() and not isinstance(e, UserError):  # the terminal is gone, or another rank stopped
+            return stopping.report(first)
         if "--debug" in argv:
             raise
-        traceback.print_exc()
-        told = "out of memory" if type(e).__name__ == "OutOfMemoryError" else "a bug in Strop or in a library"
-        print(f"error: {told} (traceback above); completed stages are kept, and the same command resumes",
-              file=sys.stderr, flush=True)
+        time.sleep(0 if first else 2)  # rank 0 most likely prints the same error, and torchrun then ends this process
+        if isinstance(e, UserError | OSError):
+            text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+        else:
+            traceback.print_exc()
+            cause = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
+            text = f"{cause} (traceback above); completed stages are kept, and the same command resumes"
+        print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -159,7 +159,7 @@ def test_reasoning_taken_out_of_an_earlier_turn_gives_that_turn_no_loss(tokenize
 
 
 def test_template_that_drops_the_last_reasoning_is_refused(tokenizers):
-    with pytest.raises(ValueError, match=r"leaves out part of the assistant's text.*model\.chat_template"):
+    with pytest.raises(ValueError, match=r"drops part of the assistant's text.*model\.chat_template"):
         encode_completion(tokenizers["r1"], QUESTION, turns("", "<think>\n2 and 2\n</think>4")[1:])
 
 

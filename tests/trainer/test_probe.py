@@ -60,7 +60,7 @@ def test_a_leak_between_siblings_falls_back_to_separate_rows():
     model.model.layers[0].mlp.register_forward_hook(leak)
     console = Console(enabled=False)
     console.warn = seen.append
-    assert not probe(model, console) and "one completion a row instead" in seen[0]
+    assert not probe(model, console) and "one completion per row" in seen[0]
     groups = PackedGroups.pack([Group([3, 4, 5], [[6, 7], [8]])])
     assert Scorer(model, packed=False)(groups).shape == (3,)
 

@@ -176,7 +176,7 @@ BAD = {
     "no role": ('{"prompt": [{"content": "x"}], "answer": "1"}', r"prompt\[0\]\.role must be a string, is null"),
     "no content": ('{"prompt": [{"role": "user"}], "answer": "1"}', r"prompt\[0\]\.content must be a string, is null"),
     "assistant last": ('{"prompt": [{"role": "assistant", "content": "x"}], "answer": "1"}', "must be the user's"),
-    "surrogate": (r'{"prompt": "\ud800", "answer": "1"}', "half of a surrogate pair"),
+    "surrogate": (r'{"prompt": "\ud800", "answer": "1"}', "lone surrogate"),
     "deep": ("[" * 100000, "not JSON"),
 }
 
@@ -200,7 +200,7 @@ def test_malformed_rows_are_set_aside_up_to_the_limit(tmp_path):
     assert len(found) == 20 and stage.counts["dropped/malformed"] == 2
     assert [q["where"].split(":")[-1] for q in quarantined] == ["21", "23"]
     assert [d["detail"].startswith(f"{path}:{n}: ") for d, n in zip(drops, (21, 23), strict=True)] == [True, True]
-    with pytest.raises(ValueError, match=r"p\.jsonl:23: .*1 bad rows came before it \(data\.max_bad_rows=1"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:23: .*1 bad rows before it \(data\.max_bad_rows=1"):
         run(tmp_path, recipe_of(source(path), max_bad_rows=1), "stopped")
 
 
@@ -229,7 +229,7 @@ def test_unreadable_files(tmp_path, name, content, match):
 
 
 def test_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(ValueError, match=r"no folder saved by `datasets`"):
+    with pytest.raises(ValueError, match=r"not a folder saved by `datasets`"):
         list(read_rows(tmp_path))
 
 

@@ -94,7 +94,7 @@ def test_duplicates_are_dropped(tmp_path, tokenizer):
 @pytest.mark.parametrize("row,match", [
     ({"text": "x"}, r"column 'prompt' is missing \(there are: text\); give messages, or prompt and completion"),
     ({"prompt": "x"}, "column 'completion' is missing"),
-    ({"prompt": QUESTION, "completion": "4"}, "'completion' must hold a list of messages, as the others do"),
+    ({"prompt": QUESTION, "completion": "4"}, "'completion' must hold a list of messages like the others"),
     ({"prompt": 1, "completion": "4"}, "'prompt' must hold a string or messages, is a number"),
     ({"messages": "x"}, "'messages' must hold a list of messages, is a string"),
     ({"messages": turns("2+2")}, "no assistant message"),

@@ -75,7 +75,7 @@ def test_results_are_those_of_the_artifacts(finished, tmp_path):
     dpo = json.loads((run / "round-01/evaluate/summary.json").read_text())["dpo"]["test"]["pass_rate"]
     assert f"{100 * base:.1f} % → {100 * dpo:.1f} %" in page.text.replace("\N{NO-BREAK SPACE}", " ")
     assert f"{100 * (dpo - base):+.1f} points" in page.text
-    assert "quantisation lost" in page.text
+    assert "quantization lost" in page.text
 
 
 def test_kl_length_and_throughput_are_those_of_the_artifacts(finished):

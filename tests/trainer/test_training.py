@@ -165,7 +165,7 @@ def test_cached_reference_equals_a_live_one(tmp_path, tiny_model):
     cached = ReferenceTable(table.dir / "reference.parquet").of(pairs, indices, CPU)
     torch.testing.assert_close(cached, live, rtol=0, atol=1e-5)
     other = [Example(p.row_id, Group([5, *p.group.prompt], p.group.completions, p.group.loss_masks)) for p in pairs]
-    with pytest.raises(ValueError, match="is not there with these tokens and masks"):
+    with pytest.raises(ValueError, match="is missing or has other tokens or masks"):
         ReferenceTable(table.dir / "reference.parquet").of(other, [0], CPU)
 
 

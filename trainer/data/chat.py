@@ -1,27 +1,28 @@
-"""Chat templates, tokenisation and loss masks: messages or plain text in, token ids and masks out.
+"""Chat templates, tokenization and loss masks: messages or plain text in, token ids and masks out.
 
-Masks are decided on token ids: a turn of the assistant begins where the tokens of the prompt end and ends at its
-end-of-turn token. The tokens of a prompt never depend on what follows it, so chosen and rejected share the boundary,
-and they are the tokens that sampling starts from.
+Masks are computed on token ids: an assistant turn begins where the prompt's tokens end and ends at its end-of-turn
+token. A prompt's tokens never depend on what follows, so chosen and rejected share the boundary, and sampling starts
+from the same tokens.
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from strop.trainer.errors import UserError
+from strop.trainer.run.files import reason_of
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A completion. The masks have one entry a token.
+    """A completion, with masks of one entry per token.
 
-    `loss_mask` is True where the model learns: what the assistant writes, its end-of-turn token included.
-    `template_mask` is True on tokens that are not the assistant's own text: end-of-turn tokens, headers that the
-    template puts into the completion, and the turns of others in between.
+    loss_mask: True on tokens with loss: the assistant's text and its end-of-turn tokens. template_mask: True on tokens
+    that are not the assistant's text: end-of-turn tokens, headers from the template, and other roles' turns.
     """
 
     tokens: list[int]
@@ -30,27 +31,27 @@ class Encoded:
 
 
 def encode_prompt(tokenizer, messages: Sequence[dict], **template_kwargs) -> list[int]:
-    """Token ids of `messages` with the header of the assistant's turn open; a final assistant message is continued.
+    """Token ids of `messages` with the generation prompt; a final assistant message is continued.
 
-    Special tokens spelt out in a message are encoded as text. Raises UserError if the template refuses the messages.
+    Special tokens spelled out in a message are encoded as text. Raises UserError if the template rejects the messages.
     """
     return _ids(tokenizer, _mark(tokenizer, messages), True, template_kwargs)
 
 
 def encode_completion(tokenizer, messages_prefix: Sequence[dict], completion_messages: Sequence[dict],
                       **template_kwargs) -> Encoded:
-    """What follows `encode_prompt(tokenizer, messages_prefix)` when the assistant says `completion_messages`.
+    """`completion_messages` as they follow `encode_prompt(tokenizer, messages_prefix)`.
 
-    Ends with the end-of-turn token of the last assistant message. Raises UserError if the template refuses the
-    messages or leaves out part of the last assistant message, or if the completion does not begin with the assistant.
+    Ends with the end-of-turn token of the last assistant message. Raises UserError if the template rejects the messages
+    or drops part of the last assistant message, or if the completion does not begin with an assistant message.
     """
     return _encode(tokenizer, [*messages_prefix, *completion_messages], len(messages_prefix), template_kwargs)[1]
 
 
 def encode_conversation(tokenizer, messages: Sequence[dict], **template_kwargs) -> tuple[list[int], Encoded]:
-    """Splits before the first assistant message: (prompt tokens, the rest), with loss on assistant turns only.
+    """(prompt tokens, completion), split before the first assistant message, with loss on assistant turns only.
 
-    Messages after the last assistant message are left out. Raises UserError if there is no assistant message.
+    Messages after the last assistant message are dropped. Raises UserError if there is no assistant message.
     """
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     if first is None:
@@ -59,12 +60,12 @@ def encode_conversation(tokenizer, messages: Sequence[dict], **template_kwargs) 
 
 
 def encode_text(tokenizer, prompt: str, completion: str) -> tuple[list[int], Encoded]:
-    """Plain text, without a template: (prompt tokens, completion), the end-of-sequence token learned."""
+    """(prompt tokens, completion) of plain text without a template, with loss on the end-of-sequence token."""
     eos = tokenizer.eos_token
     if eos and not completion.endswith(eos):
         completion += eos
     ids, full = _plain(tokenizer, prompt), _plain(tokenizer, prompt + completion)
-    if eos and full[-1:] != [tokenizer.eos_token_id]:  # _plain takes an end token off that the text does not hold
+    if eos and full[-1:] != [tokenizer.eos_token_id]:  # _plain removes an end token that is not in the text
         full.append(tokenizer.eos_token_id)
     tokens = full[len(ids):] if full[:len(ids)] == ids else _piece(tokenizer, completion)
     ends = [i == len(tokens) - 1 and t == tokenizer.eos_token_id for i, t in enumerate(tokens)]
@@ -72,7 +73,8 @@ def encode_text(tokenizer, prompt: str, completion: str) -> tuple[list[int], Enc
 
 
 def stop_ids(tokenizer, model_dir: str | Path) -> set[int]:
-    """Tokens that end a completion: those of generation_config.json (else config.json), the template's end of turn."""
+    """Tokens that end a completion: eos_token_id of generation_config.json (else config.json) and of the tokenizer, and
+    the template's end of turn. Raises UserError if there are none."""
     found = {tokenizer.eos_token_id, *_turn(tokenizer).ends}
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
@@ -93,8 +95,8 @@ def stop_ids(tokenizer, model_dir: str | Path) -> set[int]:
 
 @dataclass(frozen=True)
 class _Turn:
-    opening: tuple[int, ...]  # what the template puts before the assistant's text and after the generation prompt
-    ends: frozenset[int]  # the end-of-turn tokens that the template and the tokenizer know
+    opening: tuple[int, ...]  # template tokens between the generation prompt and the assistant's text
+    ends: frozenset[int]  # end-of-turn tokens of the template and the tokenizer
 
 
 def _turn(tokenizer) -> _Turn:
@@ -103,13 +105,13 @@ def _turn(tokenizer) -> _Turn:
 
 @lru_cache(maxsize=16)
 def _find_turn(tokenizer, template: str) -> _Turn:
-    """Renders two answers and compares: what they share at the front is the template's, the first control token behind
-    the text is the end of turn."""
+    """Renders two answers: their common prefix belongs to the template, and the first control token after it is the end
+    of turn."""
     user = [{"role": "user", "content": "?"}]
     prompt = _ids(tokenizer, user, True, {})
     one, two = (_extend(tokenizer, prompt, user, True, [*user, {"role": "assistant", "content": text}], False, {})
                 [len(prompt):] for text in ("7", "x"))
-    opening = _common(one, two)
+    opening = common_prefix(one, two)
     control = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     end = next((t for t in one[opening:] if t in control), None)
     ends = {t for t in (end, tokenizer.eos_token_id) if t is not None}
@@ -123,12 +125,12 @@ def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict) -> tu
     turn, messages = _turn(tokenizer), _mark(tokenizer, messages)
     ids = prompt = _ids(tokenizer, messages[:first], True, kwargs) if first else []
     spans = []  # (begin, end, has loss): the assistant's turns in `ids`
-    for i, after in zip(turns, [*turns[1:], None], strict=True):
+    for i, after in zip_longest(turns, turns[1:]):
         begin, is_open = len(ids), after is not None
         upto = messages[:after] if is_open else messages[:i + 1]
         whole = _extend(tokenizer, ids, messages[:i], True, upto, is_open, kwargs)
         end = next((n + 1 for n in range(begin, len(whole)) if whole[n] in turn.ends), None)
-        if end is None:  # a template without an end of turn: the turn ends where its own rendering ends
+        if end is None:  # a template without an end of turn: the turn ends where its rendering ends
             ids = _extend(tokenizer, ids, messages[:i], True, messages[:i + 1], False, kwargs)
             end = len(ids)
             if is_open:
@@ -137,11 +139,11 @@ def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict) -> tu
                 whole, end = [*ids, tokenizer.eos_token_id], end + 1
         kept = _keeps(_text(tokenizer, upto, is_open, kwargs), messages[i].get("content"))
         if not kept and not is_open:
-            raise UserError("the chat template leaves out part of the assistant's text (reasoning?); set "
+            raise UserError("the chat template drops part of the assistant's text (reasoning?); set "
                              "model.chat_template to a Jinja file that keeps it")
         spans.append((begin, end, kept))
         ids = whole
-    ids = ids[:spans[-1][1]]  # nothing behind the last end of turn is ever generated
+    ids = ids[:spans[-1][1]]  # nothing is ever generated after the last end of turn
     loss, template = [False] * len(ids), [True] * len(ids)
     for begin, end, kept in spans:
         head = len(turn.opening) if tuple(ids[begin:begin + len(turn.opening)]) == turn.opening else 0
@@ -154,16 +156,16 @@ def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict) -> tu
 
 
 def _generation_mask(tokenizer, messages, ids, spans, kwargs) -> list[bool] | None:
-    """The loss mask that the template's `{% generation %}` blocks give, with the end of turn behind a block learned.
+    """The loss mask from the template's `{% generation %}` blocks, with loss on the end of turn after a block.
 
-    None where the template has no such block, or where the tokens are not those of one joint rendering."""
+    None if the template has no such block, or if the tokens differ from those of one joint rendering."""
     if "generation %}" not in tokenizer.get_chat_template().replace("generation -%}", "generation %}"):
         return None
     out = _apply(tokenizer, messages, kwargs, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
                  tokenizer_kwargs={"return_offsets_mapping": True})
     inside = {c for span, on in zip(out["offset_mapping"], out["assistant_masks"], strict=True) if on
               for c in range(*span)}
-    # by characters, since special tokens that a message spells out are other tokens there than here
+    # compare characters, since special tokens spelled out in a message are tokenized differently there
     tokens, spots = _located(tokenizer, _text(tokenizer, messages, False, kwargs))
     skipped = len(tokens) - len(_one_bos(tokenizer, tokens))
     if tokens[skipped:skipped + len(ids)] != ids:
@@ -176,23 +178,23 @@ def _generation_mask(tokenizer, messages, ids, spans, kwargs) -> list[bool] | No
 
 
 def _extend(tokenizer, ids: list[int], before, before_open: bool, after, after_open: bool, kwargs: dict) -> list[int]:
-    """Token ids of `after` such that `ids`, those of `before`, are their prefix."""
+    """Token ids of `after` that begin with `ids`, the token ids of `before`."""
     new = _ids(tokenizer, after, after_open, kwargs)
     if new[:len(ids)] == ids:
         return new
     old_text = _text(tokenizer, before, before_open, kwargs) if before else ""
     new_text = _text(tokenizer, after, after_open, kwargs)
-    if new_text.startswith(old_text):  # the tokenizer merged over the boundary: encode what follows on its own
+    if new_text.startswith(old_text):  # the tokenizer merged over the boundary: encode the rest separately
         return ids + _piece(tokenizer, new_text[len(old_text):])
-    common = _common(ids, new)
+    common = common_prefix(ids, new)
     if common < len(_ids(tokenizer, before, False, kwargs)):
         raise UserError("the chat template renders earlier messages differently once an answer follows; set "
                          "model.chat_template to a Jinja file that does not")
-    return ids + new[common:]  # only the open header differs (a thinking block): it stays as sampling sees it
+    return ids + new[common:]  # only the generation prompt differs (a thinking block): keep it as sampling sees it
 
 
 def _piece(tokenizer, text: str) -> list[int]:
-    """Token ids of text that continues other tokens: no special tokens, no space put before it."""
+    """Token ids of text that continues other tokens: no special tokens, no prefix space."""
     for anchor, i in ((tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.bos_token, tokenizer.bos_token_id)):
         added = tokenizer.added_tokens_decoder.get(i)
         if anchor and added is not None and not added.rstrip:
@@ -203,7 +205,7 @@ def _piece(tokenizer, text: str) -> list[int]:
 
 
 def _plain(tokenizer, text: str) -> list[int]:
-    """Token ids of plain text with the special tokens the tokenizer puts in front, once, and none behind."""
+    """Token ids of plain text with the tokenizer's leading special tokens, once, and no trailing ones."""
     ids = tokenizer(text)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]
@@ -233,16 +235,14 @@ def _apply(tokenizer, messages: Sequence[dict], kwargs: dict, **how):
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
     try:
         return tokenizer.apply_chat_template(messages, **kwargs, **how)
-    except Exception as e:  # a template is a program: it may divide by zero
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    except Exception as e:  # a template can raise anything, e.g. ZeroDivisionError
         roles = ", ".join(str(m.get("role")) for m in messages)
-        raise UserError(f"the chat template refuses the messages (roles: {roles}): {reason}; change the messages or "
-                         "set model.chat_template") from e
+        raise UserError(f"the chat template refuses the messages (roles: {roles}): {reason_of(e)}; change the messages "
+                         "or set model.chat_template") from e
 
 
-# Special tokens that a message spells out must not become control tokens, or a user's text could end a turn. While a
-# chat is rendered each of them is one private character, which no template writes and every tokenizer can be kept from.
-
+# Special tokens spelled out in a message must not become control tokens, or a user's text could end a turn. During
+# rendering each of them is one private-use character, starting here, which is then encoded as ordinary text.
 PRIVATE = 0xF0000
 
 
@@ -263,23 +263,23 @@ def _mark(tokenizer, messages: Sequence[dict]) -> Sequence[dict]:
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
-    """Token ids of rendered text; a private character is the spelling of its special token, as ordinary text."""
-    return [i for part, spelt, _ in _parts(tokenizer, text)
-            for i in tokenizer(part, add_special_tokens=False, **spelt)["input_ids"]]
+    """Token ids of rendered text; a private character stands for the text of its special token."""
+    return [i for part, kwargs, _ in _parts(tokenizer, text)
+            for i in tokenizer(part, add_special_tokens=False, **kwargs)["input_ids"]]
 
 
 def _located(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """`_tokens` with each token's characters in `text`; those of a spelt special token are its private character."""
+    """`_tokens` with each token's character span in `text`."""
     ids, spots = [], []
-    for part, spelt, at in _parts(tokenizer, text):
-        out = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **spelt)
+    for part, kwargs, at in _parts(tokenizer, text):
+        out = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, **kwargs)
         ids += out["input_ids"]
-        spots += [(at, at + 1) if spelt else (at + a, at + b) for a, b in out["offset_mapping"]]
+        spots += [(at, at + 1) if kwargs else (at + a, at + b) for a, b in out["offset_mapping"]]
     return ids, spots
 
 
 def _parts(tokenizer, text: str) -> list[tuple[str, dict, int]]:
-    """(text to encode, how if it is a spelt special token, where it stands)"""
+    """(text to encode, tokenizer keywords if it is a spelled-out special token, position)"""
     texts, parts, at = _special(tokenizer)[0], [], 0
     for part in re.split(f"([{chr(PRIVATE)}-{chr(PRIVATE + len(texts))}])", text):
         if len(part) == 1 and PRIVATE <= ord(part) < PRIVATE + len(texts):
@@ -294,17 +294,13 @@ def _keeps(text: str, content) -> bool:
     return not isinstance(content, str) or "".join(content.split()) in "".join(text.split())
 
 
-def _common(a: Iterable[int], b: Iterable[int]) -> int:
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """Length of the longest common prefix."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def prompt_tokens(tokenizer, row: dict) -> list[int]:
-    """Token ids of a row of prompts.parquet. Raises UserError, naming the prompt, if the chat template refuses it."""
+    """Token ids of a row of prompts.parquet. Raises UserError, naming the prompt, if the template rejects it."""
     try:
         return encode_prompt(tokenizer, row["messages"])
     except UserError as e:

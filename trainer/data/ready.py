@@ -1,7 +1,7 @@
 """Ready-made SFT and preference data in TRL's columns, as rows of the tables that select writes.
 
-Conversational rows (lists of messages) go through the chat template, plain strings do not: they are tokenised as they
-stand, with the end-of-sequence token behind them. `tools` and `chat_template_kwargs` columns reach the template.
+Conversational rows (lists of messages) go through the chat template, with the columns `tools` and
+`chat_template_kwargs`. Plain strings are tokenized without a template, with an end-of-sequence token.
 """
 
 import json
@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.trainer.config import Filter, ReadyData
-from strop.trainer.data.chat import Encoded, encode_completion, encode_conversation, encode_prompt, encode_text
+from strop.trainer.data.chat import (
+    Encoded,
+    common_prefix,
+    encode_completion,
+    encode_conversation,
+    encode_prompt,
+    encode_text,
+)
 from strop.trainer.data.contamination import HeldOut
 from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import truncation, unfit_tokens
@@ -20,13 +27,13 @@ from strop.trainer.run.tables import Drops
 
 
 class Unfit(Exception):
-    """A well-formed row that cannot be trained on; the argument is (reason, detail)."""
+    """A well-formed row that cannot be trained on; args are (reason, detail)."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """An encoded row. `completions` is the one of SFT, or chosen and rejected. `asked` is what users say in it, `said`
-    the last words of each completion."""
+    """An encoded row. completions: one for SFT, or chosen and rejected; asked: the text of the user's turns; said: the
+    last assistant message of each completion."""
 
     where: str
     n: int
@@ -40,8 +47,8 @@ def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None,
               quarantine: Quarantine) -> list[dict]:
     """Rows of sft.parquet from `messages`, or `prompt` + `completion`.
 
-    Exact duplicates are dropped, what repeats a prompt of `held`, and what `filters` say. Raises UserError if the file
-    cannot be read or has more malformed rows than the quarantine takes.
+    Duplicates, rows that repeat a held-out prompt and rows that fail `filters` are dropped. Raises UserError if the
+    file cannot be read or has more malformed rows than the quarantine allows.
     """
     return [{"row_id": f"{data.name}/{row.n}", "source": data.name, "prompt_id": None, "sample_index": None,
              "prompt_tokens": row.prompt, "completion_tokens": row.completions[0].tokens,
@@ -54,8 +61,8 @@ def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | Non
     """Rows of pairs.parquet from `prompt` + `chosen` + `rejected`, or from `chosen` and `rejected` that both begin with
     the prompt.
 
-    Pairs of equal completions are dropped, and as in `ready_sft`; the rules of quality look at chosen alone, since what
-    is bad about rejected may be what is to be learned. Raises UserError as `ready_sft` does.
+    Drops rows as `ready_sft` does, and pairs of equal completions. Quality filters look at chosen only: a bad rejected
+    completion may be the point of the pair. Raises UserError as `ready_sft` does.
     """
     rows = []
     for row in _ready(_pair_row, tokenizer, data, filters, held, drops, quarantine):
@@ -70,20 +77,15 @@ def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | Non
 
 def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
            quarantine: Quarantine) -> list[Ready]:
-    """The rows of a file that can be trained on; every other one is dropped with the first reason that applies."""
-    rows: list[Ready] = []
-    seen = set()
+    """The rows of a file that can be trained on; the others are dropped with the first reason that applies."""
+    rows: dict[tuple, Ready] = {}  # by tokens
     for row in _encoded(encode, tokenizer, data, drops, quarantine):
-        key = tuple(row.prompt), *(tuple(c.tokens) for c in row.completions)
-        if key in seen:
+        if rows.setdefault((tuple(row.prompt), *(tuple(c.tokens) for c in row.completions)), row) is not row:
             drops.add("duplicate", source=data.name, detail=row.where)
-            continue
-        seen.add(key)
-        rows.append(row)
     if held is not None:
-        held.survey(row.asked for row in rows)
+        held.survey(row.asked for row in rows.values())
     fit = []
-    for row in rows:
+    for row in rows.values():
         reason, detail = _unfit(row, filters, held)
         if reason:
             drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
@@ -94,13 +96,12 @@ def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: 
     gone = set()
     for i, j, similarity in near_duplicates([(row.asked, *row.said) for row in fit], filters.near_duplicates):
         gone.add(i)
-        drops.add("near_duplicate", source=data.name,
-                  detail=f"{fit[i].where}: {similarity:.2f} like {fit[j].where}")
+        drops.add("near_duplicate", source=data.name, detail=f"{fit[i].where}: {similarity:.2f} like {fit[j].where}")
     return [row for i, row in enumerate(fit) if i not in gone]
 
 
 def _unfit(row: Ready, filters: Filter, held: HeldOut | None) -> tuple[str, str]:
-    """(reason, detail) why the row must not be trained on, or empty."""
+    """(reason, detail) why the row must be dropped, or empty strings."""
     if held is not None and (found := held.match(row.asked)):
         return "contaminated", f"shares {found[1]!r} with held-out prompt {found[0]}"
     learned = row.completions[0]
@@ -175,7 +176,7 @@ def _last(messages: list[dict]) -> str:
 
 
 def _columns(row: dict, names: tuple[str, ...], wanted: str) -> list:
-    """The named columns, all strings or all lists of messages."""
+    """Values of the named columns: all strings or all lists of messages."""
     missing = [name for name in names if row.get(name) is None]
     if missing:
         there = ", ".join(k for k, v in row.items() if v is not None) or "none"
@@ -185,35 +186,31 @@ def _columns(row: dict, names: tuple[str, ...], wanted: str) -> list:
         return values
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, list):
-            wanted = "a list of messages, as the others do" if isinstance(value, str) else "a string or messages"
+            wanted = "a list of messages like the others" if isinstance(value, str) else "a string or messages"
             raise UserError(f"column {name!r} must hold {wanted}, is {kind(value)}")
     return [to_messages(value, name) for name, value in zip(names, values, strict=True)]
 
 
 def _split_prompt(chosen: Any, rejected: Any) -> tuple:
-    """The prompt that both begin with: shared messages; of strings the shared characters, back to white space, which
-    goes to the completions."""
-    n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
-        n += 1
-    if isinstance(chosen, list):
-        if n == len(chosen) or n == len(rejected):
-            if chosen == rejected:
-                raise Unfit("identical", "chosen equals rejected")
-            raise Unfit("empty", "one of chosen and rejected is the beginning of the other")
-        if n == 0:
-            raise UserError("columns 'chosen' and 'rejected' do not begin with the same messages; give a column "
-                             "'prompt'")
-        return chosen[:n], chosen[n:], rejected[n:]
+    """(prompt, chosen, rejected): split after the common messages; strings at the last common white space, which goes
+    to the completions."""
     if chosen == rejected:
         raise Unfit("identical", "chosen equals rejected")
-    while n and not (n < len(chosen) and chosen[n].isspace() and n < len(rejected) and rejected[n].isspace()):
-        n -= 1
+    n = common_prefix(chosen, rejected)
+    if isinstance(chosen, list):
+        if n == min(len(chosen), len(rejected)):
+            raise Unfit("empty", "one of chosen and rejected is the beginning of the other")
+        if n == 0:
+            raise UserError("columns 'chosen' and 'rejected' do not begin with the same messages; add a column "
+                             "'prompt'")
+    else:
+        while n and not (chosen[n:n + 1].isspace() and rejected[n:n + 1].isspace()):
+            n -= 1
     return chosen[:n], chosen[n:], rejected[n:]
 
 
 def _template_kwargs(row: dict) -> dict:
-    """What TRL's columns `tools` and `chat_template_kwargs` hand to the template."""
+    """Template keywords from TRL's columns `tools` and `chat_template_kwargs`."""
     tools, extra = row.get("tools"), row.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         try:

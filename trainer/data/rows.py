@@ -1,6 +1,7 @@
-"""Reading a user's rows: JSONL with line numbers, Parquet, a folder saved by `datasets`; bad rows go to quarantine."""
+"""Reads a user's rows: JSONL, Parquet, or a folder saved by `datasets`; malformed rows go to quarantine."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,19 @@ from strop.trainer.run.files import reason_of, write_atomic
 
 @dataclass(frozen=True)
 class Row:
-    """`where` is file:line (rows of Parquet and saved datasets count from 1), or the name on the hub and the row.
-    `data` is None where `error` says why."""
+    """A row or, if `data` is None, its `error`. where: file:line (rows of Parquet and saved datasets count from 1), or
+    a dataset's name on the hub and the row."""
 
     where: str
     data: dict[str, Any] | None
     error: str = ""
-    text: str = ""  # what a malformed line held, for the quarantine
+    text: str = ""  # content of a malformed line, for the quarantine
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Every row of `path`; a malformed one comes with its error.
+    """Yields every row of `path`, malformed ones with their error.
 
-    Raises UserError if `path` is missing, unreadable as a whole, empty, or of a format that is not known.
+    Raises UserError if `path` is missing, damaged, empty, or of an unknown format.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -40,17 +41,16 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         rows = _tables(_origin(path), _parquet(path))
     else:
         raise UserError(f"{path}: unknown format; give a .jsonl or .parquet file, or a folder saved by `datasets`")
-    empty = True
+    row = None
     for row in rows:
-        empty = False
         yield row
-    if empty:
-        raise UserError(f"{path}: holds no rows; give a file with at least one, or leave it out of the recipe")
+    if row is None:
+        raise UserError(f"{path}: holds no rows; add rows, or remove it from the recipe")
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
     with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):  # split at newlines only: JSON strings may hold other Unicode line ends
+        for n, line in enumerate(f, 1):  # bytes split at \n only; JSON strings may hold other Unicode line ends
             where = f"{path}:{n}"
             try:
                 text = line.decode("utf-8-sig" if n == 1 else "utf-8").strip()
@@ -60,14 +60,14 @@ def _jsonl(path: Path) -> Iterator[Row]:
             if not text:
                 continue
             if n == 1 and text.startswith("["):
-                raise UserError(f"{where}: begins with '[', so it is one JSON array; write one object a line (JSONL)")
+                raise UserError(f"{where}: begins with '[', so it is one JSON array; write one object per line (JSONL)")
             try:
                 data = json.loads(text)
             except (json.JSONDecodeError, RecursionError, ValueError) as e:
                 yield Row(where, None, f"not JSON ({e})", text[:500])
                 continue
             if "\\ud" in text.lower() and not _is_text(data):
-                yield Row(where, None, "holds half of a surrogate pair (\\ud800 to \\udfff), no character", text[:500])
+                yield Row(where, None, "holds a lone surrogate (\\ud800 to \\udfff), which is not text", text[:500])
             elif isinstance(data, dict):
                 yield Row(where, data)
             else:
@@ -115,7 +115,7 @@ def _saved_dataset(path: Path) -> Iterator[pa.RecordBatch]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: is no folder saved by `datasets` (no readable state.json); make one with "
+        raise UserError(f"{path}: not a folder saved by `datasets` (no readable state.json); create one with "
                          "Dataset.save_to_disk") from e
     for name in files:
         with pa.memory_map(str(path / name)) as source, pa.ipc.open_stream(source) as stream:
@@ -123,36 +123,40 @@ def _saved_dataset(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Quarantine:
-    """Malformed rows of the files of one stage. `max_bad_rows` of them are tolerated per file."""
+    """Malformed rows of a stage's files. Each file may have up to `max_bad_rows`."""
 
     def __init__(self, max_bad_rows: int):
         self.max_bad_rows, self.rows = max_bad_rows, []
-        self._count: dict[str, int] = {}
+        self._count: Counter = Counter()  # by file
 
     def add(self, path: str, where: str, error: str, text: str = "") -> None:
-        """Raises UserError once a file has more bad rows than the recipe tolerates."""
+        """Raises UserError once a file has more than `max_bad_rows` bad rows."""
         self.rows.append({"where": where, "error": error, "row": text})
-        self._count[path] = self._count.get(path, 0) + 1
+        self._count[path] += 1
         if self._count[path] > self.max_bad_rows:
-            told = f"; {self._count[path] - 1} bad rows came before it" if self._count[path] > 1 else ""
-            raise UserError(f"{where}: {error}{told} (data.max_bad_rows={self.max_bad_rows}; fix the row, or raise "
+            more = f"; {self._count[path] - 1} bad rows before it" if self._count[path] > 1 else ""
+            raise UserError(f"{where}: {error}{more} (data.max_bad_rows={self.max_bad_rows}; fix the row, or raise "
                              "data.max_bad_rows to set such rows aside)")
 
-    def write(self, path: Path) -> None:
+    def write(self, stage) -> None:
+        """Writes quarantine.jsonl and warns if it has rows."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+        write_atomic(stage.dir / "quarantine.jsonl", lambda p: p.write_text(text, encoding="utf-8"))
+        if self.rows:
+            stage.console.warn(f"{len(self.rows)} malformed rows set aside in {stage.name}/quarantine.jsonl; the first "
+                               f"is {self.rows[0]['where']}: {self.rows[0]['error']}")
 
 
 def kind(value: Any) -> str:
-    """The type of a JSON value, in the words of JSON."""
+    """The JSON name of a value's type."""
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def to_messages(value: Any, column: str) -> list[dict]:
-    """A list of messages as it came from JSON or Parquet, cleaned: text blocks joined, empty fields left out.
+    """Cleans a list of messages from JSON or Parquet: text blocks joined, empty fields removed.
 
-    Raises UserError, naming the column, where it is none.
+    Raises UserError, naming the column, if it is not a list of messages.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"column {column!r} must hold a list of messages, is {kind(value) if value else 'empty'}")

@@ -1,4 +1,4 @@
-"""Reading what was sampled and how it scored, joined by (prompt_id, sample_index), never by position."""
+"""Reads samples and their scores, joined by (prompt_id, sample_index)."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,17 +8,17 @@ from strop.trainer.run.tables import read_table
 
 
 def read_samples(sample: Path) -> list[dict]:
-    """All rows of a sample artifact's shards, ordered by (prompt_id, sample_index).
+    """All rows of a sample artifact's shards, sorted by (prompt_id, sample_index).
 
-    Raises UserError if there are none or two rows have the same ids."""
+    Raises UserError if there are none or two have the same ids."""
     rows = [row for path in sorted(sample.glob("shard-*.parquet")) for row in read_table(path).to_pylist()]
     if not rows:
-        raise UserError(f"{sample}: holds no samples; delete the folder to have them made again")
+        raise UserError(f"{sample}: holds no samples; delete the folder to re-run the stage")
     rows.sort(key=_key)
     for a, b in pairwise(rows):
         if _key(a) == _key(b):
             raise UserError(f"{sample}: prompt {a['prompt_id']} has sample {a['sample_index']} twice; delete the "
-                             "folder to have them made again")
+                             "folder to re-run the stage")
     return rows
 
 
@@ -29,8 +29,8 @@ def read_scored(sample: Path, score: Path) -> list[dict]:
     missing, extra = [row for row in rows if _key(row) not in scores], len(scores) - len(rows)
     if missing or extra:
         first = " (prompt {}, sample {}, ...)".format(*_key(missing[0])) if missing else ""
-        raise UserError(f"{score}: {len(missing)} of {len(rows)} samples have no score{first}, and {len(scores)} "
-                         "scores stand there; delete the folder to have them made again")
+        raise UserError(f"{score}: {len(missing)} of {len(rows)} samples have no score{first}, and there are "
+                         f"{len(scores)} scores; delete the folder to re-run the stage")
     return [row | {k: scores[_key(row)][k] for k in ("score", "correct")} for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Which prompts are held out, and which ones a round samples: both depend on content and seed only."""
+"""Which prompts are held out, and which ones a round samples; both depend on content and seed only."""
 
 import hashlib
 from collections import Counter
@@ -10,9 +10,8 @@ HELD_OUT = ("test", "validation")
 
 
 def assign_splits(rows: list[dict], data: Data | Part, seed: int) -> None:
-    """Sets `split` of every row: data.test and data.validation prompts (or a few more), shared out over the sources by
-    share, the rest train. Which rows are held out depends on content and seed only, and rows of equal content stay
-    together. Raises UserError if there are too few prompts."""
+    """Sets `split` of every row: data.test and data.validation prompts (or a few more), split over the sources by
+    share, the rest train. Rows of equal content stay together. Raises UserError if there are too few prompts."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         row["split"] = "train"
@@ -33,10 +32,7 @@ def assign_splits(rows: list[dict], data: Data | Part, seed: int) -> None:
     for source in shares:
         mine = iter([c for c in order if any(r["source"] == source for r in groups[c])])
         for split in HELD_OUT:
-            while held[source, split] < quota[split][source]:
-                content = next(mine, None)
-                if content is None:
-                    break
+            while held[source, split] < quota[split][source] and (content := next(mine, None)) is not None:
                 if groups[content][0]["split"] == "train":
                     for row in groups[content]:
                         row["split"] = split
@@ -48,7 +44,7 @@ def assign_splits(rows: list[dict], data: Data | Part, seed: int) -> None:
 
 
 def allot(total: int, shares: dict[str, float], room: dict[str, int]) -> dict[str, int]:
-    """`total` in whole numbers proportional to `shares`, none above its `room`; the rest goes where room is."""
+    """Splits `total` into integers proportional to `shares`, none above its `room`; others take the excess."""
     given = dict.fromkeys(shares, 0)
     while (left := total - sum(given.values())) > 0:
         open_ = [name for name in shares if given[name] < room[name]]
@@ -64,30 +60,30 @@ def allot(total: int, shares: dict[str, float], room: dict[str, int]) -> dict[st
 
 
 def draw_prompts(rows: list[dict], shares: dict[str, float], n: int, seed: int, round: int) -> list[dict]:
-    """This round's `n` prompts (all, if there are fewer), sources in proportion to their shares.
+    """This round's `n` prompts (all, if there are fewer), from each source in proportion to its share.
 
-    Each source is gone through in a shuffled order; no prompt comes again before all of its source have come, then the
-    order is drawn anew. No prompt comes twice in a round.
+    Rounds take the prompts of a source in a shuffled order, which is redrawn once all of them were used. No prompt
+    comes twice in a round.
     """
     sources: dict[str, dict[str, dict]] = {name: {} for name in shares}
     for row in rows:
         sources[row["source"]][row["prompt_id"]] = row
     chosen = []
-    room = {name: len(of) for name, of in sources.items()}
+    room = {name: len(members) for name, members in sources.items()}
     for name, m in allot(min(n, sum(room.values())), shares, room).items():
         chosen += [sources[name][i] for i in stream(sorted(sources[name]), m, seed, name, round)]
     return sorted(chosen, key=lambda row: hash_int(seed, "order", round, row["prompt_id"]))
 
 
 def stream(ids: list[str], m: int, seed: int, source: str, round: int) -> list[str]:
-    """The `m` ids that round `round` takes, where rounds take turns at an endless row of shuffled passes over `ids`."""
+    """The `m` ids of round `round`: rounds take the next m of an endless sequence of shuffled passes over `ids`."""
     waiting: list[str] = []
     taken: list[str] = []
     epoch = 0
     for _ in range(round + 1):
         if len(waiting) < m:
             fresh = sorted(ids, key=lambda i: hash_int(seed, "pass", source, epoch, i))
-            left = set(waiting)  # goes first, and comes late in the new pass: not twice in this round
+            left = set(waiting)  # these come last in the new pass, so that none comes twice in this round
             waiting += [i for i in fresh if i not in left] + [i for i in fresh if i in left]
             epoch += 1
         taken, waiting = waiting[:m], waiting[m:]
@@ -95,6 +91,6 @@ def stream(ids: list[str], m: int, seed: int, source: str, round: int) -> list[s
 
 
 def hash_int(*parts) -> int:
-    """A 63-bit number that depends on `parts` only."""
+    """A 63-bit hash of `parts`."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

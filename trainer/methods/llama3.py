@@ -6,11 +6,11 @@ from strop.trainer.run.artifacts import Artifact
 
 
 def llama3(run: Run, recipe: Recipe) -> Artifact:
-    """Runs recipe.rounds rounds and returns the published model: a folder that plain transformers loads.
+    """Runs recipe.rounds rounds and returns the published model, a folder that plain transformers loads.
 
-    A round samples K completions per prompt from the best weights so far, scores them, selects the best for SFT and
+    A round samples K completions per prompt from the promoted weights, scores them, selects the best for SFT and
     best-worst pairs for preference training, fine-tunes, runs DPO against the SFT weights, averages weights, and
-    promotes what does best on the validation split. Without data.sources it trains on ready-made data alone.
+    promotes the candidate with the best validation pass rate. Without data.sources it trains on ready data alone.
     """
     weights, history = run.start, []
     prompts = run.prompts() if recipe.data.sources else None

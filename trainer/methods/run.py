@@ -1,6 +1,5 @@
-"""What a method works with: verbs that run or reuse stages, and the promotion of weights."""
+"""The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
-from pathlib import Path
 
 from strop.trainer.config import Dpo, Evaluate, Merge, Recipe, Sample, Score, Select, Sft
 from strop.trainer.models.folders import Base
@@ -19,16 +18,16 @@ from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 
+# keys of dpo that the reference table depends on
 PAIR_ROWS = ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")
 
 
 class Run:
-    """The verbs of a method. Each takes its section of the recipe and artifacts, and returns an artifact: the cached
-    one if it is up to date, else a new one. While the store plans, nothing runs, and an artifact that does not exist
-    yet has no hash.
+    """The verbs of a method. Each takes its section of the recipe and artifacts, and returns an artifact, cached if it
+    is up to date. While planning nothing runs, and artifacts that do not exist yet have no hash.
 
-    start: the weights that the recipe names. data: {dataset of the hub, as named there: (file, commit)}. Verbs
-    inside `rounds` write to round-NN/<name>.
+    start: the recipe's start weights. data: {dataset of the hub: (file, commit)}. Verbs inside `rounds` write to
+    round-NN/<name>.
     """
 
     def __init__(self, store: Store, recipe: Recipe, base: Base, data: dict | None = None):
@@ -51,7 +50,7 @@ class Run:
             check_loss(recipe.dpo)
 
     def rounds(self, n: int):
-        """Yields 0 to n - 1; verbs called meanwhile belong to that round."""
+        """Yields 0 to n - 1; verbs called in the loop's body belong to that round."""
         for self.round in range(n):
             if not self.store.planning:
                 self.store.console.heading(f"round {self.round + 1} of {n}")
@@ -61,8 +60,6 @@ class Run:
     def _stage(self, name: str, function, kind: str, config: dict, inputs: dict, **how) -> Artifact:
         folder = name if self.round is None else f"round-{self.round:02}/{name}"
         return self.store.stage(folder, function, kind=kind, config=config, inputs=inputs, round=self.round, **how)
-
-    # -- data ----------------------------------------------------------------------------------------------------------
 
     def prompts(self) -> Artifact:
         """The prompts of data.sources, filtered and split into train, validation and test."""
@@ -91,7 +88,7 @@ class Run:
 
     def select(self, section: Select, prompts: Artifact | None, history: list[tuple[Artifact, Artifact]],
                name: str = "select") -> Artifact:
-        """SFT rows and pairs from the (samples, scores) of all rounds so far and from ready data of this round."""
+        """SFT rows and pairs from the (samples, scores) of all rounds so far and this round's ready data."""
         r = self.recipe
         config = {"select": section, "filter": r.filter, "data": r.data.only("sft", "preferences", "max_bad_rows"),
                   "sources": {s.name: {"prompt_template": s.prompt_template, "templated": s.templated}
@@ -101,8 +98,6 @@ class Run:
         return self._stage(name, select, "selection", config,
                            {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start,
                             "files": ready})
-
-    # -- training ------------------------------------------------------------------------------------------------------
 
     def _training(self, **sections) -> dict:
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
@@ -125,14 +120,12 @@ class Run:
         return self._stage(name, dpo, "training", self._training(dpo=section), inputs, title="DPO", all_ranks=True)
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
-        """The average that the section asks for, over the checkpoints of `trained` and `start`."""
+        """The average of checkpoints of `trained` and `start`, as the section says."""
         return self._stage(name, merge, "weights", {"merge": section}, {"start": start, "trained": trained})
-
-    # -- measuring -----------------------------------------------------------------------------------------------------
 
     def evaluate(self, section: Evaluate, prompts: Artifact, candidates: dict[str, Artifact],
                  name: str = "evaluate") -> Artifact:
-        """Pass rates of those candidates whose weights were not measured before, on the held-out prompts."""
+        """Pass rates on the held-out prompts, of candidates whose weights were not evaluated before."""
         fresh = {a.hash or candidate: candidate for candidate, a in reversed(candidates.items())}
         fresh = {candidate: candidates[candidate] for key, candidate in fresh.items() if key not in self.measured}
         inputs = {"prompts": prompts, "candidates": dict(sorted(fresh.items()))}
@@ -144,8 +137,8 @@ class Run:
         return done
 
     def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
-        """The weights that go on: the best pass rate on the validation split, later candidates winning ties; the last
-        candidate if section.promote is "last" or nothing was measured."""
+        """The candidate with the best validation pass rate, the later one at a tie; the last candidate if
+        section.promote is "last" or nothing was evaluated."""
         evaluations = [self.measured[a.hash][0] for a in candidates.values() if a.hash in self.measured]
         waiting = any(evaluation.hash is None for evaluation in evaluations)  # only while planning
         chosen = list(candidates)[-1]
@@ -163,9 +156,9 @@ class Run:
         return candidates[chosen]
 
     def _folder(self, weights: Artifact) -> str | None:
-        """Where the weights are in the run directory; None for the weights it started from."""
-        own = self.store.run_dir in weights.path.parents
-        return weights.path.relative_to(self.store.run_dir).as_posix() if own else None
+        """The weights' folder in the run directory; None for the start weights."""
+        inside = self.store.run_dir in weights.path.parents
+        return weights.path.relative_to(self.store.run_dir).as_posix() if inside else None
 
     def _pass_rate(self, weights: Artifact) -> float:
         evaluation, candidate = self.measured[weights.hash]
@@ -173,18 +166,9 @@ class Run:
         return read_json(evaluation.path / "summary.json")[candidate]["validation"]["pass_rate"]
 
     def publish(self, weights: Artifact) -> Artifact:
-        """A folder that plain transformers loads, with a model card."""
-        r = self.recipe
+        """A model folder that plain transformers loads, with a model card."""
         self.store.verify([evaluation for evaluation, _ in self.measured.values()])
-        config = {"recipe": r, "bootstrap": r.evaluate.bootstrap, "base": self._base}
-        last = self._stage("final", publish, "model", config,
-                           {"weights": weights, "promotions": self.promotions})
-        self.store.verify(last)
-        return last
-
-
-def plan(method, recipe: Recipe, base: Base, run_dir: Path, world, console) -> Store:
-    """A store whose `plan` lists what method(run, recipe) would do in this run directory; nothing is run or written."""
-    store = Store(run_dir, world, console, planning=True)
-    method(Run(store, recipe, base), recipe)
-    return store
+        config = {"recipe": self.recipe, "bootstrap": self.recipe.evaluate.bootstrap, "base": self._base}
+        final = self._stage("final", publish, "model", config, {"weights": weights, "promotions": self.promotions})
+        self.store.verify(final)
+        return final

@@ -1,4 +1,4 @@
-"""Running or planning a recipe in its run directory: what the command line and `import strop` call."""
+"""Runs or plans a recipe in its run directory, for the command line and `import strop`."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +19,16 @@ from strop.trainer.run.metrics import open_metrics
 from strop.trainer.run.store import Store
 from strop.trainer.run.world import World, join
 
-Named = str | Path | dict | Recipe  # a recipe: a YAML file, a shipped recipe's name, its keys, or the recipe itself
+Named = str | Path | dict | Recipe  # a YAML file, the name of a shipped recipe, a dict of keys, or a Recipe
 
 
 def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, *,
           console: Console | None = None) -> RunRecord:
-    """Runs a recipe to its end, or resumes it, and returns what its run directory then holds.
+    """Runs or resumes a recipe and returns the record of its run directory.
 
     recipe: a YAML file, the name of a shipped recipe, a dict of keys or a Recipe. overrides: dotted keys and their
-    values, e.g. {"sample.k": 16}. Under torchrun every rank calls it. Raises UserError for what a user can fix;
-    completed stages are kept, and the same call resumes."""
+    values, e.g. {"sample.k": 16}. Under torchrun every rank calls it. Raises UserError for mistakes that a user can
+    fix; completed stages are kept, and the same call resumes."""
     with open_run(recipe, overrides, console=console) as run:
         if run.store.world.first:
             run.store.plan = _planned(run.recipe, run.store.world, Console(enabled=False), run.outside).plan
@@ -44,7 +44,7 @@ def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None) 
 
 
 def planned(recipe: Recipe, console: Console) -> Store:
-    """A store that has planned the recipe's method; its `recipe` has every default resolved."""
+    """A store with the plan of the recipe's method and, in `recipe`, the recipe with all defaults resolved."""
     prepare_environment()
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
@@ -69,12 +69,12 @@ def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[B
 @contextmanager
 def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, *,
              console: Console | None = None):
-    """Locks the recipe's run directory and yields a Run, for methods of your own:
+    """Locks the recipe's run directory and yields a Run, for your own methods:
 
         with strop.open_run("mine.yaml") as run:
             weights = strop.methods.llama3(run, run.recipe)
 
-    Every stage that the method's verbs complete is kept, and the same code resumes. Raises UserError as train does."""
+    Completed stages are kept, and the same code resumes. Raises UserError as train does."""
     prepare_environment()
     recipe = load_recipe(recipe, overrides)
     world = join(recipe.device, recipe.threads)

@@ -1,4 +1,4 @@
-"""How far weights have moved: the KL of their next-token distribution from that of the start weights."""
+"""KL divergence of a model's next-token distributions from those of the start weights."""
 
 import torch
 from torch import Tensor, nn
@@ -7,20 +7,20 @@ from strop.kernels.head.reference import linear_logits
 from strop.trainer.models.head import Head, head_of
 from strop.trainer.models.loading import ModelFolder
 
-CHUNK = 256  # positions whose whole distributions are held at once
-BUDGET = 4096  # tokens that run together, filling included
+CHUNK = 256  # positions whose [V] distributions are in memory at once
+BUDGET = 4096  # tokens per batch, with padding
 
-Row = tuple[list[int], list[int]]  # prompt and completion, as tokens
+Row = tuple[list[int], list[int]]  # prompt and completion tokens
 
 
 @torch.no_grad()
 def drift(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start: ModelFolder, dtype: torch.dtype,
           device: torch.device) -> dict[str, dict]:
-    """For each candidate: `kl` in nats a token with its `stderr`, over so many `prompts` and `tokens`.
+    """For each candidate: `kl` in nats per token, its `stderr`, and the numbers of `prompts` and `tokens`.
 
-    rows: each candidate's own completions. At every token of a completion KL(candidate || start) is exact: summed over
-    the whole vocabulary, untempered. `kl` is its mean over tokens; `stderr` that of a ratio of means, with prompts as
-    the units that were drawn, None for a single one. One model is in memory at a time.
+    rows: each candidate's own completions. KL(candidate || start) is exact at every token: summed over the vocabulary,
+    at temperature 1. `kl` is its mean over tokens; `stderr` is that of a ratio of means over prompts, None for a single
+    prompt. One model is in memory at a time.
     """
     model = start.load(dtype, device, "sdpa")
     before, head, found = {name: hidden_states(model, rows[name]) for name in candidates}, exact(head_of(model)), {}
@@ -29,8 +29,8 @@ def drift(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start:
         model = folder.load(dtype, device, "sdpa")
         after, own = hidden_states(model, rows[name]), exact(head_of(model))
         lengths = [len(completion) for _, completion in rows[name]]
-        of_rows = token_kl(torch.cat(after), own, torch.cat(before[name]), head).split(lengths)
-        found[name] = ratio([part.sum().item() for part in of_rows], lengths)
+        parts = token_kl(torch.cat(after), own, torch.cat(before[name]), head).split(lengths)
+        found[name] = ratio([part.sum().item() for part in parts], lengths)
         del model, own
     return found
 
@@ -38,7 +38,7 @@ def drift(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start:
 def hidden_states(model: nn.Module, rows: list[Row]) -> list[Tensor]:
     """Per row the hidden states [completion tokens, D] that predict its completion.
 
-    Rows are filled up at their right end, which changes nothing in a causal model, and needs no mask.
+    Rows are padded on the right, which needs no mask in a causal model.
     """
     found, body = {}, model.get_decoder()
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
@@ -58,12 +58,12 @@ def hidden_states(model: nn.Module, rows: list[Row]) -> list[Tensor]:
 
 
 def exact(head: Head) -> Head:
-    """In fp32: logits rounded to bf16 alone would look like a KL of about a thousandth of a nat."""
+    """The head in fp32: logits rounded to bf16 would show up as a KL of about 0.001 nats."""
     return Head(head.weight.float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap)
 
 
 def token_kl(hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head) -> Tensor:
-    """fp32 [N]: KL(p || q) of the distributions that two fp32 heads [V, D] give to hidden states [N, D]."""
+    """fp32 [N]: KL(p || q) of the distributions of two fp32 heads [V, D] at hidden states [N, D]."""
     parts = [torch.zeros(0, device=hidden.device)]
     for a, b in zip(hidden.split(CHUNK), other_hidden.split(CHUNK), strict=True):
         p, q = log_probs(a, head), log_probs(b, other_head)
@@ -77,7 +77,7 @@ def log_probs(hidden: Tensor, head: Head) -> Tensor:
 
 
 def ratio(sums: list[float], counts: list[int]) -> dict:
-    """Mean a token from each completion's sum and number of tokens."""
+    """Mean per token, from the sum and the number of tokens of each completion."""
     n, tokens = len(sums), sum(counts)
     mean = sum(sums) / max(1, tokens)
     spread = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))

@@ -1,10 +1,11 @@
-"""What a person sees while a run goes on: progress bars on a terminal, whole plain lines everywhere else."""
+"""Console output of a run: progress bars on a terminal, plain lines everywhere else."""
 
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from html import escape as html_escape
 from pathlib import Path
@@ -17,13 +18,13 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # between two plain progress lines
-PROGRESS = "progress.json"  # how far the running stage is
-NOTE_SECONDS = 1.0  # between two notes of how far a stage is
+NOTE_SECONDS = 1.0  # between two updates of the progress file or of a notebook's progress bar
+PROGRESS = "progress.json"  # the progress of the running stage
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data quoted in a message must not drive the terminal
 
 
 def duration(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss; "-:--" where they are unknown."""
+    """Seconds as m:ss or h:mm:ss; "-:--" if unknown."""
     if not 0 <= seconds < 1e8:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -32,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def plain_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of an aligned table of any width: first column to the left, columns of numbers to the right."""
+    """Lines of an aligned table; the first column is left-aligned, numeric columns right-aligned."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     right = [is_numeric(rows, i) for i in range(len(columns))]
     lines = []
@@ -47,26 +48,26 @@ def is_numeric(rows: list[list[str]], column: int) -> bool:
 
 
 class Progress:
-    """Counts items (and tokens) done of a total, and knows the pace. `advance` is cheap: call it per batch."""
+    """Items (and tokens) done out of a total, and the pace. `advance` is cheap: call it per batch."""
 
     def __init__(self, label: str, total: int, unit: str, done: int, clock=time.monotonic):
         self.label, self.total, self.unit = label, total, unit
         self.done, self.resumed, self.tokens = done, done, 0
         self.clock, self.start = clock, clock()
-        self.show = lambda final: None
+        self.show: Callable[[], None] = lambda: None
         self.note: Path | None = None
         self.noted = -NOTE_SECONDS
 
     def advance(self, items: int = 1, tokens: int = 0) -> None:
         self.done += items
         self.tokens += tokens
-        self.show(False)
+        self.show()
         if self.note and self.clock() - self.noted >= NOTE_SECONDS:
             self.noted = self.clock()
             self.write_note()
 
     def write_note(self) -> None:
-        """Replaces the file `note`, for those who watch from outside; a note that cannot be written is left out."""
+        """Replaces the file `note`, which `strop show` and `strop watch` read; a failed write is ignored."""
         left = self.left()
         known = left < 1e8
         note = {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit,
@@ -77,12 +78,12 @@ class Progress:
             temporary.replace(self.note)
 
     def left(self) -> float:
-        """Seconds left at the pace so far; what an earlier process had done does not count as pace."""
+        """Seconds left at the pace so far; items that an earlier process finished do not count towards the pace."""
         fresh = self.done - self.resumed
         return (self.clock() - self.start) * (self.total - self.done) / fresh if fresh > 0 else float("inf")
 
     def pace(self) -> str:
-        """Tokens a second; items a second where no tokens are counted and items have a name."""
+        """Tokens per second; items per second if no tokens are counted and the items have a name."""
         elapsed = self.clock() - self.start
         if elapsed <= 0:
             return ""
@@ -90,12 +91,18 @@ class Progress:
             return f"{self.tokens / elapsed:,.0f} tok/s"
         return f"{(self.done - self.resumed) / elapsed:,.1f} {self.unit}/s" if self.unit != "tokens" else ""
 
+    def when(self, final: bool) -> str:
+        return f"took {duration(self.clock() - self.start)}" if final else f"{duration(self.left())} left"
+
+    def line(self, final: bool) -> str:
+        return "  ".join(filter(None, [self.label, f"{self.done:,}/{self.total:,}", self.pace(), self.when(final)]))
+
 
 class Console:
-    """Prints for the first rank; on other ranks (`enabled=False`) every method is silent.
+    """Prints on the first rank; on other ranks (`enabled=False`) every method is silent.
 
-    `plain=None` decides itself: bars on a terminal, plain lines when stdout is a file, a pipe or a CI job's log.
-    `note`: a file that always says how far the stage at work is.
+    plain: plain lines instead of bars; by default if stdout is a file, a pipe or a CI job's log. note: a file that
+    holds the progress of the running stage.
     """
 
     note: Path | None = None
@@ -108,11 +115,11 @@ class Console:
         self.plain = plain
         self.notebook = file is None and in_notebook()
         self.rich = None if plain else RichConsole(file=file, highlight=False)
-        self.bars: RichProgress | None = None  # one live display holds all open bars: rich allows no second
+        self.bars: RichProgress | None = None  # one live display for all open bars: rich allows no second
         self.open = 0
 
     def line(self, text: str) -> None:
-        """One line as it stands: no markup, no wrapping, no colour codes."""
+        """One line, verbatim: no markup, no wrapping, no color codes."""
         self._print(text)
 
     def warn(self, text: str) -> None:
@@ -122,7 +129,7 @@ class Console:
         self._print(f"\n== {text} ==", style="bold")
 
     def table(self, title: str, columns: list[str], rows: list[list]) -> None:
-        """A titled table; cells are shown as `str` makes them."""
+        """A titled table; cells are converted with `str`."""
         columns, rows = [clean(str(c)) for c in columns], [[clean(str(c)) for c in row] for row in rows]
         if not self.enabled:
             return
@@ -138,8 +145,8 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str = "tokens", done: int = 0):
-        """Yields a `Progress`: `advance(items, tokens)`. `unit` names the items where they are not tokens; `done` of
-        them were finished by an earlier, killed process."""
+        """Yields a `Progress`: call its `advance(items, tokens)`. unit: name of the items, if they are not tokens;
+        done: items that an earlier process finished."""
         bar = Progress(label, total, unit, done)
         if self.enabled and self.note:
             bar.note = self.note
@@ -147,47 +154,38 @@ class Console:
         if not self.enabled:
             yield bar
         elif self.notebook:
-            yield from self._notebook_progress(bar)
+            yield from self._throttled(bar, NOTE_SECONDS, self._notebook_display(bar), last=-NOTE_SECONDS)
         elif self.plain:
-            yield from self._plain_progress(bar)
+            yield from self._throttled(bar, PLAIN_SECONDS, lambda final: self._print(bar.line(final)), bar.clock())
         else:
             yield from self._rich_progress(bar)
 
-    def _plain_progress(self, bar: Progress):
-        shown = bar.clock()
+    def _throttled(self, bar: Progress, seconds: float, show: Callable[[bool], None], last: float):
+        """Calls show(final) at most every `seconds` until the bar is full, and at the end."""
 
-        def show(final: bool) -> None:
-            nonlocal shown
-            now = bar.clock()
-            if not final and (now - shown < PLAIN_SECONDS or bar.done >= bar.total):
-                return
-            shown = now
-            when = f"took {duration(now - bar.start)}" if final else f"{duration(bar.left())} left"
-            self._print("  ".join(filter(None, [bar.label, f"{bar.done:,}/{bar.total:,}", bar.pace(), when])))
+        def show_sometimes() -> None:
+            nonlocal last
+            if bar.clock() - last >= seconds and bar.done < bar.total:
+                last = bar.clock()
+                show(False)
 
-        bar.show = show
+        bar.show = show_sometimes
         yield bar
         show(True)  # not in a `finally`: a stage that failed has not finished
 
-    def _notebook_progress(self, bar: Progress):
+    def _notebook_display(self, bar: Progress) -> Callable[[bool], None]:
         """One line below the cell that is updated in place."""
         from IPython.display import display
 
-        handle, shown = display({"text/plain": bar.label}, raw=True, display_id=True), -NOTE_SECONDS
+        handle = display({"text/plain": bar.label}, raw=True, display_id=True)
 
         def show(final: bool) -> None:
-            nonlocal shown
-            if final or bar.clock() - shown >= NOTE_SECONDS:
-                shown = bar.clock()
-                when = f"took {duration(shown - bar.start)}" if final else f"{duration(bar.left())} left"
-                text = "  ".join(filter(None, [bar.label, f"{bar.done:,}/{bar.total:,}", bar.pace(), when]))
-                html = (f'<progress max="{bar.total}" value="{bar.done}"></progress> '
-                        f'<span style="font-family: monospace">{html_escape(clean(text))}</span>')
-                handle.update({"text/plain": clean(text), "text/html": html}, raw=True)
+            text = clean(bar.line(final))
+            html = (f'<progress max="{bar.total}" value="{bar.done}"></progress> '
+                    f'<span style="font-family: monospace">{html_escape(text)}</span>')
+            handle.update({"text/plain": text, "text/html": html}, raw=True)
 
-        bar.show = show
-        yield bar
-        show(True)
+        return show
 
     def _rich_progress(self, bar: Progress):
         if self.bars is None:
@@ -198,14 +196,10 @@ class Console:
         self.open += 1
         bars = self.bars
         task = bars.add_task(bar.label, total=bar.total, completed=bar.done, pace="", when="")
-
-        def show(final: bool) -> None:
-            bars.update(task, completed=bar.done, pace=bar.pace(), when=f"{duration(bar.left())} left")
-
-        bar.show = show
+        bar.show = lambda: bars.update(task, completed=bar.done, pace=bar.pace(), when=bar.when(False))
         try:
             yield bar
-            bars.update(task, when=f"took {duration(bar.clock() - bar.start)}")
+            bars.update(task, when=bar.when(True))
         finally:
             self.open -= 1
             if not self.open:
@@ -215,17 +209,16 @@ class Console:
     def _print(self, text: str, style: str | None = None) -> None:
         if not self.enabled:
             return
-        text = clean(text)
         file = self.file or sys.stdout
         encoding = getattr(file, "encoding", None) or "utf-8"
-        text = text.encode(encoding, "replace").decode(encoding)
+        text = clean(text).encode(encoding, "replace").decode(encoding)
         try:
             if self.plain:
-                file.write(text + "\n")  # one write a line, so that ranks and libraries cannot cut into it
+                file.write(text + "\n")  # one write per line: other ranks cannot interleave
                 file.flush()
             else:
                 self.rich.print(text, style=style, markup=False, soft_wrap=True)
-        except OSError:  # the reader (`| head`) or the terminal is gone: the run is worth more than its echo
+        except OSError:  # the reader (`| head`) or the terminal is gone; the run continues silently
             self.enabled = False
             if file is sys.stdout:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

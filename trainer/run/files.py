@@ -1,4 +1,4 @@
-"""Files: content hashes, atomic writes, and what to say when the file system refuses."""
+"""Content hashes, atomic writes, and errors of the file system."""
 
 import errno
 import hashlib
@@ -40,37 +40,34 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, *temporary: Path):
-    """Around what writes `path`: an error of the file system becomes one line that names it (UserError), and the
-    `temporary` files or folders go, so that a full disk gets its space back."""
+    """Wraps code that writes `path`: an error of the file system becomes a UserError that names the path, and the
+    `temporary` files or folders are deleted, which frees space on a full disk."""
     try:
         yield
     except (OSError, SafetensorError, pa.ArrowException) as e:
-        for part in temporary:
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({reason_of(e)}); {remedy_of(e)}; the same command then goes on "
-                         "from here, what was finished stands") from e
+        remove(temporary)
+        raise UserError(f"{path}: cannot be written ({reason_of(e)}); {remedy_of(e)}; completed stages are kept, and "
+                         "the same command resumes") from e
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error's message, in one line."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def remedy_of(error: Exception) -> str:
-    """What to do about an error of the file system; Rust and C++ say its number in the text only."""
-    told = re.search(r"(?:os error|errno) (\d+)", str(error))
-    number = getattr(error, "errno", None) or (int(told[1]) if told else None)
+    """What to do about an error of the file system. Errors from Rust and C++ have the errno in their text only."""
+    match = re.search(r"(?:os error|errno) (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(match[1]) if match else None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free some space"
     if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make it writable or choose another output_dir="
-    return "see to that or choose another output_dir="
+    return "fix this or choose another output_dir="
 
 
 def write_atomic(path: Path, write) -> None:
-    """Calls `write(temporary_path)`, then puts the file in place of `path` in one step.
-
-    Raises UserError, naming the file, where the disk is full or the folder cannot be written."""
+    """Calls `write(temporary_path)`, then atomically replaces `path`. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, temporary):
         write(temporary)
@@ -88,10 +85,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e}); delete its folder to have it made again") from e
+        raise UserError(f"{path}: not readable as JSON ({e}); delete its folder to re-run the stage") from e
 
 
-def remove_leftovers(paths) -> None:
-    """Removes files and folders that a killed process had not finished."""
+def remove(paths) -> None:
+    """Deletes files and folders, where they exist."""
     for path in list(paths):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,22 +1,22 @@
-"""Metrics of a run: metrics.jsonl is the record, TensorBoard and the console are views of it.
+"""Metrics of a run: metrics.jsonl is the record; TensorBoard, trackers and the console are views of it.
 
-A line of metrics.jsonl is one JSON object: `stage`, `step`, `time` (seconds since the epoch) and the values under
-TRL's names, side by side. A value that is not finite is `null`.
+A line of metrics.jsonl is one flat JSON object: `stage`, `step`, `time` (seconds since the epoch) and the metrics under
+TRL's names. NaN and infinities are `null`.
 """
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from strop.trainer.run.console import Console
-from strop.trainer.run.files import writing
+from strop.trainer.run.files import write_atomic, writing
 from strop.trainer.run.trackers import Tracker, open_trackers
 
 RESERVED = ("stage", "step", "time")
-SHOWN = {  # what a console line has room for: name -> (label, format); the rest is in the files
+SHOWN = {  # metrics on the console: name -> (label, format)
     "loss": ("loss", ".4g"),
     "nll_loss": ("nll", ".4g"),
     "rewards/margins": ("margin", ".3g"),
@@ -38,52 +38,47 @@ def step_line(stage: str, step: int, values: dict[str, float], total: int | None
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl in order; lines cut by a kill are left out. No file, no rows."""
-    if not path.exists():
-        return []
+    """Rows of a metrics.jsonl in order, without lines that a kill cut off; empty if there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and all(name in row for name in RESERVED):
-            rows.append(row)
+            if isinstance(row, dict) and all(name in row for name in RESERVED):
+                rows.append(row)
     return rows
 
 
 def open_metrics(recipe, run_dir: Path, console: Console, enabled: bool) -> "Metrics":
-    """The metrics of a run as its recipe asks for them. Raises UserError if a tracker cannot be had."""
+    """The metrics of a run, configured by recipe.log. Raises UserError if a tracker does not start."""
     trackers = open_trackers(recipe, run_dir, console) if enabled and recipe.log.report_to else ()
     return Metrics(run_dir, console, recipe.log.tensorboard, enabled, trackers)
 
 
 class Metrics:
-    """Logs steps; one writer a run (`enabled` on the first rank only, elsewhere every method does nothing).
+    """Logs steps on the first rank; on other ranks (`enabled=False`) every method does nothing.
 
-    Logging a step that the stage has logged before means that the stage went back to a checkpoint (or started anew):
-    that step and the later ones of that stage are taken out first.
+    A stage that logs a step again went back to a checkpoint or started over: that step and later ones of the stage are
+    removed first.
     """
 
     def __init__(self, run_dir: Path, console: Console, tensorboard: bool = True, enabled: bool = True,
                  trackers: Sequence[Tracker] = ()):
         self.enabled, self.console, self.trackers = enabled, console, trackers
-        self.writer = None
+        self.writer = self.file = None
         if not enabled:
             return
         self.path = Path(run_dir) / "metrics.jsonl"
         self.events = Path(run_dir) / "tensorboard" if tensorboard else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rewrite(read_metrics(self.path))  # heals a line that a kill cut
+        self._rewrite(read_metrics(self.path))  # drops a line that a kill cut off
 
     def log(self, stage: str, step: int, values: dict[str, float], total: int | None = None) -> None:
-        """Writes one step of `stage` everywhere. `total` is the stage's number of steps, for the console."""
+        """Logs one step of `stage` to every view. total: the stage's number of steps, for the console."""
         if not self.enabled:
             return
         values = {name: float(value) for name, value in values.items()}
-        taken = [name for name in values if name in RESERVED]
-        if taken:
-            raise ValueError(f"metric {taken[0]!r} of stage {stage}: the name is reserved; rename it")
+        if reserved := [name for name in values if name in RESERVED]:
+            raise ValueError(f"metric {reserved[0]!r} of stage {stage}: the name is reserved; rename it")
         if step <= self.last.get(stage, -1):
             self.rewind(stage, step - 1)
         row = {"stage": stage, "step": step, "time": round(time.time(), 3)} | values
@@ -97,15 +92,14 @@ class Metrics:
         self.console.line(step_line(stage, step, values, total))
 
     def stage_done(self, manifest: dict) -> None:
-        """Sends a stage's counts (pass rates, KL, tokens, drops, ...) to the trackers; the manifest is their record."""
+        """Sends a stage's counts (pass rates, KL, tokens, drops, ...) to the trackers."""
         for tracker in self.trackers:
             tracker.log(f"stages/{manifest['stage']}", manifest["counts"] | {"seconds": manifest["seconds"]})
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what `stage` logged after `step`: a stage calls it when it starts (0) or resumes (its checkpoint)."""
+        """Removes what `stage` logged after `step`: a stage calls this when it resumes from a checkpoint."""
         if self.enabled and self.last.get(stage, -1) > step:
-            rows = read_metrics(self.path)
-            self._rewrite([row for row in rows if row["stage"] != stage or row["step"] <= step])
+            self._rewrite([r for r in read_metrics(self.path) if r["stage"] != stage or r["step"] <= step])
 
     def close(self) -> None:
         if self.enabled:
@@ -116,14 +110,10 @@ class Metrics:
                 tracker.close()
 
     def _rewrite(self, rows: list[dict]) -> None:
-        if getattr(self, "file", None):
+        if self.file:
             self.file.close()
-        temporary = self.path.with_name(".metrics.jsonl.tmp")
-        with temporary.open("w", encoding="utf-8") as f:
-            f.writelines(encode(row) + "\n" for row in rows)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(self.path)
+        text = "".join(encode(row) + "\n" for row in rows)
+        write_atomic(self.path, lambda p: p.write_text(text, encoding="utf-8"))
         self.file = self.path.open("a", encoding="utf-8")
         self.last: dict[str, int] = {}
         for row in rows:
@@ -132,8 +122,8 @@ class Metrics:
             self._replay(rows)
 
     def _replay(self, rows: list[dict]) -> None:
-        """TensorBoard cannot take a step back and loses its queue in a kill: write its events anew from the record."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is wanted
+        """Rewrites TensorBoard's events: it cannot take back a step, and a kill loses what it has queued."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         if self.writer:
             self.writer.close()
@@ -148,11 +138,11 @@ class Metrics:
             return
         for name, value in row.items():
             if name not in RESERVED:
-                value = math.nan if value is None else value
-                self.writer.add_scalar(f"{row['stage']}/{name}", value, row["step"], walltime=row["time"])
+                self.writer.add_scalar(f"{row['stage']}/{name}", math.nan if value is None else value, row["step"],
+                                       walltime=row["time"])
 
 
 def encode(row: dict) -> str:
-    """One line of strict JSON: NaN and infinities, which JSON has not, become null."""
+    """One line of strict JSON, which has no NaN and no infinities: they become null."""
     safe = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(safe, ensure_ascii=False, allow_nan=False)

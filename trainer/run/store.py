@@ -1,8 +1,8 @@
 """The run directory: immutable artifacts with manifests, atomic writes, resume, staleness, and the plan.
 
-A stage writes into `<name>.partial/`, which survives a kill. When its function returns, every file is hashed and
-fsynced, `manifest.json` is written, and one rename to `<name>/` publishes the artifact. A stage is done when the
-directory of its name holds a manifest whose key equals the hash of its config and of its inputs' contents.
+A stage writes to `<name>.partial/`, which survives a kill. When its function returns, every file is hashed and fsynced,
+`manifest.json` is written, and the directory is renamed to `<name>/`. A stage is up to date if the key in its manifest
+equals the hash of its config and of its inputs' contents.
 """
 
 from __future__ import annotations
@@ -19,16 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from strop.trainer.config import Part, Section
 from strop.trainer.errors import UserError
-from strop.trainer.run.artifacts import (
-    WORK,
-    Artifact,
-    check_file,
-    content_hash,
-    list_files,
-    read_manifest,
-    versions,
-)
-from strop.trainer.run.files import hash_json, remedy_of, remove_leftovers, sync, write_atomic, write_json, writing
+from strop.trainer.run.artifacts import WORK, Artifact, check_file, content_hash, list_files, read_manifest, versions
+from strop.trainer.run.files import hash_json, remedy_of, remove, sync, write_atomic, write_json, writing
 
 if TYPE_CHECKING:  # readers of run directories need no torch
     from strop.trainer.run.world import World
@@ -38,7 +30,7 @@ PLAN = "plan.json"
 
 @dataclass
 class Stage:
-    """What a stage function is handed to work with."""
+    """The first argument of every stage function."""
 
     name: str
     dir: Path
@@ -49,26 +41,26 @@ class Stage:
 
     @property
     def work(self) -> Path:
-        """Scratch space that survives a kill and is deleted when the stage is done."""
+        """Scratch space that survives a kill; deleted when the stage is done."""
         path = self.dir / WORK
         path.mkdir(parents=True, exist_ok=True)
         return path
 
 
 class Store:
-    """One run directory. With `planning=True` nothing runs and nothing is written.
+    """A run directory. With `planning=True` nothing runs and nothing is written.
 
-    `plan` lists every stage so far as plan.json does: stage, kind, title, round, inputs (name -> folder in the run
-    directory, or "outside"), state ("done", "stale", "to run" or "running") and why.
+    plan: the stages so far, as in plan.json: stage, kind, title, round, inputs (name -> folder in the run directory, or
+    "outside"), state ("done", "stale", "to run" or "running") and why.
     """
 
     def __init__(self, run_dir: Path, world: World, console: Any, metrics: Any = None, planning: bool = False):
         self.run_dir, self.world, self.console, self.metrics = run_dir, world, console, metrics
         self.planning = planning
         self.plan: list[dict] = []
-        self.recipe: Any = None  # what the plan is for
-        self.about: dict = {}  # what else plan.json says: name, method, rounds
-        self.after: list = []  # called on the first rank with the manifest of each stage that has run
+        self.recipe: Any = None  # the recipe that was planned
+        self.about: dict = {}  # further keys of plan.json: name, method, base
+        self.after: list = []  # callbacks on the first rank: called with the manifest of each stage that ran
         self._checked: set[Path] = set()
         self._lock = None
 
@@ -81,23 +73,22 @@ class Store:
             self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held until unlock()
         except OSError as e:
             raise UserError(f"{self.run_dir}: cannot be written ({e.strerror}); {remedy_of(e)}") from e
-        # a process that was just killed can hold the lock a moment longer, through a child killed with it
+        # a process that was just killed can hold the lock a moment longer, through a child process
         for patience in (0.1, 0.2, 0.4, 0.8, 0):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as e:
-                self._lock.seek(0)
-                holder = self._lock.read().strip() or "?"
                 if not patience:
-                    raise UserError(f"{self.run_dir}: process {holder} is running it; wait for it to end or choose "
-                                    "another name=") from e
+                    self._lock.seek(0)
+                    raise UserError(f"{self.run_dir}: process {self._lock.read().strip() or '?'} is running it; wait "
+                                    "for it to end or choose another name=") from e
                 time.sleep(patience)
         with writing(self.run_dir / ".lock"):
             self._lock.truncate(0)
             self._lock.write(str(os.getpid()))
             self._lock.flush()
-        remove_leftovers(self.run_dir.glob(".*.tmp"))
+        remove(self.run_dir.glob(".*.tmp"))
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -106,11 +97,10 @@ class Store:
 
     def stage(self, name: str, function, *, config: dict, inputs: dict, kind: str, title: str = "",
               round: int | None = None, all_ranks: bool = False) -> Artifact:
-        """The artifact of stage `name`: the cached one if it is up to date, else the result of
-        `function(stage, **config, **inputs)`.
+        """The artifact of stage `name`: cached if it is up to date, else `function(stage, **config, **inputs)` runs.
 
-        config: sections, parts of sections and plain values; their hash is in the stage's key. inputs: artifacts (also
-        in dicts and lists), handed to the function as paths, and plain values. all_ranks: every rank calls the
+        config: sections, parts of sections and plain values, which are hashed into the stage's key. inputs: artifacts
+        (also in dicts and lists), passed to the function as paths, and plain values. all_ranks: every rank calls the
         function, else only rank 0. kind, title and round describe the stage in plan.json.
         """
         key_config = {k: v.key() if isinstance(v, Section | Part) else v for k, v in config.items()}
@@ -122,11 +112,11 @@ class Store:
         if self.planning:
             self.plan.append(entry)
             return self._load(final) if state == "done" else Artifact(final, None)
-        self.world.barrier()  # all ranks have read the state before anything moves
+        self.world.barrier()  # all ranks have read the state before rank 0 moves anything
         if state != "done":
             if state == "stale":
-                self.console.warn(f"{name}: re-run, because {why or 'its manifest changed'}; the old one is kept in "
-                                  f"{self.run_dir / 'stale'}")
+                self.console.warn(f"{name}: re-running, because {why or 'its manifest changed'}; the old artifact is "
+                                  f"kept in {self.run_dir / 'stale'}")
             self.verify(inputs)
             self._note(entry | {"state": "running"})
             self._run(final, name, key, function, config | _walk(inputs, lambda a: a.path), all_ranks,
@@ -140,44 +130,37 @@ class Store:
     def _note(self, entry: dict) -> None:
         """Updates the entry of a stage in plan.json."""
         at = next((i for i, e in enumerate(self.plan) if e["stage"] == entry["stage"]), len(self.plan))
-        if at < len(self.plan) and self.plan[at] == entry:
-            return
-        self.plan[at:at + 1] = [entry]
-        self.write_plan()
-
-    def write_plan(self) -> None:
-        if self.world.first:
-            write_json(self.run_dir / PLAN, self.about | {"stages": self.plan})
+        if self.plan[at:at + 1] != [entry]:
+            self.plan[at:at + 1] = [entry]
+            if self.world.first:
+                write_json(self.run_dir / PLAN, self.about | {"stages": self.plan})
 
     def _origins(self, inputs: dict) -> dict[str, str]:
         def origin(artifact: Artifact) -> str:
-            own = self.run_dir in artifact.path.parents
-            return artifact.path.relative_to(self.run_dir).as_posix() if own else "outside"
+            inside = self.run_dir in artifact.path.parents
+            return artifact.path.relative_to(self.run_dir).as_posix() if inside else "outside"
 
-        return {k: v for k, v in _flat(_walk(inputs, origin, lambda plain: None)).items() if v is not None}
+        return _known(_walk(inputs, origin, lambda plain: None))
 
     def _state(self, final: Path, key: str, config: dict, hashes: dict) -> tuple[str, str]:
-        upstream = [k for k, v in _flat(hashes).items() if v is None]
         if not (final / "manifest.json").exists():
             return "to run", "partly done" if (final.parent / f"{final.name}.partial").exists() else ""
         manifest = read_manifest(final)
         if manifest["key"] == key:
             return "done", ""
-        changed = _differences(manifest["config"], config) + [
-            f"input {k.split(':')[0]} changed" for k in _differences(manifest["inputs"], hashes)]
-        if upstream:
-            changed = [*_differences(manifest["config"], config), "its inputs are re-run"]
-        return "stale", "; ".join(changed)
+        changed = [f"input {k.split(':')[0]} changed" for k in _differences(manifest["inputs"], hashes)]
+        if None in _flat(hashes).values():
+            changed = ["its inputs are re-run"]
+        return "stale", "; ".join(_differences(manifest["config"], config) + changed)
 
     def verify(self, artifacts: Any) -> None:
-        """Re-hashes artifacts of earlier processes before their first use. Raises UserError on corruption.
+        """Checks the hashes of artifacts from earlier processes before their first use. Raises UserError on a mismatch.
 
-        `artifacts` is an Artifact, or dicts and lists of them; while planning nothing is read."""
+        artifacts: an Artifact, or dicts and lists of them. Reads nothing while planning."""
 
         def check(artifact: Artifact) -> None:
-            own = self.run_dir in artifact.path.parents
-            known = self._checked & {artifact.path, *artifact.path.parents}
-            if self.planning or not self.world.first or not own or known:
+            checked = self._checked & {artifact.path, *artifact.path.parents}
+            if self.planning or not self.world.first or checked or self.run_dir not in artifact.path.parents:
                 return
             self._checked.add(artifact.path)
             stage = next(p for p in [artifact.path, *artifact.path.parents] if (p / "manifest.json").exists())
@@ -193,7 +176,7 @@ class Store:
                 self._set_aside(final)
             owner = partial / ".key"
             if partial.exists():
-                remove_leftovers(p for p in partial.rglob(".*") if p != owner)
+                remove(p for p in partial.rglob(".*") if p != owner)
                 if (owner.read_text() if owner.exists() else "") != key and any(p != owner for p in partial.iterdir()):
                     self._set_aside(partial)
             with writing(partial):
@@ -213,7 +196,7 @@ class Store:
             manifest = {"stage": name, "key": key, **about, "files": files, "counts": stage.counts,
                         "seconds": round(time.perf_counter() - started, 3), "ranks": self.world.size,
                         "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
-            manifest["inputs"] = {k: v for k, v in _flat(about["inputs"]).items() if v is not None}
+            manifest["inputs"] = _known(about["inputs"])
             write_json(partial / "manifest.json", manifest)
             with writing(final):
                 os.replace(partial, final)
@@ -230,7 +213,7 @@ class Store:
         self.console.line(f"{manifest['stage']}: {manifest['seconds']:.1f} s  {'  '.join(shown)}")
 
     def _set_aside(self, path: Path) -> None:
-        """Moves a stale artifact away: a run never deletes data that it has made."""
+        """Moves a stale artifact to stale/: a run never deletes its data."""
         target = self.run_dir / "stale"
         name = path.relative_to(self.run_dir).as_posix().replace("/", "-")
         with writing(target):
@@ -244,7 +227,7 @@ class Store:
 
 
 def _walk(tree, leaf, plain=lambda value: value):
-    """The tree with every Artifact replaced by leaf(artifact) and every other value by plain(value)."""
+    """Replaces every Artifact of a tree by leaf(artifact) and every other value by plain(value)."""
     if isinstance(tree, Artifact):
         return leaf(tree)
     if isinstance(tree, dict):
@@ -255,11 +238,16 @@ def _walk(tree, leaf, plain=lambda value: value):
 
 
 def _flat(tree, prefix="") -> dict[str, Any]:
+    """Dotted key -> value of a tree of dicts and lists."""
+    if isinstance(tree, list | tuple):
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict):
         return {k: v for name, t in tree.items() for k, v in _flat(t, f"{prefix}{name}.").items()}
-    if isinstance(tree, list | tuple):
-        return {k: v for i, t in enumerate(tree) for k, v in _flat(t, f"{prefix}{i}.").items()}
     return {prefix[:-1]: tree}
+
+
+def _known(tree) -> dict[str, Any]:
+    return {k: v for k, v in _flat(tree).items() if v is not None}
 
 
 def _differences(old: dict, new: dict) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ DROPS = pa.schema([(c, pa.string()) for c in ("stage", "prompt_id")] + [("sample
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Writes Parquet, atomically, with the same bytes for the same rows and a checksum in every page."""
+    """Writes Parquet atomically, with page checksums; equal tables give equal bytes."""
     write_atomic(path, lambda p: pq.write_table(table, p, compression="zstd", write_page_checksum=True))
 
 
@@ -29,23 +30,20 @@ def read_table(path: Path) -> pa.Table:
     try:
         return pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as e:
-        raise UserError(f"{path}: not readable as Parquet ({reason_of(e)}); delete its folder to have it made "
-                         "again") from e
+        raise UserError(f"{path}: not readable as Parquet ({reason_of(e)}); delete its folder to re-run the "
+                         "stage") from e
 
 
 def read_part(path: Path, schema: pa.Schema) -> pa.Table | None:
-    """A part that an earlier process may have written: None if it is not there, is torn or is of another kind."""
-    if not path.exists():
-        return None
-    try:
+    """A table that an earlier process may have written; None if it is missing, damaged or has another schema."""
+    with suppress(UserError):
         table = read_table(path)
-    except UserError:
-        return None
-    return table if table.schema == schema else None
+        return table if table.schema == schema else None
+    return None
 
 
 class Drops:
-    """Rows that a stage leaves out, each with its reason; written as drops.parquet and counted."""
+    """Rows that a stage drops, each with a reason; written to drops.parquet and counted."""
 
     def __init__(self, stage: Stage):
         self.stage, self.rows = stage, []

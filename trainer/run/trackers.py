@@ -1,4 +1,4 @@
-"""Experiment trackers (Weights & Biases, trackio): views of a run beside metrics.jsonl, each only if asked for."""
+"""Experiment trackers (Weights & Biases, trackio): optional views of a run besides metrics.jsonl."""
 
 import importlib
 import os
@@ -10,13 +10,13 @@ from strop.trainer.run.files import read_json, write_json
 
 
 class Tracker:
-    """One tracker's record of a run. What fails while the run goes on is said once, and the run goes on without it."""
+    """A tracker of a run. If it fails during the run, it warns once and logs nothing more; the run continues."""
 
     def __init__(self, module, console):
         self.module, self.console, self.stages = module, console, set()
 
     def log(self, stage: str, values: dict) -> None:
-        """Values under `<stage>/<name>`. A stage that went back to a checkpoint logs some steps again."""
+        """Logs values as `<stage>/<name>`. A stage that resumes from a checkpoint logs some steps again."""
         if self.module is None:
             return
         try:
@@ -24,7 +24,7 @@ class Tracker:
                 self.module.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
             self.stages.add(stage)
             self.module.log({f"{stage}/{name}": value for name, value in values.items()})
-        except Exception as e:  # a tracker is a view; metrics.jsonl has it all
+        except Exception as e:
             self.drop(e)
 
     def close(self) -> None:
@@ -36,11 +36,11 @@ class Tracker:
 
     def drop(self, e: Exception) -> None:
         name, self.module = self.module.__name__, None
-        self.console.warn(f"{name}: {first_line(e)}; nothing more is sent there, metrics.jsonl has everything")
+        self.console.warn(f"{name}: {first_line(e)}; tracker disabled, metrics.jsonl has all metrics")
 
 
 def open_trackers(recipe, run_dir: Path, console) -> list[Tracker]:
-    """Those that log.report_to names; a resumed run goes on under the same id, kept in trackers.json.
+    """The trackers in log.report_to; a resumed run keeps its id, which is in trackers.json.
 
     Keys, modes and projects come from their own environment variables (WANDB_API_KEY, WANDB_MODE, WANDB_PROJECT,
     TRACKIO_PROJECT, ...), never from the recipe. Raises UserError if one is not installed or does not start.
@@ -62,8 +62,8 @@ def open_trackers(recipe, run_dir: Path, console) -> list[Tracker]:
         try:
             module.init(project=project, config=config, resume="allow", **how)
         except Exception as e:
-            raise UserError(f"log.report_to={name}: it does not start: {first_line(e)}; see to that, or take {name} "
-                             "out of log.report_to") from e
+            raise UserError(f"log.report_to={name}: {name} does not start: {first_line(e)}; fix this, or remove {name} "
+                             "from log.report_to") from e
         trackers.append(Tracker(module, console))
     return trackers
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: who am I, how many are we, where do tensors live, and how to wait for one another."""
+"""The ranks of a run: rank, world size, device, and the few collectives that stages use."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ from strop.trainer.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """One process's place in the run. `World()` is a run of one rank on the CPU."""
+    """The rank of this process. `World()` is a run of one rank on the CPU."""
 
     rank: int = 0
     size: int = 1
@@ -29,31 +29,30 @@ class World:
 
     @property
     def multiplies_bf16(self) -> bool:
-        """Whether the device has instructions for products of bf16; a CPU without them is slower in bf16 than in fp32
-        by as much as fivefold."""
+        """Whether the device has bf16 matrix instructions; a CPU without them is up to 5x slower in bf16 than fp32."""
         if self.device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def settle_dtype(self, recipe):
-        """The recipe with what dtype=auto means here, the same on every rank."""
+        """The recipe with dtype=auto resolved, the same on every rank."""
         if recipe.dtype != "auto":
             return recipe
         return recipe.model_copy(update={"dtype": self.share("bfloat16" if self.multiplies_bf16 else "float32")})
 
     @property
     def hardware(self) -> str:
-        """The kind of device and, where they lack, that a CPU's kernels were not built."""
+        """The device type, and a hint if the CPU kernels were not built."""
         if self.device.type != "cpu" or available(torch.empty(0)):
             return self.device.type
-        return "cpu, without csrc/cpu.cpp: training is slower (with g++ installed, install Strop again)"
+        return "cpu, without csrc/cpu.cpp: training is slower (install g++ and reinstall Strop)"
 
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
     def share(self, value):
-        """What rank 0 passes in, on every rank (a small picklable Python value made by this program)."""
+        """Rank 0's `value`, on every rank (a small picklable Python value)."""
         if self.size == 1:
             return value
         box = [value]
@@ -61,7 +60,7 @@ class World:
         return box[0]
 
     def sum_(self, tensors: list[torch.Tensor]) -> None:
-        """Adds every tensor over the ranks, in place."""
+        """Sums every tensor over the ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
@@ -72,26 +71,26 @@ class World:
 
 
 def die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent goes, so that no orphaned worker writes on."""
+    """Makes the kernel kill this process when torchrun dies, so that no orphaned worker keeps writing."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent went before the request was in place
+        if os.getppid() != parent:  # the parent died before the call
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def keep_freed_memory() -> None:
-    """Asks the C library to keep freed memory for the next step: mapping it anew costs a step on the CPU a tenth."""
+    """Makes malloc keep freed memory for the next step: mapping it again costs 10 % of a training step on the CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_threshold, 32 << 20)  # larger ones, weights and their gradients, would break the heap up
+        libc.mallopt(mmap_threshold, 32 << 20)  # larger blocks (weights, gradients) would fragment the heap
 
 
-def speak_later() -> None:
-    """Lets this rank wait before it shows a traceback: most likely rank 0 has said why it ended, this is only the
-    connection to it that broke, and torchrun ends this process meanwhile."""
+def delay_tracebacks() -> None:
+    """Waits before a traceback is printed: most likely rank 0 failed first and has printed the cause, only the
+    connection to it broke here, and torchrun ends this process meanwhile."""
     show = sys.excepthook
 
     def wait_and_show(*error) -> None:
@@ -102,7 +101,9 @@ def speak_later() -> None:
 
 
 def join(device: str, threads: int) -> World:
-    """Joins the ranks that torchrun started. `device` is auto, cpu or cuda; `threads` a rank, 0 shares the cores."""
+    """Joins the ranks that torchrun started. device: auto, cpu or cuda; threads: per rank, 0 shares the cores.
+
+    Raises UserError if device is cuda and there is none."""
     die_with_parent()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -116,8 +117,8 @@ def join(device: str, threads: int) -> World:
     if use_cuda:
         torch.cuda.set_device(where)
     if size > 1:
-        # a stage that only rank 0 runs keeps the others waiting at a barrier for as long as it takes
+        # ranks wait at a barrier for as long as a stage that only rank 0 runs takes
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=7))
         if rank:
-            speak_later()
+            delay_tracebacks()
     return World(rank, size, where)

@@ -1,4 +1,4 @@
-"""The in-process sampling engine: K completions of many prompts, decoded together in one batch that stays full."""
+"""The in-process sampling engine: K completions of many prompts with continuous batching."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from strop.kernels import draw_key, sample_tokens
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
-from strop.trainer.sampling.kv_cache import Beginning, Decode, Prefill, PromptKV, attend_with_cache
+from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Prefill, PromptKV, attend_with_cache
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
-PREFILL_TOKENS = 1024  # of the prompts that are prefilled together, each filled up to the longest
+PREFILL_TOKENS = 1024  # per prefill, prompts padded to the longest
 SPARE_GROUPS = 16  # prompts prefilled ahead of need, so that prefills are batched too
-LOOK_AHEAD = 64  # prompts passed over in a prefill because they are cheaper after it
+LOOK_AHEAD = 64  # prompts that a prefill skips because they are cheaper after it
 
 
 @dataclass
 class Completion:
-    """tokens as sampled, the stop token included; logp: sum under the untempered model; finish: stop or length."""
+    """tokens: as sampled, with the stop token; logp: summed over them at temperature 1; finish: "stop" or "length"."""
 
     tokens: list[int] = field(default_factory=list)
     logp: float = 0.0
@@ -34,7 +34,7 @@ class Completion:
 
 @dataclass
 class Row:
-    """One completion in the making: the `sample`-th of `prompt`, whose keys and values lie in `group` of the cache."""
+    """An unfinished completion: number `sample` of prompt `prompt`, whose KV are in `group` of the cache."""
 
     prompt: int
     sample: int
@@ -44,7 +44,7 @@ class Row:
 
 
 def load_for_generation(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal LM for a `Generator` only: on the CPU its linear layers are rearranged and no longer train."""
+    """A causal LM for a `Generator`: on the CPU its linear layers are packed and can no longer be trained."""
     from strop.kernels.integrations.transformers import fuse_layers  # imports transformers
 
     model = folder.load(dtype, device, attention="sdpa")
@@ -60,7 +60,7 @@ def load_for_generation(folder: ModelFolder, dtype: torch.dtype, device: torch.d
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies in the layout that oneDNN's products take, so that no call rearranges it."""
+    """A linear layer with its weight in oneDNN's blocked layout, so that no call reorders it."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -72,10 +72,9 @@ class PackedLinear(nn.Module):
 
 
 class Generator:
-    """Samples from a causal LM that transformers runs with a replaceable attention function.
+    """Samples from a causal LM of transformers, whose attention implementation it replaces.
 
-    The model is used as it stands (weights, dtype, device); its attention implementation is replaced. Raises
-    ValueError on models that keep state outside attention or attend in ways the cache does not know.
+    Raises UserError on models that keep state outside attention or use attention that the cache does not support.
     """
 
     def __init__(self, model: nn.Module):
@@ -94,8 +93,8 @@ class Generator:
                  on_progress: Callable[[int, int], None] | None = None) -> list[list[Completion]]:
         """`k` completions of every prompt, in the prompts' order.
 
-        A pure function of its arguments, the weights and the thread count. ids: what the draws of a prompt are keyed
-        by, default its index. temperature 0 is greedy. batch_size: completions decoded together.
+        A pure function of its arguments, the weights and the thread count. ids: seed the draws of each prompt, by
+        default its index. temperature 0 is greedy. batch_size: completions decoded together.
         on_progress(completions finished, tokens drawn) is called after every step. Raises ValueError on an empty
         prompt and on one that leaves no room for max_new_tokens in the model's context.
         """
@@ -105,9 +104,8 @@ class Generator:
                                  f"{max_new_tokens} at most {self.context - max_new_tokens}")
         if not prompts:
             return []
-        batch = Batch(self.model, self.device, [list(p) for p in prompts], k, max_new_tokens, batch_size)
         keys = [[draw_key(seed, ids[i] if ids else str(i), s) for s in range(k)] for i in range(len(prompts))]
-        batch.queue(keys)
+        batch = Batch(self.model, self.device, [list(p) for p in prompts], keys, max_new_tokens, batch_size)
         stop = frozenset(stop_ids)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
@@ -129,35 +127,35 @@ class Generator:
 
 
 class Batch:
-    """Rows in flight, the prompts they continue, and those that wait. All of it lives on the host but the cache."""
+    """The active rows, their prompts, and the waiting prompts. All state but the cache is on the host.
 
-    def __init__(self, model: nn.Module, device: torch.device, prompts: list[list[int]], k: int, max_new_tokens: int,
-                 batch_size: int):
+    keys: for each prompt the random key of each of its completions.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, prompts: list[list[int]], keys: list[list[int]],
+                 max_new_tokens: int, batch_size: int):
         self.model, self.device, self.prompts, self.max_new_tokens = model, device, prompts, max_new_tokens
-        groups = min(len(prompts), -(-batch_size // k) + SPARE_GROUPS)
-        batch_size = min(batch_size, len(prompts) * k)
-        self.k, self.rows, self.finished = k, [None] * batch_size, []
+        self.keys, self.k = keys, len(keys[0])
+        groups = min(len(prompts), -(-batch_size // self.k) + SPARE_GROUPS)
+        batch_size = min(batch_size, len(prompts) * self.k)
+        self.rows, self.finished = [None] * batch_size, []
         self.free_groups = list(range(groups))
         self.group_prompt: list[int | None] = [None] * groups
-        self.group_left = [0] * groups  # completions of the group that have not finished
-        self.held = Held(groups, max(map(len, prompts)))
-        self.waiting: deque[int] = deque()
+        self.group_left = [0] * groups  # unfinished completions of the group
+        longest = max(map(len, prompts))
+        self.held = Held(groups, longest)
+        # longest first: neighbors have similar lengths, and the longest completions do not come last
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)))
         self.ready: deque[Row] = deque()
         self.group_logits: Tensor | None = None
-        longest = _bucket(max(map(len, prompts)))
-        self.cache = PromptKV(groups, longest, _bucket(batch_size), _bucket(max_new_tokens), device)
-
-    def queue(self, keys: list[list[int]]) -> None:
-        """All prompts, longest first: neighbours are of like length, and the longest completions do not come last."""
-        self.keys = keys
-        self.waiting.extend(sorted(range(len(self.prompts)), key=lambda i: (-len(self.prompts[i]), i)))
+        self.cache = PromptKV(groups, _bucket(longest), _bucket(batch_size), _bucket(max_new_tokens), device)
 
     @property
     def active(self) -> int:
         return sum(row is not None for row in self.rows)
 
     def refill(self) -> list[int]:
-        """Gives every free row the next completion; the rows that got one, which then await their first token."""
+        """Assigns waiting completions to the free rows; returns these rows, which have no token yet."""
         fresh = []
         for r, row in enumerate(self.rows):
             if row is None:
@@ -170,9 +168,9 @@ class Batch:
         return fresh
 
     def prefill(self) -> None:
-        """Runs some of the waiting prompts, each from where it first differs from one that the cache holds. Those that
-        start like another one of this prefill wait for it to be over."""
-        chosen: list[Beginning] = []
+        """Prefills some of the waiting prompts, each after the longest prefix that the cache holds. Prompts that share
+        more with another prompt of this prefill wait for the next one."""
+        chosen: list[CachedPrefix] = []
         later: list[int] = []
         running: list[int] = []  # groups
         longest = 0
@@ -181,15 +179,15 @@ class Batch:
             common = self.held.common(prompt)
             coming, common[running] = max(common[running], default=0), 0
             source = int(common.argmax())
-            kept = int(common[source]) if worth_copying(common[source], prompt) else 0
-            if worth_copying(coming - kept, prompt):
+            cached = int(common[source]) if worth_copying(common[source], prompt) else 0
+            if worth_copying(coming - cached, prompt):
                 later.append(self.waiting.popleft())
                 continue
-            longest = max(longest, len(prompt) - kept)
+            longest = max(longest, len(prompt) - cached)
             if chosen and longest * (len(chosen) + 1) > PREFILL_TOKENS:
                 break
             i, g = self.waiting.popleft(), heapq.heappop(self.free_groups)
-            chosen.append(Beginning(prompt, g, kept, source))
+            chosen.append(CachedPrefix(prompt, g, cached, source))
             running.append(g)
             self.held.put(g, prompt)
             self.group_prompt[g], self.group_left[g] = i, self.k
@@ -210,7 +208,7 @@ class Batch:
         return self.group_logits[torch.tensor([self.rows[r].group for r in rows], device=self.device)]
 
     def compact(self) -> int:
-        """Moves the last rows into the holes that no completion is left for; how many rows are in flight."""
+        """Moves the last rows into free rows below them; returns the number of active rows."""
         holes = [r for r, row in enumerate(self.rows[: self.active]) if row is None]
         last = [r for r in range(self.active, len(self.rows)) if self.rows[r] is not None]
         if holes:
@@ -220,7 +218,7 @@ class Batch:
         return self.active
 
     def step(self) -> Tensor:
-        """Feeds every row its last token; logits [rows in flight, V]."""
+        """Feeds every active row its last token; logits [active rows, V]."""
         rows = self.rows[: self.active]
         padding = _bucket(len(rows)) - len(rows)
         used = max(row.group for row in rows) + 1
@@ -242,14 +240,14 @@ class Batch:
         return self.forward(decode)[: len(rows)]
 
     def draw(self, rows: list[int], logits: Tensor, sampling: dict, stop: frozenset[int]) -> int:
-        """Draws the next token of `rows` and retires those that end with it; how many did."""
-        flight = [self.rows[r] for r in rows]
-        key, position = torch.tensor([[row.key for row in flight],
-                                      [len(row.completion.tokens) for row in flight]]).to(self.device)
+        """Draws the next token of `rows` and retires finished ones; returns their number."""
+        active = [self.rows[r] for r in rows]
+        key, position = torch.tensor([[row.key for row in active],
+                                      [len(row.completion.tokens) for row in active]]).to(self.device)
         token, logp = sample_tokens(logits, key, position, **sampling)
-        tokens, logps = torch.stack((token.double(), logp.double())).tolist()  # the step's only wait for the device
+        tokens, logps = torch.stack((token.double(), logp.double())).tolist()  # the only host sync of the step
         ended = 0
-        for r, row, t, lp in zip(rows, flight, tokens, logps, strict=True):
+        for r, row, t, lp in zip(rows, active, tokens, logps, strict=True):
             completion = row.completion
             completion.tokens.append(int(t))
             completion.logp += lp
@@ -269,13 +267,13 @@ class Batch:
 
 
 class Held:
-    """What prompts the groups of the cache hold, also those whose completions are done."""
+    """The prompts in the groups of the cache, including finished ones."""
 
     def __init__(self, groups: int, longest: int):
         self.tokens = np.full((groups, longest), -1)
 
     def common(self, prompt: list[int]) -> np.ndarray:
-        """How many tokens `prompt` begins with like each group's, at most all but its last."""
+        """[groups]: length of the prefix that `prompt` shares with each group's, at most len(prompt) - 1."""
         differs = self.tokens[:, : len(prompt)] != prompt
         differs[:, -1] = True
         return differs.argmax(1)
@@ -286,8 +284,7 @@ class Held:
 
 
 def worth_copying(tokens: int, prompt: list[int]) -> bool:
-    """Whether so many tokens' keys and values are copied: a few are no gain, and a copy costs the other tokens causal
-    attention."""
+    """Whether copying the KV of `tokens` tokens is a gain: it forces a mask on the attention of the remaining ones."""
     return tokens >= max(BUCKET, len(prompt) / 8)
 
 

@@ -1,7 +1,7 @@
-"""Keys and values of prompts and of the completions that continue them, and attention over both.
+"""The KV cache of prompts and their completions, and attention over both.
 
-A prompt's keys and values are stored once and read once a step for all its completions. The model runs on one row of
-tokens and reaches this cache through the keyword `kv_step`, which transformers hands down to the attention function.
+A prompt's KV are stored once and read once per step for all its completions. The model runs on one row of tokens and
+reaches this cache through the keyword `kv_step`, which transformers passes down to the attention function.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_
 
 
 class PromptKV:
-    """Buffers a layer, made when it is first used. prompt_k, prompt_v: [groups, kv heads, prompt length, head dim].
+    """Buffers per layer, allocated on first use. prompt_k, prompt_v: [groups, kv heads, prompt length, head dim].
 
-    completion_k, completion_v: all completions' positions in chunks [rows, kv heads, chunk size, head dim] that lie
-    one after another in flat memory. A product over whole chunks needs no copy, which one over a slice of a longer
-    buffer does; and a step reads only the chunks that its longest completion has reached.
+    completion_k, completion_v: flat memory of chunks [rows, kv heads, chunk size, head dim]. A matrix product over
+    whole chunks needs no copy, unlike one over a slice of a longer buffer, and a step reads only the chunks that its
+    longest completion reaches.
     """
 
     def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int, device: torch.device):
@@ -45,7 +45,7 @@ class PromptKV:
         self.completion_v: dict[int, Tensor] = {}
 
     def allocate(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k and v [Hkv, T, D] give the heads, the dtype and the device."""
+        """Allocates the buffers of a layer, with the heads, dtype and device of k and v [Hkv, T, D]."""
         for x, prompt, completion in ((k, self.prompt_k, self.completion_k), (v, self.prompt_v, self.completion_v)):
             groups, length = self.prompt_shape
             prompt[layer] = x.new_zeros(groups, x.shape[0], length, x.shape[2])
@@ -60,7 +60,7 @@ class PromptKV:
         return buffer[first : first + self.rows * heads * size].view(self.rows, heads, size, -1)
 
     def move(self, source: list[int], target: list[int], longest: int) -> None:
-        """Copies what the rows `source` hold of completions up to `longest` tokens to the rows `target`."""
+        """Copies the first `longest` tokens of the completions in rows `source` to rows `target`."""
         for layer, prompt in self.prompt_k.items():
             for buffer in (self.completion_k[layer], self.completion_v[layer]):
                 for start, size in self.reached(longest):
@@ -68,21 +68,21 @@ class PromptKV:
                     chunk[target] = chunk[source]
 
 
-class Beginning(NamedTuple):
-    """A prompt that goes to `group` of the cache: what its first `kept` tokens need is copied from group `source`."""
+class CachedPrefix(NamedTuple):
+    """A prompt for `group` of the cache: the KV of its first `cached` tokens are copied from group `source`."""
 
     prompt: list[int]
     group: int
-    kept: int
+    cached: int
     source: int
 
 
 class Step:
     """Tokens that run together, T of them.
 
-    group, seen, length [T] int64: the prompt that a token continues or is of, how many of the prompt's tokens it sees,
-    and its number in its completion, -1 within a prompt. copies [2, n]: groups to and from which keys and values of the
-    first most_kept tokens are copied beforehand.
+    group, seen, length [T] int64: the group of a token's prompt, how many prompt tokens it sees, and its position in
+    its completion (-1 in a prompt). copies [2, n]: target and source groups of the KV of the first `most_cached` tokens
+    to copy before.
     """
 
     cache: PromptKV
@@ -90,7 +90,7 @@ class Step:
     seen: Tensor
     length: Tensor
     copies: Tensor
-    most_kept: int = 0
+    most_cached: int = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                window: int | None) -> Tensor:
@@ -99,9 +99,9 @@ class Step:
         if layer not in cache.prompt_k:
             cache.allocate(layer, k, v)
         prompt_k, prompt_v = cache.prompt_k[layer], cache.prompt_v[layer]
-        if self.most_kept:
+        if self.most_cached:
             for buffer in (prompt_k, prompt_v):
-                buffer[self.copies[0], :, : self.most_kept] = buffer[self.copies[1], :, : self.most_kept]
+                buffer[self.copies[0], :, : self.most_cached] = buffer[self.copies[1], :, : self.most_cached]
         if not attention_cached.takes(q, k, v):
             return self.composed(layer, q, k, v, scaling, softcap, window)
         return attention_cached.attention_over_cache(
@@ -110,26 +110,26 @@ class Step:
 
     def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                  window: int | None) -> Tensor:
-        """As `attend`, of PyTorch's operators."""
+        """`attend` in PyTorch operators, where there is no fused kernel."""
         raise NotImplementedError
 
 
 class Prefill(Step):
-    """The tokens of `prompts` that are not copied, packed end to end in one row of T tokens."""
+    """The uncached tokens of `prompts`, packed end to end in one row of T tokens."""
 
-    def __init__(self, cache: PromptKV, prompts: list[Beginning], device: torch.device):
-        kept, groups = (torch.tensor(x) for x in ([p.kept for p in prompts], [p.group for p in prompts]))
-        lengths = torch.tensor([len(p.prompt) for p in prompts]) - kept
+    def __init__(self, cache: PromptKV, prompts: list[CachedPrefix], device: torch.device):
+        cached, groups = (torch.tensor(x) for x in ([p.cached for p in prompts], [p.group for p in prompts]))
+        lengths = torch.tensor([len(p.prompt) for p in prompts]) - cached
         column = torch.arange(int(lengths.max()))
-        real, position = column < lengths[:, None], kept[:, None] + column  # [prompts, longest rest], filling included
-        self.cache, self.longest, self.most_kept = cache, max(len(p.prompt) for p in prompts), int(kept.max())
-        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.kept], device=device).view(-1, 2).mT
-        self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.kept :]], device=device)[None]
+        real, position = column < lengths[:, None], cached[:, None] + column  # [prompts, longest rest], with padding
+        self.cache, self.longest, self.most_cached = cache, max(len(p.prompt) for p in prompts), int(cached.max())
+        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.cached], device=device).view(-1, 2).mT
+        self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.cached :]], device=device)[None]
         self.positions, self.seen = position[real].to(device)[None], (position[real] + 1).to(device)
         self.group, self.length = groups.repeat_interleave(lengths).to(device), torch.full_like(self.seen, -1)
         self.groups, self.padded_positions = groups.to(device), position.to(device)
         self.last = (lengths.cumsum(0) - 1).to(device)
-        # packed row -> [prompts, longest rest]: the filling reads token 0, and what comes of it is left out
+        # packed row -> [prompts, longest rest]: padding reads token 0, and its output is dropped
         self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
         self.unpack = self.unpack.to(device)
         self.pack = real.flatten().nonzero()[:, 0].to(device)
@@ -142,7 +142,7 @@ class Prefill(Step):
         q = q.transpose(0, 1)[self.unpack].transpose(1, 2)  # [prompts, heads, longest rest, D]
         k, v = (buffer[self.groups, :, : self.longest] for buffer in buffers)
         mask = None
-        if softcap is not None or self.most_kept or (window is not None and window < self.longest):
+        if softcap is not None or self.most_cached or (window is not None and window < self.longest):
             ahead = self.padded_positions[:, None, :, None] - torch.arange(self.longest, device=q.device)
             mask = (ahead >= 0) & (ahead < (window or self.longest))
         if softcap is None:
@@ -157,9 +157,9 @@ class Prefill(Step):
 
 
 class Decode(Step):
-    """One token for each of n rows: row r continues the prompt of group[r] as token number length[r], counted from 0.
+    """One token for each of n rows: token number length[r], from 0, of a completion of the prompt in group[r].
 
-    members [G, M] int64: the rows of every group, padded with any row; place [n] int64: where row r stands in the
+    members [G, M] int64: the rows of every group, padded with any row; place [n] int64: the index of row r in the
     flattened members. prompt_length [G] int64.
     """
 
@@ -176,7 +176,7 @@ class Decode(Step):
         self.writes: dict[int, Tensor] = {}
 
     def write(self, heads: int) -> Tensor:
-        """Where the new keys and values go in a layer's completion buffer: [n * heads]."""
+        """Indices [n * heads] of the new KV in a layer's completion buffer."""
         if heads not in self.writes:
             row_head = torch.arange(self.length.numel() * heads, device=self.length.device).view(-1, heads)
             start, size = self.cache.chunk_start[self.length], self.cache.chunk_size[self.length]
@@ -185,7 +185,7 @@ class Decode(Step):
         return self.writes[heads]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive [n, 1, 1, width]: 0 where the row's token may look, else -inf."""
+        """Additive mask [n, 1, 1, width]: 0 where the row's token attends, else -inf."""
         if (window, dtype) not in self.masks:
             column = torch.arange(self.width, device=self.length.device)
             completion = column - self.prompt_width
@@ -202,10 +202,10 @@ class Decode(Step):
         cache, n, heads, groups = self.cache, q.shape[1], k.shape[0], self.members.shape[0]
         for buffer, new in ((cache.completion_k[layer], k), (cache.completion_v[layer], v)):
             buffer.index_copy_(0, self.write(heads), new.transpose(0, 1).reshape(n * heads, -1))
-        prompt_k = cache.prompt_k[layer][:groups, :, : self.prompt_width]
-        prompt_v = cache.prompt_v[layer][:groups, :, : self.prompt_width]
-        own_k, own_v = ([cache.chunk(buffer, heads, *chunk)[:n] for chunk in self.chunks]
-                        for buffer in (cache.completion_k[layer], cache.completion_v[layer]))
+        prompt_k, prompt_v = (buffer[layer][:groups, :, : self.prompt_width]
+                              for buffer in (cache.prompt_k, cache.prompt_v))
+        own_k, own_v = ([cache.chunk(buffer[layer], heads, *chunk)[:n] for chunk in self.chunks]
+                        for buffer in (cache.completion_k, cache.completion_v))
         q = (q * scaling).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
         q_column = q.transpose(-1, -2)
         scores = torch.cat((self.by_row(self.by_group(q) @ prompt_k.transpose(-1, -2)),
@@ -233,19 +233,19 @@ def cached_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
                      kv_step: Prefill | Decode | None = None, **other):
     """transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None).
 
-    Raises ValueError on a missing step, on a mask, and on keywords it does not know (attention sinks and such).
+    Raises UserError on a missing step, on a mask, and on unknown keywords (e.g. attention sinks).
     """
     unknown = sorted(k for k, v in other.items() if k not in IGNORED and v is not None)
     if kv_step is None or attention_mask is not None or unknown:
-        why = f"uses {', '.join(unknown)}" if unknown else "does not hand keywords down to its attention"
+        why = f"uses {', '.join(unknown)}" if unknown else "does not pass keywords down to its attention"
         raise UserError(f"{type(module).__name__} {why}: the in-process sampler does not support this model")
     out = kv_step.attend(module.layer_idx, query[0], key[0], value[0], scaling, softcap, sliding_window)
     return out[None], None
 
 
 def attend_with_cache(model: nn.Module) -> None:
-    """Gives a transformers model `cached_attention` for its attention function."""
-    from transformers import AttentionInterface  # seconds of imports, which a recipe's mistakes need not wait for
+    """Sets `cached_attention` as the attention implementation of a transformers model."""
+    from transformers import AttentionInterface  # takes seconds to import
 
     AttentionInterface.register(ATTENTION, cached_attention)
     model.set_attn_implementation(ATTENTION)

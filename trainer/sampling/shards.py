@@ -1,4 +1,4 @@
-"""The loop that every stage of completions shares: which prompts fit, which shards are done, who samples the rest."""
+"""Sharded generation for the stages sample and evaluate: which prompts fit, which shards are done, who samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from strop.trainer.run.tables import Drops, read_part, write_table
 
 @dataclass(frozen=True)
 class Shard:
-    """Prompts that are sampled together. `ids` are the values of the key columns that its file must hold, in order."""
+    """Prompts that are sampled together. ids: the values of the key columns in the shard's file, in order."""
 
     path: Path
     rows: list[dict]
@@ -24,7 +24,7 @@ class Shard:
 
 
 def fitting(tokenizer, rows: list[dict], room: int, drops: Drops, detail: str = "") -> list[dict]:
-    """The rows whose prompt has at most `room` tokens, with their `tokens`; the others are dropped as overlong."""
+    """The rows with at most `room` prompt tokens, with their `tokens`; the others are dropped as overlong."""
     kept = []
     for row in rows:
         tokens = prompt_tokens(tokenizer, row)
@@ -40,18 +40,18 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
                load: Callable[[], Callable], to_table: Callable[[list[dict], list], pa.Table]) -> None:
     """Writes the file of every shard that is not done; shard i belongs to rank i modulo the number of ranks.
 
-    load() returns generate(rows, on_progress) -> a list of completions per row; it is called once, and only if
-    something is left to do. to_table(rows, completions) gives a table of `schema`, a row per id of the shard.
+    load() returns generate(rows, on_progress) -> a list of completions per row; it is called at most once.
+    to_table(rows, completions) -> a table of `schema`, a row per id of the shard.
     """
     mine = shards[stage.world.rank::stage.world.size]
     todo = [shard for shard in mine if not is_done(shard, key, schema)]
     total = sum(len(shard.ids) for shard in mine)
-    kept = total - sum(len(shard.ids) for shard in todo)
-    if kept:
-        stage.console.line(f"{label}: {len(mine) - len(todo)} of {len(mine)} shards ({kept} completions) done before")
+    done = total - sum(len(shard.ids) for shard in todo)
+    if done:
+        stage.console.line(f"{label}: {len(mine) - len(todo)} of {len(mine)} shards ({done} completions) done before")
     if todo:
         generate = load()
-        with stage.console.progress(label, total, done=kept) as bar:
+        with stage.console.progress(label, total, done=done) as bar:
             for shard in todo:
                 write_table(shard.path, to_table(shard.rows, generate(shard.rows, bar.advance)))
                 stopping.point()
@@ -59,6 +59,6 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
 
 
 def is_done(shard: Shard, key: tuple[str, ...], schema: pa.Schema) -> bool:
-    """Whether the shard's file holds exactly its ids; a file that does not is written again."""
+    """Whether the shard's file has exactly its ids."""
     table = read_part(shard.path, schema)
     return table is not None and shard.ids == list(zip(*(table[name].to_pylist() for name in key), strict=True))

@@ -1,9 +1,11 @@
-"""Evaluate: greedy completions of the held-out prompts by every candidate, and their pass rates."""
+"""Evaluate: every candidate's greedy completions of the held-out prompts, and their pass rates."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow as pa
 
@@ -28,15 +30,15 @@ SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source
 
 def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, compute: Part, prompts: Path,
              candidates: dict[str, Path], start: Path | None = None) -> None:
-    """Writes results.parquet (a row for each candidate and prompt), summary.json and drops.parquet; with `start`, the
-    weights the run began with, also kl.json: how far each candidate is from them.
+    """Writes results.parquet (a row per candidate and prompt), summary.json and drops.parquet; with `start`, the run's
+    start weights, also kl.json: each candidate's KL from them.
 
-    Runs on every rank; shards of prompts are the unit of resume. Raises UserError if no held-out prompt fits.
+    Runs on every rank and resumes by shard. Raises UserError if no held-out prompt fits.
     """
     rows = [r for r in read_table(prompts / "prompts.parquet").to_pylist() if r["split"] in SPLITS]
     rows.sort(key=lambda r: (SPLITS.index(r["split"]), r["prompt_id"]))
     parts: list[Path] = []
-    first: dict[str, list[dict]] = {}  # each candidate's first prompts, on which the KL is measured
+    first: dict[str, list[dict]] = {}  # the prompts of each candidate's KL
     drops, n = Drops(stage), evaluate.batch_size
     for c, (name, weights) in enumerate(candidates.items()):
         folder = ModelFolder(weights, model)
@@ -73,16 +75,16 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
         stage.counts["tokens"] = sum(row["completion_tokens"] for row in rows)
         if start and candidates and evaluate.kl_prompts:
             tokens = {(row["candidate"], row["prompt_id"]): row["tokens"] for row in rows}
-            own = {name: [(row["tokens"], tokens[name, row["prompt_id"]]) for row in asked]
-                   for name, asked in first.items()}
+            completions = {name: [(row["tokens"], tokens[name, row["prompt_id"]]) for row in asked]
+                           for name, asked in first.items()}
             folders = {name: ModelFolder(path, model) for name, path in candidates.items()}
-            moved = drift(folders, own, ModelFolder(start, model), DTYPES[compute.dtype], stage.world.device)
-            write_json(stage.dir / "kl.json", moved)
-            stage.counts |= {f"{name}/kl": found["kl"] for name, found in moved.items()}
+            kl = drift(folders, completions, ModelFolder(start, model), DTYPES[compute.dtype], stage.world.device)
+            write_json(stage.dir / "kl.json", kl)
+            stage.counts |= {f"{name}/kl": found["kl"] for name, found in kl.items()}
 
 
 def judge(tokenizer, candidate: str, shard: list[dict], completions: list, correct_at: float) -> pa.Table:
-    """Results of one completion a prompt; correct: it stopped by itself and scores at least `correct_at`."""
+    """Results of one completion per prompt; correct: it stopped by itself and scores at least `correct_at`."""
     found = []
     for row, (completion,) in zip(shard, completions, strict=True):
         text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
@@ -97,18 +99,17 @@ def judge(tokenizer, candidate: str, shard: list[dict], completions: list, corre
 
 def summarize(rows: list[dict]) -> dict:
     """{candidate: {split: pass_rate, n, by_source, mean_length in tokens, cut_share}}"""
-    summary: dict[str, dict] = {}
+    summary: dict[str, dict] = defaultdict(dict)
     for row in rows:
-        summary.setdefault(row["candidate"], {}).setdefault(row["split"], []).append(row)
+        summary[row["candidate"]].setdefault(row["split"], []).append(row)
     return {name: {split: describe(found) for split, found in splits.items()} for name, splits in summary.items()}
 
 
 def describe(rows: list[dict]) -> dict:
-    by_source: dict[str, list[bool]] = {}
+    by_source: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        by_source.setdefault(row["source"], []).append(row["correct"])
-    return {"pass_rate": sum(row["correct"] for row in rows) / len(rows), "n": len(rows),
-            "by_source": {s: {"pass_rate": sum(right) / len(right), "n": len(right)}
-                          for s, right in sorted(by_source.items())},
-            "mean_length": sum(row["completion_tokens"] for row in rows) / len(rows),
-            "cut_share": sum(row["finish"] == "length" for row in rows) / len(rows)}
+        by_source[row["source"]].append(row["correct"])
+    return {"pass_rate": fmean(row["correct"] for row in rows), "n": len(rows),
+            "by_source": {s: {"pass_rate": fmean(right), "n": len(right)} for s, right in sorted(by_source.items())},
+            "mean_length": fmean(row["completion_tokens"] for row in rows),
+            "cut_share": fmean(row["finish"] == "length" for row in rows)}

@@ -1,4 +1,4 @@
-"""Merge: averages weights in fp32 and rounds once."""
+"""Merge: averages weights in fp32, rounded once."""
 
 import shutil
 import tempfile
@@ -16,10 +16,9 @@ from strop.trainer.run.store import Stage
 
 
 def merge(stage: Stage, *, merge: Merge, start: Path, trained: dict[str, Path]) -> None:
-    """Writes model/: the round's last weights, an average or their EMA, then drawn towards `start`.
+    """Writes model/: the last weights, their EMA or an average, interpolated with `start`.
 
-    start: a model folder. trained: the artifacts of the stages that trained, in order, by the names that
-    merge.members uses.
+    start: a model folder. trained: the artifacts of the training stages, in order, by their names in merge.members.
     """
     mixture = mixture_of(merge, start, trained)
     if merge.interpolate < 1:
@@ -30,23 +29,19 @@ def merge(stage: Stage, *, merge: Merge, start: Path, trained: dict[str, Path]) 
 
 
 def mixture_of(section: Merge, start: Path, trained: dict[str, Path]) -> list[tuple[Path, float]]:
-    """The folders to average and their weights, which add up to 1."""
+    """The folders to average and their weights, which sum to 1."""
     if not trained:
         return [(start, 1.0)]
     last = list(trained.values())[-1]
-    if section.method == "last":
-        return [(last / "model", 1.0)]
-    if section.method == "ema":
-        return [(last / "ema", 1.0)]
+    if section.method in ("last", "ema"):
+        return [(last / ("ema" if section.method == "ema" else "model"), 1.0)]
     mixture = []
     weights = section.weights or [1.0] * len(section.members)
     for name, weight in zip(section.members, weights, strict=True):
         folder = trained.get(name, start)
         checkpoints = [start] if name == "start" else [*sorted((folder / "snapshots").glob("step-*")), folder / "model"]
-        if section.weights is None:  # uniform over checkpoints, not over stages
-            mixture += [(c, 1.0) for c in checkpoints]
-        else:
-            mixture += [(c, weight / len(checkpoints)) for c in checkpoints]
+        # by default uniform over checkpoints, not over stages
+        mixture += [(c, weight / len(checkpoints) if section.weights else 1.0) for c in checkpoints]
     total = sum(weight for _, weight in mixture)
     return [(path, weight / total) for path, weight in mixture]
 
@@ -54,11 +49,11 @@ def mixture_of(section: Merge, start: Path, trained: dict[str, Path]) -> list[tu
 def average(mixture: list[tuple[Path, float]], target: Path) -> None:
     """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32.
 
-    Raises UserError where the folders do not hold the same tensors.
+    Raises UserError if the folders do not have the same tensors.
     """
     first, files = mixture[0][0], [weight_files(path) for path, _ in mixture]
-    for found in files:  # a head tied to the embedding may or may not be written out
-        if not all(name in f for name in ("lm_head.weight",) for f in files):
+    if not all("lm_head.weight" in f for f in files):  # a tied head may be saved in some of the folders only
+        for found in files:
             found.pop("lm_head.weight", None)
     for (path, _), found in zip(mixture, files, strict=True):
         if found.keys() != files[0].keys():

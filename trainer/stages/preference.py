@@ -1,4 +1,4 @@
-"""DPO and its relatives: preference optimization on packed pairs against a table of reference log-probs."""
+"""DPO and related losses: preference optimization on packed pairs against a table of reference log-probs."""
 
 from pathlib import Path
 
@@ -16,19 +16,19 @@ from strop.trainer.training.loop import train
 from strop.trainer.training.pairs import ReferenceTable, load_pairs
 from strop.trainer.training.probe import probe
 
-# The reference is made in these very microbatches, so that at step 0 equal weights give equal bits. They do not where
-# the stages ran with another number of ranks or threads, or on another machine: then this (mean, largest) difference of
-# per-token log-probs passes, by dtype, with a warning. Between packings of the quickstart's pairs in bf16 it is at most
-# 0.007 and 0.26.
+# The reference stage uses the same microbatches, so that equal weights give equal bits at step 0, unless the stages ran
+# with different numbers of ranks or threads or on different machines. Then this (mean, maximum) difference of per-token
+# log-probs passes, by dtype, with a warning. Other packings of the quickstart's pairs in bf16 differ by at most 0.007
+# and 0.26.
 STEP_ZERO = {torch.float32: (5e-5, 8e-4), torch.bfloat16: (0.03, 1.0)}
 
 
 def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
         policy: Path, reference: Path, same_weights: bool) -> None:
-    """Trains the weights `policy` on select/pairs.parquet; writes model/, and snapshots/ and ema/ if asked for.
+    """Trains the weights `policy` on select/pairs.parquet; writes model/, snapshots/ and ema/.
 
-    compute: the recipe's dtype and attention. same_weights: policy and reference are the same weights, so that step 0
-    can be checked: log-ratios of zero. Raises UserError if no pair is left to train on, or step 0 is off.
+    compute: the recipe's dtype and attention. same_weights: policy and reference have the same weights, so all
+    log-ratios of step 0 must be zero. Raises UserError if no pair is left to train on, or step 0 fails this check.
     """
     folder = ModelFolder(policy, model)
     pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=True)
@@ -36,7 +36,6 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
     engine = Engine(folder, dpo, stage, len(plan), compute=compute, lora=lora, seed=seed)
     scorer = Scorer(engine.model, probe(engine.model, stage.console))
-
     rounding = 0.0  # largest mean difference between policy and reference in a microbatch of step 0
 
     def totals(rows):
@@ -51,7 +50,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
             if found > rounding == 0.0:
                 stage.console.warn(f"{stage.name}: step 0: log-probs differ from the reference's by {found:.2g} on "
                                    "average although the weights are the same: rounding, because the reference was "
-                                   "made with another number of processes or threads, or on another machine")
+                                   "computed with another number of processes or threads, or on another machine")
             rounding = max(found, rounding)
         denominator = step.totals["chosen_tokens" if dpo.nll_normalization == "batch_tokens" else "pairs"]
         return preference_loss(
@@ -66,7 +65,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
 
 
 def check_loss(section: Dpo) -> None:
-    """Raises UserError, before anything has run, where the loss and its numbers do not go together."""
+    """Raises UserError, before anything runs, if the loss and its parameters do not go together."""
     try:
         preference_loss(torch.zeros(2), torch.zeros(2), segments=torch.arange(2), num_segments=2,
                         loss_type=section.loss, beta=section.beta, label_smoothing=section.label_smoothing,
@@ -76,7 +75,7 @@ def check_loss(section: Dpo) -> None:
 
 
 def step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, name: str) -> float:
-    """Mean difference of the policy's log-probs from the reference's. Raises UserError if it is more than rounding."""
+    """Mean difference of policy and reference log-probs. Raises UserError if it is more than rounding."""
     if logp.numel() == 0:
         return 0.0
     difference = (logp - ref).abs()
@@ -84,5 +83,5 @@ def step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, name: s
     if not (mean <= STEP_ZERO[dtype][0] and worst <= STEP_ZERO[dtype][1]):  # NaN fails too
         raise UserError(f"{name}: step 0: policy and reference are the same weights, but their per-token log-probs "
                          f"differ by {mean:.2g} on average, {worst:.2g} at most; nothing was trained. Delete the "
-                         "reference folder beside it to have the table made again")
+                         "folder of the reference stage to re-run it")
     return mean

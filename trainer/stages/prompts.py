@@ -1,4 +1,4 @@
-"""Prompts: read or generated, hashed, filtered, and split by content into train, validation and test."""
+"""Prompts: read or generated, filtered, and split by content into train, validation and test."""
 
 import time
 from collections import Counter
@@ -24,10 +24,8 @@ MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split", pa.string()),
                     ("messages", MESSAGES), ("answer", pa.string()), ("verifier", pa.string()),
                     ("verifier_args", pa.string()), ("metadata", pa.string())])
-
-
-REPORT_SECONDS = 10.0
-MUCH = 0.2  # of a source
+REPORT_SECONDS = 10.0  # between two console lines while a source is read
+WARN_SHARE = 0.2  # of a source's prompts that filters may drop without a warning
 
 
 def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[str, Path]) -> None:
@@ -53,7 +51,7 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
         for row in source_rows(source, seed, check_answer, drops, quarantine):
             if time.monotonic() - shown > REPORT_SECONDS:
                 shown = time.monotonic()
-                stage.console.line(f"{stage.name}: {source.name}, read up to {row['where']}, {len(rows):,} prompts")
+                stage.console.line(f"{stage.name}: {source.name}: {len(rows):,} prompts, at {row['where']}")
             first = seen.setdefault(row["prompt_id"], row)
             if first is not row:
                 detail = row.pop("where") + ("" if first["answer"] == row["answer"] else ", with another answer")
@@ -70,17 +68,13 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
     warn_of_templates(stage, data, rows, drops)
     write_table(stage.dir / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
     drops.write()
-    quarantine.write(stage.dir / "quarantine.jsonl")
+    quarantine.write(stage)
     splits = Counter(row["split"] for row in rows)
     stage.counts |= {"prompts": len(rows), **{s: splits[s] for s in ("train", "validation", "test")}}
-    if quarantine.rows:
-        worst = quarantine.rows[0]
-        stage.console.warn(f"{len(quarantine.rows)} malformed rows set aside in {stage.name}/quarantine.jsonl; the "
-                           f"first is {worst['where']}: {worst['error']}")
 
 
 def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> list[dict]:
-    """The rows whose text repeats itself no more than filter.max_repetition."""
+    """Drops rows with more than filter.max_repetition repeated 4-grams."""
     kept = []
     for row in rows:
         share = repetition(words(row["text"]))
@@ -88,12 +82,12 @@ def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> li
             kept.append(row)
         else:
             drops.add("repetitive", prompt_id=row["prompt_id"], source=row["source"],
-                      detail=f"{row['where']}: {share:.2f} of its 4-grams stood before")
+                      detail=f"{row['where']}: {share:.2f} of its 4-grams are repeats")
     return kept
 
 
 def drop_near_duplicates(rows: list[dict], data: Part, filter: Filter | Part, drops: Drops) -> list[dict]:
-    """The rows without those that are like an earlier one of their source, if it is not templated."""
+    """Drops near duplicates of an earlier row of the same source, except in templated sources."""
     threshold, gone = filter.near_duplicates, set()
     for source in data.sources if threshold else ():
         mine = [row for row in rows if row["source"] == source.name and not source.templated]
@@ -105,9 +99,7 @@ def drop_near_duplicates(rows: list[dict], data: Part, filter: Filter | Part, dr
 
 
 def drop_contaminated(rows: list[dict], data: Part, filter: Filter | Part, drops: Drops) -> list[dict]:
-    """The rows without training prompts that repeat a held-out one.
-
-    Raises UserError if no training prompt is left."""
+    """Drops training prompts that repeat a held-out one. Raises UserError if no training prompt is left."""
     if not filter.decontaminate:
         return rows
     held = held_out(rows, filter.decontaminate, {s.name for s in data.sources if s.templated})
@@ -121,17 +113,17 @@ def drop_contaminated(rows: list[dict], data: Part, filter: Filter | Part, drops
                       detail=f"{row['where']}: shares {found[1]!r} with {splits[found[0]]} prompt {found[0]}")
     if not any(row["split"] == "train" for row in kept):
         raise UserError(f"filter.decontaminate={filter.decontaminate}: every training prompt repeats a held-"
-                         "out one; give more varied prompts, raise it, or set it to 0 to train on them all the same")
+                         "out one; give more varied prompts, raise it, or set it to 0 to train on them anyway")
     return kept
 
 
 def warn_of_templates(stage: Stage, data: Part, rows: list[dict], drops: Drops) -> None:
-    """Says so where the filters take much of a source: most likely its prompts come from templates."""
+    """Warns if the filters drop much of a source: most likely its prompts come from templates."""
     left = Counter(row["source"] for row in rows)
     for i, source in enumerate(data.sources):
         gone = Counter(row["reason"] for row in drops.rows if row["source"] == source.name)
         n = gone["near_duplicate"] + gone["contaminated"]
-        if not source.templated and n > MUCH * (n + left[source.name]):
+        if not source.templated and n > WARN_SHARE * (n + left[source.name]):
             stage.console.warn(f"{stage.name}: {n:,} of {n + left[source.name]:,} prompts of source {source.name} are "
                                f"near duplicates or repeat held-out ones (drops.parquet has each); if they come from "
                                f"templates, set data.sources.{i}.templated=true to keep them")

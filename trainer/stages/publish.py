@@ -1,4 +1,4 @@
-"""Publish: the promoted weights as a folder of their own, with a model card of lineage and results."""
+"""Publish: the promoted weights as a standalone folder, with a model card."""
 
 import os
 import shutil
@@ -14,9 +14,9 @@ from strop.trainer.run.store import Stage
 
 def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, base: dict, weights: Path,
             promotions: list[dict]) -> None:
-    """Links the promoted weights, writes README.md (the card) and results.json.
+    """Links the promoted weights and writes README.md (the model card) and results.json.
 
-    base: base_model, license, base_from_gguf and base_hash, as the card shows them."""
+    base: base_model, license, base_from_gguf and base_hash, for the card."""
     for file in sorted(weights.iterdir()):
         if file.is_file() and file.name not in ("README.md", "results.json", "manifest.json"):
             place(file, stage.dir / file.name)
@@ -28,7 +28,7 @@ def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, base: dict, weights
 
 
 def place(file: Path, target: Path) -> None:
-    """A hard link where the file system allows one, else a copy."""
+    """A hard link if the file system supports it, else a copy."""
     target.unlink(missing_ok=True)
     try:
         os.link(file.resolve(), target)

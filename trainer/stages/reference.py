@@ -1,4 +1,4 @@
-"""The reference's per-token log-probs of every pair, computed once; no second model is in memory while DPO trains."""
+"""The reference's per-token log-probs of every pair, computed once, so that DPO keeps no second model in memory."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.pairs import load_pairs
 from strop.trainer.training.probe import probe
 
-CHUNK = 64  # microbatches a file: the unit of resume
+CHUNK = 64  # microbatches per file: the unit of resume
 SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()), ("chosen", pa.list_(pa.float32())),
                     ("rejected", pa.list_(pa.float32()))])
 
@@ -26,8 +26,8 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
     """Writes reference.parquet: per pair the fp32 log-probs of its loss tokens under `weights`, with a fingerprint of
     its tokens and masks.
 
-    The pairs run in the microbatches in which DPO sees them first, so that on as many ranks of the same machine equal
-    weights give equal bits, in bf16 too.
+    Pairs run in the microbatches in which DPO sees them first, so that equal weights give equal bits on the same number
+    of ranks and the same machine, also in bf16.
     """
     world, folder = stage.world, ModelFolder(weights, model)
     pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=False)
@@ -55,28 +55,29 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
 
 def first_looks(pairs: list[Example], plan: list[list[int]], costs: list[int], budget: int,
                 ranks: int) -> list[list[tuple[list[int], list[int]]]]:
-    """For each rank its microbatches, each with the places in it of pairs that no earlier one holds: those of the plan
-    until all pairs were seen, then those of pairs that the plan leaves out."""
-    waiting, shares = set(range(len(pairs))), [[] for _ in range(ranks)]
-    for rows in [*plan, sorted(waiting.difference(*plan))]:
-        if not waiting:
+    """Each rank's microbatches with new pairs: (indices, positions in it of pairs that no earlier microbatch has).
+
+    First the microbatches of the plan, then those of pairs that the plan does not use."""
+    unseen, shares = set(range(len(pairs))), [[] for _ in range(ranks)]
+    for rows in [*plan, sorted(unseen.difference(*plan))]:
+        if not unseen:
             break
-        for share, own in zip(shares, microbatches(pairs, rows, costs, budget, ranks), strict=True):
-            for indices in own:
-                places = [j for j, i in enumerate(indices) if i in waiting and i not in indices[:j]]
-                waiting.difference_update(indices)
-                if places:
-                    share.append((indices, places))
+        for share, batches in zip(shares, microbatches(pairs, rows, costs, budget, ranks), strict=True):
+            for indices in batches:
+                positions = [j for j, i in enumerate(indices) if i in unseen and i not in indices[:j]]
+                unseen.difference_update(indices)
+                if positions:
+                    share.append((indices, positions))
     return shares
 
 
 def score_chunk(scorer: Scorer, pairs: list[Example], chunk: list[tuple[list[int], list[int]]], device: torch.device,
                 bar) -> pa.Table:
     rows = []
-    for indices, places in chunk:
+    for indices, positions in chunk:
         groups = collate(pairs, indices, device)
         logp = scorer(groups).cpu()
-        for j in places:
+        for j in positions:
             pair = pairs[indices[j]]
             chosen, rejected = (logp[a:b].tolist() for a, b in groups.target_bounds[2 * j:2 * j + 2])
             rows.append({"row_id": pair.row_id, "fingerprint": pair.fingerprint(), "chosen": chosen,

@@ -1,8 +1,7 @@
-"""Sample: K completions of this round's prompts, in shards that are the unit of resume and of determinism."""
+"""Sample: K completions of this round's prompts, in shards: the unit of resume and of determinism."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,17 +23,17 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
 
 def sample(stage: Stage, *, sample: Sample, model: Part, compute: Part, shares: dict[str, float], seed: int,
            round: int, weights: Path, prompts: Path) -> None:
-    """Writes shard-00000.parquet, ...; shard i is made by rank i modulo the number of ranks. Runs on every rank.
+    """Writes shard-00000.parquet, ...; shard i runs on rank i modulo the number of ranks.
 
-    compute: the recipe's dtype. shares: each source's weight in the draw of prompts. Raises UserError if no prompt
-    fits the model's context.
+    compute: the recipe's dtype. shares: each source's share of the prompts. Raises UserError if no prompt fits the
+    model's context.
     """
     folder = ModelFolder(weights, model)
     tokenizer = folder.tokenizer()
     rows = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split", "messages"]).to_pylist()
     drawn = draw_prompts([r for r in rows if r["split"] == "train"], shares, sample.prompts, seed, round)
     if len(drawn) < sample.prompts:
-        stage.console.warn(f"sample.prompts={sample.prompts}, but there are only {len(drawn)} prompts to draw from")
+        stage.console.warn(f"sample.prompts={sample.prompts}, but there are only {len(drawn)} training prompts")
     context, drops = folder.context_length(), Drops(stage)
     fits = fitting(tokenizer, drawn, context - sample.max_new_tokens, drops)
     if not fits:
@@ -57,7 +56,11 @@ def sample(stage: Stage, *, sample: Sample, model: Part, compute: Part, shares: 
                lambda rows, completions: shard_table(tokenizer, rows, completions))
     if stage.world.first:
         drops.write()
-        count(stage, [shard.path for shard in shards], len(fits))
+        table = pa.concat_tables([read_table(shard.path).select(["completion_tokens", "finish"]) for shard in shards])
+        lengths = [len(tokens) for tokens in table["completion_tokens"].to_pylist()]
+        cut = table["finish"].to_pylist().count("length")
+        stage.counts |= {"prompts": len(fits), "samples": len(lengths), "tokens": sum(lengths),
+                         "cut_share": cut / len(lengths), "mean_length": sum(lengths) / len(lengths)}
 
 
 def shard_table(tokenizer, shard: list[dict], completions: list) -> pa.Table:
@@ -66,13 +69,3 @@ def shard_table(tokenizer, shard: list[dict], completions: list) -> pa.Table:
              "logp": c.logp, "finish": c.finish}
             for row, samples in zip(shard, completions, strict=True) for s, c in enumerate(samples)]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
-
-
-def count(stage: Stage, shards: Iterable[Path], prompts: int) -> None:
-    lengths, cut = [], 0
-    for path in shards:
-        table = read_table(path)
-        lengths += [len(tokens) for tokens in table["completion_tokens"].to_pylist()]
-        cut += table["finish"].to_pylist().count("length")
-    stage.counts |= {"prompts": prompts, "samples": len(lengths), "tokens": sum(lengths),
-                     "cut_share": cut / len(lengths), "mean_length": sum(lengths) / len(lengths)}

@@ -1,4 +1,4 @@
-"""Score: every sample against its prompt's answer, by the prompt's verifier."""
+"""Score: every sample, with its prompt's verifier."""
 
 import json
 from pathlib import Path
@@ -23,18 +23,18 @@ def score(stage: Stage, *, score: Score, prompts: Path, sample: Path) -> None:
     """
     asked = {row["prompt_id"]: row for row in read_table(prompts / "prompts.parquet").to_pylist()}
     samples, rows = read_samples(sample), []
-    known: dict[tuple[str, str], tuple[float, str | None]] = {}  # equal completions are verified once
+    verified: dict[tuple[str, str], tuple[float, str | None]] = {}  # equal completions are verified once
     with stage.console.progress("score", len(samples), unit="completions") as progress:
         for row in samples:
             prompt = asked.get(row["prompt_id"])
             if prompt is None:
-                raise UserError(f"{sample}: prompt {row['prompt_id']} is not in {prompts}; delete the folder to have "
-                                 "it sampled again")
+                raise UserError(f"{sample}: prompt {row['prompt_id']} is not in {prompts}; delete the folder to re-run "
+                                 "the stage")
             key = row["prompt_id"], row["completion"]
-            if key not in known:
-                known[key] = verify(prompt["verifier"], row["completion"], prompt["answer"],
-                                    json.loads(prompt["verifier_args"]), json.loads(prompt["metadata"]))
-            value, extracted = known[key]
+            if key not in verified:
+                verified[key] = verify(prompt["verifier"], row["completion"], prompt["answer"],
+                                       json.loads(prompt["verifier_args"]), json.loads(prompt["metadata"]))
+            value, extracted = verified[key]
             rows.append({"prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "score": value,
                          "correct": row["finish"] == "stop" and value >= score.correct_at,
                          "extracted": extracted})

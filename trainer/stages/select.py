@@ -1,7 +1,7 @@
-"""Select: best of K to SFT, best and worst of K to pairs, ready data beside them; the rest dropped with a reason.
+"""Select: best of K to SFT, best and worst of K to pairs, plus ready data; the rest is dropped with a reason.
 
-Every sample that is looked at stands in sft.parquet, in pairs.parquet or in drops.parquet; difficulty.parquet says how
-often each prompt was solved, round by round.
+Every sample ends up in sft.parquet, pairs.parquet or drops.parquet; difficulty.parquet has each prompt's pass rate by
+round.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("r
 
 
 class Rules(NamedTuple):
-    """How samples are picked: the sections select and filter, and the seed of random ties."""
+    """The sections select and filter, and the seed of random ties."""
 
     select: Select
     filter: Filter
@@ -50,8 +50,8 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
            files: dict[str, dict[str, Path]]) -> None:
     """Writes sft.parquet, pairs.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
-    `history` holds the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the
-    newest counts. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
+    history: the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the newest is
+    used. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
     max_bad_rows; files: the rows of those two, by key and name. sources: name -> prompt_template and templated. Raises
     UserError if nothing is left.
     """
@@ -87,10 +87,7 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
     write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
     stage.counts |= {"sft_rows": len(sft_rows), "pairs": len(pair_rows)}
     drops.write()
-    quarantine.write(stage.dir / "quarantine.jsonl")
-    if quarantine.rows:
-        stage.console.warn(f"{len(quarantine.rows)} malformed rows set aside in {stage.name}/quarantine.jsonl; the "
-                           f"first is {quarantine.rows[0]['where']}: {quarantine.rows[0]['error']}")
+    quarantine.write(stage)
     if not sft_rows and not pair_rows:
         reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in stage.counts.items() if "dropped/" in k)
         raise UserError(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise sample.k "
@@ -98,7 +95,7 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
 
 
 def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:
-    """{prompt_id: its samples of every round, each with its `round` and `source`}, by prompt_id."""
+    """{prompt_id: its samples of all rounds, with `round` and `source`}, sorted by prompt_id."""
     if not history:
         return {}
     asked = {row["prompt_id"]: row for row in
@@ -108,13 +105,13 @@ def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:
         for row in read_scored(sample, scored):
             if asked.get(row["prompt_id"], {}).get("split") != "train":
                 raise UserError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
-                                 "delete the folder to have it sampled again")
+                                 "delete the folder to re-run the stage")
             pool[row["prompt_id"]].append(row | {"round": r, "source": asked[row["prompt_id"]]["source"]})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
 
 
 def solved(prompt_id: str, samples: list[dict]) -> dict:
-    """A row of difficulty.parquet: how many of a prompt's samples were correct, by round and of all rounds together."""
+    """A row of difficulty.parquet: correct samples of a prompt by round, and its pass rate over all rounds."""
     rounds = sorted({s["round"] for s in samples})
     drawn = [[s["correct"] for s in samples if s["round"] == r] for r in rounds]
     return {"prompt_id": prompt_id, "source": samples[0]["source"], "rounds": rounds,
@@ -124,44 +121,40 @@ def solved(prompt_id: str, samples: list[dict]) -> dict:
 
 def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rules: Rules,
          drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]]]:
-    """One prompt's samples for SFT and its pairs (chosen, rejected).
+    """One prompt's samples for SFT, and its pairs (chosen, rejected).
 
-    `pass_rate` is the prompt's over all rounds so far. SFT takes the best of all `samples`; pairs are made within a
-    round. Samples in neither are dropped, each with the first reason that applies.
+    pass_rate: of the prompt over all rounds so far. SFT takes the best of all `samples`; the two sides of a pair come
+    from the same round. Samples in neither are dropped with the first reason that applies.
     """
-    told = {"prompt_id": prompt_id, "source": source}
+    ids = {"prompt_id": prompt_id, "source": source}
     if not rules.select.pass_rate_min <= pass_rate <= rules.select.pass_rate_max:
         for s in samples:
-            drops.add("pass_rate", **told, sample_index=s["sample_index"],
+            drops.add("pass_rate", **ids, sample_index=s["sample_index"],
                       detail=f"{_origin(s)}: {pass_rate:.3f} over all rounds")
         return [], []
     fates: dict[tuple[int, int], str] = {}
     best = _best(samples, rules, fates)
     if not best:
         top = max(s["score"] for s in samples)
-        drops.add("unsolved", **told, detail=f"best score {top:g} of {len(samples)} samples")
-    pairs, seen = [], set()
+        drops.add("unsolved", **ids, detail=f"best score {top:g} of {len(samples)} samples")
+    pairs: dict[tuple, tuple[dict, dict]] = {}  # by tokens
     for r in sorted({s["round"] for s in samples}):
         found, reason, detail = _pairs([s for s in samples if s["round"] == r], rules)
         if not found:
-            drops.add(reason, **told, detail=f"round-{r:02}: no pair, {detail}")
-        for chosen, rejected in found:
-            key = tuple(chosen["completion_tokens"]), tuple(rejected["completion_tokens"])
-            if key in seen:
-                drops.add("duplicate", **told, detail=f"{_origin(chosen)}: the pair stands in an earlier round")
-            else:
-                seen.add(key)
-                pairs.append((chosen, rejected))
-    used = {_id(s) for s in best} | {_id(s) for pair in pairs for s in pair}
+            drops.add(reason, **ids, detail=f"round-{r:02}: no pair, {detail}")
+        for pair in found:
+            if pairs.setdefault(tuple(tuple(s["completion_tokens"]) for s in pair), pair) is not pair:
+                drops.add("duplicate", **ids, detail=f"{_origin(pair[0])}: same pair as in an earlier round")
+    used = {_id(s) for s in best} | {_id(s) for pair in pairs.values() for s in pair}
     for s in samples:
         if _id(s) not in used:
-            drops.add(fates[_id(s)], **told, sample_index=s["sample_index"],
+            drops.add(fates[_id(s)], **ids, sample_index=s["sample_index"],
                       detail=f"{_origin(s)}: score {s['score']:g}, {s['finish']}")
-    return best, pairs
+    return best, list(pairs.values())
 
 
 def _best(samples: list[dict], rules: Rules, fates: dict) -> list[dict]:
-    """The sft_per_prompt best distinct samples; every other one's reason goes into `fates`."""
+    """The best sft_per_prompt distinct samples; `fates` gets the drop reason of every other one."""
     section, best, seen = rules.select, [], set()
     for s in sorted(samples, key=lambda s: (-s["score"], *_tie(s, rules))):
         tokens = tuple(s["completion_tokens"])
@@ -184,11 +177,11 @@ def _best(samples: list[dict], rules: Rules, fates: dict) -> list[dict]:
 
 
 def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], str, str]:
-    """(pairs, else the reason, its detail) of one prompt in one round.
+    """(pairs, reason, detail) of one prompt in one round; reason and detail say why there is no pair.
 
-    Chosen must have stopped by itself, since a cut completion would teach not to end, and must pass the filters.
-    Rejected comes from the samples that are at least pair_margin worse: stopped ones first (so that ending is not what
-    tells them apart), the worst of these, and by tie_break. No sample stands in two pairs, and equal scores make none.
+    Chosen must have stopped by itself, since a cut completion would teach not to stop, and must pass the filters.
+    Rejected is the worst of the samples that score at least pair_margin less; stopped samples go first, so that
+    stopping does not separate the two, and ties go by tie_break. A sample is in at most one pair.
     """
     section, distinct = rules.select, {}
     for s in sorted(samples, key=lambda s: _tie(s, rules)):
@@ -212,13 +205,13 @@ def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], 
         worst = min(worse, key=lambda s: (s["finish"] != "stop", s["score"]))
         pairs.append((best, worst))
         left = [s for s in left if s is not best and s is not worst]
-    if not pairs:  # the best one would make a pair, so it did not pass the filters
+    if not pairs:  # the best sample has a partner, so it did not pass the filters
         return [], reasons[0], "no completion that passes the filters is enough better"
     return pairs, "", ""
 
 
 def _tie(s: dict, rules: Rules) -> tuple:
-    """Orders samples of equal score; the earlier round first: the best so far gives way only to a better one."""
+    """Sort key of samples with equal scores; earlier rounds first."""
     if rules.select.tie_break == "shortest":
         return len(s["completion_tokens"]), s["round"], s["sample_index"]
     if rules.select.tie_break == "first":
@@ -245,7 +238,7 @@ def _sft_row(s: dict, source: str) -> dict:
 def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dict:
     if chosen["prompt_tokens"] != rejected["prompt_tokens"]:
         raise UserError(f"prompt {chosen['prompt_id']}: its samples of {_origin(chosen)} have different prompt "
-                         "tokens; delete the folder of that sample stage to have it made again")
+                         "tokens; delete the folder of that sample stage to re-run it")
     row = {"row_id": f"{_origin(chosen)}/{chosen['prompt_id']}/{chosen['sample_index']}-{rejected['sample_index']}",
            "source": source, "prompt_id": chosen["prompt_id"], "prompt_tokens": chosen["prompt_tokens"], "weight": 1.0,
            "origin": _origin(chosen)}

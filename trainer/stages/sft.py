@@ -1,4 +1,4 @@
-"""SFT: next-token loss on the best completions, prompts masked, normalized by the loss tokens of the global batch."""
+"""SFT: next-token loss on the selected completions, normalized by the loss tokens of the global batch."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ NAMES = ("nll", "tokens", "correct", "entropy")
 
 def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
         start: Path) -> None:
-    """Trains the weights `start` on select/sft.parquet; writes model/, and snapshots/ and ema/ if asked for.
+    """Trains the weights `start` on select/sft.parquet; writes model/, snapshots/ and ema/.
 
     compute: the recipe's dtype and attention. Raises UserError if no row is left to train on."""
     folder = ModelFolder(start, model)
@@ -51,17 +51,17 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
 
 
 def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:
-    """Rows of sft.parquet as examples; those over `limit` tokens or without a loss token are dropped and counted."""
+    """Rows of sft.parquet as examples; rows over `limit` tokens or without a loss token are dropped. Raises UserError
+    if no row is left."""
     examples, drops = [], Drops(stage)
     for row in read_table(path).to_pylist():
         example = Example(row["row_id"], Group(row["prompt_tokens"], [row["completion_tokens"]], [row["loss_mask"]]),
                           row["weight"])
+        ids = {name: row[name] for name in ("prompt_id", "sample_index", "source")}
         if example.tokens > limit:
-            drops.add("overlong", prompt_id=row["prompt_id"], sample_index=row["sample_index"], source=row["source"],
-                      detail=f"{example.tokens} tokens, {limit} fit")
+            drops.add("overlong", **ids, detail=f"{example.tokens} tokens, {limit} fit")
         elif example.targets() == [0]:
-            drops.add("empty", prompt_id=row["prompt_id"], sample_index=row["sample_index"], source=row["source"],
-                      detail="no loss token")
+            drops.add("empty", **ids, detail="no loss token")
         else:
             examples.append(example)
     if stage.world.first:

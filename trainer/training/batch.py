@@ -1,7 +1,6 @@
 """Examples to steps: which rows a step takes, how they are packed, and which rank computes which pack.
 
-All of it is host arithmetic that every rank repeats, so the counts that normalise a loss are known everywhere without
-a word between the ranks.
+Every rank repeats this arithmetic on the host, so the counts that normalize a loss need no communication.
 """
 
 import bisect
@@ -18,7 +17,7 @@ from strop.kernels.layout import Group, PackedGroups
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with one completion (SFT) or with chosen and rejected (DPO)."""
+    """A prompt with one completion (SFT) or with chosen and rejected (DPO). weight: expected uses per epoch."""
 
     row_id: str
     group: Group
@@ -29,7 +28,7 @@ class Example:
         return len(self.group.prompt) + sum(len(c) for c in self.group.completions)
 
     def targets(self) -> list[int]:
-        """Predicted tokens of each completion: those the mask leaves in, less a first token nothing precedes."""
+        """Number of loss tokens of each completion. Without a prompt nothing predicts its first token."""
         counts = []
         for i, completion in enumerate(self.group.completions):
             mask = self.group.loss_masks[i] if self.group.loss_masks else [True] * len(completion)
@@ -37,7 +36,7 @@ class Example:
         return counts
 
     def fingerprint(self) -> str:
-        """Hash of tokens and masks: what the cached reference log-probs are valid for."""
+        """Hash of tokens and masks, the key of cached reference log-probs."""
         group = self.group
         masks = [[int(m) for m in mask] for mask in group.loss_masks] if group.loss_masks else None
         text = repr((list(group.prompt), [list(c) for c in group.completions], masks))
@@ -47,8 +46,8 @@ class Example:
 def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: int) -> list[list[int]]:
     """Indices of the examples of every optimizer step.
 
-    Each epoch is a fresh seeded order in which a row of weight w stands floor(w) times and once more with probability
-    w - floor(w). A fractional last epoch is cut after its share of the rows.
+    Each epoch is shuffled anew from `seed` and holds a row of weight w floor(w) times, and once more with probability
+    w - floor(w). A fractional last epoch takes that fraction of its rows.
     """
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
@@ -63,9 +62,9 @@ def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: in
 
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens. No length may exceed it."""
+    """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens. No length may exceed `budget`."""
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens that still fit, bin), sorted
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         assert lengths[i] <= budget, (lengths[i], budget)
         at = bisect.bisect_left(room, (lengths[i], -1))
@@ -80,10 +79,9 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: list[int], budget: int) -> list[list[int]]:
-    """As many bins as best-fit decreasing needs within `budget`, but filled evenly instead of all but the last.
+    """`pack` with the smallest budget that needs no more bins: the bins are filled evenly.
 
-    The bins are those of the smallest budget that needs no more of them: the largest bin sets the memory, and a small
-    one left over would be a pass at low speed.
+    The largest bin sets the peak memory, and a small last bin would be a slow pass.
     """
     if not lengths:
         return []
@@ -100,7 +98,7 @@ def pack_evenly(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def share_out(costs: list[float], ranks: int) -> list[list[int]]:
-    """For each rank the indices of its work: heaviest first to the rank with least so far."""
+    """Indices of `costs` for each rank: greedy, the heaviest first to the least loaded rank."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -112,10 +110,10 @@ def share_out(costs: list[float], ranks: int) -> list[list[int]]:
 
 def microbatches(examples: list[Example], rows: list[int], costs: list[int], budget: int,
                  ranks: int) -> list[list[list[int]]]:
-    """For each rank its microbatches of a step that takes `rows`; a microbatch is a list of indices into `examples`.
+    """Each rank's microbatches of a step over `rows`; a microbatch is a list of indices into `examples`.
 
-    costs: FLOPs of every example. Ranks get examples of equal FLOPs, since they wait for one another once a step, and
-    pack them into as few microbatches of at most `budget` tokens as best-fit decreasing finds.
+    costs: FLOPs of every example. Ranks get equal FLOPs, since they wait for each other once per step, and pack their
+    examples into microbatches of at most `budget` tokens.
     """
     shares = [[rows[j] for j in share] for share in share_out([costs[i] for i in rows], ranks)]
     return [[[own[j] for j in b] for b in pack_evenly([examples[i].tokens for i in own], budget)] for own in shares]
@@ -123,13 +121,12 @@ def microbatches(examples: list[Example], rows: list[int], costs: list[int], bud
 
 @dataclass
 class Packing:
-    """How well steps are packed, over those that were added. No token of a packed row is padding.
+    """Packing statistics of the added steps. Packed rows have no padding tokens.
 
-    packing_efficiency: real tokens by room, a rank's room being its microbatches times the largest of them. The largest
-    microbatch sets the memory, and what the others leave of it is unused.
-    packing_fill: real tokens by microbatches times budget. A step has as few microbatches as best-fit decreasing finds,
-    so this is low where a step is small: half a microbatch is lost on average, whatever the packing.
-    rank_balance: FLOPs by ranks times those of the busiest rank; what is missing to 1 is waiting.
+    packing_efficiency: tokens / room, where a rank's room is its number of microbatches times its largest one, which
+    sets the peak memory.
+    packing_fill: tokens / (microbatches * budget). Low for small steps: on average half a microbatch is unused.
+    rank_balance: FLOPs / (ranks * FLOPs of the busiest rank); the rest is waiting.
     """
 
     examples: list[Example]
@@ -142,7 +139,7 @@ class Packing:
     busiest: int = 0
 
     def add(self, shares: list[list[list[int]]]) -> None:
-        """A step, as `microbatches` gives it."""
+        """Adds a step, as `microbatches` returns it."""
         for share in shares:
             loads = [sum(self.examples[i].tokens for i in rows) for rows in share]
             self.tokens += sum(loads)
@@ -159,8 +156,6 @@ class Packing:
 
 
 def collate(examples: list[Example], indices: list[int], device: torch.device) -> PackedGroups:
-    """One packed row, on `device`; the copy does not wait for the device."""
+    """One packed row on `device`, copied without a host sync."""
     groups = PackedGroups.pack([examples[i].group for i in indices])
-    if device.type == "cuda":
-        return groups.pin_memory().to(device, non_blocking=True)
-    return groups
+    return groups.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else groups

@@ -1,4 +1,4 @@
-"""Arithmetic of speed: what a training step costs, and what the device could do."""
+"""FLOPs of a training step, and the peak FLOP/s of a device, for MFU and for balancing ranks."""
 
 import functools
 import time
@@ -9,13 +9,13 @@ from torch import nn
 
 from strop.trainer.training.batch import Example
 
-# dense matrix-product rates in bf16 by the vendors' data sheets, FLOP/s
+# dense bf16 FLOP/s from the vendors' data sheets
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "MI300X": 1307e12}
 
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that the device could reach: the data sheet's for a known GPU, else measured on a matrix product."""
+    """Peak FLOP/s: from the data sheet for a known GPU, else measured on a matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, value in PEAKS.items():
@@ -37,8 +37,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the cost of a token depends on: parameters of the matrix products between embedding and head, parameters of
-    the head, and layers x heads x head size."""
+    """Parameters of the matrices between embedding and head, parameters of the head, and layers * heads * head size."""
 
     body: int
     head: int
@@ -46,7 +45,7 @@ class Sizes:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """Sizes of a causal LM. Adapters do not count: the same rows then cost the same with and without them."""
+    """Sizes of a causal LM, without adapters: the same rows then cost the same with and without LoRA."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
     body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if p.dim() == 2 and "lora_" not in name)
@@ -57,8 +56,8 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 
 def training_flops(sizes: Sizes, example: Example) -> int:
-    """FLOPs of forward and backward (3 forwards) over the real tokens of a packed example: its prompt once, attention
-    counted causally, the head on targets only."""
+    """FLOPs of forward and backward (3 forwards) of a packed example: its prompt once, causal attention, the head on
+    targets only."""
     prompt = len(example.group.prompt)
     pairs = prompt * (prompt + 1) // 2
     for completion in example.group.completions:

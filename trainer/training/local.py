@@ -1,4 +1,4 @@
-"""One model in training: bf16 compute over fp32 masters, moments and accumulated gradients; step and checkpoint."""
+"""A model in training: bf16 compute over fp32 masters, moments and accumulated gradients; steps and checkpoints."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ from strop.trainer.training.masters import Masters
 
 
 def learning_rate(step: int, steps: int, section: Train) -> float:
-    """The rate of step 0 <= step < steps: a linear warm-up that reaches the peak, then the schedule."""
+    """The learning rate of step 0 <= step < steps: linear warm-up to the peak, then the schedule."""
     warmup = math.ceil(steps * section.warmup_ratio)
     if step < warmup:
         return section.lr * (step + 1) / warmup
@@ -33,16 +33,16 @@ def learning_rate(step: int, steps: int, section: Train) -> float:
 
 
 class Engine:
-    """A model in training. Every rank holds all of it; gradients are added over the ranks once a step."""
+    """A model in training, replicated on every rank; gradients are summed over the ranks once per step."""
 
     def __init__(self, folder: ModelFolder, section: Train, stage: Stage, steps: int, *, compute: Part, lora: Lora,
                  seed: int):
-        """compute: the recipe's dtype and attention. Every rank draws the same fresh adapters from `seed`."""
+        """compute: the recipe's dtype and attention. seed: initializes adapters, the same on every rank."""
         self.section, self.world, self.steps, self.folder = section, stage.world, steps, folder
         self.lora, self.seed, self.dtype = lora, seed, DTYPES[compute.dtype]
         model = folder.load(self.dtype, stage.world.device, backend=compute.attention)
         if section.activation_checkpointing:
-            # the older name serves transformers before 5.20
+            # transformers before 5.20 has the older name only
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         disable_dropout(model)
@@ -54,7 +54,7 @@ class Engine:
         self.weights = Masters([p for p in model.parameters() if p.requires_grad], section, stage.world)
         self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
         self.step_index = 0
-        self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, as the resume point knows them
+        self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, stored in the checkpoint
 
     @property
     def masters(self) -> list[torch.Tensor]:
@@ -62,17 +62,15 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """Adds gradients over the ranks, clips, updates masters and weights. Returns the gradient norm, unclipped."""
+        """Sums gradients over the ranks, clips, updates masters and weights. Returns the unclipped gradient norm."""
         norm = self.weights.step(self.step_index + 1, learning_rate(self.step_index, self.steps, self.section))
         if self.ema is not None:
             torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - self.section.ema_decay)
         self.step_index += 1
         return norm
 
-    # -- what is written ----------------------------------------------------------------------------------------------
-
     def save(self, target: Path) -> None:
-        """Writes the weights as a Hugging Face folder (adapters merged in; the adapter beside them). Rank 0 only."""
+        """Writes the weights as a Hugging Face folder, with adapters merged and also in adapter/. Rank 0 only."""
         if not self.world.first:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,18 +82,18 @@ class Engine:
         self.model.save_pretrained(target / "adapter")
 
     def save_ema(self, target: Path) -> None:
-        """Writes the averaged weights, leaving the model's own as they are."""
+        """Writes the averaged weights; the model's weights stay as they are."""
         if self.ema is None or not self.world.first:
             return
-        own = [m.detach().clone() for m in self.masters]
+        current = [m.detach().clone() for m in self.masters]
         self.weights.copy(self.ema)
         self.save(target)
-        self.weights.copy(own)
+        self.weights.copy(current)
 
     def save_checkpoint(self, work: Path) -> None:
-        """A resume point: masters, moments, average, step, and hashes. The one before goes when this is complete.
+        """Writes masters, moments, EMA, step and hashes, then deletes the previous checkpoint.
 
-        Raises UserError where it cannot be written; the one before then stands."""
+        Raises UserError if it cannot be written; the previous checkpoint is then kept."""
         if not self.world.first:
             return
         tensors = {}
@@ -125,18 +123,16 @@ class Engine:
 
     @torch.no_grad()
     def resume(self, work: Path) -> bool:
-        """Loads the newest resume point, if there is one. Raises UserError if it is damaged."""
+        """Loads the newest checkpoint, if there is one. Raises UserError if it is damaged."""
         self.world.barrier()
         points = sorted(work.glob("step-*"))
         if not points:
             return False
         state = read_json(points[-1] / "state.json")
         if self.world.first:
-            remedy = f"delete the folder {work} to have the stage trained anew from its start"
-            for name, entry in state["files"].items():
-                check_file(points[-1] / name, entry, remedy)
-            for name, entry in state["kept"].items():
-                check_file(work.parent / name, entry, remedy)
+            for folder, files in ((points[-1], state["files"]), (work.parent, state["kept"])):
+                for name, entry in files.items():
+                    check_file(folder / name, entry, f"delete the folder {work} to train the stage from its start")
         self.world.barrier()
         self.kept = state["kept"]
         tensors = load_file(points[-1] / "state.safetensors", device=str(self.world.device))
@@ -148,12 +144,13 @@ class Engine:
             self.ema = [tensors[f"ema/{name}"] for name in self.names]
         self.weights.copy(self.masters)
         self.step_index = state["step"]
-        self.world.barrier()  # nobody overwrites what another rank still reads
+        self.world.barrier()  # rank 0 must not replace a checkpoint that another rank still reads
         return True
 
 
 def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """Wraps the model with fresh adapters, the same ones on every rank."""
+    """Wraps the model with new adapters, initialized from `seed`. Raises UserError if peft is missing or an adapter
+    lands on the head."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as e:
@@ -163,12 +160,12 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
                                              target_modules=lora.target_modules, task_type="CAUSAL_LM"))
     if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
         raise UserError(f"lora.target_modules={lora.target_modules}: an adapter on the head is not supported, the "
-                         "fused head would ignore it; leave it out")
+                         "fused head would ignore it; remove the head from the list")
     return model
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Log-ratios of policy and reference mean nothing under dropout, so the model's own is off."""
+    """Log-ratios of policy and reference are meaningless under dropout, so the model's dropout is off."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,5 +1,7 @@
 """Per-token log-probs of packed groups under a loaded model."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -8,10 +10,10 @@ from strop.trainer.models.head import head_of
 
 
 class Scorer:
-    """A loaded model that gives per-token log-probs of packed groups."""
+    """Computes per-token log-probs of packed groups with a loaded model."""
 
     def __init__(self, model: nn.Module, packed: bool = True):
-        """packed=False runs one completion a row, for models whose state crosses completions (see probe)."""
+        """packed=False runs one completion per row, for models whose state crosses completions (see probe)."""
         self.model, self.packed = model, packed
 
     def __call__(self, groups: PackedGroups, stats: tuple[str, ...] = ()):
@@ -22,21 +24,19 @@ class Scorer:
             hidden = body(input_ids=groups.input_ids[None], position_ids=groups.position_ids[None], groups=groups,
                           use_cache=False).last_hidden_state[0].index_select(0, groups.pred_index)
         else:
-            hidden = hidden_of_separate_rows(body, groups)
+            hidden = torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[0].index_select(0, index)
+                                for row, index, _ in separate_rows(groups)])
         return linear_logprob(hidden, head.weight, groups.target, head.bias, logit_scale=head.scale,
                               softcap=head.softcap, stats=stats)
 
 
-def hidden_of_separate_rows(body: nn.Module, groups: PackedGroups) -> torch.Tensor:
-    """Hidden states [targets, D] at the predicting positions, every prompt and completion run as a row of its own.
+def separate_rows(groups: PackedGroups) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields for every completion its row [1, tokens] with the prompt, and the predicting positions and targets [n].
 
-    No padding and no mask, so that this is exact for any causal model, recurrent ones included.
+    Rows have no padding and need no mask, so that this is exact for any causal model, recurrent ones included.
     """
-    parts = []
     for (start, end), g, (first, last) in zip(groups.completion_bounds, groups.completion_group, groups.target_bounds,
                                               strict=True):
         p0, p1 = groups.prompt_bounds[g]
         row = torch.cat([groups.input_ids[p0:p1], groups.input_ids[start:end]])[None]
-        hidden = body(input_ids=row, use_cache=False).last_hidden_state[0]
-        parts.append(hidden.index_select(0, groups.position_ids[groups.pred_index[first:last]]))
-    return torch.cat(parts)
+        yield row, groups.position_ids[groups.pred_index[first:last]], groups.target[first:last]

@@ -17,7 +17,7 @@ from strop.trainer.training.local import Engine, learning_rate
 
 @dataclass
 class Step:
-    """What a microbatch's loss function may use: its rows and the counts of the whole global step."""
+    """Arguments of a microbatch's loss: its rows and the counts of the global step."""
 
     index: int
     rows: list[int]
@@ -26,12 +26,11 @@ class Step:
 
 def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]], totals, loss,
           names: tuple[str, ...], finish, interval: int = 1) -> None:
-    """Runs the steps of `plan`, resumes and checkpoints, logs.
+    """Runs the steps of `plan`: resumes, logs every `interval` steps, writes checkpoints and snapshots.
 
-    totals(rows) -> dict of counts over a global step; loss(groups, step) -> (scalar, fp32 vector of sums in the order
-    of `names`) for one microbatch, already normalised by the step's totals, so that adding over microbatches and ranks
-    gives the step's loss. finish(sums [names] on the host) -> the values to log, every
-    `interval` steps.
+    totals(rows) -> dict of counts over a global step. loss(groups, step) -> (scalar, fp32 vector of sums in the order
+    of `names`) of a microbatch, normalized by the step's totals, so that the sum over microbatches and ranks is the
+    step's loss. finish(sums [names] on the host) -> the values to log.
     """
     section, world, work = engine.section, engine.world, stage.work
     if engine.resume(work):
@@ -42,7 +41,7 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     sizes = sizes_of(engine.model)
     costs = [training_flops(sizes, example) for example in examples]
     whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
-    for rows in plan[:engine.step_index]:  # steps that were done before count too
+    for rows in plan[:engine.step_index]:  # steps before the resume count too
         whole.add(microbatches(examples, rows, costs, section.max_tokens, world.size))
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
     started = time.perf_counter()
@@ -68,8 +67,8 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
             if engine.step_index % interval == 0 or engine.step_index == len(plan):
                 seconds = time.perf_counter() - started
                 packed = torch.cat([sums, *seen])
-                world.sum_([packed])  # the one reduction of the interval
-                host = packed.cpu()  # and the one wait for the device
+                world.sum_([packed])  # the only reduction of the interval
+                host = packed.cpu()  # and the only host sync
                 stop_if_not_finite(stage, engine, examples, plan, host[len(names):])
                 values = finish(host[:len(names)])
                 values |= {"grad_norm": host[len(names) + 1::2].mean().item() / world.size,
@@ -85,13 +84,13 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
                 started = time.perf_counter()
             bar.advance(1, tokens=distinct)
             is_point = engine.step_index % section.checkpoint_steps == 0 and engine.step_index < len(plan)
-            if seen and (is_point or engine.step_index in keep):  # what is not finite is never written
+            if seen and (is_point or engine.step_index in keep):  # never write weights that are not finite
                 packed = torch.cat(seen)
                 world.sum_([packed])
                 stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
-            # ranks stop at different steps, so this one looks at its own numbers only
+            # ranks stop at different steps, so check this rank's values only
             stops = stopping.requested() and all(values.isfinite().all() for values in seen)
             if is_point or (stops and engine.step_index < len(plan)):
                 engine.save_checkpoint(work)
@@ -103,8 +102,8 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
 
 def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]],
                        seen: torch.Tensor) -> None:
-    """Raises UserError at the first of the last steps whose loss or gradient norm is not finite, and writes its batch
-    beside the resume point. seen [2 * steps] on the host: loss and gradient norm of each, added over the ranks."""
+    """Raises UserError if the loss or gradient norm of a step is not finite, and writes its batch next to the
+    checkpoint. seen [2 * steps] on the host: loss and gradient norm of the last steps, summed over the ranks."""
     bad = (~seen.view(-1, 2).isfinite()).any(1).nonzero()
     if not len(bad):
         return
@@ -122,4 +121,4 @@ def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], pl
     raise UserError(f"{stage.name}: step {index + 1}: loss={loss:g} and grad_norm={norm / engine.world.size:g} must "
                      f"be finite; its batch (rows {ids}) is in {path}, the last good checkpoint is "
                      f"{points[-1] if points else 'the start of the stage'}; lower {stage.name.split('/')[-1]}.lr or "
-                     "look at these rows")
+                     "check these rows")

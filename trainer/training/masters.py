@@ -1,4 +1,4 @@
-"""fp32 masters of the weights that a model computes with, their gradients, and AdamW on them."""
+"""fp32 master weights, their gradients, and AdamW on them."""
 
 import torch
 from torch import nn
@@ -9,11 +9,10 @@ from strop.trainer.run.world import World
 
 
 class Masters:
-    """fp32 parameters are their own masters; of others there is a copy, which the optimizer moves.
+    """fp32 parameters are their own masters; others have an fp32 copy that the optimizer updates.
 
-    Gradients are used as autograd left them, but where several backward passes or ranks add up, fp32 sums of them.
-    `masters`, `params` and `optimizer.state` (step, exp_avg and exp_avg_sq of each master) are for reading and for
-    resuming.
+    Gradients are used as autograd left them; several backward passes or ranks accumulate into fp32 sums. Checkpoints
+    read and restore `masters` and `optimizer.state` (step, exp_avg and exp_avg_sq of each master).
     """
 
     def __init__(self, params: list[nn.Parameter], section: Train, world: World):
@@ -22,18 +21,18 @@ class Masters:
         self.optimizer = torch.optim.AdamW(self.masters, lr=section.lr, betas=section.betas, eps=section.eps,
                                            weight_decay=section.weight_decay, fused=True)
         self.in_one_pass = optimizer.available(self.masters)
-        self.sums: list[torch.Tensor | None] | None = None  # made when first needed, then kept
-        self.folded = False  # whether the sums hold anything of this step
+        self.sums: list[torch.Tensor | None] | None = None  # allocated when first needed
+        self.folded = False  # whether the sums hold gradients of this step
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Adds the parameters' gradients to the fp32 sums; a step's first ones replace the last step's. To be called
-        before a further backward pass would add to gradients in fewer bits."""
+        """Adds the parameters' gradients to the fp32 sums; the first call of a step overwrites the sums. Call it before
+        another backward pass would accumulate in bf16."""
         if self.sums is None:
             self.sums = [None if m is p else torch.zeros_like(m)
                          for p, m in zip(self.params, self.masters, strict=True)]
         for param, total in zip(self.params, self.sums, strict=True):
-            if total is None:  # autograd adds to these in fp32 by itself
+            if total is None:  # an fp32 parameter: autograd accumulates in fp32
                 continue
             if param.grad is not None:
                 (total.add_ if self.folded else total.copy_)(param.grad)
@@ -44,7 +43,7 @@ class Masters:
 
     @torch.no_grad()
     def gradients(self) -> list[torch.Tensor]:
-        """This rank's gradients of the step, in the order of `params`; zeros where there are none."""
+        """This rank's gradients of the step, in the order of `params`; zeros for parameters without a gradient."""
         if self.folded or self.world.size > 1 or not self.in_one_pass:
             self.fold()
         grads = []
@@ -56,17 +55,17 @@ class Masters:
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> torch.Tensor:
-        """Adds gradients over the ranks, clips, moves masters and parameters. number: of the step, from 1. Returns the
-        norm of the gradients, unclipped."""
+        """Sums gradients over the ranks, clips, updates masters and parameters. number: the step, from 1. Returns the
+        unclipped gradient norm."""
         grads = self.gradients()
         self.world.sum_(grads)
-        norm = (self._move_in_one_pass if self.in_one_pass else self._move)(grads, number, lr)
+        norm = (self._update_in_one_pass if self.in_one_pass else self._update)(grads, number, lr)
         for param, master in zip(self.params, self.masters, strict=True):
             param.grad = master.grad = None
         self.folded = False
         return norm
 
-    def _move_in_one_pass(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
+    def _update_in_one_pass(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
         norm, factor = optimizer.total_norm(grads), torch.ones(())
         if self.section.grad_clip:
             factor = (self.section.grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -82,7 +81,7 @@ class Masters:
                              factor, **options)
         return norm
 
-    def _move(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
+    def _update(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
         norm = nn.utils.get_total_norm(grads)
@@ -96,7 +95,7 @@ class Masters:
 
     @torch.no_grad()
     def copy(self, values: list[torch.Tensor]) -> None:
-        """Gives the parameters these values, one tensor each."""
+        """Sets the parameters to `values`, one tensor each."""
         for param, value in zip(self.params, values, strict=True):
             if param is not value:
                 param.copy_(value)

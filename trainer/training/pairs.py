@@ -1,4 +1,4 @@
-"""Preference pairs as examples, and the reference log-probs that belong to them."""
+"""Preference pairs as examples, and their reference log-probs."""
 
 from pathlib import Path
 
@@ -13,8 +13,9 @@ from strop.trainer.training.batch import Example
 
 
 def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool) -> list[Example]:
-    """Rows of pairs.parquet as examples of two completions, chosen first. Dropped and counted: pairs that do not fit,
-    pairs whose completions are equal, and pairs of which one side has no loss token left. `record` writes the drops."""
+    """Rows of pairs.parquet as examples of two completions, chosen first. Pairs that do not fit, whose completions are
+    equal or that lack a loss token on one side are dropped. record: write the drops. Raises UserError if no pair is
+    left."""
     drops, examples = Drops(stage), []
     limit = min(section.max_length or 1 << 30, context)
     for row in read_table(path).to_pylist():
@@ -47,20 +48,20 @@ def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, reco
 
 
 class ReferenceTable:
-    """fp32 reference log-probs by row. Raises UserError where a row's tokens or masks are not those it was made for."""
+    """fp32 reference log-probs by row."""
 
     def __init__(self, path: Path):
         self.rows = {r["row_id"]: r for r in read_table(path).to_pylist()}
         self.path = path
 
     def of(self, examples: list[Example], indices: list[int], device: torch.device) -> torch.Tensor:
-        """[targets] fp32 in the order of the packed groups of these examples."""
+        """fp32 [targets] in the order of the packed examples. Raises UserError if a row's tokens or masks changed."""
         values: list[float] = []
         for i in indices:
             row = self.rows.get(examples[i].row_id)
             if row is None or row["fingerprint"] != examples[i].fingerprint():
-                raise UserError(f"{self.path}: pair {examples[i].row_id} is not there with these tokens and masks; "
-                                 "delete its folder to have it made again")
+                raise UserError(f"{self.path}: pair {examples[i].row_id} is missing or has other tokens or masks; "
+                                 "delete its folder to re-run the stage")
             values += row["chosen"] + row["rejected"]
         tensor = torch.tensor(values, dtype=torch.float32)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

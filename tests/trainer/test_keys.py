@@ -1,0 +1,279 @@
+"""Which stages a change of the recipe makes stale: every key, against a table written by hand."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import get_args
+
+import pytest
+import torch
+from conftest import CHATML, write_recipe
+
+from strop.trainer.cli import load_recipe
+from strop.trainer.config import RECIPES, Section
+from strop.trainer.main import main
+from strop.trainer.methods.running import planned
+from strop.trainer.run.console import Console
+from strop.trainer.run.files import read_json
+
+UPSTREAM = "its inputs are re-run"
+STAGES = ("prompts", "baseline", "sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate", "final")
+PROMPTS = {"prompts", "final"}
+SELECT = {"select", "final"}
+SAMPLE = {"sample", "final"}
+SFT = {"sft", "final"}
+DPO = {"dpo", "final"}
+PAIRS = {"reference", "dpo", "final"}  # keys on which the reference table depends too
+LORA = {"sft", "dpo", "final"}
+MEASURE = {"baseline", "evaluate", "final"}
+NUMBERS = {"baseline", "sample", "sft", "reference", "dpo", "evaluate", "final"}
+LOADING = NUMBERS | {"select"}
+NOTHING: set[str] = set()
+
+
+@dataclass
+class Also:
+    """A new value that needs other keys to change with it."""
+
+    value: object
+    others: dict
+
+
+# key: (another value, the stages that are stale by themselves); what is made from these is stale too, as the plan says
+TABLE = {
+    "name": ("other", {"final"}),
+    "output_dir": ("{folder}/elsewhere", NOTHING),
+    "seed": (7, {"prompts", "sample", "select", "sft", "reference", "dpo", "final"}),
+    "rounds": (2, {"final"}),
+    "device": ("auto", NUMBERS),
+    "dtype": ("bfloat16", NUMBERS),
+    "attention": ("sdpa", {"sft", "reference", "dpo", "final"}),
+    "threads": (2, NOTHING),
+    "model.path": ("{folder}/other-model", {"baseline", "sample", "final"}),  # then all that is made from samples
+    "model.chat_template": ("{folder}/other.jinja", LOADING),
+    "model.trust_remote_code": (True, LOADING),
+    "lora.rank": (4, LORA),
+    "lora.alpha": (8.0, LORA),
+    "lora.dropout": (0.5, LORA),
+    "lora.target_modules": (["q_proj"], LORA),
+    "data.sources.N.name": ("renamed", {"prompts", "sample", "select", "final"}),
+    "data.sources.N.path": ("{folder}/other.jsonl", PROMPTS),
+    "data.sources.N.reasoning_gym": (Also("chain_sum", {"data.sources.0.path": None}),
+                                     {"prompts", "select", "final"}),  # its prompts are templated
+    "data.sources.N.reasoning_gym_config": ({"min_terms": 2}, PROMPTS),
+    "data.sources.N.size": (50, PROMPTS),
+    "data.sources.N.prompt_column": ("question", PROMPTS),
+    "data.sources.N.answer_column": ("truth", PROMPTS),
+    "data.sources.N.system_prompt": ("Be brief.", PROMPTS),
+    "data.sources.N.prompt_template": ("Q: {prompt}", {"prompts", "select", "final"}),
+    "data.sources.N.verifier": ("exact", PROMPTS),
+    "data.sources.N.verifier_args": ({"pattern": "[a-z]"}, PROMPTS),
+    "data.sources.N.share": (2.0, {"prompts", "sample", "final"}),
+    "data.sources.N.templated": (True, {"prompts", "select", "final"}),  # it decides what ready data repeats
+    "data.validation": (9, PROMPTS),
+    "data.test": (9, PROMPTS),
+    "data.max_bad_rows": (1, {"prompts", "select", "final"}),
+    **{f"data.{kind}.N.{key}": (value, SELECT) for kind in ("sft", "preferences") for key, value in {
+        "name": "renamed", "path": f"{{folder}}/other-{kind}.jsonl", "rounds": [0], "weight": 2.0,
+        "near_duplicates": False}.items()},
+    "filter.near_duplicates": (0.5, {"prompts", "select", "final"}),
+    "filter.decontaminate": (6, {"prompts", "select", "final"}),
+    "filter.max_repetition": (0.4, {"prompts", "select", "final"}),
+    "filter.min_tokens": (2, SELECT),
+    "filter.max_tokens": (100, SELECT),
+    "filter.keep_truncated": (True, SELECT),
+    "sample.prompts": (23, SAMPLE),
+    "sample.k": (7, SAMPLE),
+    "sample.temperature": (0.9, SAMPLE),
+    "sample.top_k": (5, SAMPLE),
+    "sample.top_p": (0.9, SAMPLE),
+    "sample.max_new_tokens": (23, SAMPLE),
+    "sample.batch_size": (16, SAMPLE),
+    "sample.shard_prompts": (5, SAMPLE),
+    "score.correct_at": (0.5, {"baseline", "score", "evaluate", "final"}),
+    "select.accumulate": (False, SELECT),
+    "select.pass_rate_min": (0.1, SELECT),
+    "select.pass_rate_max": (0.9, SELECT),
+    "select.sft_min_score": (0.5, SELECT),
+    "select.sft_per_prompt": (2, SELECT),
+    "select.sft_cut": (True, SELECT),
+    "select.pair_margin": (0.4, SELECT),
+    "select.pairs_per_prompt": (2, SELECT),
+    "select.tie_break": ("first", SELECT),
+    "sft.enabled": (False, {"reference", "final"}),  # whose weights are then those that the round began with
+    "sft.start": ("base", SFT),
+    "dpo.enabled": (False, {"merge", "final"}),
+    "dpo.loss": ("ipo", DPO),
+    "dpo.beta": (0.2, DPO),
+    "dpo.label_smoothing": (0.1, DPO),
+    "dpo.nll_weight": (0.2, DPO),
+    "dpo.nll_normalization": ("sequence_mean", DPO),
+    "dpo.mask_template_tokens": (False, PAIRS),
+    "dpo.reference": ("base", PAIRS),
+    **{f"{stage}.{key}": (value, own) for stage, own, rows in (("sft", SFT, SFT), ("dpo", DPO, PAIRS))
+       for key, value, own in (
+           ("epochs", 2.0, rows), ("batch_size", 3, rows), ("max_tokens", 4096, rows), ("max_length", 400, rows),
+           ("lr", 0.5, own), ("schedule", "linear", own), ("warmup_ratio", 0.2, own), ("min_lr_ratio", 0.1, own),
+           ("weight_decay", 0.1, own), ("betas", [0.9, 0.99], own), ("eps", 1e-6, own), ("grad_clip", 2.0, own),
+           ("activation_checkpointing", True, own), ("snapshots", 2, own), ("ema_decay", 0.25, own),
+           ("checkpoint_steps", 3, NOTHING))},
+    "merge.method": ("average", {"merge", "final"}),
+    "merge.members": (["dpo", "sft"], {"merge", "final"}),
+    "merge.weights": ([1.0, 2.0], {"merge", "final"}),
+    "merge.interpolate": (0.5, {"merge", "final"}),
+    "merge.promote": ("last", NOTHING),  # here both promote the same weights
+    "evaluate.max_new_tokens": (2, MEASURE),
+    "evaluate.batch_size": (16, MEASURE),
+    "evaluate.kl_prompts": (3, MEASURE),
+    "evaluate.bootstrap": (50, {"final"}),
+    "log.interval": (2, NOTHING),
+    "log.tensorboard": (True, NOTHING),
+    "log.report_to": (["wandb"], NOTHING),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """A finished run of one round with a source of prompts, ready data of both kinds and a chat template; not to be
+    changed. Beside it lies what the table's values name."""
+    folder, threads = tmp_path_factory.mktemp("keys"), torch.get_num_threads()
+    path = write_recipe(folder, tiny_model)
+    rows = {"sft": {"prompt": "ab", "completion": "cd"},
+            "preferences": {"prompt": "ab", "chosen": "cd", "rejected": "ef"}}
+    for kind, row in rows.items():
+        (folder / f"{kind}.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / f"other-{kind}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "gh"}) + "\n")
+    (folder / "other.jsonl").write_text((folder / "prompts.jsonl").read_text() + '{"prompt": "say 0", "answer": "0"}\n')
+    (folder / "chat.jinja").write_text(CHATML)
+    (folder / "other.jinja").write_text(CHATML + "{# other #}")
+    shutil.copytree(tiny_model, folder / "other-model")
+    (folder / "other-model" / "NOTICE").write_text("another content")
+    text = path.read_text().replace("rounds: 2", "rounds: 1\ndevice: cpu")
+    text = text.replace(f"model: {{path: {tiny_model}}}",
+                        f"model: {{path: {tiny_model}, chat_template: {folder / 'chat.jinja'}}}")
+    ready = "".join(f"  {kind}: [{{name: {kind}, path: {folder / kind}.jsonl}}]\n" for kind in rows)
+    text = text.replace("  sources:\n", ready + "  sources:\n")
+    path.write_text(text.replace("evaluate: {max_new_tokens: 8", "evaluate: {max_new_tokens: 1"))
+    assert main([str(path)]) == 0
+    torch.set_num_threads(threads)
+    assert read_json(folder / "runs/tiny/promotions.json")[0]["promoted"] == "merge"
+    return path
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def plan(path, overrides=None) -> list[dict]:
+    """The plan of the recipe with these keys; for another run directory, in a copy of the run."""
+    recipe = load_recipe(path, overrides)
+    there, new = path.parent / "runs" / "tiny", path.parent / recipe.output_dir / recipe.name
+    if new != there:
+        shutil.copytree(there, new, dirs_exist_ok=True)
+    return planned(recipe, Console(enabled=False)).plan
+
+
+def own_reasons(entries: list[dict]) -> dict[str, list[str]]:
+    """Stale stage -> why, without what follows from stages before it."""
+    found = {e["stage"].split("/")[-1]: [why for why in e["why"].split("; ") if why != UPSTREAM]
+             for e in entries if e["state"] == "stale"}
+    return {stage: why for stage, why in found.items() if why}
+
+
+def stale(entries: list[dict]) -> set[str]:
+    return {e["stage"] for e in entries if e["state"] == "stale"}
+
+
+def closure(entries: list[dict]) -> set[str]:
+    """What must be stale in this plan: stages that are so by themselves, and what is made from stages that will run."""
+    own, running = own_reasons(entries), set()
+    for e in entries:
+        made_from = any(f"{origin}/".startswith(f"{stage}/") for origin in e["inputs"].values() for stage in running)
+        if e["stage"].split("/")[-1] in own or e["state"] == "to run" or made_from:
+            running.add(e["stage"])
+    return {e["stage"] for e in entries if e["stage"] in running and e["state"] != "to run"}
+
+
+def fields(section: type[Section], prefix: str = ""):
+    """Every key below a section, N for any entry of a list."""
+    for name, info in section.model_fields.items():
+        kinds = [info.annotation, *get_args(info.annotation)]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
+        if inner:
+            yield from fields(inner[0], f"{prefix}{name}{'.' if inner[0] is info.annotation else '.N.'}")
+        else:
+            yield prefix + name
+
+
+def test_every_key_has_its_entry():
+    keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
+    assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
+    assert keys - TABLE.keys() == {"method"}, "say in TABLE which stages these keys make stale"
+    assert TABLE.keys() <= keys, "these keys are no longer there"
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_a_key_makes_stale_what_depends_on_it_and_nothing_else(run, key):
+    value, expected = TABLE[key]
+    others = value.others if isinstance(value, Also) else {}
+    value = value.value if isinstance(value, Also) else value
+    value = value.replace("{folder}", str(run.parent)) if isinstance(value, str) else value
+    dotted = key.replace(".N.", ".0.")
+    before, after = (load_recipe(run, o).model_dump(mode="json") for o in ({}, {dotted: value} | others))
+    for part in dotted.split("."):
+        before, after = (tree[int(part) if part.isdigit() else part] for tree in (before, after))
+    assert before != after == value, "the table's value is the one that the run has"
+    entries = plan(run, {dotted: value} | others)
+    own = own_reasons(entries)
+    assert own.keys() == expected, own
+    assert stale(entries) == closure(entries)
+
+
+def test_nothing_is_stale_without_a_change(run):
+    entries = plan(run)
+    assert [e["stage"].split("/")[-1] for e in entries] == list(STAGES) and {e["state"] for e in entries} == {"done"}
+
+
+def test_templated_prompts_change_what_ready_data_is_held_against(run):
+    entries = {e["stage"]: e for e in plan(run, {"data.sources.0.templated": True})}
+    assert entries["round-00/select"]["why"].startswith("sources.digits.templated: False -> True; ")
+    assert entries["round-00/sample"]["why"] == UPSTREAM
+
+
+def test_how_often_training_saves_changes_nothing(run):
+    for stage in ("sft", "dpo"):
+        assert not stale(plan(run, {f"{stage}.checkpoint_steps": 99, "log.interval": 5, "threads": 2}))
+
+
+def test_a_template_and_weights_count_by_their_content_wherever_they_lie(run, tmp_path):
+    shutil.copy(run.parent / "chat.jinja", tmp_path / "copy.jinja")
+    assert not stale(plan(run, {"model.chat_template": str(tmp_path / "copy.jinja")}))
+    shutil.copytree(load_recipe(run).model.path, tmp_path / "copy")
+    entries = plan(run, {"model.path": str(tmp_path / "copy")})
+    assert own_reasons(entries).keys() == {"final"} == stale(entries)  # its card names the model
+
+
+def test_a_file_that_changes_counts_by_its_content(run):
+    for name, stages in (("prompts.jsonl", {"prompts"}), ("sft.jsonl", {"select"}), ("preferences.jsonl", {"select"})):
+        path = run.parent / name
+        text = path.read_text()
+        path.write_text(text + text.splitlines()[0] + "\n")
+        try:
+            entries = plan(run)
+            assert own_reasons(entries).keys() == stages and stale(entries) == closure(entries)
+        finally:
+            path.write_text(text)
+        assert not stale(plan(run))
+
+
+def test_the_plan_does_not_guess_what_an_evaluation_will_promote(run):
+    """A run that was killed before its evaluation is planned, and what follows is not said to be done."""
+    shutil.copytree(run.parent / "runs/tiny", run.parent / "runs/unmeasured")
+    shutil.rmtree(run.parent / "runs/unmeasured/round-00/evaluate")
+    store = planned(load_recipe(run, {"name": "unmeasured"}), Console(enabled=False))
+    entries = {e["stage"].split("/")[-1]: e for e in store.plan}
+    assert entries["evaluate"]["state"] == "to run" and entries["merge"]["state"] == "done"
+    assert entries["final"]["state"] == "stale" and UPSTREAM in entries["final"]["why"]
