@@ -1,4 +1,4 @@
-"""Command line and recipe files to a checked Recipe; every mistake is one line that names where it stands."""
+"""Command line and recipe files to a checked Recipe; every mistake is one line with its place."""
 
 import copy
 import difflib
@@ -48,7 +48,7 @@ class Command:
 
 @dataclass
 class _Read:
-    """A YAML tree and where each of its keys stands."""
+    """A YAML tree and the place of each key."""
 
     data: dict = field(default_factory=dict)
     lines: dict[tuple, str] = field(default_factory=dict)

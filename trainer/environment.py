@@ -6,7 +6,7 @@ import os
 # late, which made training steps 1.2 to 1.9 times slower (docs/performance.md). Spinning for 20 ms keeps each thread on
 # its core; idle threads still sleep.
 SPIN = "10000000"
-ASKED_OFFLINE = "STROP_HUB_OFFLINE"  # keeps HF_HUB_OFFLINE as the user has set it, also for processes that we start
+ASKED_OFFLINE = "STROP_HUB_OFFLINE"  # the user's HF_HUB_OFFLINE, also for our child processes
 OURS = "ON"  # HF_HUB_OFFLINE as we set it; a user writes 1
 
 
@@ -23,6 +23,6 @@ def prepare_environment() -> None:
 
 
 def user_is_offline() -> bool:
-    """Whether the user's own environment forbids to ask the hub."""
+    """Whether the user's own environment forbids network access."""
     names = (ASKED_OFFLINE, "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)

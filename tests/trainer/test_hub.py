@@ -214,9 +214,9 @@ CASES = {
     "no such host": (lambda hub, patch: patch.setenv("HF_ENDPOINT", "http://nowhere.invalid"), "owner/tiny",
                      "http://nowhere.invalid cannot be reached"),
     "a server that fails": (lambda hub, patch: setattr(hub, "status", 503), "owner/tiny", "(HTTP 503)"),
-    "offline": (lambda hub, patch: patch.setenv(ASKED_OFFLINE, "1"), "owner/tiny", "revision main is not in the cache"),
+    "offline": (lambda hub, patch: patch.setenv(ASKED_OFFLINE, "1"), "owner/tiny", "revision main is not cached"),
     "offline for data": (lambda hub, patch: patch.setenv("HF_DATASETS_OFFLINE", "1"), "hf:owner/rows@v1",
-                         "revision v1 is not in the cache"),
+                         "revision v1 is not cached"),
     "no such model": (None, "owner/tinny", "there is no repository owner/tinny"),
     "no such dataset": (None, "hf:owner/rowz", "data.sft.0.path=hf:owner/rowz: there is no repository owner/rowz"),
     "no such revision": (None, "owner/tiny@v3", "no revision v3"),
@@ -239,9 +239,9 @@ CASES = {
                        "it cannot be read"),
     "broken rows": (lambda hub, patch: hub.push("datasets/owner/rows", {"a.jsonl": b"{"}), "hf:owner/rows",
                     "it cannot be read"),
-    "no name": (None, "hf:rows", "data.sft.0.path=hf:rows: no name of a dataset"),
+    "no name": (None, "hf:rows", "data.sft.0.path=hf:rows: not a dataset name"),
     "no datasets": (lambda hub, patch: without_datasets(patch), "hf:owner/rows", "pip install datasets"),
-    "a killed download": (lambda hub, patch: kill_the_download(patch), "owner/tiny", "was cut off"),
+    "a killed download": (lambda hub, patch: kill_the_download(patch), "owner/tiny", "was interrupted"),
     "a full disk": (None, "owner/tiny", os.strerror(errno.EFBIG)),
 }
 SLOW = {"gated data", "no such config", "no config", "no rows at all", "broken rows", "no server for data"}

@@ -21,8 +21,8 @@ from strop.trainer.run.files import writing
 
 @dataclass(frozen=True)
 class Base:
-    """The start weights: a Hugging Face folder, what to call it, whether it was dequantised, its licence as Hugging
-    Face spells it, where it says one, and the commit if it was downloaded."""
+    """The start weights: a Hugging Face folder, its display name, whether it was converted from a GGUF, its license as
+    Hugging Face spells it if known, and the commit if it was downloaded."""
 
     path: Path
     name: str
@@ -32,11 +32,12 @@ class Base:
 
 
 def find_base(model: Model, console, convert: bool = True, pin: str | None = None) -> Base:
-    """The folder that `model.path` names; a GGUF is converted into the cache and a model of the hub downloaded, once
-    (`convert`=False only says where to), at commit `pin` if given. Raises UserError if there is no such model."""
+    """The folder that model.path names. A GGUF is converted into the cache once, and a model of the hub is downloaded
+    once, at commit `pin` if given; with convert=False only their paths are returned. Raises UserError if there is no
+    such model."""
     if model.trust_remote_code:
-        console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with all your rights; know who "
-                     "wrote it")
+        console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with your permissions; use it "
+                     "only if you trust its author")
     if model.path.startswith("package:"):
         name = model.path.removeprefix("package:")
         spec = importlib.util.find_spec(name) if name.isidentifier() else None

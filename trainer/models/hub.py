@@ -1,7 +1,7 @@
-"""Models and datasets by their names on the Hugging Face hub: from the caches, else downloaded by a child process.
+"""Models and datasets by their names on the Hugging Face hub: cached, else downloaded by a child process.
 
-The processes of a run never use the network. The child, this module run as a program, writes JSON lines: {"about",
-"bytes"} before a download, {"done"} meanwhile, then {"path", "commit", "warning"} or {"error"}.
+A run itself never uses the network. The child runs this module and writes JSON lines: {"about", "bytes"} before a
+download, {"done"} during it, then {"path", "commit", "warning"} or {"error"}.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ MODEL = re.compile(rf"{REPO}(?:@(?P<revision>\S+))?")
 DATASET = re.compile(rf"hf:{REPO}(?:/(?P<config>[^/:@]+))?(?:@(?P<revision>[^\s:]+))?(?::(?P<split>\S+))?")
 LOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 UNUSED = ["*/*", "consolidated*", "adapter_*"]
-LOOKUP_SECONDS = 20  # until the hub has said which commit a revision is
+LOOKUP_SECONDS = 20  # for the hub to resolve a revision
 
 
 @dataclass(frozen=True)
 class Name:
-    """A model, with `code` also its Python, or a dataset's split."""
+    """A model (with `code`, including its Python files) or a split of a dataset."""
 
     repo: str
     revision: str
@@ -45,11 +45,11 @@ class Name:
         return self.ref("").parent / commit / f"{quote(self.config or 'default', '')}--{quote(self.split, '')}.parquet"
 
     def ref(self, revision: str) -> Path:
-        """The file that holds the commit which `revision` was when the dataset was last asked for."""
+        """The file with the commit that `revision` last resolved to."""
         return cache_dir() / "hub" / self.repo.replace("/", "--") / f"ref-{quote(revision, '')}"
 
     def patterns(self) -> dict:
-        """The files of a model to download, as huggingface_hub takes them: no pickles."""
+        """The files of a model to download, as arguments of huggingface_hub; no pickles."""
         return {"allow_patterns": [*LOADED, "README.md", "LICENSE*", "LICENCE*", "NOTICE*"],
                 "ignore_patterns": UNUSED if self.code else [*UNUSED, "*.py"]}
 
@@ -74,25 +74,25 @@ class Name:
 
 
 def is_loaded(file: str) -> bool:
-    """Whether a file counts in the hash of a model from the hub: other tools may add files to its folder."""
+    """Whether a file is part of the hash of a model from the hub; other tools may add files to its folder."""
     return any(fnmatch(file, p) for p in LOADED) and not any(fnmatch(file, p) for p in UNUSED)
 
 
 def is_model_name(path: str) -> bool:
-    """Whether model.path is owner/name on the hub; what begins with a local folder is a local path."""
+    """Whether model.path is owner/name on the hub, not a path that begins with a local folder."""
     return bool(MODEL.fullmatch(path)) and not path.endswith(".gguf") and not Path(path.split("/")[0]).is_dir()
 
 
 def find_model(model: Model, console, download: bool, pin: str | None) -> tuple[Path, str | None]:
-    """(folder, commit) of model.path, at commit `pin` if given; with download=False the commit is None where it is not
-    cached. Raises UserError if it is not cached and cannot be downloaded."""
+    """(folder, commit) of model.path, at commit `pin` if given; with download=False the commit is None if the model is
+    not cached. Raises UserError if it is neither cached nor can be downloaded."""
     name = Name(code=model.trust_remote_code, **MODEL.fullmatch(model.path).groupdict("main"))
     return _find(f"model.path={model.path}", name, console, download, pin)
 
 
 def find_data(data: Data, console, download: bool, pins: dict[str, str]) -> dict[str, tuple[Path, str | None]]:
-    """{hf:owner/name, as `data` names it: (Parquet file, commit)}, as find_model. Raises UserError also for a name that
-    is none, and if the package datasets is missing."""
+    """{path in the recipe: (Parquet file, commit)} of the paths that begin with hf:, as find_model. Also raises
+    UserError on a malformed name, and if the package datasets is missing."""
     found = {}
     keys = [(f"data.{kind}.{i}.path={entry.path}", entry.path or "") for kind in ("sources", "sft", "preferences")
             for i, entry in enumerate(getattr(data, kind))]
@@ -100,8 +100,8 @@ def find_data(data: Data, console, download: bool, pins: dict[str, str]) -> dict
         if path.startswith("hf:") and path not in found:
             match = DATASET.fullmatch(path)
             if not match:
-                raise UserError(f"{key}: no name of a dataset; write hf:owner/name/config@revision:split; config, "
-                                "revision and split may be left out")
+                raise UserError(f"{key}: not a dataset name; write hf:owner/name/config@revision:split, where "
+                                "config, revision and split are optional")
             name = Name(match["repo"], match["revision"] or "main", False, match["config"], match["split"] or "train")
             found[path] = _find(key, name, console, download, pins.get(path))
     return found
@@ -116,8 +116,8 @@ def _find(key: str, name: Name, console, download: bool, pin: str | None) -> tup
         console.line(f"{key}: not downloaded yet")
         return cache_dir() / "hub" / "missing", None
     if offline:
-        raise UserError(f"{key}: revision {name.revision} is not in the cache, and the environment says offline "
-                        "(HF_HUB_OFFLINE); unset it, or run this once where there is a network")
+        raise UserError(f"{key}: revision {name.revision} is not cached, and HF_HUB_OFFLINE forbids downloads; "
+                        "unset it, or run this once with a network")
     if name.split and importlib.util.find_spec("datasets") is None:
         raise UserError(f"{key}: downloading it needs the package datasets: pip install datasets")
     answer = _ask_child(name, console)
@@ -131,7 +131,7 @@ def _find(key: str, name: Name, console, download: bool, pin: str | None) -> tup
 def _ask_child(name: Name, console) -> dict:
     environment = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     command = [sys.executable, "-P", "-m", "strop.trainer.models.hub", json.dumps(asdict(name))]
-    answer, bar = {"error": "the download was cut off; the same command goes on with it"}, None
+    answer, bar = {"error": "the download was interrupted; the same command resumes it"}, None
     with ExitStack() as stack, subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | environment) as child:
@@ -158,7 +158,7 @@ def say(**line) -> None:
 
 
 def look_up(ask, name: Name, **options):
-    """What the hub knows of a repository. The process ends if there is no answer in time, whatever it waits for."""
+    """The hub's answer about a repository. The process ends if there is none in time."""
     timer = threading.Timer(LOOKUP_SECONDS, lambda: (say(**unreachable(name, "no answer")), os._exit(1)))
     timer.daemon = True
     timer.start()
@@ -243,12 +243,12 @@ def unreachable(name: Name, why: str) -> dict:
 
 
 def failed(error: Exception, name: Name) -> dict:
-    """What went wrong and the remedy, without anything that could hold a token; the cache's copy if the network did."""
+    """The error line, without anything that could hold a token; the cached copy if only the network failed."""
     from huggingface_hub import constants
 
     chain = [error]
     while (below := chain[-1].__cause__ or chain[-1].__context__) and "EntryNotFound" not in str(type(below)):
-        chain.append(below)  # not what was looked for in vain before
+        chain.append(below)  # skip earlier lookups of optional files
     names = {c.__name__ for e in chain for c in type(e).__mro__}
     status = next((r.status_code for e in chain if (r := getattr(e, "response", None)) is not None), None)
     disk = next((e for e in chain if remedy_of(e).startswith(("free", "make"))), None)
@@ -258,7 +258,7 @@ def failed(error: Exception, name: Name) -> dict:
         said = f"{getattr(disk, 'filename', None) or constants.HF_HOME}: cannot be written ({reason_of(disk)}); free " \
                "some space there, or set HF_HOME and XDG_CACHE_HOME to another disk"
     elif "RevisionNotFoundError" in names:
-        said = f"the repository has no revision {name.revision}; name a branch, a tag or a commit that it has"
+        said = f"the repository has no revision {name.revision}; name an existing branch, tag or commit"
     elif "GatedRepoError" in names or status == 403 or "is a gated dataset" in str(error):
         said = "access to the repository is gated; accept the terms on its page, and set HF_TOKEN in the environment " \
                "to a token of that account"
@@ -282,5 +282,5 @@ def main(name: Name) -> None:
 
 if __name__ == "__main__":
     ANSWERS = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries print to stdout, too
     main(Name(**json.loads(sys.argv[1])))
