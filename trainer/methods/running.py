@@ -7,7 +7,6 @@ from typing import Any
 from strop.trainer.cli import load_recipe
 from strop.trainer.config import Recipe, to_yaml
 from strop.trainer.environment import prepare_environment
-from strop.trainer.errors import UserError
 from strop.trainer.methods import METHODS
 from strop.trainer.methods.run import Run
 from strop.trainer.models.folders import Base, find_base
@@ -15,9 +14,9 @@ from strop.trainer.models.hub import find_data
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
 from strop.trainer.run.console import PROGRESS, Console
-from strop.trainer.run.files import read_json, write_atomic
+from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import open_metrics
-from strop.trainer.run.store import PLAN, Store
+from strop.trainer.run.store import Store
 from strop.trainer.run.world import World, join
 
 Named = str | Path | dict | Recipe  # a YAML file, the name of a shipped recipe, a dict of keys, or a Recipe
@@ -62,10 +61,7 @@ def _planned(recipe: Recipe, world: World, console: Console, outside: tuple[Base
 def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict]:
     """The start weights, and the files of the datasets that the recipe names on the hub (see find_data). What the run
     has resolved before stays at its commit."""
-    try:
-        pins = read_json(Path(recipe.output_dir) / recipe.name / PLAN)["base"]["revisions"]
-    except (UserError, KeyError, TypeError):
-        pins = {}
+    pins = read_run(Path(recipe.output_dir) / recipe.name).plan.get("base", {}).get("revisions", {})
     base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
     return base, find_data(recipe.data, console, download, pins)
 
