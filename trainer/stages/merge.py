@@ -16,10 +16,8 @@ from strop.trainer.run.store import Stage
 
 
 def merge(stage: Stage, *, merge: Merge, start: Path, trained: dict[str, Path]) -> None:
-    """Writes model/: the last weights, their EMA or an average, interpolated with `start`.
-
-    start: a model folder. trained: the artifacts of the training stages, in order, by their names in merge.members.
-    """
+    """Writes model/: the last weights, their EMA or an average, interpolated with `start`. start: a model folder.
+    trained: the artifacts of the training stages, in order, by their names in merge.members."""
     mixture = mixture_of(merge, start, trained)
     if merge.interpolate < 1:
         mixture = [(path, weight * merge.interpolate) for path, weight in mixture]
@@ -47,10 +45,8 @@ def mixture_of(section: Merge, start: Path, trained: dict[str, Path]) -> list[tu
 
 
 def average(mixture: list[tuple[Path, float]], target: Path) -> None:
-    """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32.
-
-    Raises UserError if the folders do not have the same tensors.
-    """
+    """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32. Raises
+    UserError if the folders do not have the same tensors."""
     first, files = mixture[0][0], [weight_files(path) for path, _ in mixture]
     if not all("lm_head.weight" in f for f in files):  # a tied head may be saved in some of the folders only
         for found in files:
