@@ -31,10 +31,8 @@ class Encoded:
 
 
 def encode_prompt(tokenizer, messages: Sequence[dict], **template_kwargs) -> list[int]:
-    """Token ids of `messages` with the generation prompt; a final assistant message is continued.
-
-    Special tokens spelled out in a message are encoded as text. Raises UserError if the template rejects the messages.
-    """
+    """Token ids of `messages` with the generation prompt; a final assistant message is continued. Special tokens
+    spelled out in a message are encoded as text. Raises UserError if the template rejects the messages."""
     return _ids(tokenizer, _mark(tokenizer, messages), True, template_kwargs)
 
 
@@ -50,9 +48,7 @@ def encode_completion(tokenizer, messages_prefix: Sequence[dict], completion_mes
 
 def encode_conversation(tokenizer, messages: Sequence[dict], **template_kwargs) -> tuple[list[int], Encoded]:
     """(prompt tokens, completion), split before the first assistant message, with loss on assistant turns only.
-
-    Messages after the last assistant message are dropped. Raises UserError if there is no assistant message.
-    """
+    Messages after the last assistant message are dropped. Raises UserError if there is no assistant message."""
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     if first is None:
         raise UserError("the conversation has no assistant message to learn from")

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.trainer.config import Filter, ReadyData
-from strop.trainer.data.chat import (
-    Encoded,
-    common_prefix,
-    encode_completion,
-    encode_conversation,
-    encode_prompt,
-    encode_text,
-)
+from strop.trainer.data import chat
+from strop.trainer.data.chat import Encoded
 from strop.trainer.data.contamination import HeldOut
 from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import truncation, unfit_tokens
@@ -131,17 +125,18 @@ def _sft_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded], str, tupl
     if row.get("messages") is not None:
         messages = to_messages(row["messages"], "messages")
         _not_empty(messages, "messages")
-        prompt, learned = encode_conversation(tokenizer, messages, **kwargs)
+        prompt, learned = chat.encode_conversation(tokenizer, messages, **kwargs)
         return prompt, (learned,), _asked(messages), (_last(messages),)
     prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion")
     if isinstance(prompt, str):
         if not completion.strip():
             raise Unfit("empty", "completion is empty")
-        ids, learned = encode_text(tokenizer, prompt, completion)
+        ids, learned = chat.encode_text(tokenizer, prompt, completion)
         return ids, (learned,), prompt, (completion,)
     _not_empty(completion, "completion")
-    learned = encode_completion(tokenizer, prompt, completion, **kwargs)
-    return encode_prompt(tokenizer, prompt, **kwargs), (learned,), _asked([*prompt, *completion]), (_last(completion),)
+    ids = chat.encode_prompt(tokenizer, prompt, **kwargs)
+    learned = chat.encode_completion(tokenizer, prompt, completion, **kwargs)
+    return ids, (learned,), _asked([*prompt, *completion]), (_last(completion),)
 
 
 def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
@@ -153,14 +148,14 @@ def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded],
     if isinstance(prompt, str):
         if not chosen.strip() or not rejected.strip():
             raise Unfit("empty", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
-        ids, one = encode_text(tokenizer, prompt, chosen)
-        other = encode_text(tokenizer, prompt, rejected)[1]
+        ids, one = chat.encode_text(tokenizer, prompt, chosen)
+        other = chat.encode_text(tokenizer, prompt, rejected)[1]
         asked, said = prompt, (chosen, rejected)
     else:
         _not_empty(chosen, "chosen")
         _not_empty(rejected, "rejected")
-        ids = encode_prompt(tokenizer, prompt, **kwargs)
-        one, other = (encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
+        ids = chat.encode_prompt(tokenizer, prompt, **kwargs)
+        one, other = (chat.encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
         asked, said = _asked([*prompt, *chosen]), (_last(chosen), _last(rejected))
     if one.tokens == other.tokens:
         raise Unfit("identical", "chosen equals rejected")
@@ -196,7 +191,7 @@ def _split_prompt(chosen: Any, rejected: Any) -> tuple:
     to the completions."""
     if chosen == rejected:
         raise Unfit("identical", "chosen equals rejected")
-    n = common_prefix(chosen, rejected)
+    n = chat.common_prefix(chosen, rejected)
     if isinstance(chosen, list):
         if n == min(len(chosen), len(rejected)):
             raise Unfit("empty", "one of chosen and rejected is the beginning of the other")

@@ -26,10 +26,8 @@ class Row:
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yields every row of `path`, malformed ones with their error.
-
-    Raises UserError if `path` is missing, damaged, empty, or of an unknown format.
-    """
+    """Yields every row of `path`, malformed ones with their error. Raises UserError if `path` is missing, damaged,
+    empty, or of an unknown format."""
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -154,10 +152,8 @@ def kind(value: Any) -> str:
 
 
 def to_messages(value: Any, column: str) -> list[dict]:
-    """Cleans a list of messages from JSON or Parquet: text blocks joined, empty fields removed.
-
-    Raises UserError, naming the column, if it is not a list of messages.
-    """
+    """Cleans a list of messages from JSON or Parquet: text blocks joined, empty fields removed. Raises UserError,
+    naming the column, if it is not a list of messages."""
     if not isinstance(value, list) or not value:
         raise UserError(f"column {column!r} must hold a list of messages, is {kind(value) if value else 'empty'}")
     return [_message(m, f"{column}[{i}]") for i, m in enumerate(value)]

@@ -36,10 +36,8 @@ def drift(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start:
 
 
 def hidden_states(model: nn.Module, rows: list[Row]) -> list[Tensor]:
-    """Per row the hidden states [completion tokens, D] that predict its completion.
-
-    Rows are padded on the right, which needs no mask in a causal model.
-    """
+    """Per row the hidden states [completion tokens, D] that predict its completion. Rows are padded on the right, which
+    needs no mask in a causal model."""
     found, body = {}, model.get_decoder()
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     left = sorted(range(len(rows)), key=lambda i: -lengths[i])

@@ -15,10 +15,8 @@ KINDS = {"samples": "sampling", "training": "training", "log-probs": "training",
 
 
 def compare(console, *arguments: str) -> None:
-    """Prints the tables of two or more runs; the others are compared with the first one.
-
-    Raises UserError if one of them is not a run directory, or if a run is given twice.
-    """
+    """Prints the tables of two or more runs; the others are compared with the first one. Raises UserError if one of
+    them is not a run directory, or if a run is given twice."""
     runs = [read_run(find_run(a)) for a in arguments]
     if len({r.dir.resolve() for r in runs}) < len(runs):
         raise UserError(f"compare {' '.join(arguments)}: the same run twice; name different runs")

@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import median_high
 
 import jinja2
 import pyarrow.compute as compute
@@ -241,23 +242,20 @@ def time_chart(run: RunRecord) -> str:
     bars = []
     for stage, m in run.manifests.items():
         speeds = [r["tokens_per_second"] for r in run.metrics.get(stage, []) if r.get("tokens_per_second")]
-        speed = f" · {sorted(speeds)[len(speeds) // 2]:,.0f} tok/s" if speeds else ""
+        speed = f" · {median_high(speeds):,.0f} tok/s" if speeds else ""
         bars.append((stage, m["seconds"], f"{duration(m['seconds'])} · {100 * m['seconds'] / total:.0f} %{speed}"))
     return bar_chart(bars)
 
 
 def drop_rows(run: RunRecord) -> list[dict]:
     """A row per stage, reason and source, with the count and an example."""
-    rows, details = Counter(), {}
+    details = defaultdict(list)
     for stage in run.manifests:
         path = run.dir / stage / "drops.parquet"
-        if path.exists():
-            for drop in read_table(path).to_pylist():
-                key = (stage, drop["reason"], drop["source"] or "")
-                rows[key] += 1
-                details.setdefault(key, drop["detail"] or "")
-    return [{"stage": s, "reason": r, "source": o, "n": n, "detail": details[s, r, o][:160]}
-            for (s, r, o), n in rows.items()]
+        for drop in read_table(path).to_pylist() if path.exists() else ():
+            details[stage, drop["reason"], drop["source"] or ""].append(drop["detail"] or "")
+    return [{"stage": stage, "reason": reason, "source": source, "n": len(found), "detail": found[0][:160]}
+            for (stage, reason, source), found in details.items()]
 
 
 def stage_rows(run: RunRecord) -> list[dict]:

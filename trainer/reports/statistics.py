@@ -78,10 +78,8 @@ def points(g: dict | None) -> str:
 
 def paired_bootstrap(new: np.ndarray, old: np.ndarray, resamples: int, seed: int,
                      level: float = 0.95) -> tuple[float, float, float]:
-    """(gain, low, high): the mean of `new` - `old` and its percentile interval over resampled prompts.
-
-    new, old: [prompts], in the same order. Raises ValueError if they differ in length or are empty.
-    """
+    """(gain, low, high): the mean of `new` - `old` and its percentile interval over resampled prompts. new, old:
+    [prompts], in the same order. Raises ValueError if they differ in length or are empty."""
     if new.shape != old.shape or new.ndim != 1 or not len(new):
         raise ValueError(f"paired_bootstrap needs two arrays of the same prompts, got shapes {new.shape}, {old.shape}")
     # prompts with equal differences are exchangeable, so the counts of the distinct differences are multinomial

@@ -16,10 +16,8 @@ PORT = 8765
 
 
 def watch(console, argument: str, port: int | None = None) -> None:
-    """Serves the page until Ctrl-C. Without `port`: the default port, or a free one if that is in use.
-
-    Raises UserError if there is no such run or `port` is in use.
-    """
+    """Serves the page until Ctrl-C. Without `port`: the default port, or a free one if that is in use. Raises UserError
+    if there is no such run or `port` is in use."""
     run_dir = find_run(argument)
     with serve(run_dir, port) as server:
         console.line(f"http://127.0.0.1:{server.server_port}/   {run_dir}   Ctrl-C stops the page, not the run")

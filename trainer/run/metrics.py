@@ -55,11 +55,8 @@ def open_metrics(recipe, run_dir: Path, console: Console, enabled: bool) -> "Met
 
 
 class Metrics:
-    """Logs steps on the first rank; on other ranks (`enabled=False`) every method does nothing.
-
-    A stage that logs a step again went back to a checkpoint or started over: that step and later ones of the stage are
-    removed first.
-    """
+    """Logs steps on the first rank; on other ranks (`enabled=False`) every method does nothing. A stage that logs a
+    step again went back to a checkpoint or started over: that step and later ones of the stage are removed first."""
 
     def __init__(self, run_dir: Path, console: Console, tensorboard: bool = True, enabled: bool = True,
                  trackers: Sequence[Tracker] = ()):

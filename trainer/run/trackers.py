@@ -45,22 +45,19 @@ def open_trackers(recipe, run_dir: Path, console) -> list[Tracker]:
     Keys, modes and projects come from their own environment variables (WANDB_API_KEY, WANDB_MODE, WANDB_PROJECT,
     TRACKIO_PROJECT, ...), never from the recipe. Raises UserError if one is not installed or does not start.
     """
-    wanted = recipe.log.report_to
-    modules = {name: load(name) for name in wanted}
+    modules = {name: load(name) for name in recipe.log.report_to}
     path = run_dir / "trackers.json"
     run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    ids = read_json(path) if path.exists() else {}
-    if fresh := [name for name in wanted if name not in ids]:
-        ids |= {name: secrets.token_hex(4) for name in fresh}
-        write_json(path, ids)
-    trackers, config = [], recipe.model_dump(mode="json")
+    ids = {name: secrets.token_hex(4) for name in modules} | (read_json(path) if path.exists() else {})
+    write_json(path, ids)
+    trackers = []
     for name, module in modules.items():
         project = os.environ.get(f"{name.upper()}_PROJECT", "strop")
-        how = {"name": f"{recipe.name}-{ids[name]}"}
+        options = {"name": f"{recipe.name}-{ids[name]}"}
         if name == "wandb":
-            how = {"name": recipe.name, "id": ids[name], "dir": str(run_dir)}
+            options = {"name": recipe.name, "id": ids[name], "dir": str(run_dir)}
         try:
-            module.init(project=project, config=config, resume="allow", **how)
+            module.init(project=project, config=recipe.model_dump(mode="json"), resume="allow", **options)
         except Exception as e:
             raise UserError(f"log.report_to={name}: {name} does not start: {first_line(e)}; fix this, or remove {name} "
                              "from log.report_to") from e

@@ -111,11 +111,11 @@ def join(device: str, threads: int) -> World:
         raise UserError("device=cuda, but torch finds no CUDA device; use device=cpu or device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    if not use_cuda:
-        keep_freed_memory()
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)
+    else:
+        keep_freed_memory()
     if size > 1:
         # ranks wait at a barrier for as long as a stage that only rank 0 runs takes
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=7))

@@ -72,10 +72,8 @@ class PackedLinear(nn.Module):
 
 
 class Generator:
-    """Samples from a causal LM of transformers, whose attention implementation it replaces.
-
-    Raises UserError on models that keep state outside attention or use attention that the cache does not support.
-    """
+    """Samples from a causal LM of transformers, whose attention implementation it replaces. Raises UserError on models
+    that keep state outside attention or use attention that the cache does not support."""
 
     def __init__(self, model: nn.Module):
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
@@ -127,10 +125,8 @@ class Generator:
 
 
 class Batch:
-    """The active rows, their prompts, and the waiting prompts. All state but the cache is on the host.
-
-    keys: for each prompt the random key of each of its completions.
-    """
+    """The active rows, their prompts, and the waiting prompts. All state but the cache is on the host. keys: for each
+    prompt the random key of each of its completions."""
 
     def __init__(self, model: nn.Module, device: torch.device, prompts: list[list[int]], keys: list[list[int]],
                  max_new_tokens: int, batch_size: int):

@@ -232,9 +232,7 @@ def cached_attention(module, query: Tensor, key: Tensor, value: Tensor, attentio
                      scaling: float, softcap: float | None = None, sliding_window: int | None = None,
                      kv_step: Prefill | Decode | None = None, **other):
     """transformers' attention function: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], None).
-
-    Raises UserError on a missing step, on a mask, and on unknown keywords (e.g. attention sinks).
-    """
+    Raises UserError on a missing step, on a mask, and on unknown keywords (e.g. attention sinks)."""
     unknown = sorted(k for k, v in other.items() if k not in IGNORED and v is not None)
     if kv_step is None or attention_mask is not None or unknown:
         why = f"uses {', '.join(unknown)}" if unknown else "does not pass keywords down to its attention"

@@ -24,11 +24,8 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
 
 def sample(stage: Stage, *, sample: Sample, model: Part, compute: Part, shares: dict[str, float], seed: int,
            round: int, weights: Path, prompts: Path) -> None:
-    """Writes shard-00000.parquet, ...; shard i runs on rank i modulo the number of ranks.
-
-    compute: the recipe's dtype. shares: each source's share of the prompts. Raises UserError if no prompt fits the
-    model's context.
-    """
+    """Writes shard-00000.parquet, ...; shard i runs on rank i modulo the number of ranks. compute: the recipe's dtype.
+    shares: each source's share of the prompts. Raises UserError if no prompt fits the model's context."""
     folder = ModelFolder(weights, model)
     tokenizer = folder.tokenizer()
     rows = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split", "messages"]).to_pylist()

@@ -17,10 +17,8 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("
 
 
 def score(stage: Stage, *, score: Score, prompts: Path, sample: Path) -> None:
-    """Writes scores.parquet. A sample is correct if it stopped by itself and scores at least score.correct_at.
-
-    Raises UserError if a sample's prompt is not among the prompts.
-    """
+    """Writes scores.parquet. A sample is correct if it stopped by itself and scores at least score.correct_at. Raises
+    UserError if a sample's prompt is not among the prompts."""
     asked = {row["prompt_id"]: row for row in read_table(prompts / "prompts.parquet").to_pylist()}
     samples, rows = read_samples(sample), []
     verified: dict[tuple[str, str], tuple[float, str | None]] = {}  # equal completions are verified once

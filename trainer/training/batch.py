@@ -87,10 +87,8 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def pack_evenly(lengths: list[int], budget: int) -> list[list[int]]:
-    """`pack` with the smallest budget that needs no more bins: the bins are filled evenly.
-
-    The largest bin sets the peak memory, and a small last bin would be a slow pass.
-    """
+    """`pack` with the smallest budget that needs no more bins: the bins are filled evenly. The largest bin sets the
+    peak memory, and a small last bin would be a slow pass."""
     if not lengths:
         return []
     bins = pack(lengths, budget)

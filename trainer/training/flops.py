@@ -16,23 +16,19 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S"
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s: from the data sheet for a known GPU, else measured on a matrix product."""
-    if device.type == "cuda":
+    cuda, n, seconds = device.type == "cuda", 1024, []
+    if cuda and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for key, value in PEAKS.items():
-            if key in name and dtype == torch.bfloat16:
-                return value
-    n = 1024
+        if known := next((value for key, value in PEAKS.items() if key in name), None):
+            return known
     a = torch.ones(n, n, dtype=dtype, device=device)
-    best = float("inf")
     for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         started = time.perf_counter()
         a @ a
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / min(seconds)
 
 
 @dataclass(frozen=True)

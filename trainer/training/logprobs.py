@@ -32,9 +32,7 @@ class Scorer:
 
 def separate_rows(groups: PackedGroups) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields for every completion its row [1, tokens] with the prompt, and the predicting positions and targets [n].
-
-    Rows have no padding and need no mask, so that this is exact for any causal model, recurrent ones included.
-    """
+    Rows have no padding and need no mask, so that this is exact for any causal model, recurrent ones included."""
     for (start, end), g, (first, last) in zip(groups.completion_bounds, groups.completion_group, groups.target_bounds,
                                               strict=True):
         p0, p1 = groups.prompt_bounds[g]
