@@ -46,7 +46,7 @@ class Example:
 def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: int) -> list[list[int]]:
     """Indices of the examples of every optimizer step.
 
-    Each epoch is shuffled anew from `seed` and holds a row of weight w floor(w) times, and once more with probability
+    Each epoch is reshuffled from `seed` and holds a row of weight w floor(w) times, and once more with probability
     w - floor(w). A fractional last epoch takes that fraction of its rows.
     """
     order: list[int] = []
