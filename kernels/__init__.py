@@ -24,16 +24,6 @@ else:
     from .sampling import draw_key, sample_tokens
 
     __all__ = [
-        "LOSS_TYPES",
-        "PREFERENCE_METRICS",
-        "Group",
-        "PackedGroups",
-        "draw_key",
-        "gather_logprob",
-        "linear_logprob",
-        "linear_preference_loss",
-        "preference_loss",
-        "preference_means",
-        "prefix_attention",
-        "sample_tokens",
+        "LOSS_TYPES", "PREFERENCE_METRICS", "Group", "PackedGroups", "draw_key", "gather_logprob", "linear_logprob",
+        "linear_preference_loss", "preference_loss", "preference_means", "prefix_attention", "sample_tokens",
     ]

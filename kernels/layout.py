@@ -126,14 +126,10 @@ class PackedGroups:
         if int(input_ids.min()) < 0:
             raise ValueError(f"negative token id {int(input_ids.min())} at row offset {int(input_ids.argmin())}")
         packed = cls(
-            prompt_bounds=tuple(prompt_bounds),
-            completion_bounds=tuple(completion_bounds),
-            completion_group=tuple(completion_group),
-            target_bounds=tuple(target_bounds),
-            input_ids=input_ids,
+            prompt_bounds=tuple(prompt_bounds), completion_bounds=tuple(completion_bounds),
+            completion_group=tuple(completion_group), target_bounds=tuple(target_bounds), input_ids=input_ids,
             position_ids=torch.tensor(positions, dtype=torch.int64),
-            pred_index=torch.tensor(pred_index, dtype=torch.int64),
-            target=torch.tensor(target, dtype=torch.int64),
+            pred_index=torch.tensor(pred_index, dtype=torch.int64), target=torch.tensor(target, dtype=torch.int64),
             target_segment=torch.tensor(segment, dtype=torch.int32),
             **_attention_layout(prompt_bounds, completion_bounds, completion_group),
         )
@@ -195,11 +191,8 @@ def _attention_layout(prompts: list[Span], completions: list[Span], groups: list
     key_index = (key_start - before).repeat_interleave(keys) + torch.arange(total, dtype=torch.int32)
     zero = torch.zeros(1, dtype=torch.int32)
     return {
-        "segments": segments,
-        "max_queries": int(queries.max()),
-        "max_keys": int((prompt_length + length).max()),
-        "tiles": torch.tensor(tiles, dtype=torch.int32),
-        "readers_end": readers_end,
+        "segments": segments, "max_queries": int(queries.max()), "max_keys": int((prompt_length + length).max()),
+        "tiles": torch.tensor(tiles, dtype=torch.int32), "readers_end": readers_end,
         "query_offsets": torch.cat([zero, queries.cumsum(0, dtype=torch.int32)]),
         "key_offsets": torch.cat([zero, (prompt_length + length).cumsum(0, dtype=torch.int32)]),
         "key_index": key_index,

@@ -32,18 +32,8 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 def adamw_(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weight: Tensor | None,
-    factor: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    step: int,
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight: Tensor | None, factor: Tensor, *,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int,
 ) -> None:
     """One AdamW step (arXiv 1711.05101) in place, with torch.optim.AdamW's arithmetic.
 

@@ -43,13 +43,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def sample_tokens(
-    logits: Tensor,
-    key: Tensor,
-    position: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    logits: Tensor, key: Tensor, position: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at uniform(key, position).
 

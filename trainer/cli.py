@@ -1,8 +1,9 @@
-"""Command line and recipe files to a checked Recipe; every mistake is one line that names where it stands."""
+"""Command line and recipe files to a checked Recipe; every mistake is one line with its place."""
 
 import copy
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -11,10 +12,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from strop.trainer.config import RECIPES, Recipe
+from strop.trainer.environment import check_process
 from strop.trainer.errors import UserError
 from strop.trainer.reports.commands import VERBS, run_verb
 
-SECRET = re.compile(r"(^|_)(api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)$", re.I)
+SECRET = re.compile(r"(api|access|private|secret|auth|ssh|account|signing|encryption)[\W_]*keys?(?![a-z])"
+                    r"|token(?!(?-i:[a-z]))|(api|access|auth|hf|hub|bearer|refresh)[\W_]*tokens|secrets?(?!(?-i:[a-z]))"
+                    r"|passphrase|passw(or)?ds?|(^|[\W_])(auth|pwd)(?![a-z])|authorization|bearer|credentials?", re.I)
+MOST, DEEPEST, LONGEST = 100_000, 32, 1 << 20  # entries (aliases written out), levels and bytes of a recipe
 SHIPPED = Path(__file__).parent / "recipes"
 USAGE = """\
 usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
@@ -48,7 +53,7 @@ class Command:
 
 @dataclass
 class _Read:
-    """A YAML tree and where each of its keys stands."""
+    """A YAML tree and the place of each key."""
 
     data: dict = field(default_factory=dict)
     lines: dict[tuple, str] = field(default_factory=dict)
@@ -56,9 +61,10 @@ class _Read:
 
 def parse(argv: list[str]) -> Command:
     """Raises UserError, one mistake a line."""
+    check_process()
     if argv[:1] and argv[0] in VERBS:
         return Command(verb=argv[0], arguments=[a for a in argv[1:] if a != "--debug"], debug="--debug" in argv)
-    command, read, overrides, name = Command(), None, [], "quickstart"
+    command, read, overrides = Command(), None, []
     for argument in argv:
         if argument in ("--help", "-h"):
             command.help = True
@@ -67,18 +73,16 @@ def parse(argv: list[str]) -> Command:
         elif argument == "--debug":
             command.debug = True
         elif argument.startswith("-"):
-            raise UserError(f"{argument}: unknown option; see --help")
+            raise UserError(f"{argument.partition('=')[0]}: unknown option; see --help")
         elif "=" in argument:
             overrides.append(argument)
         elif read is None:
-            path = find_recipe(argument)
-            name, read = path.stem, read_recipe(path)
+            read = read_recipe(find_recipe(argument))
         else:
             raise UserError(f"{argument}: a second recipe; give one, and override its keys with key=value")
     if command.help:
         return command
-    read = read or read_recipe(find_recipe(name))
-    read.data.setdefault("name", name)
+    read = read or read_recipe(find_recipe("quickstart"))
     for override in overrides:
         apply_override(read, override)
     command.recipe = check(read)
@@ -114,63 +118,98 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(path: Path) -> _Read:
-    """The file as data with the line of every key. Raises UserError on broken or doubled YAML."""
+    """The file as data with the line of every key; its stem is the default name. Raises UserError on broken YAML."""
     try:
+        if path.stat().st_size > LONGEST:
+            raise UserError(f"{path}: has more than {LONGEST:,} bytes; a recipe names data, it does not hold it")
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not YAML ({getattr(e, 'problem', None) or e})") from e
-    if root is None:
+    read = _Read()
+    read.data = read_yaml(text, (), lambda line: f"{path}:{line}", read.lines)
+    if not read.lines:
         raise UserError(f"{path}: the file is empty; a recipe is a mapping of keys, see --help")
-    if not isinstance(data, dict):
-        raise UserError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
-    read = _Read(data)
-    _note_lines(root, (), path, read.lines)
+    if not isinstance(read.data, dict):
+        raise UserError(f"{path}:1: a recipe is a mapping of keys to values, this is a {type(read.data).__name__}")
+    if "name" not in read.data:
+        read.data["name"] = path.stem
+        read.lines[("name",)] = f"{path} (a run without a name takes the file's; set name=)"
     return read
 
 
-def _note_lines(node, at: tuple, path: Path, lines: dict) -> None:
-    lines[at] = f"{path}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value}: duplicate key")
-            seen.add(key.value)
-            _note_lines(value, (*at, key.value), path, lines)
-            lines[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
+def read_yaml(text: str, at: tuple, where: Callable[[int], str], lines: dict[tuple, str]) -> Any:
+    """The value of the key `at` from YAML; notes where(line) of each key in `lines`. Raises UserError, also where
+    aliases make it endless or huge."""
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_node(loader, node, at, where, lines)
+        return loader.construct_document(node)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))
+        problem = getattr(e, "problem", None) or str(e).splitlines()[0]
+        raise UserError(f"{where(line + 1)}: not YAML ({problem})") from None  # the cause quotes the text
+    except RecursionError:
+        raise UserError(f"{where(1)}: not YAML that a recipe needs (nested too deeply)") from None
+
+
+def _check_node(loader, node, at: tuple, where: Callable[[int], str], lines: dict) -> None:
+    here = where(node.start_mark.line + 1)
+    if len(lines) > MOST or len(at) > DEEPEST:
+        raise UserError(f"{here}: {'.'.join(map(str, at[:4]))}: not YAML that a recipe needs (an alias that holds "
+                         f"itself, more than {MOST:,} entries or more than {DEEPEST} levels)")
+    if node.tag.rpartition(":")[2] in ("omap", "pairs", "set"):
+        raise UserError(f"{here}: not YAML that a recipe needs (the tag {node.tag})")
+    lines[at] = here
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            value = loader.construct_object(node)
+            str(value).encode()  # fails on lone surrogates and on integers of thousands of digits
+        except (ValueError, LookupError, AttributeError, TypeError) as e:  # what PyYAML raises for e.g. !!float x
+            raise UserError(f"{here}: not YAML ({node.tag.rpartition(':')[2]}: {str(e)[:100]})") from None
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            _note_lines(value, (*at, i), path, lines)
+            _check_node(loader, value, (*at, i), where, lines)
+    else:
+        seen = set()
+        for key, value in node.value:
+            here, kind = where(key.start_mark.line + 1), key.tag.rpartition(":")[2]
+            name = key.value if isinstance(key, yaml.ScalarNode) else "?"
+            if name == "?" or (kind not in ("str", "merge") and len(at) <= 4):  # deeper are arguments of a library
+                raise UserError(f"{here}: {name}: a key must be text, this is {kind}; correct it or put it in quotes")
+            if name in seen:
+                raise UserError(f"{here}: {name}: duplicate key")
+            seen.add(name)
+            _check_node(loader, value, (*at, name), where, lines)
+            lines[(*at, name)] = here
 
 
 def apply_override(read: _Read, override: str) -> None:
     """Sets `a.b.0.c=value` in the tree. Raises UserError if the path leads nowhere or the value is not YAML."""
     key, _, text = override.partition("=")
-    refuse_secrets({key.split(".")[-1]: text}, (), {(): "command line"})
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as e:
-        raise UserError(f"command line: {override}: the value is not YAML ({getattr(e, 'problem', e)})") from e
+    refuse_secrets({key: None}, (), {(): "command line"})
+    value = read_yaml(text, tuple(key.split(".")), lambda line: f"command line: {key}", {})
     set_key(read, key, value, "command line")
 
 
 def set_key(read: _Read, key: str, value: Any, where: str) -> None:
     """Sets the dotted key in the tree; errors about it name `where`. Raises UserError if the path leads nowhere."""
-    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    refuse_secrets({key: value}, (), {(): where})
+    path = tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in key.split("."))
+    if "" in path or len(path) > DEEPEST:
+        raise UserError(f"{where}: {key}={shown(value)}: no such key; keys look like sample.k or data.sources.0.path")
     at: Any = read.data
     for i, part in enumerate(path):
         last, above = i == len(path) - 1, ".".join(map(str, path[:i]))
         if isinstance(at, list):
             if not isinstance(part, int) or part >= len(at):
-                raise UserError(f"{where}: {key}={value}: {above} is a list of {len(at)}; its entries are .0, .1, ...")
+                raise UserError(f"{where}: {key}={shown(value)}: {above} is a list of {len(at)}; its entries are .0, "
+                                 ".1, ...")
         elif not isinstance(at, dict):
-            raise UserError(f"{where}: {key}={value}: {above} is a value, it has no keys")
+            raise UserError(f"{where}: {key}={shown(value)}: {above} is a value, it has no keys")
         elif not last and at.get(part) is None:
             at[part] = {}
         if last:
@@ -187,9 +226,7 @@ def load_recipe(recipe: str | Path | dict | Recipe = "quickstart", overrides: di
     if isinstance(recipe, Recipe | dict):
         read = _Read(copy.deepcopy(recipe) if isinstance(recipe, dict) else recipe.model_dump(mode="json"))
     else:
-        path = find_recipe(str(recipe))
-        read = read_recipe(path)
-        read.data.setdefault("name", path.stem)
+        read = read_recipe(find_recipe(str(recipe)))
     for key, value in (overrides or {}).items():
         set_key(read, key, value, "overrides")
     return check(read)
@@ -202,7 +239,12 @@ def check(read: _Read) -> Recipe:
     try:
         return RECIPES.get(method if isinstance(method, str) else "", Recipe).model_validate(read.data)
     except ValidationError as e:
-        raise UserError("\n".join(dict.fromkeys(_explain(error, read) for error in e.errors()))) from e
+        raise UserError(*dict.fromkeys(_explain(error, read) for error in e.errors()[:20])) from e
+
+
+def shown(value) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def refuse_secrets(value, path: tuple, lines: dict) -> None:
@@ -236,7 +278,7 @@ def _explain(error: dict, read: _Read) -> str:
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         prefix = "".join(f"{p}." for p in path[:-1])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(known)}"
-        return f"{where}: {key}={at}: unknown key; {hint}"
+        return f"{where}: {key}={shown(at)}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{where}: {key} is missing; {fields_meaning(path)}"
     message = error["msg"].removeprefix("Value error, ")
@@ -247,7 +289,7 @@ def _explain(error: dict, read: _Read) -> str:
     message = message[:1].lower() + message[1:] if message.startswith("Input") else message
     if not path or (isinstance(at, dict | list) and error["type"] == "value_error"):
         return f"{where}: {key + ': ' if key else ''}{message}"
-    return f"{where}: {key}={at}: {message}"
+    return f"{where}: {key}={shown(at)}: {message}"
 
 
 def _model_at(path: list) -> type[BaseModel] | None:

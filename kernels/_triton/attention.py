@@ -57,14 +57,7 @@ def _tile(tiles_ptr, program, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr):
 
 @triton.jit
 def _key_ranges(
-    position_ptr,
-    start,
-    end,
-    group_start,
-    prompt_end,
-    window,
-    WINDOW: tl.constexpr,
-    ROWS: tl.constexpr,
+    position_ptr, start, end, group_start, prompt_end, window, WINDOW: tl.constexpr, ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """The two ranges of keys that rows start to end read, of the prompt and of their own completion: the first range's

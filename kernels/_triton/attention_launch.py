@@ -82,15 +82,8 @@ def _options(kernel: str, q: Tensor, window: int, cap: float) -> dict[str, int |
     # TF32 has 10 bits of mantissa: use it only if PyTorch's own matmuls may.
     precise = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
-        "D": q.shape[-1],
-        "D_PAD": width,
-        "CAP": cap > 0,
-        "WINDOW": window > 0,
-        "QUERIES": shape.queries,
-        "KEYS": shape.keys,
-        "TILE_ROWS": TILE,
-        "PRECISION": "ieee" if precise else "tf32",
-        "num_warps": shape.warps,
+        "D": q.shape[-1], "D_PAD": width, "CAP": cap > 0, "WINDOW": window > 0, "QUERIES": shape.queries,
+        "KEYS": shape.keys, "TILE_ROWS": TILE, "PRECISION": "ieee" if precise else "tf32", "num_warps": shape.warps,
         "num_stages": shape.stages,
     }
 
@@ -105,14 +98,7 @@ def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Tensor,
-    readers_end: Tensor,
-    positions: Tensor,
-    scale: float,
-    window: int,
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, readers_end: Tensor, positions: Tensor, scale: float, window: int,
     cap: float,
 ) -> tuple[Tensor, Tensor]:
     """q [1, H, T, D]; k, v [1, Hkv, T, D]; bf16, fp16 or fp32; tiles, readers_end and positions of PackedGroups.
@@ -129,18 +115,8 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tiles: Tensor,
-    readers_end: Tensor,
-    positions: Tensor,
-    scale: float,
-    window: int,
-    cap: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, readers_end: Tensor,
+    positions: Tensor, scale: float, window: int, cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from forward's inputs and outputs. Deterministic."""
     grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)

@@ -16,20 +16,8 @@ takes = _cpu.multiplies
 
 
 def attention_over_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    completion_k: Tensor,
-    completion_v: Tensor,
-    chunks: Tensor,
-    group: Tensor,
-    seen: Tensor,
-    length: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, completion_k: Tensor, completion_v: Tensor,
+    chunks: Tensor, group: Tensor, seen: Tensor, length: Tensor, *, scale: float, softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
     """Store k and v [Hkv, N, D] of N new tokens in the cache and attend with q [Hq, N, D]; returns [N, Hq, D].

@@ -134,10 +134,8 @@ def _tables(prompt_bounds, completion_bounds, completion_group) -> _Tables:
             of_group[-1].group = len(slices)
         slices += of_group
     return _Tables(
-        torch.tensor(segments).view(-1, 3),
-        torch.tensor(blocks).view(-1, 7),
-        torch.tensor([astuple(part) for part in slices]).view(-1, 6),
-        share_rows,
+        torch.tensor(segments).view(-1, 3), torch.tensor(blocks).view(-1, 7),
+        torch.tensor([astuple(part) for part in slices]).view(-1, 6), share_rows,
     )
 
 

@@ -14,15 +14,8 @@ BACKENDS = ("triton", "flash_attn", "varlen", "sdpa")
 
 
 def prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: PackedGroups,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    backend: str | None = None,
+    q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, *, scale: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, backend: str | None = None,
 ) -> Tensor:
     """Causal attention within each completion and onto its prompt.
 

@@ -16,14 +16,8 @@ def attention_mask(query_position: Tensor, key_position: Tensor, sliding_window:
 
 
 def prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: PackedGroups,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, *, scale: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None,
 ) -> Tensor:
     """strop.kernels.prefix_attention with the whole [T, T] mask and scores materialized."""
     row_group = torch.empty(groups.num_tokens, dtype=torch.int64)
@@ -46,20 +40,8 @@ def prefix_attention(
 
 
 def attention_over_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    completion_k: Tensor,
-    completion_v: Tensor,
-    chunks: Tensor,
-    group: Tensor,
-    seen: Tensor,
-    length: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, completion_k: Tensor, completion_v: Tensor,
+    chunks: Tensor, group: Tensor, seen: Tensor, length: Tensor, *, scale: float, softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
     """strop.kernels.attention.cached.attention_over_cache, token by token."""

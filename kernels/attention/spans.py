@@ -44,13 +44,7 @@ def explicit_forward(
 
 
 def explicit_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: PackedGroups | Bounds,
-    scale: float,
-    window: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups | Bounds, scale: float, window: int,
     cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from explicit_forward's inputs."""

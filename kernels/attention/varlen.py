@@ -40,15 +40,8 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: flo
     from flash_attn import flash_attn_varlen_func
 
     out = flash_attn_varlen_func(
-        *_rows(q, k, v, groups),
-        groups.query_offsets,
-        groups.key_offsets,
-        groups.max_queries,
-        groups.max_keys,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=cap,
+        *_rows(q, k, v, groups), groups.query_offsets, groups.key_offsets, groups.max_queries, groups.max_keys,
+        softmax_scale=scale, causal=True, window_size=(window - 1, 0) if window else (-1, -1), softcap=cap,
         deterministic=True,
     )
     return out.transpose(0, 1).unsqueeze(0)
@@ -59,14 +52,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, groups: PackedGroups, scale: float, 
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(
-        *_rows(q, k, v, groups),
-        groups.query_offsets,
-        groups.key_offsets,
-        groups.max_queries,
-        groups.max_keys,
-        scale=scale,
-        window_size=(window - 1 if window else -1, 0),
-        **GROUPED_HEADS,
+        *_rows(q, k, v, groups), groups.query_offsets, groups.key_offsets, groups.max_queries, groups.max_keys,
+        scale=scale, window_size=(window - 1 if window else -1, 0), **GROUPED_HEADS,
     )
     return out.transpose(0, 1).unsqueeze(0)
 

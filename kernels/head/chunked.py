@@ -81,16 +81,8 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    head: LogitTransform,
-    stats: tuple[str, ...],
-    byte_budget: int,
-    kept: Tensor | None = None,
-    bracket: bool = False,
-    passes: ModuleType = torch_passes,
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, head: LogitTransform, stats: tuple[str, ...],
+    byte_budget: int, kept: Tensor | None = None, bracket: bool = False, passes: ModuleType = torch_passes,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
     """Returns logp, lse, the requested stats and, with bracket, d logp / d hidden.
 
@@ -141,19 +133,9 @@ def _finish(state: RowState, stats: tuple[str, ...], vocab: int) -> tuple[Tensor
 
 
 def backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logp: Tensor,
-    lse: Tensor,
-    kept: Tensor | None,
-    kept_rows: Tensor | None,
-    head: LogitTransform,
-    needs: tuple[bool, bool, bool],
-    byte_budget: int,
-    passes: ModuleType = torch_passes,
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logp: Tensor, lse: Tensor,
+    kept: Tensor | None, kept_rows: Tensor | None, head: LogitTransform, needs: tuple[bool, bool, bool],
+    byte_budget: int, passes: ModuleType = torch_passes,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (grad * logp).sum() for hidden, weight and bias, each None unless needed.
 

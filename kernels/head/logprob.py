@@ -16,16 +16,8 @@ STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    stats: Sequence[str] = (),
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, logit_scale: float = 1.0,
+    temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100, stats: Sequence[str] = (),
     byte_budget: int | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """log softmax(x)[target] with x = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature,
@@ -66,12 +58,7 @@ def linear_logprob(
 
 
 def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, temperature: float, softcap: float | None,
     stats: Sequence[str],
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -133,17 +120,8 @@ def _spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
 # A custom op cannot return None: results that were not requested are empty, with numel 0.
 @torch.library.custom_op("strop::linear_logprob", mutates_args=())
 def _linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    wanted: int,
-    mode: int,
-    byte_budget: int,
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logit_scale: float, temperature: float,
+    softcap: float, ignore_index: int, wanted: int, mode: int, byte_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp, lse, the five STATS (bit i of `wanted` requests the i-th), kept products, bracket."""
     count, vocab = hidden.shape[0], weight.shape[0]
@@ -154,16 +132,9 @@ def _linear_logprob(
         kept[len(rows) * vocab :].zero_()
     stats = tuple(name for i, name in enumerate(STATS) if wanted >> i & 1)
     logp, lse, found, bracket = chunked.forward(
-        hidden if rows is None else hidden[rows],
-        weight,
-        live if rows is None else live[rows],
-        bias,
-        LogitTransform(logit_scale, temperature, softcap),
-        stats,
-        byte_budget,
-        kept=kept if mode == chunked.KEEP else None,
-        bracket=mode == chunked.FROZEN,
-        passes=_passes(hidden),
+        hidden if rows is None else hidden[rows], weight, live if rows is None else live[rows], bias,
+        LogitTransform(logit_scale, temperature, softcap), stats, byte_budget,
+        kept=kept if mode == chunked.KEEP else None, bracket=mode == chunked.FROZEN, passes=_passes(hidden),
     )
     dead = live < 0
 
@@ -195,19 +166,8 @@ def _(hidden, weight, target, bias, logit_scale, temperature, softcap, ignore_in
 
 @torch.library.custom_op("strop::linear_logprob_backward", mutates_args=())
 def _linear_logprob_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logp: Tensor,
-    lse: Tensor,
-    kept: Tensor,
-    logit_scale: float,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    needs: list[bool],
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, logp: Tensor, lse: Tensor,
+    kept: Tensor, logit_scale: float, temperature: float, softcap: float, ignore_index: int, needs: list[bool],
     byte_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; empty if not needed."""
@@ -225,19 +185,8 @@ def _linear_logprob_backward(
     else:
         grad = grad.masked_fill(live < 0, 0.0)
     gradients = chunked.backward(
-        grad,
-        hidden,
-        weight,
-        live,
-        bias,
-        logp,
-        lse,
-        kept if kept.numel() else None,
-        kept_rows,
-        LogitTransform(logit_scale, temperature, softcap),
-        tuple(needs),
-        byte_budget,
-        passes=_passes(hidden),
+        grad, hidden, weight, live, bias, logp, lse, kept if kept.numel() else None, kept_rows,
+        LogitTransform(logit_scale, temperature, softcap), tuple(needs), byte_budget, passes=_passes(hidden),
     )
     grad_hidden, *others = gradients
     grad_hidden = None if grad_hidden is None else _spread(grad_hidden, rows, count)

@@ -7,12 +7,7 @@ from torch import Tensor
 
 
 def linear_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, logit_scale: float = 1.0, temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
     """[N, V] logits: softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature."""
@@ -39,10 +34,7 @@ def logit_stats(logits: Tensor, target: Tensor, ignore_index: int = -100) -> dic
     p = logp.exp()
     target_logit = logits.gather(-1, target.where(kept, 0).unsqueeze(-1))
     stats = {
-        "lse": logits.logsumexp(-1),
-        "entropy": -(p * logp.where(p > 0, 0.0)).sum(-1),
-        "mean_logit": logits.mean(-1),
-        "top1": (target_logit >= logits).all(-1).to(logits.dtype),
-        "log_sum_p2": (2 * logp).logsumexp(-1),
+        "lse": logits.logsumexp(-1), "entropy": -(p * logp.where(p > 0, 0.0)).sum(-1), "mean_logit": logits.mean(-1),
+        "top1": (target_logit >= logits).all(-1).to(logits.dtype), "log_sum_p2": (2 * logp).logsumexp(-1),
     }
     return {name: value.where(kept, 0.0) for name, value in stats.items()}

@@ -51,18 +51,9 @@ def _refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    groups: PackedGroups | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+    groups: PackedGroups | None = None, is_causal: bool | None = None, **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature over strop.kernels.prefix_attention.
 

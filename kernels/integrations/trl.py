@@ -150,12 +150,9 @@ class StropDPOTrainer(trl.DPOTrainer):
                 ref_logp = _sums_as_tokens(ref_logp, segments, self.ld_alpha)
         squares = outputs.log_sum_sq_probs
         loss, metrics = preference_loss(
-            outputs.log_probs.flatten().index_select(0, scored),
-            ref_logp,
-            segments=segments,
+            outputs.log_probs.flatten().index_select(0, scored), ref_logp, segments=segments,
             num_segments=completion.shape[0],
-            log_sum_p2=None if squares is None else squares.flatten().index_select(0, scored),
-            **self._loss_options,
+            log_sum_p2=None if squares is None else squares.flatten().index_select(0, scored), **self._loss_options,
         )
         if outputs.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
@@ -204,10 +201,8 @@ class StropDPOTrainer(trl.DPOTrainer):
         logged = {"aux_loss": sums["aux"] / sums["ranks"]} if self.aux_loss_enabled else {}
         logged |= {
             "entropy": sums["entropy"] / max(sums["chosen"] + sums["rejected"], 1.0),
-            "num_tokens": self._total_train_tokens,
-            "logits/chosen": sums["logits/chosen"] / chosen,
-            "logits/rejected": sums["logits/rejected"] / rejected,
-            "mean_token_accuracy": sums["top1"] / chosen,
+            "num_tokens": self._total_train_tokens, "logits/chosen": sums["logits/chosen"] / chosen,
+            "logits/rejected": sums["logits/rejected"] / rejected, "mean_token_accuracy": sums["top1"] / chosen,
         }
         for name, value in (logged | {name: means[name] for name in PREFERENCE_METRICS[:6]}).items():
             self._metrics[mode][name].append(value)
@@ -307,12 +302,9 @@ def _loss_options(trainer: trl.DPOTrainer) -> dict:
     options = {
         "loss_type": ["ipo_norm" if name == "ipo" else name for name, _ in pairs],
         "loss_weights": [weight for _, weight in pairs],
-        "nll_weight": sum(weight for name, weight in weighted if name == "sft"),
-        "beta": trainer.beta,
-        "label_smoothing": trainer.label_smoothing,
-        "f_divergence": trainer.f_divergence_type,
-        "f_alpha": trainer.f_alpha_divergence_coef,
-        "ld_alpha": trainer.ld_alpha,
+        "nll_weight": sum(weight for name, weight in weighted if name == "sft"), "beta": trainer.beta,
+        "label_smoothing": trainer.label_smoothing, "f_divergence": trainer.f_divergence_type,
+        "f_alpha": trainer.f_alpha_divergence_coef, "ld_alpha": trainer.ld_alpha,
         "discopop_tau": trainer.args.discopop_tau,
     }
     # Run preference_loss once on a dummy pair, so that it raises now rather than at the first step.

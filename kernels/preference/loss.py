@@ -20,54 +20,23 @@ NLL_NORMALIZATIONS = ("batch_tokens", "sequence_mean", "sequence_sum")
 
 # Order of the metrics: sums, then the counts that preference_means divides them by.
 PREFERENCE_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "loss",
-    "nll_loss",
-    "count",
-    "count/chosen",
-    "count/rejected",
-    "count/nll",
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "loss", "nll_loss", "count", "count/chosen", "count/rejected", "count/nll",
 )
 
 
 def preference_loss(
-    policy_logp: Tensor,
-    ref_logp: Tensor | None = None,
-    *,
-    segments: Tensor | None = None,
-    num_segments: int | None = None,
-    target_bounds: Sequence[tuple[int, int]] | None = None,
-    lengths: Tensor | None = None,
-    loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    nll_weight: float = 0.0,
-    nll_normalization: str = "batch_tokens",
-    pair_denominator: Tensor | float | None = None,
-    nll_denominator: Tensor | float | None = None,
-    length_normalization: bool = False,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
-    ld_alpha: float | None = None,
-    log_sum_p2: Tensor | None = None,
-    simpo_gamma: float = 0.5,
-    dpop_lambda: float = 50.0,
-    discopop_tau: float = 0.05,
-    rpo_eta: float = 1.0,
-    rpo_divergence: str = "target_first",
-    reward_margin: Tensor | None = None,
-    desirable: Tensor | None = None,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    baseline: Tensor | float = 0.0,
-    batch: tuple[Tensor, Tensor] | None = None,
-    batch_offset: int = 0,
+    policy_logp: Tensor, ref_logp: Tensor | None = None, *, segments: Tensor | None = None,
+    num_segments: int | None = None, target_bounds: Sequence[tuple[int, int]] | None = None,
+    lengths: Tensor | None = None, loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None, beta: float = 0.1, label_smoothing: float = 0.0,
+    nll_weight: float = 0.0, nll_normalization: str = "batch_tokens", pair_denominator: Tensor | float | None = None,
+    nll_denominator: Tensor | float | None = None, length_normalization: bool = False,
+    f_divergence: str = "reverse_kl", f_alpha: float = 1.0, ld_alpha: float | None = None,
+    log_sum_p2: Tensor | None = None, simpo_gamma: float = 0.5, dpop_lambda: float = 50.0, discopop_tau: float = 0.05,
+    rpo_eta: float = 1.0, rpo_divergence: str = "target_first", reward_margin: Tensor | None = None,
+    desirable: Tensor | None = None, desirable_weight: float = 1.0, undesirable_weight: float = 1.0,
+    baseline: Tensor | float = 0.0, batch: tuple[Tensor, Tensor] | None = None, batch_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """A preference loss and its metrics, on the device, without a host synchronization.
 
@@ -96,14 +65,8 @@ def preference_loss(
     types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     weights = (1.0,) * len(types) if loss_weights is None else tuple(loss_weights)
     o = Options(
-        beta=beta,
-        label_smoothing=label_smoothing,
-        simpo_gamma=simpo_gamma,
-        dpop_lambda=dpop_lambda,
-        discopop_tau=discopop_tau,
-        rpo_eta=rpo_eta,
-        rpo_divergence=rpo_divergence,
-        desirable_weight=desirable_weight,
+        beta=beta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma, dpop_lambda=dpop_lambda,
+        discopop_tau=discopop_tau, rpo_eta=rpo_eta, rpo_divergence=rpo_divergence, desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
     losses = _check_losses(types, weights, o)
@@ -149,14 +112,9 @@ def preference_loss(
         normalize = loss.scores and (loss.mean or length_normalization)
         scaled = score / lengths.clamp_min(1) if normalize else score
         pairs = Pairs(
-            *alternating(ratio),
-            *alternating(scaled),
-            policy=alternating(policy),
-            lengths=None if lengths is None else alternating(lengths),
-            baseline=baseline,
-            reward_margin=reward_margin,
-            batch=batch,
-            batch_offset=batch_offset,
+            *alternating(ratio), *alternating(scaled), policy=alternating(policy),
+            lengths=None if lengths is None else alternating(lengths), baseline=baseline, reward_margin=reward_margin,
+            batch=batch, batch_offset=batch_offset,
         )
         terms.append(loss.formula(pairs, o) if weight == 1.0 else weight * loss.formula(pairs, o))
     per_pair = sum(terms[1:], terms[0])
@@ -175,19 +133,9 @@ def preference_loss(
 
 
 def linear_preference_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ref_logp: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    byte_budget: int | None = None,
-    wpo: bool = False,
-    **options,
+    hidden: Tensor, weight: Tensor, target: Tensor, ref_logp: Tensor | None = None, bias: Tensor | None = None, *,
+    logit_scale: float = 1.0, temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
+    byte_budget: int | None = None, wpo: bool = False, **options,
 ) -> tuple[Tensor, Tensor]:
     """preference_loss of linear_logprob: from the hidden states that predict the completions' tokens to the loss.
 
@@ -199,16 +147,8 @@ def linear_preference_loss(
     if "log_sum_p2" in options:
         raise ValueError("log_sum_p2 is computed here: set wpo=True")
     scored = linear_logprob(
-        hidden,
-        weight,
-        target,
-        bias,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        stats=("log_sum_p2",) if wpo else (),
-        byte_budget=byte_budget,
+        hidden, weight, target, bias, logit_scale=logit_scale, temperature=temperature, softcap=softcap,
+        ignore_index=ignore_index, stats=("log_sum_p2",) if wpo else (), byte_budget=byte_budget,
     )
     logp, log_sum_p2 = (scored[0], scored[1]["log_sum_p2"]) if wpo else (scored, None)
     return preference_loss(logp, ref_logp, log_sum_p2=log_sum_p2, **options)
@@ -222,12 +162,9 @@ def preference_means(metrics: Tensor) -> dict[str, float]:
     sums = dict(zip(PREFERENCE_METRICS, metrics.tolist(), strict=True))
     both, chosen, rejected, nll = (max(value, 1.0) for value in metrics[8:].tolist())
     means = {
-        "rewards/chosen": sums["rewards/chosen"] / chosen,
-        "rewards/rejected": sums["rewards/rejected"] / rejected,
-        "rewards/accuracies": sums["rewards/accuracies"] / both,
-        "logps/chosen": sums["logps/chosen"] / chosen,
-        "logps/rejected": sums["logps/rejected"] / rejected,
-        "loss": sums["loss"] / both,
+        "rewards/chosen": sums["rewards/chosen"] / chosen, "rewards/rejected": sums["rewards/rejected"] / rejected,
+        "rewards/accuracies": sums["rewards/accuracies"] / both, "logps/chosen": sums["logps/chosen"] / chosen,
+        "logps/rejected": sums["logps/rejected"] / rejected, "loss": sums["loss"] / both,
         "nll_loss": sums["nll_loss"] / nll,
     }
     means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
@@ -237,9 +174,7 @@ def preference_means(metrics: Tensor) -> dict[str, float]:
 
 
 def _offsets(
-    policy_logp: Tensor,
-    segments: Tensor | None,
-    num_segments: int | None,
+    policy_logp: Tensor, segments: Tensor | None, num_segments: int | None,
     target_bounds: Sequence[tuple[int, int]] | None,
 ) -> Tensor | None:
     """[S + 1] int64 offsets of the completions in policy_logp; None if it holds sequence sums."""
@@ -320,12 +255,7 @@ def _metrics(
 
 
 def _unpaired_kto(
-    ratio: Tensor,
-    policy: Tensor,
-    desirable: Tensor,
-    baseline: Tensor | float,
-    o: Options,
-    weight: float,
+    ratio: Tensor, policy: Tensor, desirable: Tensor, baseline: Tensor | float, o: Options, weight: float,
     denominator: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
     """preference_loss for completions that are each labeled desirable or not, instead of paired."""
@@ -363,15 +293,8 @@ def _check_losses(types: tuple[str, ...], weights: tuple[float, ...], o: Options
 
 
 def _check_options(
-    types: tuple[str, ...],
-    losses: list[Loss],
-    o: Options,
-    ref_logp: Tensor | None,
-    length_normalization: bool,
-    f_divergence: str,
-    ld_alpha: float | None,
-    log_sum_p2: Tensor | None,
-    batch: tuple[Tensor, Tensor] | None,
+    types: tuple[str, ...], losses: list[Loss], o: Options, ref_logp: Tensor | None, length_normalization: bool,
+    f_divergence: str, ld_alpha: float | None, log_sum_p2: Tensor | None, batch: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Raises ValueError on an option that a loss needs and lacks, or that all of them would ignore."""
     for name, loss in zip(types, losses, strict=True):

@@ -12,7 +12,8 @@ from strop.trainer.stages import sft as sft_stage
 
 
 def prompts(stage, recipe):
-    prompts_stage.prompts(stage, data=recipe.data, filter=recipe.filter, seed=recipe.seed)
+    prompts_stage.prompts(stage, data=recipe.data, filter=recipe.filter, seed=recipe.seed,
+                          files={s.name: s.path for s in recipe.data.sources if s.path})
 
 
 def sample(stage, recipe, *, round, model, prompts):
@@ -30,7 +31,9 @@ def sources_of(recipe):
 
 def select(stage, recipe, *, model, **inputs):
     select_stage.select(stage, select=recipe.select, filter=recipe.filter, data=recipe.data, model=recipe.model,
-                        sources=sources_of(recipe), seed=recipe.seed, tokenizer=model, **inputs)
+                        sources=sources_of(recipe), seed=recipe.seed, tokenizer=model,
+                        files={kind: {d.name: d.path for d in getattr(recipe.data, kind)}
+                               for kind in ("sft", "preferences")}, **inputs)
 
 
 def rules(recipe):

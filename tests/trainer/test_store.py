@@ -83,7 +83,7 @@ def test_plan_json_has_every_stage_while_it_runs_and_afterwards(tmp_path):
         writer()(stage)
 
     def both(s):
-        first = s.stage("prompts", looks, config={}, inputs={}, kind="prompts", depends={"digits": external(prompts)})
+        first = s.stage("prompts", looks, config={}, inputs={"digits": external(prompts)}, kind="prompts")
         return s.stage("round-00/sft", looks, config={"k": 2}, kind="training", title="SFT", round=0,
                        inputs={"round": 0, "select": first, "old": [{"weights": first}]})
 

@@ -1,4 +1,4 @@
-"""Degenerate and truncated text, told by token ids and punctuation; no rule depends on a language."""
+"""Repetitive and truncated text, by token ids and punctuation; no rule depends on a language."""
 
 import re
 import unicodedata
@@ -11,28 +11,28 @@ _SENTENCE_END = re.compile(r"[.!?…。！？؟।][\"'”’»」』)\]*_]*(?=\
 
 
 def repetition(items: Sequence, n: int = 4, least: int = 32) -> float:
-    """The share of n-grams that stood there before (seq-rep-n of Welleck et al. 2020, 1908.04319); 0 where there are
-    fewer than `least` of them, since a short text may well say something twice."""
+    """The share of n-grams that repeat an earlier one (seq-rep-n, Welleck et al. 2020, arXiv 1908.04319); 0 if there
+    are fewer than `least` n-grams, since short texts repeat themselves for good reasons."""
     grams = [tuple(items[i:i + n]) for i in range(len(items) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if len(grams) >= least else 0.0
 
 
 def unfit_tokens(tokens: Sequence[int], filters: Filter | Part) -> tuple[str, str]:
-    """(reason, detail) why a completion's tokens are none to learn from, or empty."""
+    """(reason, detail) why not to learn from a completion, or two empty strings."""
     if len(tokens) < filters.min_tokens:
         return "too_short", f"{len(tokens)} tokens"
     if filters.max_tokens is not None and len(tokens) > filters.max_tokens:
         return "too_long", f"{len(tokens)} tokens"
     share = repetition(tokens)
-    return ("repetitive", f"{share:.2f} of its 4-grams stood before") if share > filters.max_repetition else ("", "")
+    return ("repetitive", f"{share:.2f} of 4-grams repeat earlier ones") if share > filters.max_repetition else ("", "")
 
 
 def truncation(text: str) -> str:
-    """Why `text` seems to break off in the middle, or nothing.
+    """Why `text` looks truncated, or an empty string.
 
-    Its last code block or tag stays open; it ends in a mark that something must follow; or its last sentence ends in a
-    letter, where two sentences or more before it have their full stop and no other line does without. A text that
-    breaks off in its first two sentences, or behind a number, is not told from one that ends there.
+    Evidence: an open code block or tag; a final mark that something must follow; or a last sentence that ends in a
+    letter after at least two sentences with full stops, if no other line lacks its full stop. Truncation within the
+    first two sentences, or after a number, is not detected.
     """
     text = text.rstrip()
     if text.count("```") % 2:

@@ -16,7 +16,8 @@ from strop.trainer.run.files import reason_of, write_atomic
 
 @dataclass(frozen=True)
 class Row:
-    """A row or, if `data` is None, its `error`. where: file:line (rows of Parquet and saved datasets count from 1)."""
+    """A row or, if `data` is None, its `error`. where: file:line (rows of Parquet and saved datasets count from 1), or
+    a dataset's name on the hub and the row."""
 
     where: str
     data: dict[str, Any] | None
@@ -31,11 +32,11 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
-        rows = _tables(path, _saved_dataset(path))
+        rows = _tables(f"{path}:", _saved_dataset(path))
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         rows = _jsonl(path)
     elif path.suffix == ".parquet":
-        rows = _tables(path, _parquet(path))
+        rows = _tables(_origin(path), _parquet(path))
     else:
         raise UserError(f"{path}: unknown format; give a .jsonl or .parquet file, or a folder saved by `datasets`")
     row = None
@@ -79,15 +80,24 @@ def _is_text(data) -> bool:
     return True
 
 
-def _tables(path: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+def _origin(path: Path) -> str:
+    """What stands before a row's number: the name that a downloaded file has on the hub, else its path."""
+    try:
+        return pq.read_schema(path).metadata[b"strop.origin"].decode() + ", row "
+    except (pa.ArrowException, OSError, KeyError, TypeError):
+        return f"{path}:"
+
+
+def _tables(origin: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     n = 0
     try:
         for batch in batches:
             for data in batch.to_pylist():
                 n += 1
-                yield Row(f"{path}:{n}", data)
+                yield Row(f"{origin}{n}", data)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not readable after row {n} ({reason_of(e)}); write the file again") from e
+        raise UserError(f"{origin.removesuffix(':')}: not readable after row {n} ({reason_of(e)}); write the file "
+                        "again") from e
 
 
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:

@@ -3,6 +3,7 @@
 
 from strop.trainer.config import Dpo, Evaluate, Merge, Recipe, Sample, Score, Select, Sft
 from strop.trainer.models.folders import Base
+from strop.trainer.models.hub import is_loaded
 from strop.trainer.run.artifacts import Artifact, external
 from strop.trainer.run.files import read_json, write_json
 from strop.trainer.run.store import Store
@@ -25,20 +26,25 @@ class Run:
     """The verbs of a method. Each takes its section of the recipe and artifacts, and returns an artifact, cached if it
     is up to date. While planning nothing runs, and artifacts that do not exist yet have no hash.
 
-    start: the recipe's start weights. Verbs inside `rounds` write to round-NN/<name>.
+    start: the recipe's start weights. data: {dataset of the hub: (file, commit)}. Verbs inside `rounds` write to
+    round-NN/<name>.
     """
 
-    def __init__(self, store: Store, recipe: Recipe, base: Base):
-        self.store, self.recipe = store, recipe
-        self.start = external(base.path) if base.path.exists() else Artifact(base.path, None)
+    def __init__(self, store: Store, recipe: Recipe, base: Base, data: dict | None = None):
+        self.store, self.recipe, self.data, self.outside = store, recipe, data or {}, (base, data)
+        self.start = Artifact(base.path, None)
+        if base.path.exists():
+            self.start = external(base.path, is_loaded) if base.revision else external(base.path)
         self.round: int | None = None
         self.measured: dict[str, tuple[Artifact, str]] = {}  # weights' hash -> (evaluation, candidate in it)
         self.promotions: list[dict] = []
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
         self._compute = recipe.only("dtype", "device", "attention")
+        commits = {path: commit for path, (_, commit) in self.data.items()}
+        commits |= {recipe.model.path: base.revision} if base.revision else {}
         self._base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
-                      "base_hash": self.start.hash}
+                      "base_hash": self.start.hash, "revision": base.revision, "revisions": commits}
         store.about = {"name": recipe.name, "method": recipe.method, "base": self._base}
         if recipe.dpo.enabled:
             check_loss(recipe.dpo)
@@ -60,8 +66,13 @@ class Run:
         r = self.recipe
         config = {"data": r.data.only("sources", "validation", "test", "max_bad_rows"), "seed": r.seed,
                   "filter": r.filter.only("near_duplicates", "decontaminate", "max_repetition")}
-        files = {s.name: external(s.path) for s in r.data.sources if s.path}
-        return self._stage("prompts", prompts, "prompts", config, {}, depends=files)
+        files = {s.name: self._rows(s.path) for s in r.data.sources if s.path}
+        return self._stage("prompts", prompts, "prompts", config, {"files": files})
+
+    def _rows(self, path: str) -> Artifact:
+        """The file of rows that a recipe names; without a hash while it is not downloaded yet."""
+        file, commit = self.data.get(path, (path, "local"))
+        return external(file) if commit else Artifact(file, None)
 
     def sample(self, section: Sample, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
         """K completions of this round's prompts by `weights`."""
@@ -82,11 +93,11 @@ class Run:
         config = {"select": section, "filter": r.filter, "data": r.data.only("sft", "preferences", "max_bad_rows"),
                   "sources": {s.name: {"prompt_template": s.prompt_template, "templated": s.templated}
                               for s in r.data.sources}, "model": self._loading, "seed": r.seed}
-        ready = {f"ready.{d.name}": external(d.path) for d in r.data.sft + r.data.preferences
-                 if d.rounds == "all" or self.round in d.rounds}
+        ready = {kind: {d.name: self._rows(d.path) for d in entries if d.rounds == "all" or self.round in d.rounds}
+                 for kind, entries in (("sft", r.data.sft), ("preferences", r.data.preferences))}
         return self._stage(name, select, "selection", config,
-                           {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start},
-                           depends=ready)
+                           {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start,
+                            "files": ready})
 
     def _training(self, **sections) -> dict:
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,

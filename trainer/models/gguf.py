@@ -10,13 +10,9 @@ import torch
 
 from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run.artifacts import check_file, list_files
-from strop.trainer.run.files import hash_file, read_json, reason_of, write_json, writing
+from strop.trainer.run.files import cache_dir, hash_file, read_json, reason_of, write_json, writing
 
 HASHES = ".hashes.json"  # of the converted files, beside them
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "strop"
 
 
 def convert_gguf(gguf: Path, console, convert: bool = True) -> Path:

@@ -8,7 +8,6 @@ from torch import nn
 
 from strop.trainer.config import Model, Part, read_text
 from strop.trainer.errors import UserError, is_out_of_memory
-from strop.trainer.run.files import reason_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,7 +29,7 @@ class ModelFolder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.path), **self._source)
         except Exception as e:  # OSError, ValueError, KeyError or TypeError, depending on what is missing
-            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({reason_of(e)}); save one there with "
+            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({cause_of(e)}); save one there with "
                             "tokenizer.save_pretrained") from e
         if len(tokenizer) == 0:  # what transformers returns for a folder with a config but no tokenizer files
             raise UserError(f"{self.path}: its tokenizer is empty; save one there with tokenizer.save_pretrained")
@@ -45,14 +44,17 @@ class ModelFolder:
 
     def context_length(self) -> int:
         """The most tokens that a prompt and its completion may have together."""
+        return max_positions(self.config())
+
+    def config(self):
+        """What config.json says, as transformers has it."""
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.path, **self._source)
+            return AutoConfig.from_pretrained(self.path, **self._source)
         except Exception as e:
-            raise UserError(f"{self.path}: transformers cannot read its config.json ({reason_of(e)}); "
+            raise UserError(f"{self.path}: transformers cannot read its config.json ({cause_of(e)}); "
                             f"{remedy_of(e)}") from e
-        return max_positions(config)
 
     def load(self, dtype: torch.dtype, device: torch.device, attention: str = "strop",
              backend: str = "auto") -> nn.Module:
@@ -74,7 +76,7 @@ class ModelFolder:
         except Exception as e:  # OSError, KeyError, SafetensorError, ...: depending on what is wrong with the folder
             if is_out_of_memory(e):
                 raise
-            raise UserError(f"{self.path}: transformers cannot load it ({reason_of(e)}); {remedy_of(e)}") from e
+            raise UserError(f"{self.path}: transformers cannot load it ({cause_of(e)}); {remedy_of(e)}") from e
         # transformers fills missing tensors with random numbers
         for names, what in ((found["missing_keys"], "is missing"),
                             (found["mismatched_keys"], "has another shape than config.json says")):
@@ -94,6 +96,12 @@ class ModelFolder:
 def max_positions(config) -> int:
     """The context length that a transformers config states; a very large number where it states none."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def cause_of(error: Exception) -> str:
+    """What a library says in its error, in one short line."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__
 
 
 def remedy_of(error: Exception) -> str:

@@ -26,6 +26,7 @@ def model_card(info: dict) -> str:
 
     info:
       name: the run's; base_model: name of the start weights; base_from_gguf: bool; base_hash: their content hash;
+      revision: the base's commit on the hub; revisions: {model or dataset, as in the recipe: commit}
       license: of the base, in Hugging Face's spelling ("apache-2.0"); language: list of str; tags: list of str
       recipe: the resolved recipe, a dict; seed: int
       rounds: [{"round": "round-00", "promoted": "dpo", "stages": {"sft": {"hash": .., "counts": {..}, "seconds": ..}}}]
@@ -37,7 +38,8 @@ def model_card(info: dict) -> str:
     front = {"license": info.get("license"), "base_model": one_line(info["base_model"]),
              "library_name": "transformers", "pipeline_tag": "text-generation",
              "tags": info.get("tags") or ["strop", "rejection-sampling", "sft", "dpo"],
-             "language": info.get("language")}
+             "language": info.get("language"), "datasets": sorted(
+                 {found[1] for name in info.get("revisions", {}) if (found := re.match("hf:([^/]+/[^/@:]+)", name))})}
     steps = list(dict.fromkeys(stage for r in info.get("rounds", []) for stage in r["stages"])) or ["training"]
     base = {"base weights": info["base_hash"]} if info.get("base_hash") else {}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True)
@@ -74,10 +76,16 @@ def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: l
                     for name, r in named for split in ("validation", "test")],
         "gains": [{"candidate": name, "over": over, **r[key]} for name, r in named if "part" in r
                   for key, over in (("over_base", "base"), ("part", r["before"]))],
-        "sources": [{"name": s.name, "origin": s.reasoning_gym or Path(s.path).name, "prompts": counts[s.name],
-                     "verifier": s.verifier or "reasoning_gym"} for s in recipe.data.sources],
+        "sources": [{"name": s.name, "origin": s.reasoning_gym or origin(s.path), "prompts": counts[s.name],
+                     "verifier": s.verifier or "reasoning_gym"} for s in recipe.data.sources] +
+                   [{"name": d.name, "origin": origin(d.path)} for d in recipe.data.sft + recipe.data.preferences],
         "hashes": {f"round {p['round']} promoted": p["hash"] for p in promotions},
     }
+
+
+def origin(path: str) -> str:
+    """A file's name, or the whole name of a dataset on the hub."""
+    return path if path.startswith("hf:") else Path(path).name
 
 
 def one_line(value: str) -> str:

@@ -94,7 +94,7 @@ def settled(run: RunRecord) -> dict:
     sampling = run.attempt("samples", sampling_rows, run, default=[])
     kl = run.attempt("kl.json", kl_of, run, default={})
     return {
-        "model": path,
+        "model": run.start,
         "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
         "headline": headline(results), "results": result_table(results, kl),
         "result_sources": sources_of(results), "pass_charts": pass_charts(results),

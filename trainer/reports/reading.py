@@ -82,6 +82,12 @@ class RunRecord:
         return next_stage(self) is None and bool(self.manifests)
 
     @property
+    def start(self) -> str:
+        """The start weights as the recipe names them, with their commit if they are from the hub."""
+        commit = self.plan.get("base", {}).get("revision")
+        return str(self.config.get("model", {}).get("path", "")) + (f" at commit {commit}" if commit else "")
+
+    @property
     def base(self) -> tuple[str, str] | None:
         """Where the start weights were evaluated: (evaluation, candidate in it)."""
         for s in self.of_kind("evaluation"):

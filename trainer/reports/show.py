@@ -15,7 +15,7 @@ def show(console, argument: str) -> None:
     console.line(f"{run.name}   {run.dir}")
     console.line(f"state: {state(run, pid)}")
     if run.config.get("model"):
-        console.line(f"from {run.config['model'].get('path')}   seed {run.config.get('seed')}   "
+        console.line(f"from {run.start}   seed {run.config.get('seed')}   "
                      f"{sum(m['seconds'] for m in run.manifests.values()):,.1f} s in stages")
     console.table("lineage", ["stage", "state", "seconds", "hash", "made from"], lineage_rows(run, pid))
     if gained := gains(run):

@@ -37,12 +37,14 @@ def content_hash(files: dict[str, dict]) -> str:
     return hash_json({name: entry["hash"] for name, entry in files.items()})
 
 
-def external(path: str | Path) -> Artifact:
-    """A file or folder outside the run directory, hashed by content. Raises UserError if it does not exist."""
+def external(path: str | Path, counts=lambda name: True) -> Artifact:
+    """A file or folder outside the run directory, hashed by the content of the files whose name `counts`.
+
+    Raises UserError if it does not exist."""
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    files = list_files(path)
+    files = {name: entry for name, entry in list_files(path).items() if counts(name)}
     return Artifact(path, content_hash(files), files)
 
 

@@ -123,14 +123,14 @@ class Console:
         self._print(text)
 
     def warn(self, text: str) -> None:
-        self._print(f"warning: {text}", style="yellow")
+        self._print("warning: " + text.replace("\n", "\\n"), style="yellow")
 
     def heading(self, text: str) -> None:
         self._print(f"\n== {text} ==", style="bold")
 
     def table(self, title: str, columns: list[str], rows: list[list]) -> None:
         """A titled table; cells are converted with `str`."""
-        columns, rows = [clean(str(c)) for c in columns], [[clean(str(c)) for c in row] for row in rows]
+        columns, *rows = [[clean(str(c)).replace("\n", "\\n") for c in row] for row in (columns, *rows)]
         if not self.enabled:
             return
         if self.plain:

@@ -96,20 +96,19 @@ class Store:
             self._lock = None
 
     def stage(self, name: str, function, *, config: dict, inputs: dict, kind: str, title: str = "",
-              round: int | None = None, all_ranks: bool = False, depends: dict | None = None) -> Artifact:
+              round: int | None = None, all_ranks: bool = False) -> Artifact:
         """The artifact of stage `name`: cached if it is up to date, else `function(stage, **config, **inputs)` runs.
 
         config: sections, parts of sections and plain values, which are hashed into the stage's key. inputs: artifacts
-        (also in dicts and lists), passed to the function as paths, and plain values; depends: further artifacts that
-        the function reads. all_ranks: every rank calls the function, else only rank 0. kind, title and round describe
-        the stage in plan.json.
+        (also in dicts and lists), passed to the function as paths, and plain values. all_ranks: every rank calls the
+        function, else only rank 0. kind, title and round describe the stage in plan.json.
         """
         key_config = {k: v.key() if isinstance(v, Section | Part) else v for k, v in config.items()}
-        key_config, hashes = json.loads(json.dumps(key_config)), _walk(inputs | (depends or {}), lambda a: a.hash)
+        key_config, hashes = json.loads(json.dumps(key_config)), _walk(inputs, lambda a: a.hash)
         final, key = self.run_dir / name, hash_json({"stage": name, "config": key_config, "inputs": hashes})
         state, why = self._state(final, key, key_config, hashes)
         entry = {"stage": name, "kind": kind, "title": title or name.split("/")[-1], "round": round,
-                 "inputs": self._origins(inputs | (depends or {})), "state": state, "why": why}
+                 "inputs": self._origins(inputs), "state": state, "why": why}
         if self.planning:
             self.plan.append(entry)
             return self._load(final) if state == "done" else Artifact(final, None)

@@ -1,22 +1,25 @@
-"""Scoring a completion against the truth: reasoning_gym, number, exact, choice, regex and math.
+"""Scoring a completion against the true answer: number, exact, choice, regex, math and reasoning_gym.
 
-Exactly one candidate is ever taken from a completion and compared, so listing many answers earns nothing: the content
-of the last `<answer>` tag, else of the last `\\boxed{}`, else what follows the last "answer is", else the end of the
-text. A completion never raises and never hangs; whatever cannot be read scores 0.
+A completion is judged by its one final answer (see answers.py), so listing several earns nothing. A completion never
+raises and never hangs; what cannot be read scores 0. Code of libraries and patterns run in a child process only.
 """
 
+import difflib
 import importlib.util
+import logging
 import math
 import re
-import unicodedata
+import warnings
 from fractions import Fraction
-from functools import lru_cache
 
 from strop.trainer.errors import UserError
+from strop.trainer.scoring import numbers
+from strop.trainer.scoring.answers import MAX_CHARS, finals, plain, readings, sentences, spoken, unwrap
+from strop.trainer.scoring.choice import chosen, options
 from strop.trainer.scoring.sandbox import Child
 
-REGEX_SECONDS, MATH_SECONDS, GYM_SECONDS = 2.0, 10.0, 5.0
-MAX_CHARS = 20_000  # the end of a completion that is looked at
+# of CPU time
+REGEX_SECONDS, MATH_SECONDS, GYM_SECONDS, CHECK_SECONDS = 2.0, 5.0, 5.0, 0.5
 ARGUMENTS = {"reasoning_gym": {"dataset"}, "number": {"tolerance"}, "exact": set(), "choice": {"choices"},
              "regex": {"pattern"}, "math": set()}
 _child = Child()
@@ -27,20 +30,24 @@ def verify(verifier: str, completion: str, answer: str | None, args: dict, metad
 
     Raises UserError only for what the recipe or its data got wrong (see `check`), never for a completion.
     """
-    text = completion[-MAX_CHARS:]
     if verifier == "number":
-        return _number(text, answer, float(args.get("tolerance", 0.0)))
+        said, true = numbers.answered(completion), numbers.truth(answer or "")
+        score = any(numbers.same(one, true, Fraction(args.get("tolerance", 0))) for one in said) if true else False
+        return float(score), said[0].shown if said else None
     if verifier == "exact":
-        found = candidate(text)
-        return float(bool(found) and plain(found) == plain(answer or "")), found or None
+        found, equal = _reading(completion, answer or "")
+        return float(equal), found or None
     if verifier == "choice":
-        return _choice(text, answer, args.get("choices") or metadata.get("choices"))
+        choices = options(args.get("choices") or metadata.get("choices"))
+        found = chosen(completion, choices) if choices else None
+        return float(found is not None and found == chosen(answer or "", choices)), found
     if verifier == "regex":
-        return _judged("regex", {"pattern": args["pattern"], "text": text, "answer": answer}, REGEX_SECONDS)
+        task = {"pattern": args["pattern"], "text": spoken(completion)[-MAX_CHARS:], "answer": answer}
+        return _judged("regex", task, REGEX_SECONDS)
     if verifier == "math":
-        return _judged("math", {"text": text, "answer": answer}, MATH_SECONDS)
+        return _math(completion, answer or "")
     if verifier == "reasoning_gym":
-        return _reasoning_gym(text, answer, args.get("dataset"), metadata)
+        return _reasoning_gym(completion, answer, args.get("dataset"), metadata)
     raise UserError(f"verifier={verifier} is unknown; there are {', '.join(ARGUMENTS)}")
 
 
@@ -52,20 +59,24 @@ def check(verifier: str, args: dict) -> None:
     tolerance = args.get("tolerance", 0.0)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise UserError(f"verifier_args.tolerance={tolerance!r} must be a number, 0 or more")
-    if verifier == "choice" and "choices" in args and not _options(args["choices"]):
+    if verifier == "choice" and "choices" in args and not options(args["choices"]):
         raise UserError(f"verifier_args.choices={args['choices']!r} must be a list of at least two different texts")
     if verifier == "regex":
         pattern = args.get("pattern")
         if not isinstance(pattern, str) or not pattern:
             raise UserError("verifier_args.pattern is missing: verifier regex needs a regular expression")
         try:
-            re.compile(pattern)
-        except re.error as e:
-            raise UserError(f"verifier_args.pattern={pattern!r} is no regular expression: {e}") from e
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, MemoryError) as e:
+            why = "it nests too deeply" if isinstance(e, RecursionError) else e
+            short = pattern if len(pattern) < 100 else f"{pattern[:80]}..."
+            raise UserError(f"verifier_args.pattern={short!r} cannot be compiled as a regular expression: {why}") from e
     for name, module, extra in (("math", "math_verify", "math"), ("reasoning_gym", "reasoning_gym", "quickstart")):
         if verifier == name and importlib.util.find_spec(module) is None:
             raise UserError(f"verifier {name} needs the package {module.replace('_', '-')}: pip install "
-                             f"'strop[{extra}]'")
+                            f"'strop[{extra}]'")
     if verifier == "reasoning_gym" and "dataset" in args:
         gym_scorer(args["dataset"])
 
@@ -74,211 +85,87 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     """Why this row can never be solved, or None: an answer that is missing or fails its own verifier."""
     if verifier == "reasoning_gym" and answer is None:
         return None  # some generators accept many answers and name none
-    if answer is None or not answer.strip():
-        return None if verifier == "regex" else f"verifier {verifier} needs an answer, and there is none"
     if verifier == "regex":
         return None
-    if verifier == "number" and parse_number(answer) is None:
-        return f"verifier number finds no number in the answer {answer[:80]!r}"
-    if verifier == "choice" and not _options(args.get("choices") or metadata.get("choices")):
+    if answer is None or not answer.strip():
+        return f"verifier {verifier} needs an answer, and there is none"
+    short = answer if len(answer) < 80 else f"{answer[:77]}..."
+    if verifier == "number" and numbers.truth(answer) is None:
+        return f"verifier number finds no number in the answer {short!r}, or more than one: use verifier math or exact"
+    if verifier == "choice" and not options(args.get("choices") or metadata.get("choices")):
         return "verifier choice needs verifier_args.choices or a column choices with at least two different texts"
     if verifier == "math":
-        answer = answer if re.search(r"\\boxed|\$|\\\(|\\\[", answer) else f"${answer}$"
-    score, _ = verify(verifier, answer, answer, args, metadata)
-    return None if score >= 0.99 else f"the answer {answer[:80]!r} fails its own verifier {verifier} ({score:g})"
-
-
-# ---- what a completion says
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.S | re.I)
-_MARK = re.compile(r"\b(?:answer|result|solution)\b(?:\s+(?:is|are|equals|would be|will be|=)|\s*[:=])+\s*:?", re.I)
-_END = re.compile(r"\n|[.!?;](?=\s|$)|,? (?:because|since|as)\s")
-
-
-def candidate(text: str) -> str:
-    """The one piece of `text` that is taken as the answer, stripped; the whole text where nothing marks one."""
-    marked = _marked(text)
-    return (text if marked is None else marked).strip()
-
-
-def _marked(text: str) -> str | None:
-    if tags := _TAG.findall(text):
-        return tags[-1]
-    if (box := _last_box(text)) is not None:
-        return box
-    marks = list(_MARK.finditer(text))
-    if not marks:
-        return None
-    rest = text[marks[-1].end():].lstrip(" *_`\n\t")
-    end = _END.search(rest)
-    return (rest[:end.start()] if end else rest).strip(" *_`\t") or None
-
-
-def _last_box(text: str) -> str | None:
-    for start in reversed([m.end() for m in _BOX.finditer(text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i]
-        return None  # cut inside the box
-    return None
-
-
-def plain(text: str) -> str:
-    """`text` as exact and choice compare it: NFKC, case folded, white space collapsed, outer marks and quotes off."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.strip(" *_`\"'“”‘’«»").rstrip(".!,;: ").strip(" *_`\"'“”‘’«»")
-
-
-# ---- numbers
-
-_DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\]}}.%])[-+](?=[$€£]?[0-9.]))?[$€£]?(?<![A-Za-z_0-9])(?<![0-9]\.)"
-    rf"(?P<value>(?:{_DIGITS})(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-    rf"(?:[eE](?P<e>[-+]?[0-9]{{1,4}})(?!\w)"
-    rf"|\s{{0,3}}(?:\\times|\\cdot|×|\*)\s{{0,3}}10\s?\^\s?\{{?(?P<ten>[-+]?[0-9]{{1,4}})\}}?)?"
-    rf"(?:\s?/\s?(?P<under>[0-9]{{1,20}})(?![0-9.,]*[0-9/]))?")
-_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9]{1,40})\s*\}\s*\{\s*([0-9]{1,40})\s*\}")
-_SPACED = re.compile(r"(?<=[0-9])(?:\\[,!;]|\{,\}|[\u00a0\u2009\u202f'](?=[0-9]{3}(?![0-9])))(?=[0-9])")
-
-
-def numbers(text: str) -> list[tuple[str, Fraction]]:
-    """Every number in `text`, as (text, exact value): 1,234  -5  .5  1.5e3  3/4  \\frac{3}{4}; 5% is 5.
-
-    A minus counts as a sign only where it cannot be a subtraction (not in 10-5). A quotient counts as one number only
-    in lowest terms: a problem repeated (10/2) is not its answer.
-    """
-    text = re.sub("[\u2212\u2013\ufe63\uff0d]", "-", text)
-    text = _SPACED.sub(lambda m: "," if m[0] == "{,}" else "", text)
-    text = _FRAC.sub(r" \1/\2 ", text)
-    found = []
-    for m in _NUMBER.finditer(text):
-        power = int(m["e"] or m["ten"] or 0)
-        if len(m[0]) > 300 or abs(power) > 300:
-            continue
-        value = Fraction(m["value"].replace(",", ""))
-        value *= Fraction(10) ** power * (-1 if m["sign"] == "-" else 1)
-        under = int(m["under"]) if m["under"] else None
-        if under is None:
-            found.append((m[0].strip(), value))
-        elif under > 1 and value.denominator == 1 and math.gcd(value.numerator, under) == 1:
-            found.append((m[0].strip(), value / under))
-        else:
-            found += [(m[0].split("/")[0].strip(), value), (m["under"], Fraction(under))]
-    return found
-
-
-def parse_number(text: str) -> tuple[str, Fraction] | None:
-    """The number that `text` gives as its answer: the last one of what is marked as the answer, else of all of it.
-
-    A box or answer tag that lists several numbers names none.
-    """
-    for inside in (_TAG.findall(text)[-1:] or [_last_box(text)]):
-        if inside is not None:
-            found = numbers(inside)
-            if len({v for _, v in found}) > 1 and "=" not in inside:
-                return None
-            if found:
-                return found[-1]
-    for part in (_marked(text), text):
-        if part is not None and (found := numbers(part)):
-            return found[-1]
-    return None
-
-
-def _number(text: str, answer: str | None, tolerance: float) -> tuple[float, str | None]:
-    truth, found = parse_number(answer or ""), parse_number(text)
-    if found is None or truth is None:
-        return 0.0, None
-    return float(abs(found[1] - truth[1]) <= Fraction(tolerance)), found[0]
-
-
-# ---- choices
-
-def _options(choices) -> dict[str, str]:
-    """{label: text}, labels upper case; from a list of texts or from {"label": [...], "text": [...]}; else {}."""
-    if isinstance(choices, dict) and isinstance(choices.get("text"), list):
-        labels, texts = choices.get("label"), choices["text"]
+        score, _ = _judged("math", {"text": answer, "answer": answer}, CHECK_SECONDS)
     else:
-        labels, texts = None, choices
-    if not isinstance(texts, list) or not 2 <= len(texts) <= 26 or not all(isinstance(t, str) for t in texts):
-        return {}
-    labels = labels or [chr(ord("A") + i) for i in range(len(texts))]
-    found = {str(label).strip().upper(): plain(text) for label, text in zip(labels, texts, strict=False)}
-    return found if len(found) == len(texts) == len(set(found.values())) else {}
+        score, _ = verify(verifier, answer, answer, args, metadata)
+    return None if score >= 0.99 else f"the answer {short!r} fails its own verifier {verifier} ({score:g})"
 
 
-def _choice(text: str, answer: str | None, choices) -> tuple[float, str | None]:
-    options = _options(choices)
-    truth = _which(answer or "", options)
-    part = _marked(text)
-    if part is None:
-        lines = [line for line in text.splitlines() if line.strip()]
-        part = lines[-1] if lines else ""
-    found = _which(part, options)
-    return float(found is not None and found == truth), found
+def _whole(answer: str) -> str:
+    """A true answer, or the part of it that a mark (a box, a tag, ####) says is it."""
+    return next((final.text for final in finals(answer) if final.marked), answer)
 
 
-def _which(text: str, options: dict[str, str]) -> str | None:
-    """The label of the one option that `text` names, by its text or its label; None if it names none or several."""
-    words = plain(text)
-    by_text = [label for label, option in options.items() if option == words]
-    if by_text:
-        return by_text[0]
-    label = re.fullmatch(r"[(\[]?\s*([a-z0-9]{1,2})\s*[)\].:]*(?:\s+.*|)", words)
-    rest = words[label.end(1):].lstrip(" )].:-") if label else ""
-    if label and label[1].upper() in options and rest in ("", options[label[1].upper()]):
-        return label[1].upper()
-    named = "|".join(map(re.escape, sorted(options, key=len, reverse=True)))
-    labels = set(re.findall(rf"(?<![\w'])(?:[(\[]({named})[)\]]|({named})(?=\s*(?:[).:,]|$|or\b|and\b)))", text))
-    labels = {a or b for a, b in labels}
-    texts = {label for label, option in options.items() if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", words)}
-    # an option whose text lies inside a longer one that is named too is not meant
-    texts = {a for a in texts if not any(a != b and options[a] in options[b] for b in texts)}
-    named = labels | texts
-    return named.pop() if len(named) == 1 else None
+def _reading(completion: str, answer: str) -> tuple[str, bool]:
+    """(the reading of `completion` that is `answer`, else the likeliest one; whether it is the answer)"""
+    said, true = readings(completion, answer), plain(_whole(answer))
+    equal = next((text for text in said if plain(text) == true), None) if true else None
+    return (said[0] if said else "", False) if equal is None else (equal, True)
 
 
-# ---- reasoning-gym
+def _math(completion: str, answer: str) -> tuple[float, str | None]:
+    true, said = _whole(answer), _term(completion)
+    equal = _reading(completion, true)[1] or plain(said) == plain(true)
+    if equal or not said.strip(" .") or not true.strip():
+        return float(equal), said or None
+    letter, option = re.fullmatch(r"\(?([a-z])\)?", plain(true)), re.match(r"\(?([a-z])\)?(?=[).: ]|$)", plain(said))
+    if letter and option and "(" in plain(said) + plain(true):  # \textbf{(B)}\ 12
+        return float(letter[1] == option[1]), said
+    one, other = numbers.truth(said), numbers.truth(true)
+    if one and other and not re.search(r"\.[0-9]{6}", one.shown):
+        return float(numbers.same(one, other)), said
+    return _judged("math", {"text": said, "answer": true}, MATH_SECONDS, said)
 
-# generators whose scorer evaluates text: only arithmetic may reach them
-EVALUATES = {"binary_matrix", "bitwise_arithmetic", "countdown", "intermediate_integration", "n_queens",
-             "number_sorting", "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix",
-             "string_insertion"}
-_CALLS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln",
-          "sqrt", "Abs", "abs"}
+
+def _term(completion: str) -> str:
+    """The term that `completion` gives as its answer."""
+    for final in finals(completion):
+        for text in [final.text] if final.marked else (all_said := sentences(final.text)):
+            terms = re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
+            if terms and not re.search(r"[0-9]", re.split(r"\$|\\\)|\\\]", text)[-1]):
+                return "".join(terms[-1])
+            if final.marked:
+                return text.strip(" *.$")
+            if re.search(r"[0-9\\]", unwrap(text)) or len(all_said) == 1:
+                found = numbers.answered(text) if re.search(r"(?<!\\)\b[A-Za-z]{3}", text) else []
+                return found[0].shown if found else re.split(r"\b(?:is|are|was|be|equals) ", text)[-1].strip(" *.")
+    return ""
 
 
-def _reasoning_gym(text: str, answer: str | None, dataset: str | None, metadata: dict) -> tuple[float, str | None]:
-    """The generator's own score, with two of its leniencies taken away: a wrong number earns nothing (it would give
-    "10" half a point where the truth is "1"), and neither does a text that merely contains the truth."""
-    entry = {"answer": answer, **metadata}
-    entry.setdefault("metadata", {})
-    dataset = dataset or (entry["metadata"] or {}).get("source_dataset")
-    if not dataset:
+def _reasoning_gym(completion: str, answer: str | None, dataset: str | None, row: dict) -> tuple[float, str | None]:
+    """The generator's own score, less two leniencies: a wrong number earns nothing (the library gives "10" half a point
+    where the truth is "1"), and neither does a text that merely contains the truth."""
+    entry = {"answer": answer, **row}
+    entry["metadata"] = entry["metadata"] if isinstance(entry.get("metadata"), dict) else {}
+    dataset = dataset or entry["metadata"].get("source_dataset")
+    if not isinstance(dataset, str):
         raise UserError("verifier reasoning_gym: the row names no source_dataset; set verifier_args.dataset")
-    truth = numbers(answer) if isinstance(answer, str) else []
-    if len(truth) == 1 and re.fullmatch(r"[-+0-9.,eE/$%\s]+", answer):
-        found = parse_number(text)
-        if found is None:
+    true = numbers.truth(answer) if answer and re.fullmatch(r"[-+0-9.,eE/$%\s]+", answer) else None
+    if true:
+        found = numbers.answered(completion)
+        if not found:
             return 0.0, None
-        said = answer if found[1] == truth[0][1] else found[0].replace(",", "")
-        try:
-            score = float(gym_scorer(dataset)(said, entry))
-        except Exception:  # a scorer of the library that fails on what a model wrote
-            score = 0.0
-        return (1.0 if score >= 0.99 else 0.0), found[0]
-    said = candidate(text)
-    return _judged("reasoning_gym", {"dataset": dataset, "text": said, "entry": entry}, GYM_SECONDS, said)
+        said, equal = found[0].shown.replace(",", ""), numbers.same(found[0], true)
+        if "/" in answer:  # a fraction is to be in the terms that the question asks for
+            equal = equal and re.findall("[0-9]+", said) == re.findall("[0-9]+", answer)
+    else:
+        said, equal = _reading(completion, answer or "")
+    task = {"dataset": dataset, "text": answer if equal else said, "entry": entry, "strict": bool(true)}
+    return _judged("reasoning_gym", task, GYM_SECONDS, said)
 
 
-@lru_cache(maxsize=64)
 def gym_scorer(dataset: str):
-    import difflib
-
+    """The scorer of a dataset of reasoning-gym. Raises UserError if there is none of that name."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -288,71 +175,54 @@ def gym_scorer(dataset: str):
     return reasoning_gym.get_score_answer_fn(dataset)
 
 
-def _harmless(text) -> bool:
-    """True if evaluating `text` can only compute: no attribute, no dunder, no call but of a mathematical function."""
-    if not isinstance(text, str):
-        return True
-    calls = re.findall(r"([^\W\d]\w*)\s*\(|[)\]\"']\s*\(", text)
-    return ("__" not in text and not re.search(r"\.\s*[^\W\d]|\blambda\b|\bfor\b|:=", text)
-            and all(name in _CALLS for name in calls))
-
-
-# ---- what runs in the child process
+# ---- what runs in the child process, where a judge is loaded by the task None
 
 def _judged(kind: str, task: dict, seconds: float, extracted: str | None = None) -> tuple[float, str | None]:
-    judged = _child.ask(kind, task, seconds)
-    if judged is None:  # out of time or memory
-        return 0.0, extracted
+    judged = _child.ask(kind, task, seconds) or {"score": 0.0}  # None: out of time or memory
     return float(judged["score"]), judged.get("extracted", extracted)
 
 
 def _judge_regex(task: dict | None) -> dict:
     """1 if the pattern is found. With a group and an answer, the last match's first group must equal the answer."""
-    if task is None:
-        return {}
-    pattern = re.compile(task["pattern"])
-    last = None
-    for last in pattern.finditer(task["text"]):  # noqa: B007 - the last match counts
+    last, answer = None, task and task["answer"]
+    for last in re.finditer(task["pattern"], task["text"]) if task else ():  # noqa: B007 - the last match counts
         pass
     if last is None:
         return {"score": 0.0, "extracted": None}
-    if pattern.groups and task["answer"]:
-        said = last[1] or ""
-        return {"score": float(plain(said) == plain(task["answer"])), "extracted": said}
-    return {"score": 1.0, "extracted": last[0]}
+    if not last.re.groups or answer is None:
+        return {"score": 1.0, "extracted": last[0]}
+    said = last[1] or ""
+    one, other = numbers.truth(said), numbers.truth(answer)
+    equal = plain(said) == plain(answer) or bool(one and other and numbers.same(one, other))
+    return {"score": float(equal), "extracted": said}
 
 
 def _judge_math(task: dict | None) -> dict:
-    import logging
-
+    """1 if math-verify finds the two terms equal, and they also are relative to their size."""
     from math_verify import parse, verify
 
-    if task is None:
-        logging.disable(logging.CRITICAL)
-        return {}
-    answer = task["answer"]
-    gold = parse(answer if re.search(r"\\boxed|\$|\\\(|\\\[", answer) else f"${answer}$")
-    said = parse(task["text"])
-    score = float(bool(gold and said) and bool(verify(gold, said)))
-    return {"score": score, "extracted": str(said[-1])[:500] if said else None}
+    logging.disable(logging.CRITICAL)
+    task = task or {"answer": "x^2+2x+1", "text": "(x+1)^2"}
+    gold, said = (parse(text if re.search(r"\\boxed|(?<!\\)\$|\\\(|\\\[", text) else f"${text}$", parsing_timeout=None)
+                  for text in (task["answer"], task["text"]))
+    equal = bool(gold and said) and verify(gold, said, timeout_seconds=None)
+    if equal and all(getattr(terms[0], "is_number", False) for terms in (gold, said)):
+        one, other = (terms[0].evalf(30) for terms in (gold, said))
+        near = one.is_finite and any(abs(one - factor * other) <= 1e-5 * abs(one) for factor in (1, 100))
+        equal = bool(near) or plain(task["answer"]) == plain(task["text"])
+    return {"score": float(equal), "extracted": str(said[-1])[:500] if said else None}
 
 
 def _judge_gym(task: dict | None) -> dict:
+    """The dataset's own score. For a number, or with the library's own lenient scorer, only 1 counts."""
     from reasoning_gym.dataset import ProceduralDataset
 
-    if task is None:
-        return {}
-    dataset, text, entry = task["dataset"], task["text"], task["entry"]
-    scorer, answer = gym_scorer(dataset), entry.get("answer")
-    if dataset in EVALUATES:
-        inner = entry.get("metadata") or {}
-        if not all(map(_harmless, (text, answer, inner.get("problem"), inner.get("integrand")))):
-            return {"score": 0.0, "extracted": text}
-    score = float(scorer(text, entry))
-    lenient = getattr(scorer, "__func__", None) is ProceduralDataset.score_answer
-    if not math.isfinite(score) or (lenient and score < 1.0):
+    scorer = gym_scorer(task["dataset"] if task else "chain_sum")
+    score = float(scorer(task["text"], task["entry"])) if task else 0.0
+    strict = task is None or task["strict"] or getattr(scorer, "__func__", None) is ProceduralDataset.score_answer
+    if not math.isfinite(score) or (strict and score < 0.99):
         score = 0.0
-    return {"score": min(1.0, max(0.0, score)), "extracted": text}
+    return {"score": min(1.0, max(0.0, score)), "extracted": task and task["text"]}
 
 
-ISOLATED = {"regex": _judge_regex, "math": _judge_math, "reasoning_gym": _judge_gym}
+JUDGES = {"regex": _judge_regex, "math": _judge_math, "reasoning_gym": _judge_gym}

@@ -5,19 +5,21 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from strop.trainer.config import Merge
 from strop.trainer.errors import UserError
-from strop.trainer.models.folders import finish_folder, weight_files
+from strop.trainer.models.checks import read_tensors
+from strop.trainer.models.folders import finish_folder
 from strop.trainer.run.files import writing
 from strop.trainer.run.store import Stage
 
 
 def merge(stage: Stage, *, merge: Merge, start: Path, trained: dict[str, Path]) -> None:
-    """Writes model/: the last weights, their EMA or an average, interpolated with `start`. start: a model folder.
-    trained: the artifacts of the training stages, in order, by their names in merge.members."""
+    """Writes model/: the last weights, their EMA or an average, interpolated with `start`.
+
+    start: a model folder. trained: the artifacts of the training stages, in order, by their names in merge.members.
+    """
     mixture = mixture_of(merge, start, trained)
     if merge.interpolate < 1:
         mixture = [(path, weight * merge.interpolate) for path, weight in mixture]
@@ -45,9 +47,11 @@ def mixture_of(section: Merge, start: Path, trained: dict[str, Path]) -> list[tu
 
 
 def average(mixture: list[tuple[Path, float]], target: Path) -> None:
-    """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32. Raises
-    UserError if the folders do not have the same tensors."""
-    first, files = mixture[0][0], [weight_files(path) for path, _ in mixture]
+    """Writes the weighted sum of model folders of one architecture, a tensor at a time, accumulated in fp32.
+
+    Raises UserError if the folders do not have the same tensors.
+    """
+    first, files = mixture[0][0], [read_tensors(path) for path, _ in mixture]
     if not all("lm_head.weight" in f for f in files):  # a tied head may be saved in some of the folders only
         for found in files:
             found.pop("lm_head.weight", None)
@@ -63,11 +67,12 @@ def average(mixture: list[tuple[Path, float]], target: Path) -> None:
         finish_folder(temporary, first, target)
 
 
-def write_average(mixture: list[tuple[Path, float]], files: list[dict[str, Path]], first: Path, target: Path) -> None:
-    for file in sorted(first.glob("*.safetensors")):
+def write_average(mixture: list[tuple[Path, float]], files: list[dict], first: Path, target: Path) -> None:
+    """files: what read_tensors found in each folder of the mixture."""
+    for file in sorted({f for f, _ in files[0].values()}):
         tensors = {}
-        for name in (n for n, f in files[0].items() if f == file):
-            parts = [(_read(found[name], name), weight) for found, (_, weight) in zip(files, mixture, strict=True)]
+        for name in (n for n, (f, _) in files[0].items() if f == file):
+            parts = [(found[name][1], weight) for found, (_, weight) in zip(files, mixture, strict=True)]
             total = torch.zeros_like(parts[0][0], dtype=torch.float32)
             for tensor, weight in parts:
                 total.add_(tensor.float(), alpha=weight)
@@ -76,8 +81,3 @@ def write_average(mixture: list[tuple[Path, float]], files: list[dict[str, Path]
     for name in ("config.json", "model.safetensors.index.json"):
         if (first / name).exists():
             shutil.copyfile(first / name, target / name)
-
-
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, "pt") as f:
-        return f.get_tensor(name)

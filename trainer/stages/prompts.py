@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -27,8 +28,8 @@ REPORT_SECONDS = 10.0  # between two console lines while a source is read
 WARN_SHARE = 0.2  # of a source's prompts that filters may drop without a warning
 
 
-def prompts(stage: Stage, *, data: Part, filter: Part, seed: int) -> None:
-    """Writes prompts.parquet, drops.parquet and quarantine.jsonl.
+def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[str, Path]) -> None:
+    """Writes prompts.parquet, drops.parquet and quarantine.jsonl. files: the rows of each source that has a path.
 
     Raises UserError on sources that cannot be read, more bad rows than data.max_bad_rows in a file, or fewer distinct
     prompts than data.test and data.validation need.
@@ -45,6 +46,7 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int) -> None:
         except UserError as e:
             raise UserError(f"{key}: {e}") from e
         shown = time.monotonic()
+        source = source.model_copy(update={"path": files.get(source.name)})
         check_answer = partial(rules.check_answer, verifier, source.verifier_args)
         for row in source_rows(source, seed, check_answer, drops, quarantine):
             if time.monotonic() - shown > REPORT_SECONDS:

@@ -16,6 +16,7 @@ from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.sampling.in_process import Generator, load_for_generation
 from strop.trainer.sampling.shards import Shard, fitting, run_shards
 
+MOST = 1 << 25  # completions of a round
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
                     ("prompt_tokens", pa.list_(pa.int32())), ("completion_tokens", pa.list_(pa.int32())),
                     ("completion", pa.string()), ("logp", pa.float32()), ("finish", pa.string())])
@@ -36,6 +37,9 @@ def sample(stage: Stage, *, sample: Sample, model: Part, compute: Part, shares: 
     if not fits:
         raise UserError(f"{stage.name}: none of {len(drawn)} prompts leaves room for sample.max_new_tokens="
                         f"{sample.max_new_tokens} in the model's context of {context} tokens")
+    if len(fits) * sample.k > MOST:
+        raise UserError(f"{stage.name}: sample.k={sample.k} of {len(fits):,} prompts are {len(fits) * sample.k:,} "
+                         f"completions in a round, {MOST:,} at most; lower it or sample.prompts")
     parts = [fits[i:i + sample.shard_prompts] for i in range(0, len(fits), sample.shard_prompts)]
     shards = [Shard(stage.dir / f"shard-{i:05}.parquet", part,
                     [(row["prompt_id"], k) for row in part for k in range(sample.k)]) for i, part in enumerate(parts)]

@@ -46,12 +46,14 @@ class Rules(NamedTuple):
 
 
 def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: Part, sources: dict[str, dict],
-           seed: int, round: int, prompts: Path | None, history: list[tuple[Path, Path]], tokenizer: Path) -> None:
+           seed: int, round: int, prompts: Path | None, history: list[tuple[Path, Path]], tokenizer: Path,
+           files: dict[str, dict[str, Path]]) -> None:
     """Writes sft.parquet, pairs.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
     history: the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the newest is
     used. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
-    max_bad_rows. sources: name -> prompt_template and templated. Raises UserError if nothing is left.
+    max_bad_rows; files: the rows of those two, by key and name. sources: name -> prompt_template and templated. Raises
+    UserError if nothing is left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
@@ -75,8 +77,10 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
                          "pass_rate": sum(s["correct"] for s in now) / len(now)}
     held = held_out_of(prompts, filter.decontaminate, sources) if prompts and (data.sft or data.preferences) else None
     for ready in (d for d in data.sft if d.rounds == "all" or round in d.rounds):
+        ready = ready.model_copy(update={"path": files["sft"][ready.name]})
         sft_rows += ready_sft(tokenizer, ready, filter, held, drops, quarantine)
     for ready in (d for d in data.preferences if d.rounds == "all" or round in d.rounds):
+        ready = ready.model_copy(update={"path": files["preferences"][ready.name]})
         pair_rows += ready_pairs(tokenizer, ready, filter, held, drops, quarantine)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))

@@ -67,6 +67,7 @@ def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:
     if stage.world.first:
         drops.write()
     if not examples:
-        raise UserError(f"{path}: no row is left to train on; see drops.parquet there and in {stage.dir}, or set "
-                         "sft.enabled=false")
+        raise UserError(f"{path}: no row is left to train on; rows of {limit} tokens fit (sft.max_tokens, sft."
+                         f"max_length, the model's context), see drops.parquet there and in {stage.dir}, or set sft."
+                         "enabled=false")
     return examples

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from strop.kernels.layout import Group, PackedGroups
+from strop.trainer.errors import UserError
+
+MOST_ROWS = 50_000_000  # of a plan, which is a list of indices
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,12 @@ def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: in
 
     Each epoch is reshuffled from `seed` and holds a row of weight w floor(w) times, and once more with probability
     w - floor(w). A fractional last epoch takes that fraction of its rows.
+    Raises UserError on more than MOST_ROWS.
     """
+    total = epochs * sum(example.weight for example in examples)
+    if total > MOST_ROWS:
+        raise UserError(f"epochs={epochs:g} over {len(examples):,} rows, their weight counted, are {total:.3g} rows to "
+                         f"train on, {MOST_ROWS:,} at most; lower epochs, or weight= of the data")
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
         draw = random.Random(f"{seed}:{epoch}")

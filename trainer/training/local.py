@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -155,9 +156,13 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as e:
         raise UserError("lora.rank is set, but peft is not installed: pip install peft") from e
-    torch.manual_seed(seed)
-    model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-                                             target_modules=lora.target_modules, task_type="CAUSAL_LM"))
+    torch.manual_seed(seed % 2**63)
+    try:
+        model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+                                                 target_modules=lora.target_modules, task_type="CAUSAL_LM"))
+    except (ValueError, TypeError, re.error) as e:  # no such module, or one that peft cannot adapt
+        raise UserError(f"lora.target_modules={lora.target_modules}: {str(e)[:300]}; name linear layers, or all-linear"
+                         ) from e
     if hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
         raise UserError(f"lora.target_modules={lora.target_modules}: an adapter on the head is not supported, the "
                          "fused head would ignore it; remove the head from the list")

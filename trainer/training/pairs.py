@@ -42,8 +42,9 @@ def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, reco
     if record and stage.world.first:
         drops.write()
     if not examples:
-        raise UserError(f"{path}: no pair is left to train on; see drops.parquet there and in {stage.dir}, or set "
-                         "dpo.enabled=false")
+        raise UserError(f"{path}: no pair is left to train on; pairs of {section.max_tokens} tokens fit "
+                         f"(dpo.max_tokens), sides of {limit} (dpo.max_length, the model's context), see drops.parquet "
+                         f"there and in {stage.dir}, or set dpo.enabled=false")
     return examples
 
 

@@ -8,81 +8,28 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .functional import (
-    LigerFusedLinearCPOFunction,
-    LigerFusedLinearDPOFunction,
-    LigerFusedLinearKTOFunction,
-    LigerFusedLinearORPOFunction,
-    LigerFusedLinearSimPOFunction,
-    liger_fused_linear_cpo,
-    liger_fused_linear_dpo,
-    liger_fused_linear_kto,
-    liger_fused_linear_orpo,
-    liger_fused_linear_simpo,
-)
-from .modules import (
-    LigerFusedLinearCPOLoss,
-    LigerFusedLinearDPOLoss,
-    LigerFusedLinearKTOLoss,
-    LigerFusedLinearORPOLoss,
-    LigerFusedLinearSimPOLoss,
-)
+from . import functional, modules
 
-__all__ = [
-    "LigerFusedLinearCPOFunction",
-    "LigerFusedLinearCPOLoss",
-    "LigerFusedLinearCosineSimilarityFunction",
-    "LigerFusedLinearCosineSimilarityLoss",
-    "LigerFusedLinearDPOFunction",
-    "LigerFusedLinearDPOLoss",
-    "LigerFusedLinearDistillationBase",
-    "LigerFusedLinearGRPOFunction",
-    "LigerFusedLinearGRPOLoss",
-    "LigerFusedLinearJSDFunction",
-    "LigerFusedLinearJSDLoss",
-    "LigerFusedLinearKTOFunction",
-    "LigerFusedLinearKTOLoss",
-    "LigerFusedLinearORPOFunction",
-    "LigerFusedLinearORPOLoss",
-    "LigerFusedLinearPPOBase",
-    "LigerFusedLinearPreferenceBase",
-    "LigerFusedLinearSimPOFunction",
-    "LigerFusedLinearSimPOLoss",
-    "LigerFusedLinearUnpairedPreferenceBase",
-    "clip_coef_fn",
-    "get_gamma_weights",
-    "k3_loss_fn",
-    "liger_fused_linear_cosine",
-    "liger_fused_linear_cpo",
-    "liger_fused_linear_dpo",
-    "liger_fused_linear_grpo",
-    "liger_fused_linear_jsd",
-    "liger_fused_linear_kto",
-    "liger_fused_linear_orpo",
-    "liger_fused_linear_simpo",
-    "sapo_loss_fn",
-]
-
-# The Liger module of each name that is imported from Liger.
+# Liger's module of every name that is imported from Liger.
 _OF_LIGER = {
-    "LigerFusedLinearCosineSimilarityFunction": "cosine_similarity_loss",
-    "LigerFusedLinearCosineSimilarityLoss": "cosine_similarity_loss",
-    "LigerFusedLinearDistillationBase": "fused_linear_distillation",
-    "LigerFusedLinearGRPOFunction": "grpo_loss",
-    "LigerFusedLinearGRPOLoss": "grpo_loss",
-    "LigerFusedLinearJSDFunction": "jsd_loss",
-    "LigerFusedLinearJSDLoss": "jsd_loss",
-    "LigerFusedLinearPPOBase": "fused_linear_ppo",
-    "LigerFusedLinearPreferenceBase": "fused_linear_preference",
-    "LigerFusedLinearUnpairedPreferenceBase": "fused_linear_unpaired_preference",
-    "clip_coef_fn": "grpo_loss",
-    "get_gamma_weights": "grpo_loss",
-    "k3_loss_fn": "grpo_loss",
-    "liger_fused_linear_cosine": "functional",
-    "liger_fused_linear_grpo": "functional",
-    "liger_fused_linear_jsd": "functional",
-    "sapo_loss_fn": "grpo_loss",
+    name: module
+    for module, names in {
+        "cosine_similarity_loss": "LigerFusedLinearCosineSimilarityFunction LigerFusedLinearCosineSimilarityLoss",
+        "functional": "liger_fused_linear_cosine liger_fused_linear_grpo liger_fused_linear_jsd",
+        "fused_linear_distillation": "LigerFusedLinearDistillationBase",
+        "fused_linear_ppo": "LigerFusedLinearPPOBase",
+        "fused_linear_preference": "LigerFusedLinearPreferenceBase",
+        "fused_linear_unpaired_preference": "LigerFusedLinearUnpairedPreferenceBase",
+        "grpo_loss": "LigerFusedLinearGRPOFunction LigerFusedLinearGRPOLoss clip_coef_fn get_gamma_weights k3_loss_fn "
+        "sapo_loss_fn",
+        "jsd_loss": "LigerFusedLinearJSDFunction LigerFusedLinearJSDLoss",
+    }.items()
+    for name in names.split()
 }
+_OURS = {name: value for home in (functional, modules) for name, value in vars(home).items()
+         if name.startswith(("liger_fused_linear_", "LigerFusedLinear"))}  # fmt: skip
+globals().update(_OURS)
+__all__ = sorted([*_OURS, *_OF_LIGER])
 
 
 def __getattr__(name: str):
