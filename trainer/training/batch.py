@@ -55,8 +55,8 @@ def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: in
     """
     total = epochs * sum(example.weight for example in examples)
     if total > MOST_ROWS:
-        raise UserError(f"epochs={epochs:g} over {len(examples):,} rows, their weight counted, are {total:.3g} rows to "
-                         f"train on, {MOST_ROWS:,} at most; lower epochs, or weight= of the data")
+        raise UserError(f"epochs={epochs:g}: {len(examples):,} weighted rows make {total:.3g} training rows, more than "
+                        f"{MOST_ROWS:,}; lower epochs, or the data's weight")
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
         draw = random.Random(f"{seed}:{epoch}")
