@@ -26,15 +26,15 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Ready:
-    """An encoded row. completions: one for SFT, or chosen and rejected; asked: the text of the user's turns; said: the
-    last assistant message of each completion."""
+    """An encoded row. completions: one for SFT, or chosen and rejected; user_text: the user's turns; replies: the last
+    assistant message of each completion."""
 
     where: str
     n: int
     prompt: list[int]
     completions: tuple[Encoded, ...]
-    asked: str
-    said: tuple[str, ...]
+    user_text: str
+    replies: tuple[str, ...]
 
 
 def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
@@ -77,7 +77,7 @@ def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: 
         if rows.setdefault((tuple(row.prompt), *(tuple(c.tokens) for c in row.completions)), row) is not row:
             drops.add("duplicate", source=data.name, detail=row.where)
     if held is not None:
-        held.survey(row.asked for row in rows.values())
+        held.survey(row.user_text for row in rows.values())
     fit = []
     for row in rows.values():
         reason, detail = _unfit(row, filters, held)
@@ -88,7 +88,7 @@ def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: 
     if not data.near_duplicates or not filters.near_duplicates:
         return fit
     gone = set()
-    for i, j, similarity in near_duplicates([(row.asked, *row.said) for row in fit], filters.near_duplicates):
+    for i, j, similarity in near_duplicates([(row.user_text, *row.replies) for row in fit], filters.near_duplicates):
         gone.add(i)
         drops.add("near_duplicate", source=data.name, detail=f"{fit[i].where}: {similarity:.2f} like {fit[j].where}")
     return [row for i, row in enumerate(fit) if i not in gone]
@@ -96,13 +96,13 @@ def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: 
 
 def _unfit(row: Ready, filters: Filter, held: HeldOut | None) -> tuple[str, str]:
     """(reason, detail) why the row must be dropped, or empty strings."""
-    if held is not None and (found := held.match(row.asked)):
+    if held is not None and (found := held.match(row.user_text)):
         return "contaminated", f"shares {found[1]!r} with held-out prompt {found[0]}"
     learned = row.completions[0]
     reason, detail = unfit_tokens([t for t, on in zip(learned.tokens, learned.loss_mask, strict=True) if on], filters)
     if reason:
         return reason, detail
-    why = "" if filters.keep_truncated else truncation(row.said[0])
+    why = "" if filters.keep_truncated else truncation(row.replies[0])
     return ("truncated", why) if why else ("", "")
 
 
@@ -126,7 +126,7 @@ def _sft_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded], str, tupl
         messages = to_messages(row["messages"], "messages")
         _not_empty(messages, "messages")
         prompt, learned = chat.encode_conversation(tokenizer, messages, **kwargs)
-        return prompt, (learned,), _asked(messages), (_last(messages),)
+        return prompt, (learned,), _user_text(messages), (_last(messages),)
     prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion")
     if isinstance(prompt, str):
         if not completion.strip():
@@ -136,7 +136,7 @@ def _sft_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded], str, tupl
     _not_empty(completion, "completion")
     ids = chat.encode_prompt(tokenizer, prompt, **kwargs)
     learned = chat.encode_completion(tokenizer, prompt, completion, **kwargs)
-    return ids, (learned,), _asked([*prompt, *completion]), (_last(completion),)
+    return ids, (learned,), _user_text([*prompt, *completion]), (_last(completion),)
 
 
 def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
@@ -150,19 +150,19 @@ def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded],
             raise Unfit("empty", f"{'rejected' if chosen.strip() else 'chosen'} is empty")
         ids, one = chat.encode_text(tokenizer, prompt, chosen)
         other = chat.encode_text(tokenizer, prompt, rejected)[1]
-        asked, said = prompt, (chosen, rejected)
+        user_text, replies = prompt, (chosen, rejected)
     else:
         _not_empty(chosen, "chosen")
         _not_empty(rejected, "rejected")
         ids = chat.encode_prompt(tokenizer, prompt, **kwargs)
         one, other = (chat.encode_completion(tokenizer, prompt, c, **kwargs) for c in (chosen, rejected))
-        asked, said = _asked([*prompt, *chosen]), (_last(chosen), _last(rejected))
+        user_text, replies = _user_text([*prompt, *chosen]), (_last(chosen), _last(rejected))
     if one.tokens == other.tokens:
         raise Unfit("identical", "chosen equals rejected")
-    return ids, (one, other), asked, said
+    return ids, (one, other), user_text, replies
 
 
-def _asked(messages: list[dict]) -> str:
+def _user_text(messages: list[dict]) -> str:
     return "\n".join(m["content"] for m in messages if m["role"] == "user")
 
 

@@ -49,14 +49,14 @@ class Example:
 def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: int) -> list[list[int]]:
     """Indices of the examples of every optimizer step.
 
-    Each epoch is shuffled anew from `seed` and holds a row of weight w floor(w) times, and once more with probability
+    Each epoch is reshuffled from `seed` and holds a row of weight w floor(w) times, and once more with probability
     w - floor(w). A fractional last epoch takes that fraction of its rows.
     Raises UserError on more than MOST_ROWS.
     """
     total = epochs * sum(example.weight for example in examples)
     if total > MOST_ROWS:
-        raise UserError(f"epochs={epochs:g} over {len(examples):,} rows, their weight counted, are {total:.3g} rows to "
-                         f"train on, {MOST_ROWS:,} at most; lower epochs, or weight= of the data")
+        raise UserError(f"epochs={epochs:g}: {len(examples):,} weighted rows make {total:.3g} training rows, more than "
+                        f"{MOST_ROWS:,}; lower epochs, or the data's weight")
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
         draw = random.Random(f"{seed}:{epoch}")
