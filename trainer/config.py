@@ -311,7 +311,7 @@ class Log(Section):
 class Recipe(Section):
     """All keys of a run; see `strop --help` for their meanings."""
 
-    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run")
     method: Literal["llama3"] = Field("llama3", description="the post-training method: a function in trainer/methods")
     output_dir: Annotated[FilePath, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
         "runs", json_schema_extra=UNKEYED, description="folder that holds run directories")

@@ -46,7 +46,7 @@ def weights(change):
 
 def put(name: str, value: float, at: int = -1):
     """One number of a tensor."""
-    return weights(lambda t: t[name].view(-1)[at:].fill_(value) and None)
+    return weights(lambda t: t[name].view(-1)[at].fill_(value) is None or None)
 
 
 def cast(dtype):

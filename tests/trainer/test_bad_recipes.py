@@ -30,7 +30,7 @@ YAML = {  # name: (lines that are added, the first of them being line 20, what i
     "pairs": ("x: !!pairs [token: sk-secret]", "tiny.yaml:20: not YAML that a recipe needs"),
     "a null key": ("~: 3", "tiny.yaml:20: ~: a key must be text, this is null"),
     "a key that YAML takes for a boolean": ("on: 3", "tiny.yaml:20: on: a key must be text, this is bool"),
-    "a number for a key": ("sft: {3: 4}", "tiny.yaml:20: 3: a key must be text, this is int"),
+    "a number for a key": ("merge: {3: 4}", "tiny.yaml:20: 3: a key must be text, this is int"),
     "a list for a key": ("? [a, b]\n: 1", "tiny.yaml:20: ?: a key must be text, this is seq"),
     "an empty key": ("'': 1", "tiny.yaml:20: =1: unknown key"),
     "a date that is none": ("seed: 2020-13-45", "tiny.yaml:20: not YAML (timestamp"),
@@ -66,7 +66,7 @@ def test_yaml_that_no_recipe_needs_is_one_line_at_once(name, tiny_recipe):
 
 ARGUMENTS = {
     "=5": "command line: =5: no such key", "data..test=3": "command line: data..test=3: no such key",
-    ".=1": "no such key", "seed.=1": "command line: seed.=1: no such key", "a" + ".a" * 9999 + "=1": "no such key",
+    ".=1": "no such key", "seed.=1": "command line: seed.=1: no such key", "a" + ".a" * 9999 + "=1": "not YAML that a recipe needs",
     "data.sources.99999999999999999999=1": "data.sources is a list of 1", "data.sources.²=1": "is a list of 1",
     "sample.k=" + "9" * 5000: "command line: sample.k: not YAML", "sample.k=[": "command line: sample.k: not YAML",
     "sample.k=x\udcff": "command line: sample.k: not YAML", "sample.k={a: 1, a: 2}": "sample.k: a: duplicate key",
@@ -163,7 +163,7 @@ def test_an_error_is_one_printable_line_whatever_it_quotes(text):
 @pytest.mark.parametrize("weight, epochs", [(1e6, 100.0), (1.0, 1e5)])
 def test_a_plan_is_bounded(weight, epochs):
     examples = [Example(str(i), Group([1], [[2]]), weight) for i in range(1000)]
-    with pytest.raises(UserError, match=r"epochs=.* over 1,000 rows.* 50,000,000 at most; lower epochs"):
+    with pytest.raises(UserError, match=r"epochs=.*: 1,000 weighted rows make .*more than 50,000,000; lower epochs"):
         plan_steps(examples, epochs, 4, 0)
     assert MOST_ROWS == 50_000_000 and len(plan_steps(examples[:1], 2.0, 4, 0)) == (weight > 1) * 499_999 + 1
 

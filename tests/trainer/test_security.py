@@ -122,7 +122,7 @@ def test_pickles_beside_safetensors_are_not_touched(tiny_model, tiny_recipe, tmp
     assert main([str(tiny_recipe), f"model.path={model}", "rounds=1"]) == 0
     (model / "model.safetensors").rename(model / "adapter_model.safetensors")  # only the pickle would be left to load
     assert main([str(tiny_recipe), f"model.path={model}", "rounds=1", "name=other"]) == 1
-    assert "transformers cannot load it" in capfd.readouterr().err and not fired.exists()
+    assert "model.safetensors: not readable" in capfd.readouterr().err and not fired.exists()
 
 
 CODE = """
