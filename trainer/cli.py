@@ -191,6 +191,8 @@ def apply_override(read: _Read, override: str) -> None:
     """Sets `a.b.0.c=value` in the tree. Raises UserError if the path leads nowhere or the value is not YAML."""
     key, _, text = override.partition("=")
     refuse_secrets({key: None}, (), {(): "command line"})
+    if len(key) > 200:
+        raise UserError(f"command line: {key[:80]}...: no such key; keys look like sample.k or data.sources.0.path")
     value = read_yaml(text, tuple(key.split(".")), lambda line: f"command line: {key}", {})
     set_key(read, key, value, "command line")
 

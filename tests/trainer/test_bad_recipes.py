@@ -66,7 +66,8 @@ def test_yaml_that_no_recipe_needs_is_one_line_at_once(name, tiny_recipe):
 
 ARGUMENTS = {
     "=5": "command line: =5: no such key", "data..test=3": "command line: data..test=3: no such key",
-    ".=1": "no such key", "seed.=1": "command line: seed.=1: no such key", "a" + ".a" * 9999 + "=1": "not YAML that a recipe needs",
+    ".=1": "no such key", "seed.=1": "command line: seed.=1: no such key",
+    "a" + ".a" * 9999 + "=1": "no such key",
     "data.sources.99999999999999999999=1": "data.sources is a list of 1", "data.sources.²=1": "is a list of 1",
     "sample.k=" + "9" * 5000: "command line: sample.k: not YAML", "sample.k=[": "command line: sample.k: not YAML",
     "sample.k=x\udcff": "command line: sample.k: not YAML", "sample.k={a: 1, a: 2}": "sample.k: a: duplicate key",
