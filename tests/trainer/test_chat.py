@@ -15,6 +15,7 @@ from strop.trainer.data.chat import (
     encode_text,
     stop_ids,
 )
+from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -159,7 +160,7 @@ def test_reasoning_taken_out_of_an_earlier_turn_gives_that_turn_no_loss(tokenize
 
 
 def test_template_that_drops_the_last_reasoning_is_refused(tokenizers):
-    with pytest.raises(ValueError, match=r"drops part of the assistant's text.*model\.chat_template"):
+    with pytest.raises(UserError, match=r"drops part of the assistant's text.*model\.chat_template"):
         encode_completion(tokenizers["r1"], QUESTION, turns("", "<think>\n2 and 2\n</think>4")[1:])
 
 
@@ -198,19 +199,19 @@ def test_assistant_message_at_the_end_of_a_prompt_is_continued(tokenizers):
     ([{"role": "system", "content": "x"}, *turns("2+2", "4")], "System role not supported"),
 ])
 def test_conversations_that_cannot_be_encoded(tokenizers, messages, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(UserError, match=match):
         encode_conversation(tokenizers["gemma"], messages)
 
 
 def test_completion_must_begin_with_the_assistant(tokenizers):
-    with pytest.raises(ValueError, match="must begin with an assistant message"):
+    with pytest.raises(UserError, match="must begin with an assistant message"):
         encode_completion(tokenizers["chatml"], QUESTION, turns("and 3+3?", "6"))
 
 
 def test_template_that_renders_history_differently_is_refused():
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(ValueError, match="renders earlier messages differently"):
+    with pytest.raises(UserError, match="renders earlier messages differently"):
         encode_completion(tokenizer, QUESTION, turns("", "4")[1:])
 
 
@@ -266,13 +267,13 @@ def test_load_tokenizer(tmp_path):
     (tmp_path / "t.jinja").write_text(MERGING)
     assert ModelFolder(tmp_path).tokenizer().chat_template == FAMILIES["llama3"][0]
     assert ModelFolder(tmp_path, Model(chat_template=str(tmp_path / "t.jinja"))).tokenizer().chat_template == MERGING
-    with pytest.raises(ValueError, match=r"model\.chat_template=.*missing\.jinja"):
+    with pytest.raises(UserError, match=r"model\.chat_template=.*missing\.jinja"):
         ModelFolder(tmp_path, Model(chat_template=str(tmp_path / "missing.jinja"))).tokenizer()
 
 
 def test_folder_without_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="tokenizer") as e:
+    with pytest.raises(UserError, match="tokenizer") as e:
         ModelFolder(tmp_path).tokenizer()
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
@@ -281,14 +282,14 @@ def test_base_model_without_template(tmp_path):
     tokenizer = tokenizer_of("llama3")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no chat template.*set model\.chat_template"):
+    with pytest.raises(UserError, match=r"no chat template.*set model\.chat_template"):
         ModelFolder(tmp_path).tokenizer()
 
 
 def test_template_that_throws(tmp_path):
     tokenizer_of("llama3").save_pretrained(tmp_path)
     (tmp_path / "bad.jinja").write_text("{% for m in messages %}{{ m['content'] }")
-    with pytest.raises(ValueError, match="chat template refuses the messages"):
+    with pytest.raises(UserError, match="chat template refuses the messages"):
         encode_prompt(ModelFolder(tmp_path, Model(chat_template=str(tmp_path / "bad.jinja"))).tokenizer(), QUESTION)
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from strop.trainer.cli import help_text, parse, shipped_recipes
 from strop.trainer.config import Recipe, to_yaml
+from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.run.world import World
 
@@ -71,24 +72,24 @@ def test_overrides_reach_every_depth(recipe):
 ])
 def test_a_mistake_is_one_line_that_says_where(recipe, text, arguments, message):
     path = recipe(text)
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(UserError) as e:
         parse([path, *arguments])
     assert message.lower() in str(e.value).lower() and "\n" not in str(e.value), str(e.value)
 
 
 def test_several_mistakes_are_a_line_each(recipe):
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(UserError) as e:
         parse([recipe(GOOD + "sft: {lrr: 1}\ndpo: {beta: x}\n")])
     assert len(str(e.value).splitlines()) == 2
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no such recipe; did you mean quickstart"):
+    with pytest.raises(UserError, match="no such recipe; did you mean quickstart"):
         parse(["quickstrat"])
-    with pytest.raises(ValueError, match=r"gone\.yaml: no such recipe file"):
+    with pytest.raises(UserError, match=r"gone\.yaml: no such recipe file"):
         parse([str(tmp_path / "gone.yaml")])
     (tmp_path / "latin.yaml").write_bytes("name: caf\xe9\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.yaml: not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8"):
         parse([str(tmp_path / "latin.yaml")])
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from runs import make_run
 
+from strop.trainer.errors import UserError
 from strop.trainer.reports.compare import compare, differences
 from strop.trainer.reports.reading import read_run
 from strop.trainer.reports.statistics import gain
@@ -96,5 +97,5 @@ def test_a_run_without_results_and_the_same_run_twice(two, tmp_path):
     young = make_run(tmp_path / "young", until="prompts")
     text = table([two[0], young])
     assert str(young) in text and "not evaluated yet" in text  # both are called demo: told apart by their paths
-    with pytest.raises(ValueError, match="the same run twice"):
+    with pytest.raises(UserError, match="the same run twice"):
         table([two[0], two[0]])

@@ -10,6 +10,7 @@ import yaml
 from training import largest_difference
 
 from strop.trainer.config import Recipe
+from strop.trainer.errors import UserError
 from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.reports.export import export, parent_licenses
 from strop.trainer.reports.reading import read_run
@@ -72,7 +73,7 @@ def test_an_unfinished_run_gives_what_was_promoted_last(run, tmp_path):
 def test_nothing_promoted_is_nothing_to_export(run, tmp_path):
     shutil.rmtree(run / "final")
     (run / "promotions.json").unlink()
-    with pytest.raises(ValueError, match="only the start weights were promoted so far"):
+    with pytest.raises(UserError, match="only the start weights were promoted so far"):
         exported(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -101,10 +102,10 @@ def test_damaged_weights_are_not_exported(run, tmp_path):
     data[-3] ^= 1
     path.unlink()
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"final/model\.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"final/model\.safetensors: damaged"):
         exported(run, tmp_path / "out")
     path.unlink()
-    with pytest.raises(ValueError, match=r"final/model\.safetensors: missing"):
+    with pytest.raises(UserError, match=r"final/model\.safetensors: missing"):
         exported(run, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
 
@@ -112,9 +113,9 @@ def test_damaged_weights_are_not_exported(run, tmp_path):
 def test_a_folder_that_exists_is_left_alone(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("x")
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(UserError, match="already exists"):
         exported(run, tmp_path / "out")
-    with pytest.raises(ValueError, match="no such folder; create it first"):
+    with pytest.raises(UserError, match="no such folder; create it first"):
         exported(run, tmp_path / "a" / "b")
     (tmp_path / "empty").mkdir()
     exported(run, tmp_path / "empty")

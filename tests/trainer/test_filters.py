@@ -15,6 +15,7 @@ from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import repetition, truncation
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
+from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops, read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -178,7 +179,7 @@ def test_short_held_out_prompts():
 
 def test_nothing_left_to_train_on_says_why(tmp_path):
     texts, *_ = texts_of(40)
-    with pytest.raises(ValueError, match=r"leave nothing to train on.*\(dropped: near_duplicate 40\)"):
+    with pytest.raises(UserError, match=r"leave nothing to train on.*\(dropped: near_duplicate 40\)"):
         run(tmp_path, [("a", [*texts, *(t + " so" for t in texts)], {})], data={"validation": 20, "test": 30})
 
 

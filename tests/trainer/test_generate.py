@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.sampling.in_process import Batch, Completion, Generator, load_for_generation
 from strop.trainer.sampling.kv_cache import Prefill
@@ -192,7 +193,7 @@ def test_what_cannot_be_sampled_is_refused(llama):
         llama.generate([[5] * 120], max_new_tokens=16)
     assert llama.generate([], max_new_tokens=4) == []
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="MambaForCausalLM"):
+    with pytest.raises(UserError, match="MambaForCausalLM"):
         Generator(mamba).generate([[1, 2]], max_new_tokens=2)
 
 

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from stagecalls import merge, mixture_of
 from training import recipe_of, stage_in, weights_of
 
+from strop.trainer.errors import UserError
 from strop.trainer.stages.merge import average
 
 
@@ -69,6 +70,6 @@ def test_other_architectures_are_refused_and_no_stage_leaves_the_start(tiny_mode
     weights = load_file(odd / "model.safetensors")
     weights["extra"] = torch.zeros(1)
     save_file(weights, odd / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"odd: does not hold the tensors of .*\(extra\)"):
+    with pytest.raises(UserError, match=r"odd: does not hold the tensors of .*\(extra\)"):
         average([(tiny_model, 0.5), (odd, 0.5)], tmp_path / "out")
     assert mixture_of(recipe_of(), tiny_model, None, None) == [(tiny_model, 1.0)]

@@ -15,6 +15,7 @@ from strop.trainer.config import Recipe
 from strop.trainer.data.rows import read_rows
 from strop.trainer.data.splits import allot
 from strop.trainer.data.text import normalize
+from strop.trainer.errors import UserError
 from strop.trainer.run.tables import read_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -88,7 +89,7 @@ def test_folder_that_datasets_saved(tmp_path):
     saved.save_to_disk(tmp_path / "one")
     assert [r.data["answer"] for r in read_rows(tmp_path / "one")] == [str(i) for i in range(10, 20)]
     DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "many")
-    with pytest.raises(ValueError, match=r"several splits \(test, train\)"):
+    with pytest.raises(UserError, match=r"several splits \(test, train\)"):
         list(read_rows(tmp_path / "many"))
 
 
@@ -145,7 +146,7 @@ def test_splits_follow_shares_seed_and_content_not_order(tmp_path):
 
 def test_too_few_prompts(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", questions(8))
-    with pytest.raises(ValueError, match=r"data\.test=5 and data\.validation=3 .* 8 distinct prompts \(s 8\); give"):
+    with pytest.raises(UserError, match=r"data\.test=5 and data\.validation=3 .* 8 distinct prompts \(s 8\); give"):
         run(tmp_path, recipe_of(source(path)))
 
 
@@ -187,7 +188,7 @@ def test_malformed_row_stops_the_run_with_file_and_line(tmp_path, name):
     path = tmp_path / "p.jsonl"
     rows = [json.dumps(r).encode() for r in questions(20)]
     path.write_bytes(b"\n".join([*rows[:3], line if isinstance(line, bytes) else line.encode(), *rows[3:]]) + b"\n")
-    with pytest.raises(ValueError, match=match) as e:
+    with pytest.raises(UserError, match=match) as e:
         run(tmp_path, recipe_of(source(path)))
     assert str(e.value).startswith(f"{path}:4: ") and "data.max_bad_rows=0" in str(e.value) and "\n" not in str(e.value)
     assert len(str(e.value)) < 600
@@ -200,7 +201,7 @@ def test_malformed_rows_are_set_aside_up_to_the_limit(tmp_path):
     assert len(found) == 20 and stage.counts["dropped/malformed"] == 2
     assert [q["where"].split(":")[-1] for q in quarantined] == ["21", "23"]
     assert [d["detail"].startswith(f"{path}:{n}: ") for d, n in zip(drops, (21, 23), strict=True)] == [True, True]
-    with pytest.raises(ValueError, match=r"p\.jsonl:23: .*1 bad rows before it \(data\.max_bad_rows=1"):
+    with pytest.raises(UserError, match=r"p\.jsonl:23: .*1 bad rows before it \(data\.max_bad_rows=1"):
         run(tmp_path, recipe_of(source(path), max_bad_rows=1), "stopped")
 
 
@@ -223,13 +224,13 @@ def test_unreadable_files(tmp_path, name, content, match):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=match) as e:
+    with pytest.raises(UserError, match=match) as e:
         run(tmp_path, recipe_of(source(path)))
     assert str(path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(ValueError, match=r"not a folder saved by `datasets`"):
+    with pytest.raises(UserError, match=r"not a folder saved by `datasets`"):
         list(read_rows(tmp_path))
 
 
@@ -242,7 +243,7 @@ def test_unicode_line_ends_inside_strings_do_not_split_rows(tmp_path):
 
 def test_wrong_verifier_arguments_name_the_source(tmp_path):
     path = jsonl(tmp_path / "p.jsonl", questions(20))
-    with pytest.raises(ValueError, match=r"data\.sources, s: verifier_args\.pattern is missing"):
+    with pytest.raises(UserError, match=r"data\.sources, s: verifier_args\.pattern is missing"):
         run(tmp_path, recipe_of(source(path, verifier="regex")))
 
 
@@ -273,7 +274,7 @@ def test_reasoning_gym_source(tmp_path):
     ({"reasoning_gym": "chain_sum", "reasoning_gym_config": {"min_digits": 0}}, "refuses"),
     ({"reasoning_gym": "chain_sum", "reasoning_gym_config": {"size": 5}}, "set size of the source")])
 def test_reasoning_gym_mistakes(tmp_path, keys, match):
-    with pytest.raises(ValueError, match=match) as e:
+    with pytest.raises(UserError, match=match) as e:
         run(tmp_path, recipe_of({"name": "s", "size": 20} | keys))
     assert "\n" not in str(e.value)
 
@@ -282,5 +283,5 @@ def test_reasoning_gym_mistakes(tmp_path, keys, match):
 def test_entries_whose_own_answer_fails_are_dropped(tmp_path):
     keys = {"name": "arc", "reasoning_gym": "rearc", "size": 3}  # its scorer needs tuples, which JSON does not keep
     stage = stage_in(tmp_path / "prompts", "prompts")
-    with pytest.raises(ValueError, match="0 distinct prompts"):
+    with pytest.raises(UserError, match="0 distinct prompts"):
         prompts(stage, recipe_of(keys))

@@ -9,6 +9,7 @@ from strop.trainer.config import Filter, ReadyData
 from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt, encode_text
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
+from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -103,7 +104,7 @@ def test_duplicates_are_dropped(tmp_path, tokenizer):
     ("{", "not JSON")])
 def test_malformed_rows(tmp_path, tokenizer, row, match):
     good = {"prompt": "a", "completion": "b"}
-    with pytest.raises(ValueError, match=match) as e:
+    with pytest.raises(UserError, match=match) as e:
         read(tmp_path, tokenizer, [good, row], ready_sft)
     assert str(e.value).startswith(f"{tmp_path / 'data.jsonl'}:2: ")
     found, drops = read(tmp_path, tokenizer, [good, row], ready_sft, max_bad_rows=1)
@@ -168,5 +169,5 @@ def test_pairs_that_teach_nothing_are_dropped(tmp_path, tokenizer, row, reason):
     ({"prompt": "a", "chosen": says("b"), "rejected": says("c")}, "'prompt' must hold a list of messages"),
 ])
 def test_malformed_pairs(tmp_path, tokenizer, row, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(UserError, match=match):
         read(tmp_path, tokenizer, [row], ready_pairs)

@@ -7,6 +7,7 @@ import pytest
 from browser import BINARY, DRIVER, chromium
 from runs import EVIL, make_run
 
+from strop.trainer.errors import UserError
 from strop.trainer.reports.charts import Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
 from strop.trainer.reports.html import write_report
 
@@ -105,7 +106,7 @@ def test_a_run_half_done(tmp_path, until):
 
 def test_an_empty_folder_and_no_folder(tmp_path):
     assert "Not finished: 0 of 0 rounds" in Page(write_report(tmp_path).read_text()).text
-    with pytest.raises(ValueError, match="no such run directory"):
+    with pytest.raises(UserError, match="no such run directory"):
         write_report(tmp_path / "none")
 
 

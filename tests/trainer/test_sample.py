@@ -11,6 +11,7 @@ from stagecalls import sample
 
 from strop.trainer.config import Recipe
 from strop.trainer.data.splits import allot, draw_prompts
+from strop.trainer.errors import UserError
 from strop.trainer.run.console import Console
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
@@ -107,7 +108,7 @@ def test_overlong_prompts_are_dropped_with_reason(tiny_model, tmp_path):
         (f"p{i:03}", "overlong", "digits") for i in (0, 3, 6)}
     assert stage.counts["dropped/overlong"] == 3 and stage.counts["prompts"] == 6
     write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(rows[:1], schema=SCHEMA))
-    with pytest.raises(ValueError, match=r"none of 1 prompts leaves room for sample.max_new_tokens=8"):
+    with pytest.raises(UserError, match=r"none of 1 prompts leaves room for sample.max_new_tokens=8"):
         sample(make_stage(tmp_path / "none"), recipe(), round=0, model=tiny_model, prompts=tmp_path)
 
 

@@ -7,6 +7,7 @@ from stagecalls import score
 
 from strop.trainer.config import Recipe
 from strop.trainer.data.samples import read_scored
+from strop.trainer.errors import UserError
 from strop.trainer.run.tables import read_table, write_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,7 +51,7 @@ def test_correct_at(tmp_path):
 
 @pytest.mark.parametrize("samples,match", [({"z": [("z", 1)]}, "prompt z is not in"), ({}, "holds no samples")])
 def test_samples_that_do_not_fit(tmp_path, samples, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(UserError, match=match):
         run(tmp_path, samples)
 
 
@@ -60,7 +61,7 @@ def test_a_sample_without_score_is_found(tmp_path):
     assert len(read_scored(sample, scored)) == 8
     table = read_table(scored / "scores.parquet")
     write_table(scored / "scores.parquet", table.slice(0, 7))
-    with pytest.raises(ValueError, match=r"1 of 8 samples have no score \(prompt c, sample 1"):
+    with pytest.raises(UserError, match=r"1 of 8 samples have no score \(prompt c, sample 1"):
         read_scored(sample, scored)
     write_table(scored / "scores.parquet", pa.concat_tables([table, table.slice(0, 1)]).slice(0, 8))
     assert len(read_scored(sample, scored)) == 8
@@ -70,5 +71,5 @@ def test_a_sample_that_stands_twice_is_found(tmp_path):
     sample, scored = round_of(tmp_path, SAMPLES)
     table = read_table(sample / "shard-00000.parquet")
     write_table(sample / "shard-00007.parquet", table.slice(0, 1))
-    with pytest.raises(ValueError, match="prompt b has sample 0 twice"):
+    with pytest.raises(UserError, match="prompt b has sample 0 twice"):
         read_scored(sample, scored)

@@ -14,6 +14,7 @@ import torch
 
 from strop.trainer.cli import SECRET
 from strop.trainer.config import Model, Recipe
+from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.models.loading import ModelFolder
 
@@ -169,7 +170,7 @@ def test_a_chat_template_reaches_neither_files_nor_python(tiny_model, tmp_path):
                  "{{ self.__init__.__globals__ }}", "{% for i in range(10**10) %}{% endfor %}"):
         (tmp_path / "t.jinja").write_text(text)
         tokenizer = ModelFolder(tiny_model, Model(chat_template=str(tmp_path / "t.jinja"))).tokenizer()
-        with pytest.raises(ValueError, match="the chat template refuses the messages"):
+        with pytest.raises(UserError, match="the chat template refuses the messages"):
             encode_prompt(tokenizer, [{"role": "user", "content": "x"}])
 
 
@@ -214,6 +215,6 @@ def test_torch_is_told_to_load_safetensors_only(tiny_model, tmp_path):
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "fired")))
-    with pytest.raises(ValueError, match="transformers cannot load it"):
+    with pytest.raises(UserError, match="transformers cannot load it"):
         ModelFolder(folder).load(torch.float32, torch.device("cpu"))
     assert not (tmp_path / "fired").exists()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from stagecalls import rules, select
 
 from strop.trainer.config import Recipe
+from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.stages.select import pick
 
@@ -207,13 +208,13 @@ def test_a_pair_that_comes_again_stands_once(tmp_path, model):
 
 def test_held_out_prompts_are_refused(tmp_path, model):
     stage = stage_in(tmp_path / "s", "select")
-    with pytest.raises(ValueError, match="prompt p is not among the training prompts"):
+    with pytest.raises(UserError, match="prompt p is not among the training prompts"):
         select(stage, recipe_of(), round=0, prompts=prompts_of(tmp_path / "p", ["p"], split="test"), model=model,
                history=[round_of(tmp_path / "r", {"p": [("a", 1)]})])
 
 
 def test_nothing_left(tmp_path, model):
-    with pytest.raises(ValueError, match=r"nothing survives selection \(dropped: .*unsolved 1.*sample\.k"):
+    with pytest.raises(UserError, match=r"nothing survives selection \(dropped: .*unsolved 1.*sample\.k"):
         run(tmp_path, model, {"p": [("a", 0), ("b", 0)]})
     assert read_table(tmp_path / "select" / "drops.parquet").num_rows == 4
 

@@ -11,6 +11,7 @@ import yaml
 from runs import make_run, plan_of
 from test_watch import at_work, note
 
+from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.reports.reading import find_run, holder, next_stage, read_run
 from strop.trainer.reports.show import show
@@ -100,9 +101,9 @@ def test_a_run_is_found_by_path_and_by_name(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "mine", until="prompts")
     assert find_run("mine").resolve() == tmp_path / "runs" / "mine"
-    with pytest.raises(ValueError, match=r"mind: no such run directory; did you mean mine\?"):
+    with pytest.raises(UserError, match=r"mind: no such run directory; did you mean mine\?"):
         find_run("mind")
-    with pytest.raises(ValueError, match=r"it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"it has no config\.yaml"):
         find_run(str(tmp_path))
 
 

@@ -11,6 +11,7 @@ import pytest
 from training import recipe_of
 
 from strop.trainer.cli import parse
+from strop.trainer.errors import UserError
 from strop.trainer.run.console import Console
 from strop.trainer.run.metrics import open_metrics, read_metrics
 
@@ -83,10 +84,10 @@ def test_a_tracker_that_fails_is_dropped_and_the_record_is_whole(wandb, tmp_path
 
 def test_one_that_is_missing_or_does_not_start_is_one_line(wandb, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(ValueError, match=r"log\.report_to=trackio: trackio is not installed: pip install trackio"):
+    with pytest.raises(UserError, match=r"log\.report_to=trackio: trackio is not installed: pip install trackio"):
         opened(tmp_path, ["trackio"])
     monkeypatch.setattr(wandb, "init", lambda **how: (_ for _ in ()).throw(RuntimeError("no key\nlong story")))
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(UserError) as e:
         opened(tmp_path, ["wandb"])
     assert "no key" in str(e.value) and "\n" not in str(e.value)
 
@@ -97,7 +98,7 @@ def test_the_key_takes_one_name_or_several():
 
     assert of("wandb") == ["wandb"] and of("[wandb, trackio]") == ["wandb", "trackio"]
     assert parse(["smoke"]).recipe.log.report_to == []
-    with pytest.raises(ValueError, match=r"log\.report_to"):
+    with pytest.raises(UserError, match=r"log\.report_to"):
         of("mlflow")
 
 

@@ -8,6 +8,7 @@ from training import Log, largest_difference, recipe_of, select_of, stage_in, we
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import Group, _cpu, linear_logprob, optimizer
+from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.world import World
 from strop.trainer.stages.sft import load_examples
@@ -149,7 +150,7 @@ def test_step_zero_stops_on_a_reference_of_other_weights(tmp_path, tiny_model):
     select, recipe = tmp_path / "select", recipe_of(dpo={"batch_size": 4})
     table = stage_in(tmp_path / "reference", "reference")
     reference(table, recipe, select=select, model=moved)
-    with pytest.raises(ValueError, match="step 0: policy and reference are the same weights, but"):
+    with pytest.raises(UserError, match="step 0: policy and reference are the same weights, but"):
         dpo(stage_in(tmp_path / "dpo", "dpo"), recipe, select=select, policy=tiny_model, reference=table.dir,
             same_weights=True)
 
@@ -165,7 +166,7 @@ def test_cached_reference_equals_a_live_one(tmp_path, tiny_model):
     cached = ReferenceTable(table.dir / "reference.parquet").of(pairs, indices, CPU)
     torch.testing.assert_close(cached, live, rtol=0, atol=1e-5)
     other = [Example(p.row_id, Group([5, *p.group.prompt], p.group.completions, p.group.loss_masks)) for p in pairs]
-    with pytest.raises(ValueError, match="is missing or has other tokens or masks"):
+    with pytest.raises(UserError, match="is missing or has other tokens or masks"):
         ReferenceTable(table.dir / "reference.parquet").of(other, [0], CPU)
 
 
@@ -184,7 +185,7 @@ def test_drops_are_counted_not_silent(tmp_path, tiny_model):
     stage = stage_in(tmp_path / "s", "dpo")
     kept = load_pairs(stage, select / "pairs.parquet", recipe_of(dpo={"max_length": 14}).dpo, 512, record=True)
     assert stage.counts["dropped/overlong"] == 12 - len(kept) > 0
-    with pytest.raises(ValueError, match="no row is left to train on"):
+    with pytest.raises(UserError, match="no row is left to train on"):
         load_examples(stage, select / "sft.parquet", 2)
 
 
@@ -285,14 +286,14 @@ def test_lora_trains_adapters_only_and_hands_over_whole_weights(tmp_path, tiny_m
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed and not any("embed" in k or "norm" in k for k in changed)
     bad = recipe_of(lora={"rank": 4, "target_modules": ["lm_head"]})
-    with pytest.raises(ValueError, match="an adapter on the head is not supported"):
+    with pytest.raises(UserError, match="an adapter on the head is not supported"):
         sft(stage_in(tmp_path / "bad", "sft"), bad, select=tmp_path / "select", start=tiny_model)
 
 
 def test_not_finite_stops_and_names_the_rows(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr("strop.trainer.training.logprobs.linear_logprob",
                         lambda *a, **k: _broken(linear_logprob(*a, **k)))
-    with pytest.raises(ValueError, match=r"step 1: loss=nan and grad_norm=nan must be finite; its batch \(rows r0"):
+    with pytest.raises(UserError, match=r"step 1: loss=nan and grad_norm=nan must be finite; its batch \(rows r0"):
         run_sft(tmp_path, "nan", tiny_model)
 
 

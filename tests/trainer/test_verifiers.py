@@ -16,6 +16,7 @@ import verdicts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strop.trainer.errors import UserError
 from strop.trainer.scoring.numbers import answered
 from strop.trainer.scoring.rules import ARGUMENTS, check, check_answer, verify
 from strop.trainer.scoring.sandbox import Child
@@ -411,7 +412,7 @@ def test_the_limit_is_cpu_time(monkeypatch):
 
 def test_a_child_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(ValueError, match=r"verifier regex cannot start its process .*false -P -m strop"):
+    with pytest.raises(UserError, match=r"verifier regex cannot start its process .*false -P -m strop"):
         Child().ask("regex", {}, 1.0)
 
 
@@ -427,13 +428,13 @@ def test_a_child_that_cannot_start_says_why(monkeypatch):
     ("choice", {"choices": ["a"]}, "at least two"), ("choice", {"choices": ["a", "A "]}, "at least two different"),
     ("reasoning_gym", {"dataset": "chain_sums"}, "did you mean chain_sum")])
 def test_wrong_arguments(verifier, args, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(UserError, match=match):
         check(verifier, args)
 
 
 def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package math-verify: pip install 'strop\[math\]'"):
+    with pytest.raises(UserError, match=r"needs the package math-verify: pip install 'strop\[math\]'"):
         check("math", {})
 
 

@@ -13,6 +13,7 @@ from browser import BINARY, DRIVER, chromium
 from runs import make_run
 from test_report import Page as Html
 
+from strop.trainer.errors import UserError
 from strop.trainer.reports.html import settled
 from strop.trainer.reports.watch import Page, serve, watch
 from strop.trainer.run.files import write_json
@@ -113,9 +114,9 @@ def test_other_hosts_and_other_paths_get_nothing(tmp_path):
 def test_a_port_that_is_taken_and_a_run_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "runs" / "demo", until="prompts")
-    with served(run) as port, pytest.raises(ValueError, match=f"--port {port}: cannot listen"):
+    with served(run) as port, pytest.raises(UserError, match=f"--port {port}: cannot listen"):
         watch(None, "demo", port=port)
-    with pytest.raises(ValueError, match=r"demmo: no such run directory; did you mean demo\?"):
+    with pytest.raises(UserError, match=r"demmo: no such run directory; did you mean demo\?"):
         watch(None, "demmo")
 
 
