@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from strop.trainer.config import RECIPES, Recipe
-from strop.trainer.environment import check_process
 from strop.trainer.errors import UserError
 from strop.trainer.reports.commands import VERBS, run_verb
 
@@ -61,7 +60,6 @@ class _Read:
 
 def parse(argv: list[str]) -> Command:
     """Raises UserError, one mistake a line."""
-    check_process()
     if argv[:1] and argv[0] in VERBS:
         return Command(verb=argv[0], arguments=[a for a in argv[1:] if a != "--debug"], debug="--debug" in argv)
     command, read, overrides = Command(), None, []

@@ -6,7 +6,7 @@ import time
 import traceback
 
 try:
-    from strop.trainer.environment import prepare_environment
+    from strop.trainer.environment import check_process, prepare_environment
 
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
@@ -26,8 +26,8 @@ def run(command: Command) -> None:
 
     started, console = time.perf_counter(), Console(enabled=os.environ.get("RANK", "0") == "0")
     if command.plan:
-        store = planned(command.recipe, console)
-        console.line(to_yaml(store.recipe))
+        recipe, store = planned(command.recipe, console)
+        console.line(to_yaml(recipe))
         console.table(f"plan of {store.run_dir}", ["stage", "state", "why"],
                       [[s["stage"], s["state"], s["why"]] for s in store.plan])
         return
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     first = os.environ.get("RANK", "0") == "0"
     try:
+        check_process()
         command = parse(argv)
         if command.recipe is not None:
             with stopping.handled(first):

@@ -205,5 +205,5 @@ def test_weights_of_a_run_and_of_a_plan_are_not_read_again(folder):
 
 @pytest.mark.parametrize("path", ["package:", "package:__main__", "package:a b", "package:../x", "package:1"])
 def test_a_name_that_is_no_package(path):
-    with pytest.raises(UserError, match="no name of a package"):
+    with pytest.raises(UserError, match="not the name of a package"):
         find_base(Model(path=path), Console(enabled=False))

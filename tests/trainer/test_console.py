@@ -27,7 +27,7 @@ def test_lines_are_printed_as_they_stand(out):
 
 def test_control_characters_cannot_drive_the_terminal(out):
     Console(file=out).line("a\x1b[2Jb\rc")
-    assert out.getvalue() == "a�[2Jb�c\n"
+    assert out.getvalue() == "a\\x1b[2Jb\\rc\n"
 
 
 def test_an_encoding_that_lacks_a_character_does_not_stop_the_run():

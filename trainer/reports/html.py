@@ -16,7 +16,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.reports.browse import held_out_rows, sampled_rows
 from strop.trainer.reports.card import GGUF_NOTE
 from strop.trainer.reports.charts import COLORS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
-from strop.trainer.reports.reading import RunRecord, lineage, planned, read_run
+from strop.trainer.reports.reading import RunRecord, lineage, plan_rows, read_run
 from strop.trainer.reports.statistics import wilson
 from strop.trainer.run.console import duration
 from strop.trainer.run.files import read_json, write_atomic
@@ -115,7 +115,7 @@ def pipeline(run: RunRecord) -> list[tuple[str, list[dict]]]:
     return [(name, [{
         "name": s["stage"].split("/")[-1], "seconds": run.manifests.get(s["stage"], {}).get("seconds"),
         "state": "done" if run.is_done(s) else "partly" if s["stage"] in run.partial else "open"}
-        for s in stages]) for name, stages in planned(run)]
+        for s in stages]) for name, stages in plan_rows(run)]
 
 
 def label(row: dict) -> str:

@@ -188,7 +188,7 @@ def read_run(run_dir: Path) -> RunRecord:
     return run
 
 
-def planned(run: RunRecord) -> list[tuple[str, list[dict]]]:
+def plan_rows(run: RunRecord) -> list[tuple[str, list[dict]]]:
     """(name, stages) of each row of the plan: "start", the rounds, "end"."""
     rows = [(r, list(stages)) for r, stages in groupby(run.stages, lambda s: s["round"])]
     return [(f"round {r}" if r is not None else "end" if i else "start", stages) for i, (r, stages) in enumerate(rows)]

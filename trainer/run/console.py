@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from strop.trainer.errors import clean
+
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 NOTE_SECONDS = 1.0  # between two updates of the progress file or of a notebook's progress bar
 PROGRESS = "progress.json"  # the progress of the running stage
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data quoted in a message must not drive the terminal
 
 
 def duration(seconds: float) -> str:
@@ -123,14 +123,14 @@ class Console:
         self._print(text)
 
     def warn(self, text: str) -> None:
-        self._print("warning: " + text.replace("\n", "\\n"), style="yellow")
+        self._print("warning: " + clean(text), style="yellow")
 
     def heading(self, text: str) -> None:
         self._print(f"\n== {text} ==", style="bold")
 
     def table(self, title: str, columns: list[str], rows: list[list]) -> None:
         """A titled table; cells are converted with `str`."""
-        columns, *rows = [[clean(str(c)).replace("\n", "\\n") for c in row] for row in (columns, *rows)]
+        columns, *rows = [[clean(str(c)) for c in row] for row in (columns, *rows)]
         if not self.enabled:
             return
         if self.plain:
@@ -211,7 +211,7 @@ class Console:
             return
         file = self.file or sys.stdout
         encoding = getattr(file, "encoding", None) or "utf-8"
-        text = clean(text).encode(encoding, "replace").decode(encoding)
+        text = "\n".join(map(clean, text.split("\n"))).encode(encoding, "replace").decode(encoding)
         try:
             if self.plain:
                 file.write(text + "\n")  # one write per line: other ranks cannot interleave
@@ -228,7 +228,3 @@ def in_notebook() -> bool:
     """Whether this process is a Jupyter kernel."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel")
-
-
-def clean(text: str) -> str:
-    return CONTROL.sub("�", text)

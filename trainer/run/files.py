@@ -51,8 +51,9 @@ def writing(path: Path, *temporary: Path):
 
 
 def reason_of(error: Exception) -> str:
-    """The error's message, in one line."""
-    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The error's message in one line of at most 300 characters."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__
 
 
 def remedy_of(error: Exception) -> str:

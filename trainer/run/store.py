@@ -58,7 +58,6 @@ class Store:
         self.run_dir, self.world, self.console, self.metrics = run_dir, world, console, metrics
         self.planning = planning
         self.plan: list[dict] = []
-        self.recipe: Any = None  # the recipe that was planned
         self.about: dict = {}  # further keys of plan.json: name, method, base
         self.after: list = []  # callbacks on the first rank: called with the manifest of each stage that ran
         self._checked: set[Path] = set()

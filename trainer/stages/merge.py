@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from strop.trainer.config import Merge
 from strop.trainer.errors import UserError
-from strop.trainer.models.checks import read_tensors
 from strop.trainer.models.folders import finish_folder
+from strop.trainer.models.loading import read_tensors
 from strop.trainer.run.files import writing
 from strop.trainer.run.store import Stage
 

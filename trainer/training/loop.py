@@ -90,11 +90,12 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
                 stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
-            # ranks stop at different steps, so check this rank's values only
-            stops = stopping.requested() and all(values.isfinite().all() for values in seen)
-            if is_point or (stops and engine.step_index < len(plan)):
+            # ranks stop at different steps, so check this rank's values only; after the last step the weights are saved
+            stops = stopping.requested() and engine.step_index < len(plan)
+            if is_point or (stops and all(values.isfinite().all() for values in seen)):
                 engine.save_checkpoint(work)
-            stopping.point()
+            if stops:
+                stopping.point()
     stage.counts |= {"microbatches": whole.microbatches} | whole.values()
     engine.save(stage.dir / "model")
     engine.save_ema(stage.dir / "ema")
