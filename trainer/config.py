@@ -89,8 +89,11 @@ def _key_of(value):
 
 def read_text(name: str, path: str | Path) -> str:
     """The text of a file that the recipe names under key `name`. Raises UserError if it cannot be read."""
+    file = Path(path).expanduser()
+    if file.exists() and not file.is_file():
+        raise UserError(f"{name}={path}: is not a file; name a file of text")
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{name}={path}: not readable as text ({e})") from e
 

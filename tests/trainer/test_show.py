@@ -5,14 +5,19 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from runs import make_run, plan_of
 from test_watch import at_work, note
 
 from strop.trainer.errors import UserError
 from strop.trainer.main import main
+from strop.trainer.reports.compare import compare
+from strop.trainer.reports.html import write_report
 from strop.trainer.reports.reading import find_run, holder, next_stage, read_run
 from strop.trainer.reports.show import show
 from strop.trainer.run.console import Console
@@ -143,3 +148,43 @@ def test_looking_at_runs_needs_no_torch(finished):
         shutil.copytree(finished, other)
     done = subprocess.run([sys.executable, "-c", code, str(finished), str(other)], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+                    max_leaves=3)
+
+
+def spoil(node, draw):
+    """The tree with one value, somewhere, replaced or removed."""
+    if node and isinstance(node, dict | list) and draw(st.integers(0, 5)):
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if draw(st.integers(0, 5)):
+            node[key] = spoil(node[key], draw)
+        else:
+            del node[key]
+        return node
+    return draw(JSON)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_damage_to_a_file_of_a_run_is_told_in_one_line(finished, data):
+    """`show`, the report and `compare` work with whatever is left, or say what is wrong."""
+    files = sorted([*finished.rglob("*.json"), finished / "metrics.jsonl", finished / "config.yaml"])
+    path = data.draw(st.sampled_from(files))
+    before = path.read_bytes()
+    try:
+        if path.suffix == ".jsonl":
+            lines = before.decode().splitlines()
+            at = data.draw(st.sampled_from(range(len(lines))))
+            lines[at] = json.dumps(spoil(json.loads(lines[at]), data.draw))
+            path.write_text("\n".join(lines))
+        else:
+            path.write_text(json.dumps(spoil(yaml.safe_load(before), data.draw)))
+        for look in (lambda: shown(finished), lambda: write_report(finished),
+                     lambda: compare(Console(file=io.StringIO(), plain=True), *[str(finished)] * 2)):
+            with suppress(UserError):
+                look()
+    finally:
+        path.write_bytes(before)

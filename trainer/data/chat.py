@@ -14,7 +14,10 @@ from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from strop.trainer.errors import UserError
+from strop.trainer.run.bounds import bounded
 from strop.trainer.run.files import reason_of
+
+RENDERING = 3.0  # seconds of CPU time that a chat template may take; a usual one takes a millisecond
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,10 @@ def _one_bos(tokenizer, ids: list[int]) -> list[int]:
 def _ids(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> list[int]:
     if not messages:
         raise UserError("a prompt needs at least one message")
-    return _one_bos(tokenizer, _tokens(tokenizer, _text(tokenizer, messages, is_open, kwargs)))
+    ids = _one_bos(tokenizer, _tokens(tokenizer, _text(tokenizer, messages, is_open, kwargs)))
+    if not ids:
+        raise UserError(f"the chat template renders nothing (roles: {_roles(messages)}); set model.chat_template")
+    return ids
 
 
 def _text(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> str:
@@ -230,11 +236,17 @@ def _text(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> s
 def _apply(tokenizer, messages: Sequence[dict], kwargs: dict, **how):
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
     try:
-        return tokenizer.apply_chat_template(messages, **kwargs, **how)
+        with bounded("the chat template", seconds=RENDERING):
+            return tokenizer.apply_chat_template(messages, **kwargs, **how)
+    except UserError:
+        raise
     except Exception as e:  # a template can raise anything, e.g. ZeroDivisionError
-        roles = ", ".join(str(m.get("role")) for m in messages)
-        raise UserError(f"the chat template refuses the messages (roles: {roles}): {reason_of(e)}; change the messages "
-                         "or set model.chat_template") from e
+        raise UserError(f"the chat template refuses the messages (roles: {_roles(messages)}): {reason_of(e)}; change "
+                        "the messages or set model.chat_template") from e
+
+
+def _roles(messages: Sequence[dict]) -> str:
+    return ", ".join(str(m.get("role")) for m in messages)
 
 
 # Special tokens spelled out in a message must not become control tokens, or a user's text could end a turn. During

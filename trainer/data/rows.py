@@ -5,13 +5,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from strop.trainer.errors import UserError
-from strop.trainer.run.files import reason_of, write_atomic
+from strop.trainer.run.bounds import bounded
+from strop.trainer.run.files import check_file_type, reason_of, write_atomic
+
+LONGEST = 4 << 20  # bytes of a row: about a million tokens
+TOO_LONG = f"has more than {LONGEST:,} bytes, more than any context holds"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    check_file_type(path)
     if path.is_dir():
         rows = _tables(f"{path}:", _saved_dataset(path))
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
@@ -48,8 +53,11 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):  # bytes split at \n only; JSON strings may hold other Unicode line ends
+        for n, (line, is_whole) in enumerate(_lines(f), 1):
             where = f"{path}:{n}"
+            if not is_whole:
+                yield Row(where, None, TOO_LONG, repr(line[:500]))
+                continue
             try:
                 text = line.decode("utf-8-sig" if n == 1 else "utf-8").strip()
             except UnicodeDecodeError as e:
@@ -72,6 +80,16 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 yield Row(where, None, f"must be a JSON object, is {kind(data)}", text[:500])
 
 
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """(line, whether it is whole); of a line longer than LONGEST only the beginning. Lines end at \\n only, since JSON
+    strings may hold other Unicode line ends."""
+    while line := file.readline(LONGEST):
+        is_whole, end = len(line) < LONGEST or line.endswith(b"\n"), line
+        while not end.endswith(b"\n") and (end := file.readline(LONGEST)):
+            is_whole = False
+        yield line, is_whole
+
+
 def _is_text(data) -> bool:
     try:
         json.dumps(data, ensure_ascii=False).encode()
@@ -91,18 +109,34 @@ def _origin(path: Path) -> str:
 def _tables(origin: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     n = 0
     try:
-        for batch in batches:
-            for data in batch.to_pylist():
-                n += 1
-                yield Row(f"{origin}{n}", data)
+        while (batch := _next(origin, batches)) is not None:
+            # a row of a large batch becomes Python objects only if it is not too long
+            parts = [batch] if batch.nbytes <= LONGEST else (batch.slice(i, 1) for i in range(batch.num_rows))
+            for part in parts:
+                for data in part.to_pylist() if part.nbytes <= LONGEST else [None]:
+                    n += 1
+                    yield Row(f"{origin}{n}", data, TOO_LONG if data is None else "")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{origin.removesuffix(':')}: not readable after row {n} ({reason_of(e)}); write the file "
                         "again") from e
 
 
+def _next(origin: str, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | None:
+    """The next batch, or None. A small file can expand to any size: raises UserError where a batch needs too much."""
+    with bounded(f"{origin.removesuffix(':')}: reading its rows"):
+        try:
+            batch = next(batches, None)
+            for i, column in enumerate(batch.columns if batch else ()):
+                if pa.types.is_dictionary(column.type):  # its values, each as often as it occurs
+                    batch = batch.set_column(i, batch.schema.names[i], column.dictionary_decode())
+            return batch
+        except pa.ArrowMemoryError as e:
+            raise MemoryError from e
+
+
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
-        yield from file.iter_batches(1024)
+        yield from file.iter_batches(64)
 
 
 def _saved_dataset(path: Path) -> Iterator[pa.RecordBatch]:

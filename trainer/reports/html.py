@@ -19,8 +19,9 @@ from strop.trainer.reports.charts import COLORS, Dot, Line, bar_chart, column_ch
 from strop.trainer.reports.reading import RunRecord, lineage, plan_rows, read_run
 from strop.trainer.reports.statistics import wilson
 from strop.trainer.run.console import duration
-from strop.trainer.run.files import read_json, write_atomic
+from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import RESERVED
+from strop.trainer.run.records import KL, read_record
 from strop.trainer.run.tables import read_table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -134,7 +135,7 @@ def headline(results: list[dict]) -> dict | None:
 def kl_of(run: RunRecord) -> dict[tuple[str, str], dict]:
     """(evaluation, candidate) -> its KL from the start weights."""
     return {(s["stage"], name): found for s in run.of_kind("evaluation") if (run.dir / s["stage"] / "kl.json").exists()
-            for name, found in read_json(run.dir / s["stage"] / "kl.json").items()}
+            for name, found in read_record(run.dir / s["stage"] / "kl.json", KL).items()}
 
 
 def result_table(results: list[dict], kl: dict) -> list[dict]:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
+from strop.trainer.config import Recipe, Section
 from strop.trainer.errors import UserError
 from strop.trainer.reports.statistics import round_results
-from strop.trainer.run.artifacts import Artifact, content_hash
+from strop.trainer.run.artifacts import Artifact, content_hash, read_manifest
 from strop.trainer.run.console import PROGRESS
 from strop.trainer.run.files import read_json
 from strop.trainer.run.metrics import read_metrics
+from strop.trainer.run.records import PLAN_RECORD, PROMOTIONS, read_record
 from strop.trainer.run.store import PLAN
 from strop.trainer.run.tables import read_table
 
@@ -135,7 +137,8 @@ class RunRecord:
 
     @property
     def resamples(self) -> int:
-        return int(self.config.get("evaluate", {}).get("bootstrap", 10_000))
+        asked = self.config.get("evaluate", {}).get("bootstrap")
+        return asked if isinstance(asked, int) else 10_000
 
 
 def find_run(argument: str | Path) -> Path:
@@ -163,16 +166,20 @@ def read_run(run_dir: Path) -> RunRecord:
         run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
         try:
             config = yaml.safe_load(run.config_text)
-            run.config = config if isinstance(config, dict) else {}
-        except yaml.YAMLError:
+            config = config if isinstance(config, dict) else {}
+            sections = {k for k, f in Recipe.model_fields.items() if isinstance(f.default, Section)}
+            wrong = [k for k in sections & config.keys() if not isinstance(config[k], dict)]
+            run.problems += [f"config.yaml: {k} is not a section of a recipe" for k in sorted(wrong)]
+            run.config = {k: v for k, v in config.items() if k not in wrong}
+        except (yaml.YAMLError, RecursionError):
             run.problems.append("config.yaml: not YAML")
     if (run_dir / PLAN).exists():
-        run.plan = run.attempt(PLAN, read_json, run_dir / PLAN, default={})
+        run.plan = run.attempt(PLAN, read_record, run_dir / PLAN, PLAN_RECORD, default={})
     found = []
     for path in sorted([*run_dir.glob("*/manifest.json"), *run_dir.glob("round-*/*/manifest.json")]):
         stage = path.parent.relative_to(run_dir).as_posix()
-        manifest = run.attempt(f"{stage}/manifest.json", read_json, path)
-        if manifest and manifest.get("stage") == stage:  # not a partial or stale one
+        manifest = run.attempt(f"{stage}/manifest.json", read_manifest, path.parent)
+        if manifest and manifest["stage"] == stage:  # not a partial or stale one
             found.append(manifest)
     order = {s["stage"]: i for i, s in enumerate(run.plan.get("stages", []))}
     found.sort(key=lambda m: (m["created"], order.get(m["stage"], len(order))))
@@ -180,7 +187,7 @@ def read_run(run_dir: Path) -> RunRecord:
     run.partial = sorted(str(p.relative_to(run_dir)).removesuffix(".partial")
                          for p in [*run_dir.glob("*.partial"), *run_dir.glob("round-*/*.partial")])
     if (run_dir / "promotions.json").exists():
-        promotions = run.attempt("promotions.json", read_json, run_dir / "promotions.json", default=[])
+        promotions = run.attempt("promotions.json", read_record, run_dir / "promotions.json", PROMOTIONS, default=[])
         # after a key changed, promotions of rounds that have not been re-run yet may point to stale artifacts
         run.promotions = [p for p in promotions if all(w[0] in run.manifests for w in p["candidates"].values())]
     for row in read_metrics(run_dir / "metrics.jsonl"):

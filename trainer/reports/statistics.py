@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from strop.trainer.run.files import read_json
+from strop.trainer.run.records import SUMMARY, read_record
 from strop.trainer.run.tables import read_table
 
 
@@ -55,7 +55,7 @@ def round_results(run_dir: Path, promotions: list[dict], base: tuple[str, str] |
 
 
 def rates(run_dir: Path, where: tuple[str, str]) -> dict:
-    summary = read_json(run_dir / where[0] / "summary.json")[where[1]]
+    summary = read_record(run_dir / where[0] / "summary.json", SUMMARY)[where[1]]
     return {split: summary[split] for split in ("validation", "test")}
 
 

@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from strop.trainer.errors import UserError
-from strop.trainer.run.files import hash_file, hash_json, read_json
+from strop.trainer.run.files import check_file_type, hash_file, hash_json
+from strop.trainer.run.records import MANIFEST, read_record
 
 WORK = "work"  # scratch space of a stage (step checkpoints), not part of its artifact
 
@@ -44,6 +45,7 @@ def external(path: str | Path, counts=lambda name: True) -> Artifact:
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    check_file_type(path)
     files = {name: entry for name, entry in list_files(path).items() if counts(name)}
     return Artifact(path, content_hash(files), files)
 
@@ -56,9 +58,11 @@ def _hash_once(path: str, changed_ns: int, size: int) -> str:
 def list_files(top: Path) -> dict[str, dict]:
     """{relative path: {"hash", "bytes"}} of the files below `top` (or of `top` itself), except scratch and hidden."""
     found = {}
-    for path in [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file()):
+    for path in [top] if top.is_file() else sorted(top.rglob("*")):
         name = path.relative_to(top if top.is_dir() else top.parent)
-        if path == top or (name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts)):
+        if not path.is_file():
+            check_file_type(path)
+        elif path == top or (name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts)):
             stat = path.stat()
             found[name.as_posix()] = {"hash": _hash_once(str(path), stat.st_mtime_ns, stat.st_size),
                                       "bytes": stat.st_size}
@@ -67,10 +71,7 @@ def list_files(top: Path) -> dict[str, dict]:
 
 def read_manifest(folder: Path) -> dict:
     """Raises UserError if the folder's manifest is missing or not a manifest."""
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or not {"key", "config", "inputs", "files"} <= manifest.keys():
-        raise UserError(f"{folder / 'manifest.json'}: damaged, not a manifest; delete its folder to re-run the stage")
-    return manifest
+    return read_record(folder / "manifest.json", MANIFEST)
 
 
 def check_file(path: Path, entry: dict, remedy: str) -> None:

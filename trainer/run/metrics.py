@@ -15,7 +15,7 @@ from strop.trainer.run.console import Console
 from strop.trainer.run.files import write_atomic, writing
 from strop.trainer.run.trackers import Tracker, open_trackers
 
-RESERVED = ("stage", "step", "time")
+RESERVED = {"stage": str, "step": int, "time": int | float}
 SHOWN = {  # metrics on the console: name -> (label, format)
     "loss": ("loss", ".4g"),
     "nll_loss": ("nll", ".4g"),
@@ -38,14 +38,20 @@ def step_line(stage: str, step: int, values: dict[str, float], total: int | None
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl in order, without lines that a kill cut off; empty if there is no file."""
+    """Rows of a metrics.jsonl in order, without lines that were cut off or hold no metrics; none without a file."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(json.JSONDecodeError):
             row = json.loads(line)
-            if isinstance(row, dict) and all(name in row for name in RESERVED):
+            if is_row(row):
                 rows.append(row)
     return rows
+
+
+def is_row(row) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), t) for name, t in RESERVED.items()):
+        return False
+    return all(isinstance(value, int | float | None) for name, value in row.items() if name not in RESERVED)
 
 
 def open_metrics(recipe, run_dir: Path, console: Console, enabled: bool) -> "Metrics":

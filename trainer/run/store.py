@@ -37,6 +37,7 @@ class Stage:
     world: World
     console: Any
     metrics: Any
+    round: int | None = None
     counts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -45,6 +46,13 @@ class Stage:
         path = self.dir / WORK
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def nothing_to_learn(self, why: str) -> None:
+        """Raises UserError(why) in the first round. A later round goes on with the weights that it has, so that
+        earlier rounds are not lost, and warns."""
+        if not self.round:
+            raise UserError(why)
+        self.console.warn(f"{self.name}: the weights stay as they are: {why}")
 
 
 class Store:
@@ -118,7 +126,8 @@ class Store:
                                   f"kept in {self.run_dir / 'stale'}")
             self.verify(inputs)
             self._note(entry | {"state": "running"})
-            self._run(final, name, key, function, config | _walk(inputs, lambda a: a.path), all_ranks,
+            stage = Stage(name, final.parent / f"{final.name}.partial", self.world, self.console, self.metrics, round)
+            self._run(stage, key, function, config | _walk(inputs, lambda a: a.path), all_ranks,
                       {"kind": kind, "config": key_config, "inputs": hashes})
         elif self.world.first:
             self.console.line(f"{name}: up to date")
@@ -168,8 +177,8 @@ class Store:
 
         _walk(artifacts, check)
 
-    def _run(self, final: Path, name: str, key: str, function, arguments: dict, all_ranks: bool, about: dict) -> None:
-        partial = final.parent / f"{final.name}.partial"
+    def _run(self, stage: Stage, key: str, function, arguments: dict, all_ranks: bool, about: dict) -> None:
+        final, partial = self.run_dir / stage.name, stage.dir
         if self.world.first:
             if final.exists():
                 self._set_aside(final)
@@ -183,7 +192,6 @@ class Store:
             write_atomic(owner, lambda p: p.write_text(key))
         self.world.barrier()
         started = time.perf_counter()
-        stage = Stage(name, partial, self.world, self.console, self.metrics)
         if all_ranks or self.world.first:
             function(stage, **arguments)
         self.world.barrier()
@@ -192,7 +200,7 @@ class Store:
             with writing(partial):
                 for folder in {partial / path for path in files} | {(partial / path).parent for path in files}:
                     sync(folder)
-            manifest = {"stage": name, "key": key, **about, "files": files, "counts": stage.counts,
+            manifest = {"stage": stage.name, "key": key, **about, "files": files, "counts": stage.counts,
                         "seconds": round(time.perf_counter() - started, 3), "ranks": self.world.size,
                         "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
             manifest["inputs"] = _known(about["inputs"])

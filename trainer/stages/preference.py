@@ -28,7 +28,8 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     """Trains the weights `policy` on select/pairs.parquet; writes model/, snapshots/ and ema/.
 
     compute: the recipe's dtype and attention. same_weights: policy and reference have the same weights, so all
-    log-ratios of step 0 must be zero. Raises UserError if no pair is left to train on, or step 0 fails this check.
+    log-ratios of step 0 must be zero. Raises UserError if no pair is left to train on in the first round (later the
+    weights stay as they are), or step 0 fails this check.
     """
     folder = ModelFolder(policy, model)
     pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=True)

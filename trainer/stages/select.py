@@ -90,8 +90,9 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
     quarantine.write(stage)
     if not sft_rows and not pair_rows:
         reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in stage.counts.items() if "dropped/" in k)
-        raise UserError(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise sample.k "
-                         "or sample.prompts, give easier prompts, or lower select.sft_min_score and select.pair_margin")
+        stage.nothing_to_learn(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise "
+                               "sample.k or sample.prompts, give easier prompts, or lower select.sft_min_score and "
+                               "select.pair_margin")
 
 
 def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:

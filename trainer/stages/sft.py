@@ -6,7 +6,6 @@ import torch
 
 from strop.kernels import Group
 from strop.trainer.config import Log, Lora, Part, Sft
-from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
@@ -23,7 +22,8 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
         start: Path) -> None:
     """Trains the weights `start` on select/sft.parquet; writes model/, snapshots/ and ema/.
 
-    compute: the recipe's dtype and attention. Raises UserError if no row is left to train on."""
+    compute: the recipe's dtype and attention. Raises UserError if no row is left to train on
+    in the first round; later the weights stay as they are."""
     folder = ModelFolder(start, model)
     limit = min(sft.max_length or 1 << 30, folder.context_length(), sft.max_tokens)
     examples = load_examples(stage, select / "sft.parquet", limit)
@@ -52,7 +52,7 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
 
 def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:
     """Rows of sft.parquet as examples; rows over `limit` tokens or without a loss token are dropped. Raises UserError
-    if no row is left."""
+    if no row is left in the first round."""
     examples, drops = [], Drops(stage)
     for row in read_table(path).to_pylist():
         example = Example(row["row_id"], Group(row["prompt_tokens"], [row["completion_tokens"]], [row["loss_mask"]]),
@@ -67,7 +67,7 @@ def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:
     if stage.world.first:
         drops.write()
     if not examples:
-        raise UserError(f"{path}: no row is left to train on; rows of {limit} tokens fit (sft.max_tokens, sft."
-                         f"max_length, the model's context), see drops.parquet there and in {stage.dir}, or set sft."
-                         "enabled=false")
+        stage.nothing_to_learn(f"{path}: no row is left to train on; rows of {limit} tokens fit (sft.max_tokens, sft."
+                               f"max_length, the model's context), see drops.parquet there and in {stage.dir}, or set "
+                               "sft.enabled=false")
     return examples

@@ -15,7 +15,7 @@ from strop.trainer.training.batch import Example
 def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool) -> list[Example]:
     """Rows of pairs.parquet as examples of two completions, chosen first. Pairs that do not fit, whose completions are
     equal or that lack a loss token on one side are dropped. record: write the drops. Raises UserError if no pair is
-    left."""
+    left in the first round."""
     drops, examples = Drops(stage), []
     limit = min(section.max_length or 1 << 30, context)
     for row in read_table(path).to_pylist():
@@ -41,10 +41,10 @@ def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, reco
             examples.append(example)
     if record and stage.world.first:
         drops.write()
-    if not examples:
-        raise UserError(f"{path}: no pair is left to train on; pairs of {section.max_tokens} tokens fit "
-                         f"(dpo.max_tokens), sides of {limit} (dpo.max_length, the model's context), see drops.parquet "
-                         f"there and in {stage.dir}, or set dpo.enabled=false")
+    if not examples and (record or not stage.round):  # DPO warns, its reference need not
+        stage.nothing_to_learn(f"{path}: no pair is left to train on; pairs of {section.max_tokens} tokens fit "
+                               f"(dpo.max_tokens), sides of {limit} (dpo.max_length, the model's context), see "
+                               f"drops.parquet there and in {stage.dir}, or set dpo.enabled=false")
     return examples
 
 
