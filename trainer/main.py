@@ -2,6 +2,10 @@
 
 import os
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:  # a json.py beside a recipe is not Python's json
+    del sys.path[0]
+
 import time
 import traceback
 

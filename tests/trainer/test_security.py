@@ -48,6 +48,16 @@ def audited(tmp_path, recipe, *arguments, **environment):
     return done, json.loads(report.read_text())
 
 
+@pytest.mark.parametrize("program", [["-m", "strop.trainer.main"], [str(REPO / "trainer" / "main.py")]])
+def test_no_module_of_the_working_directory_is_imported(program, tiny_recipe, tmp_path):
+    """Data and recipes may lie in a folder that somebody else writes to."""
+    for name in ("json", "random", "typing_extensions", "sympy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError('mine')\n")
+    done = subprocess.run([sys.executable, *program, str(tiny_recipe), "--plan"], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0 and not (tmp_path / "executed").exists(), done.stderr
+
+
 @pytest.mark.slow
 def test_a_run_in_an_empty_network_is_the_same(tiny_recipe, tmp_path):
     """Without any network, not even a loopback."""

@@ -165,6 +165,21 @@ def test_second_process_is_refused(tmp_path):
     first.lock()
     with pytest.raises(UserError, match=f"process {os.getpid()} is running it"):
         second.lock()
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(UserError, match="is running it"):
+        second.lock()
+    first.unlock()
+    second.lock()
+
+
+def test_any_number_of_old_artifacts_is_kept(tmp_path):
+    (tmp_path / "stale").mkdir()
+    for name in ("007-a", "0999-a", "1000-a", "note.txt"):
+        (tmp_path / "stale" / name).mkdir()
+    staged(store(tmp_path), "a", writer(), {"k": 1})
+    staged(store(tmp_path), "a", writer(), {"k": 2})
+    staged(store(tmp_path), "a", writer(), {"k": 3})
+    assert {"1001-a", "1002-a"} <= {path.name for path in (tmp_path / "stale").iterdir()}
 
 
 def test_equal_content_has_an_equal_hash_wherever_it_lies(tmp_path):

@@ -211,6 +211,7 @@ def test_reasoning_gym(dataset, answer, completion, good):
     entry = {"question": "?", "answer": answer, "metadata": {"source_dataset": dataset}}
     assert score("reasoning_gym", completion, answer, entry) == good
     assert score("reasoning_gym", completion, answer, {"metadata": {}}, dataset=dataset) == good
+    assert score("reasoning_gym", completion, answer, {"answer": "a column of another name"}, dataset=dataset) == good
 
 
 @needs_gym
@@ -443,7 +444,8 @@ def test_missing_package_names_the_extra(monkeypatch):
     ("number", "12\\sqrt{3}", {}, "use verifier math"), ("number", "12 or 13", {}, "more than one"),
     ("exact", " ", {}, "needs an answer"), ("exact", "x", {}, None), ("choice", "A", {}, "needs verifier_args.choices"),
     ("choice", "F", {"choices": CHOICES}, "fails its own verifier"), ("choice", "red", {"choices": CHOICES}, None),
-    ("regex", None, {"pattern": "a"}, None), ("math", "\\frac{1}{2}", {}, None)])
+    ("regex", None, {"pattern": "a"}, None), ("math", "\\frac{1}{2}", {}, None),
+    ("math", "x^2+1", {}, None), ("math", "\\sum_{i=1}^{1000000007} \\frac{1}{i^{1/3}}", {}, "takes more than 0.5 s")])
 def test_answers_that_can_never_be_met(verifier, answer, args, why):
     found = check_answer(verifier, args, answer, {})
     assert found is None if why is None else why in found

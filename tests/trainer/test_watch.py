@@ -109,6 +109,9 @@ def test_other_hosts_and_other_paths_get_nothing(tmp_path):
         assert ask(port, "/", host="evil.example")[0] == 403
         assert ask(port, "/config.yaml")[0] == ask(port, "/../config.yaml")[0] == 404
         assert ask(port, "/", host=f"localhost:{port}")[0] == 200
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(b"GET http://[ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_port_that_is_taken_and_a_run_that_is_not_there(tmp_path, monkeypatch):

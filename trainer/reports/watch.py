@@ -91,7 +91,10 @@ class PageHandler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "").rsplit(":", 1)[0]
         if host not in ("127.0.0.1", "localhost"):  # DNS rebinding by a foreign page
             return self.answer(403, "this page is for 127.0.0.1 only")
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError as e:
+            return self.answer(400, f"not a URL: {e}")
         if url.path not in ("/", "/page"):
             return self.answer(404, "no such page")
         known = parse_qs(url.query).get("stamp", [""])[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Store:
         self.about: dict = {}  # further keys of plan.json: name, method, base
         self.after: list = []  # callbacks on the first rank: called with the manifest of each stage that ran
         self._checked: set[Path] = set()
-        self._lock = None
+        self._lock = self._folder = None
 
     def lock(self) -> None:
         """Locks the run directory for this process. Raises UserError if another process holds it."""
@@ -78,18 +79,22 @@ class Store:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = open(self.run_dir / ".lock", "a+")  # noqa: SIM115 - held until unlock()
+            self._folder = os.open(self.run_dir, os.O_RDONLY)
         except OSError as e:
             raise UserError(f"{self.run_dir}: cannot be written ({e.strerror}); {remedy_of(e)}") from e
         # a process that was just killed can hold the lock a moment longer, through a child process
         for patience in (0.1, 0.2, 0.4, 0.8, 0):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_folder(self._folder)  # holds if somebody deletes .lock
                 break
-            except OSError as e:
+            except BlockingIOError as e:
                 if not patience:
                     self._lock.seek(0)
-                    raise UserError(f"{self.run_dir}: process {self._lock.read().strip() or '?'} is running it; wait "
-                                    "for it to end or choose another name=") from e
+                    pid = self._lock.read().strip() or "?"
+                    self.unlock()
+                    raise UserError(f"{self.run_dir}: process {pid} is running it; wait for it to end or choose "
+                                    "another name=") from e
                 time.sleep(patience)
         with writing(self.run_dir / ".lock"):
             self._lock.truncate(0)
@@ -100,6 +105,7 @@ class Store:
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
+            os.close(self._folder)
             self._lock = None
 
     def stage(self, name: str, function, *, config: dict, inputs: dict, kind: str, title: str = "",
@@ -225,12 +231,21 @@ class Store:
         name = path.relative_to(self.run_dir).as_posix().replace("/", "-")
         with writing(target):
             target.mkdir(exist_ok=True)
-            n = 1 + max((int(p.name[:3]) for p in target.iterdir() if p.name[:3].isdigit()), default=-1)
+            n = 1 + max((int(m[1]) for p in target.iterdir() if (m := re.match(r"(\d+)-", p.name))), default=-1)
             os.replace(path, target / f"{n:03}-{name}")
 
     def _load(self, final: Path) -> Artifact:
         files = read_manifest(final)["files"]
         return Artifact(final, content_hash(files), files)
+
+
+def _lock_folder(folder: int) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # some network file systems lock files only
+        pass
 
 
 def _walk(tree, leaf, plain=lambda value: value):

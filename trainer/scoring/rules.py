@@ -22,6 +22,7 @@ from strop.trainer.scoring.sandbox import Child
 REGEX_SECONDS, MATH_SECONDS, GYM_SECONDS, CHECK_SECONDS = 2.0, 5.0, 5.0, 0.5
 ARGUMENTS = {"reasoning_gym": {"dataset"}, "number": {"tolerance"}, "exact": set(), "choice": {"choices"},
              "regex": {"pattern"}, "math": set()}
+SLOW = r"\\(sum|prod|int|lim|binom|Gamma)|!|\^|\*\*"  # what an evaluation that never ends is written with
 _child = Child()
 
 
@@ -95,7 +96,13 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     if verifier == "choice" and not options(args.get("choices") or metadata.get("choices")):
         return "verifier choice needs verifier_args.choices or a column choices with at least two different texts"
     if verifier == "math":
-        score, _ = _judged("math", {"text": answer, "answer": answer}, CHECK_SECONDS)
+        # another term, too, for an answer that takes long to evaluate would cost every completion all of MATH_SECONDS
+        for other in (["1"] if re.search(SLOW, answer) else []) + [answer]:
+            judged = _child.ask("math", {"text": other, "answer": answer}, CHECK_SECONDS)
+            if judged is None:
+                return (f"the answer {short!r} takes more than {CHECK_SECONDS:g} s of CPU time to compare: simplify "
+                        "it, or use verifier exact")
+        score = judged["score"]
     else:
         score, _ = verify(verifier, answer, answer, args, metadata)
     return None if score >= 0.99 else f"the answer {short!r} fails its own verifier {verifier} ({score:g})"
@@ -145,7 +152,7 @@ def _term(completion: str) -> str:
 def _reasoning_gym(completion: str, answer: str | None, dataset: str | None, row: dict) -> tuple[float, str | None]:
     """The generator's own score, less two leniencies: a wrong number earns nothing (the library gives "10" half a point
     where the truth is "1"), and neither does a text that merely contains the truth."""
-    entry = {"answer": answer, **row}
+    entry = dict(row) if str(row.get("answer")) == answer else row | {"answer": answer}
     entry["metadata"] = entry["metadata"] if isinstance(entry.get("metadata"), dict) else {}
     dataset = dataset or entry["metadata"].get("source_dataset")
     if not isinstance(dataset, str):
