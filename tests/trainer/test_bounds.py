@@ -23,11 +23,11 @@ TEMPLATES = {  # name: (template, what is said)
     "endless arithmetic": ("{{ 10 ** (10 ** 9) }}", "takes more than 0.3 s of CPU time"),
     "calls itself": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
     "doubles": ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
-                "{{ ns.x }}", "needs more than 1.5 GiB of memory"),
+                "{{ ns.x }}", "needs more than 0.75 GiB of memory"),
     "doubles by joining": ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
-                           "{% endfor %}{{ ns.x }}", "needs more than 1.5 GiB of memory"),
-    "wide": ("{{ '%99999999999d' % 1 }}", "needs more than 1.5 GiB of memory"),
-    "centered": ("{{ 'x' | center(10 ** 11) }}", "needs more than 1.5 GiB of memory"),
+                           "{% endfor %}{{ ns.x }}", "needs more than 0.75 GiB of memory"),
+    "wide": ("{{ '%99999999999d' % 1 }}", "needs more than 0.75 GiB of memory"),
+    "centered": ("{{ 'x' | center(10 ** 11) }}", "needs more than 0.75 GiB of memory"),
     "says nothing": ("{% if false %}x{% endif %}", "renders nothing"),
 }
 
@@ -97,5 +97,5 @@ def test_a_small_file_with_large_rows(tmp_path):
 
 def test_a_small_file_with_huge_rows(tmp_path):
     repeated(tmp_path / "x.parquet", 50_000_000, 64)  # 3 GB, if read at once
-    with pytest.raises(UserError, match=r"x\.parquet: reading its rows needs more than 1.5 GiB"):
+    with pytest.raises(UserError, match=r"x\.parquet: reading its rows needs more than 0.75 GiB"):
         list(read_rows(tmp_path / "x.parquet"))

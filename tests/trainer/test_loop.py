@@ -10,6 +10,7 @@ import pytest
 import torch
 from training import largest_difference
 
+from strop.trainer.main import main
 from strop.trainer.run.files import read_json
 from strop.trainer.run.tables import read_table, write_table
 
@@ -155,3 +156,21 @@ dpo: {{batch_size: 4, lr: 1.0e-3, epochs: 2}}
     done = strop(tmp_path / "only.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert largest_difference(tmp_path / "runs/only/final", tiny_model) > 0
+
+
+def test_a_later_round_without_pairs_keeps_the_weights(tiny_recipe, tmp_path, capsys):
+    """Ready pairs for round 0 alone, and samples that all score the same."""
+    pairs = [{"prompt": f"ab{i}", "chosen": f"cd{i}", "rejected": f"xy{i}"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    text = tiny_recipe.read_text().replace('"[0-9]"', '"(?:)"')
+    ready = f"  preferences: [{{name: mine, path: {tmp_path / 'pairs.jsonl'}, rounds: [0]}}]\nsample:"
+    tiny_recipe.write_text(text.replace("sample:", ready))
+    arguments = [str(tiny_recipe), "select.accumulate=false", "sample.max_new_tokens=60"]
+    assert main(arguments) == 0
+    shown, run = capsys.readouterr().out, tmp_path / "runs" / "tiny"
+    assert shown.count("round-01/dpo: the weights stay as they are: ") == 1 and "round-00/dpo: the w" not in shown
+    assert read_json(run / "round-01/dpo/manifest.json")["counts"]["pairs"] == 0
+    assert largest_difference(run / "round-01/sft/model", run / "round-01/dpo/model") == 0
+    assert largest_difference(run / "round-00/sft/model", run / "round-00/dpo/model") > 0
+    assert main([*arguments, "data.preferences=[]", "name=none"]) == 1  # nothing to keep in the first round
+    assert "no pair is left to train on" in capsys.readouterr().err

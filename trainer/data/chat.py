@@ -238,8 +238,8 @@ def _apply(tokenizer, messages: Sequence[dict], kwargs: dict, **how):
     try:
         with bounded("the chat template", seconds=RENDERING):
             return tokenizer.apply_chat_template(messages, **kwargs, **how)
-    except UserError:
-        raise
+    except UserError as e:  # out of bounds
+        raise UserError(f"{e}; set model.chat_template to another Jinja file") from e
     except Exception as e:  # a template can raise anything, e.g. ZeroDivisionError
         raise UserError(f"the chat template refuses the messages (roles: {_roles(messages)}): {reason_of(e)}; change "
                         "the messages or set model.chat_template") from e

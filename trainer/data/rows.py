@@ -135,7 +135,8 @@ def _next(origin: str, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | No
 
 
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
+    # checksums where the file has them; a buffer, since a column of a row group may be larger than the memory
+    with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False) as file:
         yield from file.iter_batches(64)
 
 

@@ -31,11 +31,16 @@ def serve(run_dir: Path, port: int | None = None) -> ThreadingHTTPServer:
     """A server of the page on the loopback address; call its `serve_forever`."""
     handler = type("Handler", (PageHandler,), {"page": Page(run_dir)})
     try:
-        return ThreadingHTTPServer(("127.0.0.1", PORT if port is None else port), handler)
+        return Server(("127.0.0.1", PORT if port is None else port), handler)
     except OSError as e:
         if port is not None:
             raise UserError(f"--port {port}: cannot listen ({e.strerror}); choose another port") from e
-        return ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        return Server(("127.0.0.1", 0), handler)
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        """Ends a connection that broke, or that never spoke HTTP, without a traceback in the terminal."""
 
 
 class Page:

@@ -12,7 +12,7 @@ PAGE = resource.getpagesize()
 
 
 @contextmanager
-def bounded(what: str, *, seconds: float | None = None, gibibytes: float = 1.5):
+def bounded(what: str, *, seconds: float | None = None, gibibytes: float = 0.75):
     """Raises UserError, beginning with `what`, if the block takes more CPU time or allocates more memory than given.
 
     seconds: CPU time of this process; only the main thread can be interrupted, so elsewhere time has no bound.

@@ -63,7 +63,8 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
         assign_splits(rows, data, seed)
     except UserError as e:
         gone = ", ".join(f"{reason} {n}" for reason, n in Counter(row["reason"] for row in drops.rows).items())
-        raise UserError(f"{e} (dropped: {gone})" if gone else str(e)) from e
+        bad = "".join(f"; the first malformed row is {row['where']}: {row['error']}" for row in quarantine.rows[:1])
+        raise UserError((f"{e} (dropped: {gone})" if gone else str(e)) + bad) from e
     rows = drop_contaminated(rows, data, filter, drops)
     warn_of_templates(stage, data, rows, drops)
     write_table(stage.dir / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
