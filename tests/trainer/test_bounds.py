@@ -13,8 +13,12 @@ from strop.trainer.data import chat
 from strop.trainer.data.rows import LONGEST, read_rows
 from strop.trainer.errors import UserError
 from strop.trainer.models.checks import check_model
+from strop.trainer.reports.reading import read_run
 from strop.trainer.run.artifacts import external
 from strop.trainer.run.bounds import bounded
+from strop.trainer.run.console import Console
+from strop.trainer.run.store import Store
+from strop.trainer.run.world import World
 
 HELLO = [{"role": "user", "content": "hello"}]
 TEMPLATES = {  # name: (template, what is said)
@@ -99,3 +103,16 @@ def test_a_small_file_with_huge_rows(tmp_path):
     repeated(tmp_path / "x.parquet", 50_000_000, 64)  # 3 GB, if read at once
     with pytest.raises(UserError, match=r"x\.parquet: reading its rows needs more than 0.75 GiB"):
         list(read_rows(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "plan.json", "promotions.json", "a/manifest.json"])
+def test_a_run_directory_holds_files_only(name, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{path}: is a pipe"):
+        Store(tmp_path / "run", World(), Console(enabled=False)).lock()
+    try:
+        assert [f"{path}: is a pipe" in problem for problem in read_run(tmp_path / "run").problems] == [True]
+    except UserError as e:
+        assert f"{path}: is a pipe" in str(e)

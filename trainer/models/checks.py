@@ -8,7 +8,7 @@ import torch
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import AGAIN, ModelFolder, read_object, read_tensors
-from strop.trainer.run.files import check_file_type, reason_of
+from strop.trainer.run.files import check_file_types, reason_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 POSITIVE = re.compile(r"(max_position_embeddings|hidden_size|vocab_size|num_hidden_layers|num_attention_heads|"
@@ -21,8 +21,7 @@ def check_model(path: Path, options: Model, read_all: bool) -> None:
 
     read_all: also look at every weight, unless a run of ours made them."""
     file, folder = path / "config.json", ModelFolder(path, options)
-    for part in path.iterdir():
-        check_file_type(part)
+    check_file_types(path)
     if (adapter := path / "adapter_config.json").exists():
         raise UserError(f"{adapter}: the folder holds an adapter, which would be left out; merge it into the weights "
                          "(merge_and_unload of peft) and name the folder of the result, or delete the file")

@@ -17,7 +17,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.reports.statistics import round_results
 from strop.trainer.run.artifacts import Artifact, content_hash, read_manifest
 from strop.trainer.run.console import PROGRESS
-from strop.trainer.run.files import read_json
+from strop.trainer.run.files import check_file_type, read_json
 from strop.trainer.run.metrics import read_metrics
 from strop.trainer.run.records import PLAN_RECORD, PROMOTIONS, read_record
 from strop.trainer.run.store import PLAN
@@ -162,6 +162,8 @@ def load_run(run: str | Path) -> RunRecord:
 def read_run(run_dir: Path) -> RunRecord:
     """Reads a run directory; damaged parts end up in `problems`."""
     run = RunRecord(run_dir)
+    for name in ("config.yaml", "metrics.jsonl"):
+        check_file_type(run_dir / name)
     if (run_dir / "config.yaml").exists():
         run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
         try:

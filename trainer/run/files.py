@@ -26,6 +26,12 @@ def check_file_type(path: Path) -> None:
         raise UserError(f"{path}: is a pipe, a socket or a device; name a file (save what it yields to one)")
 
 
+def check_file_types(folder: Path) -> None:
+    """check_file_type of all that is in the folder."""
+    for path in folder.rglob("*"):
+        check_file_type(path)
+
+
 def hash_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -89,6 +95,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Raises UserError if the file is missing or not JSON."""
+    check_file_type(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 from strop.trainer.config import Part, Section
 from strop.trainer.errors import UserError
 from strop.trainer.run.artifacts import WORK, Artifact, check_file, content_hash, list_files, read_manifest, versions
-from strop.trainer.run.files import hash_json, remedy_of, remove, sync, write_atomic, write_json, writing
+from strop.trainer.run.files import (
+    check_file_types,
+    hash_json,
+    remedy_of,
+    remove,
+    sync,
+    write_atomic,
+    write_json,
+    writing,
+)
 
 if TYPE_CHECKING:  # readers of run directories need no torch
     from strop.trainer.run.world import World
@@ -101,6 +110,7 @@ class Store:
             self._lock.write(str(os.getpid()))
             self._lock.flush()
         remove(self.run_dir.glob(".*.tmp"))
+        check_file_types(self.run_dir)
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -191,7 +201,8 @@ class Store:
             owner = partial / ".key"
             if partial.exists():
                 remove(p for p in partial.rglob(".*") if p != owner)
-                if (owner.read_text() if owner.exists() else "") != key and any(p != owner for p in partial.iterdir()):
+                is_ours = owner.exists() and owner.read_text(errors="replace") == key
+                if not is_ours and any(p != owner for p in partial.iterdir()):
                     self._set_aside(partial)
             with writing(partial):
                 partial.mkdir(parents=True, exist_ok=True)
