@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from strop.trainer.data.dedup import frequent
+from strop.trainer.data.dedup import most
 from strop.trainer.data.splits import HELD_OUT
 from strop.trainer.data.text import words
 from strop.trainer.run.tables import read_table
@@ -42,7 +42,7 @@ class HeldOut:
         for text in texts:
             counts.update({gram for _, gram in _grams(words(text), PHRASE)} & self.known)
             total += 1
-        self.common |= frequent(counts, total)
+        self.common |= {gram for gram, n in counts.items() if n > most(total)}
         self._index()
 
     def match(self, text: str, source: str | None = None) -> tuple[str, str] | None:
