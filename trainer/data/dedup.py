@@ -75,7 +75,7 @@ class _Index:
         self.sizes, self.held, self.starts = sizes.reshape(n, parts), shared, _bounds(shared)
         self.rare, self.shared = ((s - common).reshape(n, parts).sum(1) for s in (sizes, shared))
         self.tokens, self.first_common = tokens[tokens >= singles] - np.uint32(singles), least - singles
-        self.marked = np.zeros(len(known) - singles, bool)
+        self.counted = np.zeros(len(known) - singles, np.int64)
 
     def _take_prefixes(self) -> None:
         """`prefix`: each text's rarest shingles, of which similar texts share one; `left`: how many shingles of the
@@ -104,46 +104,54 @@ class _Index:
         self.ends = _bounds(np.bincount(text[keep], minlength=n))
         self.first = _bounds(times)  # of a shingle's postings
         self.filled = np.zeros(len(times), np.int64)
+        self.spare, self.least = np.zeros(len(times)), np.full(len(times), np.inf)  # max of left - need, min of need
         self.posted, self.posted_left = np.empty(len(prefix), np.int32), np.empty(len(prefix), np.int32)
 
     def match(self, i: int) -> tuple[int, float] | None:
         """(j, similarity) of the earliest kept text that is similar to text i."""
-        mine = slice(self.ends[i], self.ends[i + 1])
-        filled = self.filled[self.prefix[mine]]
-        slots = _ranges(self.first[self.prefix[mine]], filled)
+        prefix, left, need = self.prefix[self.ends[i]:self.ends[i + 1]], self.left[self.ends[i]:self.ends[i + 1]], self.need[i]
+        # Of two texts, let this be the rarest shingle that both have. They share at most what is left of either, and
+        # must share the need of both.
+        useful = (self.spare[prefix] >= need - SLACK) & (self.least[prefix] <= left - need + SLACK)
+        prefix, left = prefix[useful], left[useful]
+        filled = self.filled[prefix]
+        slots = _ranges(self.first[prefix], filled)
         if not len(slots):
             return None
         j = self.posted[slots]
-        # of two texts that share no rarer shingle: they share no more than what is left of either from here on
-        left = np.minimum(np.repeat(self.left[mine], filled), self.posted_left[slots])
-        j = np.unique(j[left >= self.need[i] + self.need[j] - SLACK])
+        j = j[np.minimum(np.repeat(left, filled), self.posted_left[slots]) >= need + self.need[j] - SLACK]
+        j.sort()
+        j = j[np.append(True, j[1:] != j[:-1])[:len(j)]]
         differ = np.bitwise_count(self.maps[j] ^ self.maps[i]).sum(1, dtype=np.int64)
-        j = j[self.shared[i] + self.shared[j] - differ >= 2 * (self.need[i] + self.need[j] - SLACK)]
-        for at in (0, 8, *range(64, len(j), 512)):
-            for other, similarity in self._similar(i, j[at:8 if not at else 64 if at == 8 else at + 512]):
+        j = j[self.shared[i] + self.shared[j] - differ >= 2 * (need + self.need[j] - SLACK)]
+        at, size = 0, 8
+        while at < len(j):
+            for other, similarity in self._similar(i, j[at:at + size]):
                 if same_symbols("\n".join(self.texts[i]), "\n".join(self.texts[other])):
                     return other, similarity
+            at, size = at + size, 512
         return None
 
     def keep(self, i: int) -> None:
-        mine = slice(self.ends[i], self.ends[i + 1])
-        tokens = self.prefix[mine]
-        slots = self.first[tokens] + self.filled[tokens]
-        self.posted[slots], self.posted_left[slots] = i, self.left[mine]
-        self.filled[tokens] += 1
+        """Lets later texts be compared with text i."""
+        prefix, left = self.prefix[self.ends[i]:self.ends[i + 1]], self.left[self.ends[i]:self.ends[i + 1]]
+        slots = self.first[prefix] + self.filled[prefix]
+        self.posted[slots], self.posted_left[slots] = i, left
+        self.filled[prefix] += 1
+        self.spare[prefix] = np.maximum(self.spare[prefix], left - self.need[i])
+        self.least[prefix] = np.minimum(self.least[prefix], self.need[i])
 
     def _similar(self, i: int, js: np.ndarray) -> list[tuple[int, float]]:
         """(j, similarity) of those of `js` that reach the threshold, by exact comparison."""
         parts, mine = self.parts, self.tokens[self.starts[i * self.parts]:self.starts[(i + 1) * self.parts]]
         rows = (js[:, None].astype(np.int64) * parts + np.arange(parts)).ravel()
-        tokens, bounds = self.tokens[_ranges(self.starts[rows], self.held[rows])], _bounds(self.held[rows])
-        self.marked[mine] = True
-        both = self.marked[tokens]
-        self.marked[mine] = False
-        all_, rare = (np.diff(np.append(0, np.cumsum(hits))[bounds]).reshape(-1, parts)
-                      for hits in (both, both & (tokens < self.first_common)))
-        alike = (all_ / (self.sizes[i] + self.sizes[js] - all_)).min(1)
-        rare = rare.sum(1)
+        held = self.held[rows]
+        self.counted[mine] = 1 + ((mine < self.first_common).astype(np.int64) << 32)  # all, and those that are rare
+        counts = _bounds(self.counted[self.tokens[_ranges(self.starts[rows], held)]])[_bounds(held)]
+        self.counted[mine] = 0
+        both = (counts[1:] - counts[:-1]).reshape(-1, parts)
+        rare, both = (both >> 32).sum(1), both & 0xFFFFFFFF
+        alike = (both / (self.sizes[i] + self.sizes[js] - both)).min(1)
         passed = np.minimum(alike, rare / (self.rare[i] + self.rare[js] - rare)) >= self.threshold
         return list(zip(js[passed].tolist(), alike[passed].tolist(), strict=True))
 

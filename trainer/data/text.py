@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 _EDGES = ".,;:!?…\"'()[]{}«»“”‘’、。，；：！？（）「」『』"
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -31,14 +32,21 @@ def same_symbols(one: str, other: str) -> bool:
 
     Plain words may differ in case, and all words may if one text capitalizes every word and the other does not.
     """
+    one, other = unicodedata.normalize("NFC", one), unicodedata.normalize("NFC", other)
+    a, b = set(_TOKEN.findall(one)), set(_TOKEN.findall(other))
+    if _keys(a - b).isdisjoint(_keys(b)) and _keys(b - a).isdisjoint(_keys(a)):
+        return True
     (a, capitals_a), (b, capitals_b) = _spellings(one), _spellings(other)
     lower = str.lower if capitals_a != capitals_b else str
     return all(set(map(lower, a[key])) == set(map(lower, b[key])) for key in a.keys() & b.keys())
 
 
+def _keys(tokens: Iterable[str]) -> set[str]:
+    return set(normalize(" ".join(tokens)).replace("\u0307", "").replace("ı", "i").split())
+
+
 def _spellings(text: str) -> tuple[dict[str, set[str]], bool]:
     """(spellings of every folded token, in lower case where case is a matter of style; is every word capitalized)"""
-    text = unicodedata.normalize("NFC", text)
     found: dict[str, set[str]] = {}
     first = []
     end = 0
@@ -52,8 +60,8 @@ def _spellings(text: str) -> tuple[dict[str, set[str]], bool]:
         starts = not end or any(c in ".!?\n" for c in text[end:match.start()])
         if not _is_symbol(token) or (starts and len(token) == 1 and re.match(r" [^\W\d_]{2}", text[match.end():])):
             token = token.lower().replace("\u0307", "")  # İ becomes i and a dot
-        key = normalize(token).replace("\u0307", "").replace("ı", "i")
-        found.setdefault(key, set()).add(token)
+        for key in _keys([token]):
+            found.setdefault(key, set()).add(token)
         end = match.end()
     return found, len(first) > 1 and all(first)
 
