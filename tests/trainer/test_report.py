@@ -143,7 +143,7 @@ def test_many_sources_of_drops_and_a_long_recipe_are_counted(tmp_path):
 
 def test_a_table_without_a_column_is_named(tmp_path):
     run = make_run(tmp_path / "demo", until="baseline")
-    with pytest.raises(UserError, match="prompts.parquet: has no column nothing"):
+    with pytest.raises(UserError, match=r"prompts\.parquet: has no column nothing"):
         read_table(run / "prompts/prompts.parquet", ["nothing"])
     ids = ["sums-003", "products-149", "none"]
     assert [r["prompt_id"] for r in find_rows(run / "prompts/prompts.parquet", ["answer"], ids)] == ids[:2]

@@ -46,7 +46,7 @@ def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: boo
     to_x = scale(min(xs), max(xs), LEFT, width - RIGHT)
     to_y = scale(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)
     body = y_axis(y_ticks, to_y, width, number)
-    body += [text(to_x(t), height - BOTTOM + 16, f"{t:g}", "middle") for t in x_ticks
+    body += [text(min(to_x(t), width - 3.3 * len(f"{t:g}")), height - BOTTOM + 16, f"{t:g}", "middle") for t in x_ticks
              if LEFT - 1 <= to_x(t) <= width - RIGHT + 1]
     for i, line in enumerate(lines):
         color = COLORS[i % len(COLORS)]
