@@ -48,7 +48,8 @@ def prompts(case: str, rows: int) -> list[str]:
 
     def fill(template: list[str]) -> list[str]:
         slots = [str(draw.randrange(1000)) for _ in range(3)] + [word.capitalize() for word in text(2)]
-        return template[:10] + [word for pair in zip(template[10::2], slots, template[11::2], strict=True) for word in pair]
+        rest = zip(template[10::2], slots, template[11::2], strict=True)
+        return template[:10] + [word for words in rest for word in words]
 
     if "template" in case:
         templates = [text(20) for _ in range(25 if "25" in case else 1)]

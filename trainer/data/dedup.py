@@ -109,7 +109,8 @@ class _Index:
 
     def match(self, i: int) -> tuple[int, float] | None:
         """(j, similarity) of the earliest kept text that is similar to text i."""
-        prefix, left, need = self.prefix[self.ends[i]:self.ends[i + 1]], self.left[self.ends[i]:self.ends[i + 1]], self.need[i]
+        mine, need = slice(self.ends[i], self.ends[i + 1]), self.need[i]
+        prefix, left = self.prefix[mine], self.left[mine]
         # Of two texts, let this be the rarest shingle that both have. They share at most what is left of either, and
         # must share the need of both.
         useful = (self.spare[prefix] >= need - SLACK) & (self.least[prefix] <= left - need + SLACK)
@@ -134,7 +135,8 @@ class _Index:
 
     def keep(self, i: int) -> None:
         """Lets later texts be compared with text i."""
-        prefix, left = self.prefix[self.ends[i]:self.ends[i + 1]], self.left[self.ends[i]:self.ends[i + 1]]
+        mine = slice(self.ends[i], self.ends[i + 1])
+        prefix, left = self.prefix[mine], self.left[mine]
         slots = self.first[prefix] + self.filled[prefix]
         self.posted[slots], self.posted_left[slots] = i, left
         self.filled[prefix] += 1

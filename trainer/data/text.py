@@ -53,8 +53,8 @@ def _spellings(text: str) -> tuple[dict[str, set[str]], bool]:
     for match in _TOKEN.finditer(text):
         token = match[0]
         if not token.isascii():
-            token = "".join(c if unicodedata.decomposition(c).startswith(_SYMBOLIC) else unicodedata.normalize("NFKC", c)
-                            for c in token)
+            token = "".join(c if unicodedata.decomposition(c).startswith(_SYMBOLIC) else
+                            unicodedata.normalize("NFKC", c) for c in token)
         if len(token) > 1 and token[0].isalpha():
             first.append(token[0].isupper())
         starts = not end or any(c in ".!?\n" for c in text[end:match.start()])
