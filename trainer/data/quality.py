@@ -12,7 +12,7 @@ _FENCE = re.compile(r"(?:\s|>|[-*+] |\d+[.)] )*(`*)(.*)")
 _CODE = re.compile(r"(?P<ticks>`+)(?!`).*?(?<!`)(?P=ticks)(?!`)", re.DOTALL)
 _TAG = re.compile(r"(?:^|(?<=[\n.!?:>])) *<(think|thinking|thought|reasoning|reflection|answer|solution|tool_call)>")
 _BEGIN, _END = (re.compile(rf"\\{name}\{{([^{{}}]*)\}}") for name in ("begin", "end"))
-_DISPLAY = re.compile(r"^\s*\\\[(?:\s|$)", re.MULTILINE)
+_DISPLAY = re.compile(r"^[ \t]*\\\[(?:\s|$)", re.MULTILINE)
 _JSON = re.compile(r"[\[{]\s*[\"{]")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NOT_OPEN = re.compile(r":[\w+-]+:$|::$|(?:^|\s)\W*D:$")  # :smile:, std::, D:
