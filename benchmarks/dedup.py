@@ -1,16 +1,16 @@
 """Seconds and peak memory of the filters on prompts: near duplicates, and overlap with held-out prompts.
 
-    python -m benchmarks.dedup [--rows 20000 200000] [--cases mixed "one template" ...]
+    python -m benchmarks.dedup [--rows 20000 200000] [--cases mixed "one template" ...] [--write]
 
 The prompts are random words of a vocabulary with Zipf's frequencies, 25 a prompt. Each case is a process of its own;
-peak memory includes the interpreter and the prompts.
+peak memory includes the interpreter and the prompts. --write keeps the numbers in benchmarks/results/<device>/dedup.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -73,8 +73,8 @@ def child(case: str, rows: int) -> None:
         found = sum(held.match(text, "s") is not None for text in texts[HELD_OUT:])
     else:
         found = sum(1 for _ in near_duplicates([(text,) for text in texts], THRESHOLD))
-    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(f"{rows:9,} prompts  {case:28} {seconds:8.1f} s {peak / 2**20:8,.0f} MiB {found:9,} found", flush=True)
+    print(json.dumps({"seconds": time.perf_counter() - started, "found": found,
+                      "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,16 +82,26 @@ def main(arguments: list[str] | None = None) -> int:
                                      epilog="\n".join(f"{name}: {what}" for name, what in CASES.items()))
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--write", action="store_true", help="keep the results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
         child(options.cases[0], options.rows[0])
         return 0
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; threshold {THRESHOLD}")
+    kept = {}
     for rows in options.rows:
         for case in options.cases:
-            subprocess.run([sys.executable, "-m", "benchmarks.dedup", "--child", "--rows", str(rows), "--cases", case],
-                           check=True)
+            command = [sys.executable, "-m", "benchmarks.dedup", "--child", "--rows", str(rows), "--cases", case]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = kept[f"{case}, {rows}"] = {"case": case, "rows": rows} | json.loads(done.stdout.splitlines()[-1])
+            print(f"{rows:9,} prompts  {case:28} {result['seconds']:8.1f} s {result['peak_bytes'] / 2**20:8,.0f} MiB "
+                  f"{result['found']:9,} found   load {os.getloadavg()[0]:.1f}", flush=True)
+    if options.write:
+        import torch
+
+        from . import measure
+
+        measure.keep_cases("dedup.json", torch.device("cpu"), kept)
     return 0
 
 
