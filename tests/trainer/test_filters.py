@@ -17,6 +17,7 @@ from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import repetition, truncation
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
+from strop.trainer.data.text import words
 from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops, read_table
 
@@ -337,3 +338,37 @@ def test_prompts_that_repeat_themselves_are_dropped(tmp_path):
     texts, *_ = texts_of(100)
     rows, drops, _ = run(tmp_path, [("s", [*texts, "buy now " * 60], {})])
     assert len(rows) == 100 and [(d["reason"], line(d)) for d in drops] == [("repetitive", 101)]
+
+
+def by_definition(prompts, n, surveyed, text):
+    """Ids of the prompts that `text` repeats, by sets of places and every pair."""
+    def grams(own, size):
+        return [(i, tuple(own[i:i + size])) for i in range(len(own) - size + 1)]
+
+    counts = Counter(gram for other in surveyed for gram in {gram for _, gram in grams(words(other), 3)})
+    common = {gram for gram, times in counts.items() if times > max(0.05 * len(surveyed), 5)}
+    found, mine = [], words(text)
+    for name, prompt in prompts:
+        own = words(prompt)
+        size = min(n, len(own))
+        told = set(range(len(own))) - {i + k for i, gram in grams(own, 3) if gram in common for k in range(3)}
+        shared = {gram for _, gram in grams(mine, size)} if size >= min(n, 5) else set()
+        covered = {i + k for i, gram in grams(own, size) if gram in shared and not told.isdisjoint(range(i, i + size))
+                   for k in range(size)}
+        least = min(len(told), max(n, min(1.5 * n, len(told) / 2)))
+        if (own and own == mine) or (covered and len(covered & told) >= least):
+            found.append(name)
+    return found
+
+
+PHRASES = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g"]), max_size=14).map(" ".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PHRASES, min_size=1, max_size=8), st.lists(PHRASES, max_size=12), PHRASES, st.integers(1, 6))
+def test_contamination_is_that_of_the_definition(held, surveyed, text, n):
+    prompts_ = [(f"{i:02}", prompt) for i, prompt in enumerate(held)]
+    index = HeldOut([(name, "s", prompt) for name, prompt in prompts_], n)
+    index.survey(surveyed)
+    found, expected = index.match(text), by_definition(prompts_, n, surveyed, text)
+    assert (found is None) == (not expected) and (found is None or found[0] in expected)

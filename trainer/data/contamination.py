@@ -22,7 +22,8 @@ class HeldOut:
     or 1.5 n of them; n at least, or all where there are fewer. A prompt's own words are those outside of n-grams, down
     to 3-grams, that more than 5 % of a source's prompts have: two questions of one template share the template, and
     perhaps one number of two. A held-out prompt of fewer than n words is one n-gram itself, one of fewer than five must
-    be repeated as a whole, and so must all held-out prompts of the text's own source if that is templated.
+    be repeated as a whole, and so must all held-out prompts of the text's own source if that is templated. Words are
+    compared after `normalize`: x² repeats x2, since losing a training prompt costs less than testing on it.
     """
 
     def __init__(self, prompts: Iterable[tuple[str, str, str]], n: int, templated: Collection[str] = ()):
@@ -34,7 +35,7 @@ class HeldOut:
                 self.whole.setdefault(" ".join(self.words[name]), name)
         self.known = {gram for own in self.words.values() for _, gram in _grams(own, PHRASE)}
         self.common: set[str] = set()
-        self._index()
+        self.indexed = False
 
     def survey(self, texts: Iterable[str]) -> None:
         """Takes n-grams that are common among `texts`, all prompts of one source, for its template."""
@@ -43,17 +44,21 @@ class HeldOut:
             counts.update({gram for _, gram in _grams(words(text), PHRASE)} & self.known)
             total += 1
         self.common |= {gram for gram, n in counts.items() if n > most(total)}
-        self._index()
+        self.indexed = False
 
     def match(self, text: str, source: str | None = None) -> tuple[str, str] | None:
         """(id of the held-out prompt that `text`, of `source`, repeats, the words that they share), or None."""
+        if not self.indexed:
+            self._index()
+            self.indexed = True
         own = words(text)
         if (joined := " ".join(own)) in self.whole:
             return self.whole[joined], joined
         covered: dict[str, int] = defaultdict(int)  # places as bits
         for gram in {gram for size in self.sizes for _, gram in _grams(own, size) if gram in self.places}:
-            for name, bits in self.places[gram]:
-                covered[name] |= bits
+            size = gram.count(" ") + 1
+            for name, start in self.places[gram]:
+                covered[name] |= ((1 << size) - 1) << start
         matches = [name for name, bits in covered.items() if (bits & self.own[name]).bit_count() >= self.least[name]
                    and (source not in self.templated or source != self.source[name])]
         if not matches:
@@ -63,7 +68,7 @@ class HeldOut:
 
     def _index(self) -> None:
         """`own`: the places of each prompt's own words, as bits; `least`: how many of them make a match; `places`:
-        n-gram with such a word -> (prompt, its places there, as bits)."""
+        n-gram with such a word -> (prompt, first place)."""
         self.own: dict[str, int] = {}
         self.least: dict[str, float] = {}
         self.places: dict[str, list[tuple[str, int]]] = defaultdict(list)
@@ -80,9 +85,8 @@ class HeldOut:
                 continue
             self.sizes.add(size)
             for start, gram in _grams(all_, size):
-                bits = ((1 << size) - 1) << start
-                if self.own[name] & bits:
-                    self.places[gram].append((name, bits))
+                if self.own[name] >> start & ((1 << size) - 1):
+                    self.places[gram].append((name, start))
 
 
 def _grams(own: list[str], size: int) -> Iterator[tuple[int, str]]:

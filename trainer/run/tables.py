@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # readers of run directories need no torch
 
 DROPS = pa.schema([(c, pa.string()) for c in ("stage", "prompt_id")] + [("sample_index", pa.int32())]
                   + [(c, pa.string()) for c in ("source", "reason", "detail")])
-BATCH = 4096  # rows
+BATCH = 256  # rows
 
 
 def write_table(path: Path, table: pa.Table) -> None:
