@@ -227,6 +227,26 @@ def step_profile_section() -> str:
     return "\n\n".join(parts)
 
 
+def dedup_section() -> str:
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/dedup.json")):
+        result = json.loads(path.read_text())
+        rows = [[f"{case['case']}, {case['rows']:,}", f"{case['seconds']:.1f}", mebibytes(case["peak_bytes"]),
+                 f"{case['found']:,}"] for case in result["cases"].values()]
+        parts += [measured_on(result), table(["prompts", "seconds", "peak memory", "found"], rows)]
+    return "\n\n".join(parts)
+
+
+def reports_section() -> str:
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/reports.json")):
+        result = json.loads(path.read_text())
+        rows = [[case["what"], f"{case['seconds']:.1f}", mebibytes(case["peak_bytes"]), f"{case['bytes'] / 1e6:.1f} MB"]
+                for case in result["cases"].values()]
+        parts += [measured_on(result), table(["", "seconds", "peak memory", "size"], rows)]
+    return "\n\n".join(parts)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "machines": machines_section,
     "head": head_section,
@@ -236,6 +256,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "attention": lambda: family_section("attention", lambda case: f"{case['preset']}, {case['variant']}"),
     "train-step": train_step_section,
     "step-profile": step_profile_section,
+    "dedup": dedup_section,
+    "reports": reports_section,
 }
 
 

@@ -182,7 +182,7 @@ class Filter(Section):
     min_tokens: Positive = Field(1, description="fewest tokens of a completion to learn from")
     max_tokens: Positive | None = Field(None,
                                         description="most tokens of a completion to learn from. Default: no limit")
-    keep_truncated: bool = Field(False, description="keep ready-made completions that look truncated")
+    keep_truncated: bool = Field(False, description="keep ready-made completions that break off")
 
     @model_validator(mode="after")
     def window(self):

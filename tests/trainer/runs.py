@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from typing import NamedTuple
 
 import pyarrow as pa
 import yaml
@@ -21,6 +22,25 @@ SOURCES = ("sums", "products")
 EVIL = '</div><script>alert("x")</script><b onclick=x>&amp; {{ 7*7 }}'
 
 
+class Size(NamedTuple):
+    """How much a run holds: prompts of each source by split, completions per prompt, words around the answer in each
+    prompt and completion, steps per training stage, and a factor of the number of dropped rows."""
+
+    test: int = 80
+    validation: int = 30
+    train: int = 40
+    k: int = 8
+    words: int = 0
+    steps: int = 40
+    drops: int = 1
+
+
+SMALL = Size()
+LARGE = Size(test=1000, validation=250, train=3125, words=200, steps=5000, drops=1000)  # 100,000 samples in two rounds
+SHARD = 32  # prompts
+WORDS = ("so", "then", "we", "add", "<both>", "sides", "again", "twice", "and", "'halve'", "it")
+
+
 def plan_of(run_dir, config) -> dict:
     """plan.json of a recipe with two sources of prompts, as a run begins with it: nothing is done."""
     sources = {"data": {"sources": [{"name": name, "reasoning_gym": "chain_sum"} for name in SOURCES]}}
@@ -30,8 +50,13 @@ def plan_of(run_dir, config) -> dict:
     return store.about | {"stages": store.plan}
 
 
-def make_run(run_dir, rounds=2, until=None):
-    """A run directory with the files and numbers of a small finished run; it ends after stage `until`."""
+def make_run(run_dir, rounds=2, until=None, size=SMALL):
+    """A run directory with the files and numbers of a finished run; it ends after stage `until`."""
+    words = random.Random(1)
+
+    def more():
+        return "".join(f" {word}" for word in words.choices(WORDS, k=size.words))
+
     rng = random.Random(0)
     run_dir.mkdir(parents=True, exist_ok=True)
     config = {"name": "demo", "seed": 3, "rounds": rounds, "model": {"path": "package:some_model"},
@@ -60,10 +85,11 @@ def make_run(run_dir, rounds=2, until=None):
         (run_dir / stage).mkdir(parents=True, exist_ok=True)
         write_table(run_dir / stage / name, pa.Table.from_pylist(rows, schema=schema))
 
-    prompts = [{"prompt_id": f"{s}-{i:03}", "source": s, "split": "test" if i < 80 else "validation" if i < 110 else
-                "train", "messages": [{"role": "system", "content": "Be brief."}, {
-                    "role": "user", "content": f"What is {i} {'+' if s == 'sums' else '*'} {i}?"}],
-                "answer": str(2 * i if s == "sums" else i * i)} for s in SOURCES for i in range(150)]
+    prompts = [{"prompt_id": f"{s}-{i:03}", "source": s, "split": "test" if i < size.test else "validation" if i <
+                size.test + size.validation else "train", "messages": [{"role": "system", "content": "Be brief."}, {
+                    "role": "user", "content": f"What is {i} {'+' if s == 'sums' else '*'} {i}?{more()}"}],
+                "answer": str(2 * i if s == "sums" else i * i)}
+               for s in SOURCES for i in range(size.test + size.validation + size.train)]
     prompts[0]["messages"][1]["content"] = EVIL
 
     def evaluate(stage, candidates):
@@ -71,8 +97,9 @@ def make_run(run_dir, rounds=2, until=None):
         for name, rate in candidates.items():
             held = [p for p in prompts if p["split"] != "train"]
             mine = [{"candidate": name, "split": p["split"], "source": p["source"], "prompt_id": p["prompt_id"],
-                     "completion": EVIL if n == 0 else f"The answer is {p['answer']}.", "completion_tokens": 12,
-                     "finish": "stop", "score": float(ok), "correct": ok} for n, p in enumerate(held)
+                     "completion": EVIL if n == 0 else f"The answer is {p['answer']}.{more()}",
+                     "completion_tokens": 12, "finish": "stop", "score": float(ok), "correct": ok}
+                    for n, p in enumerate(held)
                     for ok in [rng.random() < rate * (1.3 if p["source"] == "sums" else 0.7)]]
             rows += mine
             summary[name] = {}
@@ -88,7 +115,7 @@ def make_run(run_dir, rounds=2, until=None):
 
     def train(stage, metrics):
         lines = []
-        for step in range(1, 41):
+        for step in range(1, size.steps + 1):
             values = {name: round(f(step) + rng.gauss(0, 0.02), 4) for name, f in metrics.items()}
             values["tokens_per_second"] = 1500 + rng.gauss(0, 60)
             lines.append({"stage": stage, "step": step, "time": 1.8e9 + step} | values)
@@ -100,26 +127,30 @@ def make_run(run_dir, rounds=2, until=None):
 
     def dropped(stage, reasons):
         rows = [{"stage": stage, "prompt_id": None, "sample_index": None, "source": "sums", "reason": r, "detail": EVIL}
-                for r, n in reasons.items() for _ in range(n)]
+                for r, n in reasons.items() for _ in range(n * size.drops)]
         table(stage, "drops.parquet", rows, DROPS)
-        return {f"dropped/{r}": n for r, n in reasons.items()}
+        return {f"dropped/{r}": n * size.drops for r, n in reasons.items()}
 
     try:
         table("prompts", "prompts.parquet", prompts)
-        finish("prompts", {}, 2.5, {"prompts": 300} | dropped("prompts", {"duplicate": 7}))
+        finish("prompts", {}, 2.5, {"prompts": len(prompts)} | dropped("prompts", {"duplicate": 7}))
         evaluate("baseline", {"base": 0.12})
-        finish("baseline", {"prompts": "prompts", "candidates.base": "b" * 32}, 31.0, {"prompts": 220})
+        finish("baseline", {"prompts": "prompts", "candidates.base": "b" * 32}, 31.0,
+               {"prompts": 2 * (size.test + size.validation)})
         promotions, weights, at = [], "b" * 32, ["baseline", "base"]
         for r in range(rounds):
             name = f"round-{r:02}"
             train_prompts = [p for p in prompts if p["split"] == "train"]
-            samples = [(p, k, rng.random() < 0.2 + 0.2 * r) for p in train_prompts for k in range(8)]
-            table(f"{name}/sample", "shard-00000.parquet", [
-                {"prompt_id": p["prompt_id"], "sample_index": k, "completion_tokens": [1] * rng.randint(4, 40),
-                 "completion": (f"It is {p['answer']}." if ok else EVIL), "finish": "stop" if ok else "length"}
-                for p, k, ok in samples])
+            samples = [(p, k, rng.random() < 0.2 + 0.2 * r) for p in train_prompts for k in range(size.k)]
+            for first in range(0, len(samples), SHARD * size.k):
+                table(f"{name}/sample", f"shard-{first // (SHARD * size.k):05}.parquet", [
+                    {"prompt_id": p["prompt_id"], "sample_index": k, "completion_tokens":
+                     [1] * (rng.randint(4, 40) + size.words), "completion":
+                     (f"It is {p['answer']}." if ok else EVIL) + more(), "finish": "stop" if ok else "length"}
+                    for p, k, ok in samples[first:first + SHARD * size.k]])
             finish(f"{name}/sample", {"prompts": "prompts", "weights": weights}, 75.0,
-                   {"samples": len(samples), "tokens": 27000})
+                   {"prompts": len(train_prompts), "samples": len(samples), "tokens": 27000,
+                    "cut_share": sum(not ok for *_, ok in samples) / len(samples), "mean_length": 27000 / len(samples)})
             table(f"{name}/score", "scores.parquet", [
                 {"prompt_id": p["prompt_id"], "sample_index": k, "score": float(ok), "correct": ok}
                 for p, k, ok in samples])

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stagecalls import prompts, sources_of
 
 from strop.trainer.config import Filter, ReadyData, Recipe
@@ -15,6 +17,7 @@ from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import repetition, truncation
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
+from strop.trainer.data.text import words
 from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops, read_table
 
@@ -204,30 +207,72 @@ WHOLE = [" ".join(SENTENCES), "\n\n".join(SENTENCES), "42", "The answer is 42", 
          "**Done.** It works. \\boxed{7}"]
 
 
+WHOLE += [
+    # answers
+    "Plants need light to grow. The leaves take it in. The answer is B", "It takes two hours. We left. Answer: Paris",
+    "We add the two sides. Then we halve the sum.\n\nFinal answer: x", "She was born in Lyon. So the answer is yes",
+    "It is short. It is sweet. See https://example.org/a", "See it. Read it. <https://example.org/a?b=c,d>",
+    "One. Two. It costs 3 €", "One. Two. x² + y²", "One. Two. $x = 3$", "One. Two. \\[x = 3\\]", "It is so.\n$$x$$",
+    "It is so. \\boxed{\\frac{1}{2}}", "\\begin{align}a\\begin{cases}b\\end{cases}\\end{align}", "]0, 1[",
+    "x in [0, 1[", "The sign for addition is +", "He got an A+", "I like C++", "Use the four operators + - × ÷",
+    # lists, tables, markup, data
+    "Do it. Now.\n- red\n- green apples", "Here. Now.\n| a | b |\n|---|---|\n| 1 | 2 |", "A. B.\n<ul><li>x</li></ul>",
+    "a,b,\n1,2,\n3,4,", "name: x\nports:\n  web:", '{"a": [1, {"b": "}{"}]}', '[["a"], ["b"]]', "[1, 2) is half open",
+    '{"a": "an \\"open\\" word"}', "{x | x > 0}", "Title\n=====", "one: 1\ntwo: 2", "Note. End.\n\n---", "key = value",
+    # code
+    "int main() { return 0; }", "x = f(3);\nreturn x;", "One.\n\n```c\nint x[] = {\n```", "~~~\na\n~~~", "std::",
+    "Type ``` to open a block.", "`f(`", "The tag `<think>` opens it", "> ```\n> x = 1\n> ```", "1. ```\n   x\n   ```",
+    "````md\n```\nx\n````", "Put it in <answer> tags", "Write ```x``` inline", "SELECT a FROM b WHERE c",
+    # people
+    "Thank you. See you. :-(", "No. Never. :'(", "Good. Fine. 🙂", "Good. Fine. :smile:", "Oh no. Why. D:",
+    "I agree. Yes. Yours,\nAnn B. Clark", "“It is. It was,” she said", "He came. „Hallo“", "Sie kam. »Hallo«",
+    # other languages and scripts
+    "Es regnet. Wir gehen. Bis morgen", "Il joue. Il gagne. Il a marqué un but", "Elle court. Une médaille en or",
+    "Jeg ser. Der er en and", "Chúc bạn ngủ ngon. Hẹn gặp lại. Chúc bình an", "今日は晴れ。散歩する。また明日",
+    "Идёт дождь. Мы идём. До завтра", "مرحبا. كيف حالك؟ إلى اللقاء", "ฝนตก เราไป แล้วพบกัน", "비가 온다. 간다. 내일 봐요",
+    "Τι κάνεις; Καλά; Πού πας;", "यह एक किताब है।",
+    # words that a text speaks of
+    "It is short. The most common word in English is the", "The stop words of it are a, an, the",
+    "Turn the light in it on", "It is the key to the sentence: the conjunction or", "This is what it is made of",
+    "It is an AND gate or an OR",
+]
+OPEN = [
+    "```python\nprint('a')", "Here:\n\n```\nx\n```\n\n```py\ny", "> ```\n> x = 1", "- ```\n  x", "````md\n```\nx\n```",
+    "<think> first of all", "We think.\n<think>\nSo", "<think>a</think> So. <answer>4", "[THINK]maybe 5",
+    "See \\begin{align} x &= 3", "So\n\\[\n x = 3", "It is \\boxed{\\frac{1}{2}", "So\n$$\nx = 3",
+    '{"a": [1, {"b": 2}', '{"a": "op', '[{"a": 1},',
+    "a, b,", "It has these steps:", "f = 3 * (", "まず、", "首先，", "步骤如下：", "أولا،", "3 + 4 =", "So (x + 1) =",
+    "The river is long. It rises in the hills to the north of the", "It was cold in the hills because",
+    "She went to the market in town and bought bread and",
+]
+
+
 @pytest.mark.parametrize("text", WHOLE)
 def test_whole_texts_are_left_alone(text):
     assert truncation(text) == ""
 
 
-@pytest.mark.parametrize("text", ["```python\nprint('a')", "<think> first of all", "a, b,", "It has these steps:",
-                                  "f = 3 * ("])
+@pytest.mark.parametrize("text", OPEN)
 def test_open_ends(text):
     assert truncation(text)
 
 
-def test_planted_truncation():
-    """Texts cut at any word behind the second sentence; cut at a sentence's end they are whole."""
-    found = total = 0
-    for text in (" ".join(SENTENCES), "\n".join(SENTENCES)):
-        own = text.split(" ")
-        for n in range(25, len(own)):
-            cut = " ".join(own[:n])
-            if cut[-1] not in ".!?":
-                total += 1
-                found += bool(truncation(cut))
-            else:
-                assert not truncation(cut)
-    assert total > 30 and found / total >= 0.8  # a word, or two with a comma, might be a signature
+@pytest.mark.parametrize("text", [" ".join(SENTENCES), "\n".join(SENTENCES)])
+def test_cut_prose_is_found_at_open_words_and_commas_only(text):
+    """A cut between two other words leaves what may be an answer without a full stop."""
+    own = text.split(" ")
+    for n in range(1, len(own)):
+        cut = " ".join(own[:n])
+        last = cut.splitlines()[-1].split()
+        found = cut.endswith(",") or (last[-1] in ("the", "and", "their") and len(last) > 3)
+        if n > 12:  # enough English
+            assert bool(truncation(cut)) == found, cut
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("`<>/think[]{}()$\\:;=,\n begin\"'あ،“»")))
+def test_any_text_is_judged(text):
+    assert isinstance(truncation(text), str)
 
 
 # ---- ready-made data
@@ -293,3 +338,37 @@ def test_prompts_that_repeat_themselves_are_dropped(tmp_path):
     texts, *_ = texts_of(100)
     rows, drops, _ = run(tmp_path, [("s", [*texts, "buy now " * 60], {})])
     assert len(rows) == 100 and [(d["reason"], line(d)) for d in drops] == [("repetitive", 101)]
+
+
+def by_definition(prompts, n, surveyed, text):
+    """Ids of the prompts that `text` repeats, by sets of places and every pair."""
+    def grams(own, size):
+        return [(i, tuple(own[i:i + size])) for i in range(len(own) - size + 1)]
+
+    counts = Counter(gram for other in surveyed for gram in {gram for _, gram in grams(words(other), 3)})
+    common = {gram for gram, times in counts.items() if times > max(0.05 * len(surveyed), 5)}
+    found, mine = [], words(text)
+    for name, prompt in prompts:
+        own = words(prompt)
+        size = min(n, len(own))
+        told = set(range(len(own))) - {i + k for i, gram in grams(own, 3) if gram in common for k in range(3)}
+        shared = {gram for _, gram in grams(mine, size)} if size >= min(n, 5) else set()
+        covered = {i + k for i, gram in grams(own, size) if gram in shared and not told.isdisjoint(range(i, i + size))
+                   for k in range(size)}
+        least = min(len(told), max(n, min(1.5 * n, len(told) / 2)))
+        if (own and own == mine) or (covered and len(covered & told) >= least):
+            found.append(name)
+    return found
+
+
+PHRASES = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g"]), max_size=14).map(" ".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PHRASES, min_size=1, max_size=8), st.lists(PHRASES, max_size=12), PHRASES, st.integers(1, 6))
+def test_contamination_is_that_of_the_definition(held, surveyed, text, n):
+    prompts_ = [(f"{i:02}", prompt) for i, prompt in enumerate(held)]
+    index = HeldOut([(name, "s", prompt) for name, prompt in prompts_], n)
+    index.survey(surveyed)
+    found, expected = index.match(text), by_definition(prompts_, n, surveyed, text)
+    assert (found is None) == (not expected) and (found is None or found[0] in expected)

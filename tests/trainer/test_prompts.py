@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stagecalls import prompts
 
-from strop.trainer.config import Recipe
+from strop.trainer.config import Filter, Recipe
 from strop.trainer.data.rows import read_rows
 from strop.trainer.data.splits import allot
 from strop.trainer.data.text import normalize
@@ -95,7 +95,7 @@ def test_folder_that_datasets_saved(tmp_path):
 
 def test_ids_know_content_only(tmp_path):
     one = jsonl(tmp_path / "a.jsonl", questions(20))
-    two = jsonl(tmp_path / "b.jsonl", [{"q": f"  QUESTION\n{i} ", "solution": str(i)} for i in range(20)])
+    two = jsonl(tmp_path / "b.jsonl", [{"q": f"  question\n{i} ", "solution": str(i)} for i in range(20)])
     a, _, _ = run(tmp_path, recipe_of(source(one)), "a")
     b, _, _ = run(tmp_path, recipe_of(source(two, "other", prompt_column="q", answer_column="solution")), "b")
     assert [r["prompt_id"] for r in a] == [r["prompt_id"] for r in b]
@@ -106,12 +106,40 @@ def test_ids_know_content_only(tmp_path):
 
 
 def test_duplicates_are_dropped_and_counted(tmp_path):
-    rows = [*questions(20), {"prompt": "Question  1", "answer": "1"}, {"prompt": "question 2", "answer": "another"}]
+    rows = [*questions(20), {"prompt": "question  1\n", "answer": "1"}, {"prompt": "question 2", "answer": "another"}]
     found, drops, stage = run(tmp_path, recipe_of(source(jsonl(tmp_path / "p.jsonl", rows))))
     assert len(found) == 20 and stage.counts["dropped/duplicate"] == 2
     assert [d["detail"].split(":")[-1] for d in drops] == ["21", "22, with another answer"]
     assert found[1]["answer"] == "1"
     assert [d["prompt_id"] for d in drops] == [found[1]["prompt_id"], found[2]["prompt_id"]]
+
+
+PAIRS = [("x²", "x2"), ("a", "A"), ("H₂O", "H2O"), ("CO", "Co"), ("①", "1"), ("𝐱", "x"), ("m²", "m2"), ("pH", "PH"),
+         ("ℝ", "R")]
+SPELLINGS = [("½ cup", "1⁄2 cup"), ("Ⅳ", "IV"), ("ﬀ", "ff"), ("The End", "THE END"), ("Tea", "tea")]  # of the same
+
+
+@pytest.mark.parametrize("asked", ["{}?", "What is the meaning of {} in the text that stands above this question?"])
+def test_case_and_compatibility_forms_make_other_prompts(tmp_path, asked):
+    """They share a split, so that spellings of one question are not on both sides."""
+    rows = [{"prompt": asked.format(form), "answer": "1"} for pair in PAIRS + SPELLINGS for form in pair]
+    words = ("river", "cold hills", "seven gates", "a bridge", "the old town", "my cat", "nine doors", "red wine")
+    rows += [{"prompt": f"How far is {a} from {b}?", "answer": "1"} for a in words for b in words if a != b]
+    recipe = recipe_of(source(jsonl(tmp_path / "p.jsonl", rows))).model_copy(update={"filter": Filter(decontaminate=0)})
+    found, drops, _ = run(tmp_path, recipe)
+    split = {user(r): r["split"] for r in found}
+    assert {asked.format(form) for pair in PAIRS for form in pair} <= split.keys()
+    assert not {asked.format(second) for _, second in SPELLINGS} & split.keys()
+    assert [d["reason"] for d in drops] == ["near_duplicate"] * len(SPELLINGS)
+    assert len({r["prompt_id"] for r in found} | {d["prompt_id"] for d in drops}) == len(rows)
+    for one, other in PAIRS:
+        assert normalize(one) != normalize(other) or split[asked.format(one)] == split[asked.format(other)]
+
+
+def test_composed_and_decomposed_letters_are_one_prompt(tmp_path):
+    rows = [*questions(20), *({"prompt": f"{word} or tea?", "answer": "1"} for word in ("caf\u00e9", "cafe\u0301"))]
+    found, drops, _ = run(tmp_path, recipe_of(source(jsonl(tmp_path / "p.jsonl", rows))))
+    assert len(found) == 21 and [d["reason"] for d in drops] == ["duplicate"]
 
 
 def contents(rows, split):

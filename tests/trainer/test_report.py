@@ -5,11 +5,13 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import BINARY, DRIVER, chromium
-from runs import EVIL, make_run
+from runs import EVIL, Size, make_run
 
 from strop.trainer.errors import UserError
-from strop.trainer.reports.charts import Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
+from strop.trainer.reports import browse, html, statistics
+from strop.trainer.reports.charts import MOST, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, ticks
 from strop.trainer.reports.html import write_report
+from strop.trainer.run.tables import find_rows, read_table, write_table
 
 
 class Page(HTMLParser):
@@ -93,6 +95,70 @@ def test_drops_stages_and_panels_are_listed(finished):
     assert re.search(r"round-00/select</td><td class=\"k\">tie</td><td class=\"k\">sums</td><td class=\"n\">12<", html)
     assert "sft rows 50 · pairs 44" in page.text and "something_new" in page.text
     assert "weights ← round-01/dpo" in page.text and "candidates.base ← from outside" in page.text
+
+
+def test_the_report_is_bounded_and_reads_the_texts_of_its_own_rows_only(tmp_path, monkeypatch):
+    """Ten times as many prompts, long texts, steps and drops make it no larger."""
+    read, found = [], []
+
+    def recorded(path, columns=None):
+        read.append(columns)
+        return read_table(path, columns)
+
+    def counted(path, columns, ids):
+        found.append(find_rows(path, columns, ids))
+        return found[-1]
+
+    for module in (browse, html, statistics):
+        monkeypatch.setattr(module, "read_table", recorded)
+    monkeypatch.setattr(browse, "find_rows", counted)
+    sizes, rows = [], []
+    for factor in (1, 10):
+        found.clear()
+        size = Size(test=80 * factor, validation=10, train=70 * factor, k=4, words=400, steps=500 * factor,
+                    drops=factor)
+        report = write_report(make_run(tmp_path / str(factor), size=size)).read_text()
+        sizes.append(len(report))
+        rows.append(sum(map(len, found)))
+    assert None not in read and not {name for columns in read for name in columns} & {
+        "completion", "completion_tokens", "messages"}
+    assert rows[0] == rows[1] == 120 * (1 + 4) + 150 * (1 + 1 + 3)  # a prompt with 4 samples, 1 and 3 candidates
+    assert sizes[1] < 1.05 * sizes[0] < 2e6
+    assert "120 of 2,800 prompts of all rounds" in report and "150 of 1,600 test prompts" in report
+
+
+def test_many_sources_of_drops_and_a_long_recipe_are_counted(tmp_path):
+    run = make_run(tmp_path / "demo", until="prompts")
+    with (run / "config.yaml").open("a") as f:
+        f.write("# more\n" * 20_000)
+    table = read_table(run / "prompts/drops.parquet")
+    sources = [f"s{i:03}" for i in range(300)]
+    rows = [table.slice(0, 1).to_pylist()[0] | {"source": s} for s in sources for _ in range(2)]
+    write_table(run / "prompts/drops.parquet", table.from_pylist(rows, schema=table.schema))
+    report = write_report(run).read_text()
+    assert report.count('<td class="k">duplicate</td>') == 200 and "The first 200 of 300 rows" in report
+    assert "s199" in report and "s200" not in report and len(report) < 200_000
+    assert re.search(r"[\d,]+ more characters are in <code>config.yaml", report)
+
+
+def test_a_table_without_a_column_is_named(tmp_path):
+    run = make_run(tmp_path / "demo", until="baseline")
+    with pytest.raises(UserError, match=r"prompts\.parquet: has no column nothing"):
+        read_table(run / "prompts/prompts.parquet", ["nothing"])
+    ids = ["sums-003", "products-149", "none"]
+    assert [r["prompt_id"] for r in find_rows(run / "prompts/prompts.parquet", ["answer"], ids)] == ids[:2]
+    assert find_rows(run / "prompts/prompts.parquet", ["answer"], ["none"]) == []
+
+
+def test_long_curves_keep_their_extremes():
+    ys = [math.sin(i / 5000) for i in range(100_000)]
+    ys[70_003], ys[20_000:21_200] = 9.0, [None] * 1200
+    chart = line_chart([Line("a", list(range(100_000)), ys)])
+    points = [tuple(map(float, p.split(","))) for line in re.findall(r'points="([^"]*)"', chart) for p in line.split()]
+    assert len(points) <= MOST and len(chart) < 20 * MOST
+    assert chart.count("<polyline") == 2, "the gap is left"
+    top = min(points, key=lambda p: p[1])
+    assert sorted(p[1] for p in points)[1] - top[1] > 50, "the spike is drawn"
 
 
 @pytest.mark.parametrize("until", ["prompts", "baseline", "round-00/sample", "round-00/dpo", "round-00/evaluate"])

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 from browser import BINARY, DRIVER, chromium
-from runs import make_run
+from runs import Size, make_run
 from test_report import Page as Html
 
 from strop.trainer.errors import UserError
@@ -122,6 +123,39 @@ def test_a_port_that_is_taken_and_a_run_that_is_not_there(tmp_path, monkeypatch)
         watch(None, "demo", port=port)
     with pytest.raises(UserError, match=r"demmo: no such run directory; did you mean demo\?"):
         watch(None, "demmo")
+
+
+def test_later_pages_hold_every_prompt_once(tmp_path):
+    run = make_run(tmp_path / "demo", size=Size(test=170, validation=5, train=70, k=2))
+    with served(run) as port:
+        first = ask(port, "/")[1]
+        for table, total, part in (("sampled", 280, 120), ("held-out", 340, 150)):
+            body = re.search(rf'<section id="{table}".*?</section>', first, re.DOTALL).group()
+            pages = [re.findall("<tr .*?</tr>", body, re.DOTALL)]
+            while rows := re.findall("<tr .*?</tr>", ask(port, f"/rows?table={table}&page={len(pages)}")[1], re.DOTALL):
+                pages.append(rows)
+            assert [len(page) for page in pages] == [part] * (total // part) + [total % part], table
+            assert len({row for page in pages for row in page}) == total
+        for bad in ("/rows", "/rows?table=prompts&page=1", "/rows?table=sampled&page=-1", "/rows?table=sampled&page=x"):
+            assert ask(port, bad)[0] == 404
+
+
+@needs_chromium
+def test_in_a_browser_more_rows_come_by_click(tmp_path):
+    run = make_run(tmp_path / "demo", size=Size(test=100, validation=5, train=70, k=2))
+    with served(run) as port, chromium(tmp_path) as browser:
+        browser.open(f"http://127.0.0.1:{port}/")
+        assert browser.text("#held-out [data-shown]") == "150 of 150 shown"
+        browser.click("#held-out [data-more]")
+        browser.wait("document.querySelector('#held-out [data-shown]').textContent === '200 of 200 shown'")
+        assert browser.run("return document.querySelector('#held-out [data-more]').hidden")
+        browser.type("#sampled input", "What is 1")
+        browser.click("#sampled [data-more]")
+        browser.wait("document.querySelectorAll('#sampled tbody tr').length === 240")
+        rows = browser.run("return [...document.querySelectorAll('#sampled tbody tr')].filter(r => r.offsetParent)"
+                           ".map(r => r.innerText)")
+        assert rows and all("What is 1" in row for row in rows)
+        assert [e for e in browser.call("se/log", {"type": "browser"}) if "favicon" not in e["message"]] == []
 
 
 @needs_chromium

@@ -6,13 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from strop.trainer.data.dedup import frequent
+from strop.trainer.data.dedup import most
 from strop.trainer.data.splits import HELD_OUT
 from strop.trainer.data.text import words
 from strop.trainer.run.tables import read_table
 
-PHRASE = 3  # words that make a template's shortest stretch
-SHORTEST = 5  # words from which a held-out prompt that is shorter than an n-gram counts as one
+PHRASE = 3  # words of the shortest stretch of a template
+SHORTEST = 5  # a held-out prompt of at least that many words, and fewer than an n-gram has, counts as an n-gram
 
 
 class HeldOut:
@@ -22,7 +22,8 @@ class HeldOut:
     or 1.5 n of them; n at least, or all where there are fewer. A prompt's own words are those outside of n-grams, down
     to 3-grams, that more than 5 % of a source's prompts have: two questions of one template share the template, and
     perhaps one number of two. A held-out prompt of fewer than n words is one n-gram itself, one of fewer than five must
-    be repeated as a whole, and so must those of the text's own source where that one is templated.
+    be repeated as a whole, and so must all held-out prompts of the text's own source if that is templated. Words are
+    compared after `normalize`: x² repeats x2, since losing a training prompt costs less than testing on it.
     """
 
     def __init__(self, prompts: Iterable[tuple[str, str, str]], n: int, templated: Collection[str] = ()):
@@ -34,48 +35,57 @@ class HeldOut:
                 self.whole.setdefault(" ".join(self.words[name]), name)
         self.known = {gram for own in self.words.values() for _, gram in _grams(own, PHRASE)}
         self.common: set[str] = set()
-        self._index()
+        self.indexed = False
 
     def survey(self, texts: Iterable[str]) -> None:
-        """Takes what is common among `texts`, all prompts of one source, for its template."""
+        """Takes n-grams that are common among `texts`, all prompts of one source, for its template."""
         counts, total = Counter(), 0
         for text in texts:
             counts.update({gram for _, gram in _grams(words(text), PHRASE)} & self.known)
             total += 1
-        self.common |= frequent(counts, total)
-        self._index()
+        self.common |= {gram for gram, n in counts.items() if n > most(total)}
+        self.indexed = False
 
     def match(self, text: str, source: str | None = None) -> tuple[str, str] | None:
         """(id of the held-out prompt that `text`, of `source`, repeats, the words that they share), or None."""
+        if not self.indexed:
+            self._index()
+            self.indexed = True
         own = words(text)
         if (joined := " ".join(own)) in self.whole:
             return self.whole[joined], joined
-        covered: dict[str, set[int]] = defaultdict(set)
+        covered: dict[str, int] = defaultdict(int)  # places as bits
         for gram in {gram for size in self.sizes for _, gram in _grams(own, size) if gram in self.places}:
+            size = gram.count(" ") + 1
             for name, start in self.places[gram]:
-                if source not in self.templated or source != self.source[name]:
-                    covered[name] |= set(range(start, start + gram.count(" ") + 1))
-        for name in sorted(covered):
-            told = self.own[name]
-            if len(covered[name] & told) >= min(len(told), max(self.n, min(1.5 * self.n, len(told) / 2))):
-                return name, " ".join(self.words[name][i] for i in sorted(covered[name]))
-        return None
+                covered[name] |= ((1 << size) - 1) << start
+        matches = [name for name, bits in covered.items() if (bits & self.own[name]).bit_count() >= self.least[name]
+                   and (source not in self.templated or source != self.source[name])]
+        if not matches:
+            return None
+        name = min(matches)
+        return name, " ".join(word for i, word in enumerate(self.words[name]) if covered[name] >> i & 1)
 
     def _index(self) -> None:
-        """`own`: places of each prompt's own words; `places`: n-gram with such a word -> (prompt, first word)."""
-        self.own: dict[str, set[int]] = {}
+        """`own`: the places of each prompt's own words, as bits; `least`: how many of them make a match; `places`:
+        n-gram with such a word -> (prompt, first place)."""
+        self.own: dict[str, int] = {}
+        self.least: dict[str, float] = {}
         self.places: dict[str, list[tuple[str, int]]] = defaultdict(list)
         self.sizes: set[int] = set()
         for name, all_ in self.words.items():
-            template = {i for start, gram in _grams(all_, PHRASE) if gram in self.common
-                        for i in range(start, start + PHRASE)}
-            self.own[name] = set(range(len(all_))) - template
+            self.own[name] = (1 << len(all_)) - 1
+            for start, gram in _grams(all_, PHRASE):
+                if gram in self.common:
+                    self.own[name] &= ~(((1 << PHRASE) - 1) << start)
+            total = self.own[name].bit_count()
+            self.least[name] = min(total, max(self.n, min(1.5 * self.n, total / 2)))
             size = min(self.n, len(all_))
             if size < min(self.n, SHORTEST):
                 continue
             self.sizes.add(size)
             for start, gram in _grams(all_, size):
-                if not self.own[name].isdisjoint(range(start, start + size)):
+                if self.own[name] >> start & ((1 << size) - 1):
                     self.places[gram].append((name, start))
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from strop.trainer.config import Source
 from strop.trainer.data.contamination import said
 from strop.trainer.data.rows import Quarantine, Row, kind, read_rows, to_messages
-from strop.trainer.data.text import normalize
+from strop.trainer.data.text import canonical, normalize
 from strop.trainer.errors import UserError
 from strop.trainer.run.files import reason_of
 from strop.trainer.run.tables import Drops
 
 
-def content_hash(messages: list[dict]) -> str:
-    """Hash of the normalized messages, the same in every source."""
-    content = [[m["role"], normalize(m["content"])] for m in messages]
+def content_hash(messages: list[dict], form: Callable[[str], str] = canonical) -> str:
+    """Hash of the roles and of the contents in `form`; it does not depend on the source."""
+    content = [[m["role"], form(m["content"])] for m in messages]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -49,9 +49,10 @@ def source_rows(source: Source, seed: int, check_answer: Callable, drops: Drops,
             drops.add("malformed", source=source.name, detail=f"{row.where}: {e}")
             continue
         messages = _apply_template(source, asked)
+        # spellings of one question stay in one split
+        content = content_hash([m for m in asked if m["role"] != "system"], normalize)
         yield {"prompt_id": content_hash(messages), "source": source.name, "messages": messages, "answer": answer,
-               "metadata": dumps(metadata), "where": row.where,
-               "content": content_hash([m for m in asked if m["role"] != "system"]), "text": said(asked)}
+               "metadata": dumps(metadata), "where": row.where, "content": content, "text": said(asked)}
 
 
 def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict]:

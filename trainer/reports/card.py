@@ -67,7 +67,7 @@ def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: l
             name: {"hash": m["key"], "counts": m["counts"], "seconds": m["seconds"]} for name, m in done.items()}})
     counts = Counter()
     for s in run.of_kind("prompts"):
-        counts.update(read_table(run.dir / s["stage"] / "prompts.parquet")["source"].to_pylist())
+        counts.update(read_table(run.dir / s["stage"] / "prompts.parquet", ["source"])["source"].to_pylist())
     named = [("base" if r["round"] is None else f"round {r['round']} {r['stop']}", r) for r in results]
     return {
         "name": recipe.name, "seed": recipe.seed, "method": recipe.method,

@@ -8,6 +8,7 @@ from itertools import groupby
 COLORS = ("#2c6e9b", "#c4622d", "#3f8159", "#8a5a9e", "#b08d1e", "#5b6b78", "#b0466b", "#3b8f8f")
 INK, MUTED, GRID = "#2b2622", "#857b72", "#e7e1d9"
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 18, 28
+MOST = 400  # points of a curve
 WIDE = 32  # width of a dot's column from which on its label fits
 
 
@@ -34,7 +35,8 @@ class Dot:
 
 
 def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: bool = False) -> str:
-    """Curves over a shared x axis. zero: the y axis includes 0. Returns "" without any finite point."""
+    """Curves over a shared x axis. zero: the y axis includes 0. Returns "" without any finite point. Of a curve with
+    more than MOST points the extremes of equal stretches are drawn."""
     points = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if finite(y)]
     if not points:
         return ""
@@ -44,11 +46,11 @@ def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: boo
     to_x = scale(min(xs), max(xs), LEFT, width - RIGHT)
     to_y = scale(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)
     body = y_axis(y_ticks, to_y, width, number)
-    body += [text(to_x(t), height - BOTTOM + 16, f"{t:g}", "middle") for t in x_ticks
+    body += [text(min(to_x(t), width - 3.3 * len(f"{t:g}")), height - BOTTOM + 16, f"{t:g}", "middle") for t in x_ticks
              if LEFT - 1 <= to_x(t) <= width - RIGHT + 1]
     for i, line in enumerate(lines):
         color = COLORS[i % len(COLORS)]
-        for there, run in groupby(zip(line.xs, line.ys, strict=True), lambda point: finite(point[1])):
+        for there, run in groupby(thinned(line), lambda point: finite(point[1])):
             path = [f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in run] if there else []
             if len(path) == 1:
                 x, y = path[0].split(",")
@@ -57,6 +59,20 @@ def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: boo
                 body.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{color}" stroke-width="1.6" '
                             f'stroke-linejoin="round"><title>{escape(line.name)}</title></polyline>')
     return svg(body, width, height, "line chart: " + ", ".join(line.name for line in lines))
+
+
+def thinned(line: Line) -> list[tuple[float, float | None]]:
+    """The points of a curve, at most MOST: the lowest and the highest of each of MOST / 2 stretches, a gap where a
+    stretch has no finite point."""
+    points = list(zip(line.xs, line.ys, strict=True))
+    if len(points) <= MOST:
+        return points
+    size, kept = math.ceil(2 * len(points) / MOST), []
+    for i in range(0, len(points), size):
+        there = [point for point in points[i:i + size] if finite(point[1])]
+        ends = (min(there, key=lambda p: p[1]), max(there, key=lambda p: p[1])) if there else (points[i],)
+        kept += sorted(set(ends))
+    return kept
 
 
 def share(value: float) -> str:

@@ -74,8 +74,8 @@ def result(run: RunRecord) -> dict | None:
     label = "base (promoted)" if run.promotions else "base"
     if where != run.base:
         label = " ".join([where[0].split("/")[0].replace("-0", " "), where[1]])
-    table = read_table(run.dir / where[0] / "results.parquet").select(["prompt_id", "source"])
-    sources = {r["prompt_id"]: r["source"] for r in table.to_pylist()}
+    table = read_table(run.dir / where[0] / "results.parquet", ["prompt_id", "source"])
+    sources = dict(zip(table["prompt_id"].to_pylist(), table["source"].to_pylist(), strict=True))
     return {"label": label, "base": correct(run.dir, run.base, "test"), "now": correct(run.dir, where, "test"),
             "sources": sources, "resamples": run.resamples}
 

@@ -4,12 +4,11 @@ import base64
 import hashlib
 import json
 import time
-from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median_high
 
 import jinja2
-import pyarrow.compute as compute
+import numpy as np
 from markupsafe import Markup
 
 from strop.trainer.errors import UserError
@@ -33,6 +32,7 @@ PANELS = {  # charts per training stage: title -> metrics; other metrics get one
     "tokens per second": ("tokens_per_second",), "share of the peak speed (MFU)": ("mfu",),
     "packing and balance": ("packing_efficiency", "packing_fill", "rank_balance"),
 }
+SOURCES, DROPS, RECIPE = 12, 200, 50_000  # the report's charted sources, rows of drops, characters of the recipe
 REST = 20  # refreshing the report during a run takes at most 1/REST of its time
 
 
@@ -65,16 +65,27 @@ class Refresh:
         self.not_before = self.clock() + REST * (self.clock() - started)
 
 
-def render(values: dict) -> str:
-    """The HTML page of a run, from `settled`, `moving` and `live`."""
-    parts = ("report.js", "watch.js") if values["live"] else ("report.js",)
-    script = "".join((TEMPLATES / part).read_text(encoding="utf-8") for part in parts)
+def templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals["colors"] = COLORS
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "duration": duration,
                             "points": lambda v: f"{100 * v:+.1f}", "count": count}
-    return environment.get_template("report.html.j2").render(
+    return environment
+
+
+def render_rows(run: RunRecord, table: str, page: int) -> str:
+    """The rows of a page of the table "sampled" or "held-out", as HTML; empty behind the last one."""
+    rows, _ = (sampled_rows if table == "sampled" else held_out_rows)(run, page)
+    macros = templates().get_template("rows.html.j2").module
+    return macros.sampled(rows) if table == "sampled" else macros.held_out(rows, run.current is not None)
+
+
+def render(values: dict) -> str:
+    """The HTML page of a run, from `settled`, `moving` and `live`."""
+    parts = ("watch.js", "report.js") if values["live"] else ("report.js",)
+    script = "".join((TEMPLATES / part).read_text(encoding="utf-8") for part in parts)
+    return templates().get_template("report.html.j2").render(
         values, script=Markup(script), style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
@@ -84,7 +95,8 @@ def moving(run: RunRecord) -> dict:
     return {
         "name": run.name, "seed": run.config.get("seed"), "finished": run.finished, "rounds": run.rounds,
         "rounds_done": len(run.promotions), "pipeline": pipeline(run), "training": training(run),
-        "time_chart": Markup(time_chart(run)), "config_text": run.config_text, "live": None,
+        "time_chart": Markup(time_chart(run)), "config_text": run.config_text[:RECIPE],
+        "config_left": max(0, len(run.config_text) - RECIPE), "live": None,
     }
 
 
@@ -94,18 +106,21 @@ def settled(run: RunRecord) -> dict:
     path = str(run.config.get("model", {}).get("path", ""))
     sampling = run.attempt("samples", sampling_rows, run, default=[])
     kl = run.attempt("kl.json", kl_of, run, default={})
+    drops = run.attempt("drops", drop_rows, run, default=[])
+    sampled, of_sampled = run.attempt("sampled prompts", sampled_rows, run, default=([], 0))
+    held_out, of_held_out = run.attempt("held-out prompts", held_out_rows, run, default=([], 0))
     return {
         "model": run.start,
         "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
         "headline": headline(results), "results": result_table(results, kl),
-        "result_sources": sources_of(results), "pass_charts": pass_charts(results),
+        "result_sources": sources_of(results)[:SOURCES], "of_sources": len(sources_of(results)),
+        "pass_charts": pass_charts(results),
         "change_charts": change_charts(results, kl),
         "sampling": sampling, "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
         "seconds": sum(m["seconds"] for m in run.manifests.values()),
         "sampled_tokens": sum(row["tokens"] for row in sampling),
-        "drops": run.attempt("drops", drop_rows, run, default=[]),
-        "sampled": run.attempt("sampled prompts", sampled_rows, run, default=[]),
-        "held_out": run.attempt("held-out prompts", held_out_rows, run, default=[]),
+        "drops": drops[:DROPS], "of_drops": len(drops), "sampled": sampled, "of_sampled": of_sampled,
+        "held_out": held_out, "of_held_out": of_held_out,
         "lineage": lineage(run), "problems": run.problems, "versions": run.versions,
         "created": next((m["created"] for m in reversed(run.manifests.values())), ""),
     }
@@ -168,7 +183,7 @@ def pass_charts(results: list[dict]) -> dict:
 
     charts = {split: chart([r[split] for r in results], 1000, 230) for split in ("test", "validation")}
     return charts | {"sources": [(s, chart([r["test"]["by_source"].get(s) for r in results], 490, 200))
-                                 for s in sources_of(results)]}
+                                 for s in sources_of(results)[:SOURCES]]}
 
 
 def change_charts(results: list[dict], kl: dict) -> list[tuple[str, Markup]]:
@@ -212,19 +227,17 @@ def sampling_rows(run: RunRecord) -> list[dict]:
     rows = []
     scored = {s["inputs"]["sample"]: run.dir / s["stage"] / "scores.parquet" for s in run.of_kind("scores")}
     for stage in (s["stage"] for s in run.of_kind("samples")):
-        table = run.table(stage).select(["completion_tokens", "finish"])
-        n, cut = table.num_rows, table["finish"].to_pylist().count("length")
-        length = compute.sum(compute.list_value_length(table["completion_tokens"])).as_py() or 0
-        row = {"round": stage.split("/")[0], "samples": n, "tokens": length, "mean_length": length / max(1, n),
-               "cut": cut / max(1, n), "correct": None, "solved": None, "histogram": None,
-               "seconds": run.manifests[stage]["seconds"]}
-        right = defaultdict(list)
-        for score in read_table(scored[stage]).to_pylist() if stage in scored else ():
-            right[score["prompt_id"]].append(score["correct"])
-        if right:
-            row |= {"correct": sum(map(sum, right.values())) / sum(map(len, right.values())),
-                    "solved": sum(map(any, right.values())) / len(right),
-                    "histogram": Counter(map(sum, right.values())), "k": max(map(len, right.values()))}
+        counts = run.manifests[stage]["counts"]
+        row = {"round": stage.split("/")[0], "samples": counts["samples"], "tokens": counts["tokens"],
+               "mean_length": counts["mean_length"], "cut": counts["cut_share"], "correct": None, "solved": None,
+               "histogram": None}
+        if stage in scored:
+            table = read_table(scored[stage], ["prompt_id", "correct"])
+            counted = table.set_column(1, "correct", table["correct"].cast("int32")).group_by("prompt_id").aggregate(
+                [("correct", "sum"), ("correct", "count")])
+            right, drawn = counted["correct_sum"].to_numpy(), counted["correct_count"].to_numpy()
+            row |= {"correct": right.sum() / drawn.sum(), "solved": (right > 0).mean(),
+                    "histogram": np.bincount(right, minlength=drawn.max() + 1).tolist()} if len(right) else {}
         rows.append(row)
     return rows
 
@@ -233,9 +246,9 @@ def solved_chart(sampling: list[dict]) -> str:
     scored = [row for row in sampling if row["histogram"]]
     if not scored:
         return ""
-    k = max(row["k"] for row in scored)
-    series = [(row["round"], [float(row["histogram"][i]) for i in range(k + 1)]) for row in scored]
-    return column_chart([f"{i}" for i in range(k + 1)], series, 490, 200)
+    k = max(len(row["histogram"]) for row in scored)
+    series = [(row["round"], [*map(float, row["histogram"]), *[0.0] * (k - len(row["histogram"]))]) for row in scored]
+    return column_chart([f"{i}" for i in range(k)], series, 490, 200)
 
 
 def time_chart(run: RunRecord) -> str:
@@ -250,13 +263,15 @@ def time_chart(run: RunRecord) -> str:
 
 def drop_rows(run: RunRecord) -> list[dict]:
     """A row per stage, reason and source, with the count and an example."""
-    details = defaultdict(list)
+    rows = []
     for stage in run.manifests:
         path = run.dir / stage / "drops.parquet"
-        for drop in read_table(path).to_pylist() if path.exists() else ():
-            details[stage, drop["reason"], drop["source"] or ""].append(drop["detail"] or "")
-    return [{"stage": stage, "reason": reason, "source": source, "n": len(found), "detail": found[0][:160]}
-            for (stage, reason, source), found in details.items()]
+        if path.exists():
+            groups = read_table(path, ["reason", "source", "detail"]).group_by(["reason", "source"], use_threads=False)
+            found = groups.aggregate([("detail", "first"), ([], "count_all")])
+            rows += [{"stage": stage, "reason": row["reason"], "source": row["source"] or "", "n": row["count_all"],
+                      "detail": (row["detail_first"] or "")[:160]} for row in found.to_pylist()]
+    return rows
 
 
 def stage_rows(run: RunRecord) -> list[dict]:

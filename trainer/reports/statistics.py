@@ -1,10 +1,12 @@
 """Results of a run: pass rates of the start weights and of every round's candidates, and paired gains."""
 
 import math
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as compute
 
 from strop.trainer.run.records import SUMMARY, read_record
 from strop.trainer.run.tables import read_table
@@ -13,9 +15,10 @@ from strop.trainer.run.tables import read_table
 def correct(run_dir: Path, where: tuple[str, str], split: str) -> dict[str, bool]:
     """prompt_id -> correct, of one candidate of an evaluate artifact."""
     artifact, candidate = where
-    table = read_table(run_dir / artifact / "results.parquet").select(["candidate", "split", "prompt_id", "correct"])
-    return {r["prompt_id"]: r["correct"] for r in table.to_pylist()
-            if (r["candidate"], r["split"]) == (candidate, split)}
+    table = read_table(run_dir / artifact / "results.parquet", ["candidate", "split", "prompt_id", "correct"])
+    mine = compute.and_(compute.equal(table["candidate"], candidate), compute.equal(table["split"], split))
+    table = table.filter(mine)
+    return dict(zip(table["prompt_id"].to_pylist(), table["correct"].to_pylist(), strict=True))
 
 
 def gain(new: dict[str, bool], old: dict[str, bool], resamples: int) -> dict | None:
@@ -38,8 +41,12 @@ def round_results(run_dir: Path, promotions: list[dict], base: tuple[str, str] |
     if base is None:
         return []
 
+    @cache
+    def test(where: tuple[str, str]) -> dict[str, bool]:
+        return correct(run_dir, where, "test")
+
     def over(new: tuple[str, str], old: tuple[str, str]) -> dict:
-        after, before = correct(run_dir, new, "test"), correct(run_dir, old, "test")
+        after, before = test(new), test(old)
         assert after.keys() == before.keys(), (new, old)
         return {"split": "test"} | gain(after, before, resamples)
 

@@ -1,6 +1,7 @@
 """`strop watch`: the report as a live page, served to this machine only and refreshed during the run."""
 
 import hashlib
+import re
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,7 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from strop.trainer.errors import UserError
-from strop.trainer.reports.html import moving, render, settled
+from strop.trainer.reports.html import moving, render, render_rows, settled
 from strop.trainer.reports.reading import RunRecord, find_run, holder, progress, read_run
 from strop.trainer.reports.show import how_far, state
 
@@ -48,20 +49,26 @@ class Page:
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.lock = run_dir, threading.Lock()
-        self.stamp = self.html = self.made = self.settled = None
+        self.stamp = self.html = self.made = self.settled = self.run = None
 
     def get(self, known: str = "") -> tuple[str, str | None]:
         """(stamp, page); no page if the stamp is `known`."""
         with self.lock:
             stamp = stamp_of(self.run_dir)
             if stamp != self.stamp:
-                run = read_run(self.run_dir)
+                self.run = run = read_run(self.run_dir)
                 made = [(stage, m["key"], m["created"]) for stage, m in run.manifests.items()]
                 if made != self.made:
                     self.settled, self.made = settled(run), made
                 self.html = render(self.settled | moving(run) | {"live": live(run, stamp)})
                 self.stamp = stamp
             return stamp, None if known == stamp else self.html
+
+    def rows(self, table: str, page: int) -> str:
+        """The rows of a later page of a prompt table; only their texts are read."""
+        with self.lock:
+            self.run = self.run or read_run(self.run_dir)
+            return render_rows(self.run, table, page)
 
 
 def stamp_of(run_dir: Path) -> str:
@@ -87,7 +94,7 @@ def live(run: RunRecord, stamp: str) -> dict:
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / and GET /page?stamp=...; nothing else is served."""
+    """GET /, /page?stamp=... and /rows?table=...&page=...; nothing else is served."""
 
     page: Page
     protocol_version = "HTTP/1.1"
@@ -98,13 +105,17 @@ class PageHandler(BaseHTTPRequestHandler):
             return self.answer(403, "this page is for 127.0.0.1 only")
         try:
             url = urlsplit(self.path)
+            asked = {name: values[0] for name, values in parse_qs(url.query).items()}
         except ValueError as e:
             return self.answer(400, f"not a URL: {e}")
-        if url.path not in ("/", "/page"):
-            return self.answer(404, "no such page")
-        known = parse_qs(url.query).get("stamp", [""])[0]
+        table, number = asked.get("table"), asked.get("page", "")
         try:
-            _, html = self.page.get(known)
+            if url.path in ("/", "/page"):
+                _, html = self.page.get(asked.get("stamp", ""))
+            elif url.path == "/rows" and table in ("sampled", "held-out") and re.fullmatch("[0-9]{1,9}", number):
+                html = self.page.rows(table, int(number))
+            else:
+                return self.answer(404, "no such page")
         except Exception as e:  # the run directory changed during the read: the next request succeeds
             return self.answer(503, f"{type(e).__name__}: {e}")
         return self.answer(204 if html is None else 200, html or "", "text/html")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
 from strop.trainer.errors import UserError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:  # readers of run directories need no torch
 
 DROPS = pa.schema([(c, pa.string()) for c in ("stage", "prompt_id")] + [("sample_index", pa.int32())]
                   + [(c, pa.string()) for c in ("source", "reason", "detail")])
+BATCH = 256  # rows
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -25,13 +28,36 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_atomic(path, lambda p: pq.write_table(table, p, compression="zstd", write_page_checksum=True))
 
 
-def read_table(path: Path) -> pa.Table:
-    """Raises UserError if the file is missing, not Parquet or damaged."""
+@contextmanager
+def reading(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file; errors while it is read are UserErrors."""
     try:
-        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{path}: not readable as Parquet ({reason_of(e)}); delete its folder to re-run the "
                          "stage") from e
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table, or only some columns of it: the others are not read. Raises UserError if the file is missing, not
+    Parquet or damaged, or lacks a column."""
+    with reading(path) as file:
+        if missing := set(columns or ()) - set(file.schema_arrow.names):
+            raise UserError(f"{path}: has no column {min(missing)}; delete its folder to re-run the stage")
+        return file.read(columns)
+
+
+def find_rows(path: Path, columns: Sequence[str], ids: Collection[str]) -> list[dict]:
+    """The rows of a table whose prompt_id is in `ids`, as prompt_id and `columns`. Reads `columns` only if there are
+    such rows, and by batch, so that no more than a batch is in memory. Raises UserError as `read_table` does."""
+    wanted, found = pa.array(ids, pa.string()), []
+    if not compute.any(compute.is_in(read_table(path, ["prompt_id"])["prompt_id"], wanted)).as_py():
+        return []
+    with reading(path) as file:
+        for batch in file.iter_batches(BATCH, columns=["prompt_id", *columns]):
+            found += batch.filter(compute.is_in(batch["prompt_id"], wanted)).to_pylist()
+    return found
 
 
 def read_part(path: Path, schema: pa.Schema) -> pa.Table | None:

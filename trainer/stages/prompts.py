@@ -90,11 +90,14 @@ def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> li
 def drop_near_duplicates(rows: list[dict], data: Part, filter: Filter | Part, drops: Drops) -> list[dict]:
     """Drops near duplicates of an earlier row of the same source, except in templated sources."""
     threshold, gone = filter.near_duplicates, set()
-    for source in data.sources if threshold else ():
-        mine = [row for row in rows if row["source"] == source.name and not source.templated]
+    by_source: dict[str, list[dict]] = {source.name: [] for source in data.sources if not source.templated}
+    for row in rows if threshold else ():
+        if row["source"] in by_source:
+            by_source[row["source"]].append(row)
+    for name, mine in by_source.items():
         for i, j, similarity in near_duplicates([(row["text"],) for row in mine], threshold):
             gone.add(mine[i]["prompt_id"])
-            drops.add("near_duplicate", prompt_id=mine[i]["prompt_id"], source=source.name,
+            drops.add("near_duplicate", prompt_id=mine[i]["prompt_id"], source=name,
                       detail=f"{mine[i]['where']}: {similarity:.2f} like {mine[j]['where']}")
     return [row for row in rows if row["prompt_id"] not in gone]
 

@@ -1,9 +1,9 @@
 // filters of the prompt tables
 function browse(box) {
-  const rows = [...box.querySelectorAll("tbody tr")];
   const inputs = [...box.querySelectorAll("input, select")];
   const shown = box.querySelector("[data-shown]");
   const filter = () => {
+    const rows = [...box.querySelectorAll("tbody tr")];
     let n = 0;
     for (const row of rows) {
       row.hidden = !inputs.every((input) => {

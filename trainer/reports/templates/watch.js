@@ -3,6 +3,7 @@ const EVERY = 2000;
 const page = document.querySelector("main");
 const written = new Map();  // name of a part -> its HTML
 const nameOf = (part) => part.dataset.part || part.id;
+for (const part of page.children) written.set(nameOf(part), part.outerHTML);
 
 function carryOver(before, after) {
   const pairs = (selector) => {
@@ -35,6 +36,28 @@ function put(fresh) {
   if (!same) page.replaceChildren(...nodes);
   restore.forEach((again) => again());
 }
+
+async function more(button) {
+  button.disabled = true;
+  const box = button.closest("[data-browse]"), body = box.querySelector("tbody");
+  const next = Number(button.dataset.page || 1);
+  try {
+    const answer = await fetch(`rows?table=${button.dataset.more}&page=${next}`);
+    if (answer.status !== 200) return;
+    const html = `<table>${await answer.text()}</table>`;
+    const rows = new DOMParser().parseFromString(html, "text/html").querySelectorAll("tr");
+    body.append(...rows);
+    button.dataset.page = next + 1;
+    button.hidden = !rows.length || body.rows.length >= Number(button.dataset.total);
+    box.dispatchEvent(new Event("change"));
+  } finally {
+    button.disabled = false;
+  }
+}
+page.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-more]");
+  if (button) more(button).catch(() => {});  // the banner says that the page is disconnected
+});
 
 async function refresh() {
   if (!document.hidden) {
