@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from strop.trainer.errors import UserError
 
@@ -45,6 +45,7 @@ BY_CONTENT = {"key": "content"}  # the field names a text file, whose content co
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
+    _texts: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def only(self, *names: str) -> "Part":
         """The named fields, for a stage that the rest of the section does not concern."""
@@ -53,6 +54,14 @@ class Section(BaseModel):
     def key(self) -> dict:
         """What a stage's result depends on if it receives this section, as JSON values."""
         return Part(self, type(self).model_fields).key()
+
+    def read(self, name: str) -> str | None:
+        """The text of the file that field `name` names, as it was when it was first read: a run that goes on while the
+        file is edited is one run. Raises UserError if it cannot be read."""
+        path = getattr(self, name)
+        if path is not None and name not in self._texts:
+            self._texts[name] = read_text(f"{type(self).__name__.lower()}.{name}", path)
+        return self._texts.get(name)
 
 
 class Part:
@@ -66,16 +75,19 @@ class Part:
             raise AttributeError(f"this part of {type(self._section).__name__} has no field {name}")
         return getattr(self._section, name)
 
+    def read(self, name: str) -> str | None:
+        """As Section.read."""
+        return self._section.read(name)
+
     def key(self) -> dict:
         """As Section.key. Raises UserError if a file that counts by its content cannot be read."""
         found = {}
         for name in self._names:
             how = (type(self._section).model_fields[name].json_schema_extra or {}).get("key")
-            value = getattr(self._section, name)
             if how == "content":
-                found[name] = value and read_text(f"{type(self._section).__name__.lower()}.{name}", value)
+                found[name] = self.read(name)
             elif how != "none":
-                found[name] = _key_of(value)
+                found[name] = _key_of(getattr(self._section, name))
         return found
 
 
@@ -128,7 +140,10 @@ class Source(Section):
     prompt_column: str = Field("prompt", description="column with the prompt: a string or a list of messages")
     answer_column: str = Field("answer", description="column with the true answer")
     system_prompt: str | None = Field(None, description="system message put before every prompt of this source")
-    prompt_template: str = Field("{prompt}", description="text of the user turn; {prompt} is replaced by the prompt")
+    ignore_columns: list[str] = Field([], description="columns that are not to be read; others become metadata, but "
+                                      "for those that mean something elsewhere (messages, images, weight, ...)")
+    prompt_template: str = Field("{prompt}", description="text of the user turn; {prompt} is replaced by the prompt, "
+                                 "{choices} by the options, {NAME} by the row's column NAME")
     verifier: Verifier | None = Field(None, description="how completions are scored. Default: reasoning_gym for "
                                       "reasoning_gym sources; required for files")
     verifier_args: dict[str, Any] = Field({}, description="regex: pattern; number: tolerance; choice: choices")
@@ -159,6 +174,8 @@ class ReadyData(Section):
     rounds: list[NotNegative] | Literal["all"] = Field("all", description="rounds that use it, counted from 0")
     weight: Weight = Field(1.0, description="times a row is seen per epoch; 0.5 draws half of the rows")
     near_duplicates: bool = Field(True, description="drop rows that nearly repeat earlier ones of this file")
+    ignore_columns: list[str] = Field([], description="columns that are not to be read; any other one that has no "
+                                      "meaning here is an error")
 
 
 class Data(Section):

@@ -44,6 +44,19 @@ PLAIN = (
 # like ChatML, but what opens the answer merges with its first characters
 MERGING = CHATML.replace("'\n' + m['content']", "':\n' + m['content']").replace("assistant\n'", "assistant:\n'")
 
+# every part of a message is rendered, and the tools; an empty thinking block can be asked for
+TOOL_CALLS = (
+    "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m.get('reasoning_content', '') + m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{% set call = c['function'] or c %}"
+    "{{ '<call>' + call['name'] + ' ' }}{{ call['arguments'] | tojson }}{{ '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+# an open header ends with a thinking token; a finished last turn closes it, and earlier turns have none
+QWEN35 = QWEN3.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+
 # template, control tokens, bos, eos
 FAMILIES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>"),
@@ -52,6 +65,8 @@ FAMILIES = {
                         "<|eot_id|>"], "<|begin_of_text|>", "<|end_of_text|>"),
     "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
     "qwen3": (QWEN3, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "qwen3.5": (QWEN35, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "tools": (TOOL_CALLS, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
     "r1": (R1, ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"], "<|begin|>", "<|end|>"),
     "plain": (PLAIN, ["<|endoftext|>"], None, "<|endoftext|>"),
     "merging": (MERGING, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import CHATML, character_tokenizer
 
 from strop.trainer.config import Model, read_text
-from strop.trainer.data import chat
+from strop.trainer.data import chat, rendering
 from strop.trainer.data.rows import LONGEST, read_rows
 from strop.trainer.errors import UserError
 from strop.trainer.models.checks import check_model
@@ -38,7 +38,7 @@ TEMPLATES = {  # name: (template, what is said)
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_chat_template_has_bounds(name, monkeypatch):
-    monkeypatch.setattr(chat, "RENDERING", 0.3 if "endless" in name else 3.0)
+    monkeypatch.setattr(rendering, "RENDERING", 0.3 if "endless" in name else 3.0)
     tokenizer = character_tokenizer()
     tokenizer.chat_template, said = TEMPLATES[name]
     with pytest.raises(UserError, match=said) as error:

@@ -4,11 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from strop.trainer.config import Model
 from strop.trainer.data.chat import (
+    completion_text,
     encode_completion,
     encode_conversation,
     encode_prompt,
@@ -17,12 +20,14 @@ from strop.trainer.data.chat import (
 )
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
+from strop.trainer.scoring.rules import verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chats import FAMILIES, MERGING, tokenizer_of, turns
 
 END = {"chatml": "<|im_end|>", "generation": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>",
-       "qwen3": "<|im_end|>", "r1": "<|end|>", "plain": "<|endoftext|>", "merging": "<|im_end|>"}
+       "qwen3": "<|im_end|>", "qwen3.5": "<|im_end|>", "tools": "<|im_end|>", "r1": "<|end|>",
+       "plain": "<|endoftext|>", "merging": "<|im_end|>"}
 QUESTION = turns("what is 2+2?")
 
 
@@ -186,6 +191,77 @@ def test_thinking_tokens_in_an_answer_stay_tokens():
     tokenizer.add_tokens(["<think>", "</think>"])  # added but not special, as in Qwen3
     _, encoded = encode_conversation(tokenizer, turns("2+2", "<think>\nhm\n</think>\n\n4"))
     assert all(tokenizer.convert_tokens_to_ids(t) in encoded.tokens for t in ("<think>", "</think>"))
+
+
+def test_special_tokens_around_reasoning_stay_tokens_in_answers_only():
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    begin, end = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+    prompt, encoded = encode_conversation(tokenizer, turns("say [THINK]", "[THINK]maybe 5[/THINK]4"))
+    assert encoded.tokens.count(begin) == encoded.tokens.count(end) == 1 and begin not in prompt
+    assert tokenizer.decode(encoded.tokens) == "[THINK]maybe 5[/THINK]4<|im_end|>"
+    text = completion_text(tokenizer, encoded.tokens)
+    assert text == "[THINK]maybe 5[/THINK]4"  # the end of turn is no text
+    assert verify("number", text, "4", {}, {})[0] == 1 and verify("number", text, "5", {}, {})[0] == 0
+    plain = encode_conversation(tokenizer, turns("a", "b"))[1].tokens
+    assert completion_text(tokenizer, plain) == tokenizer.decode(plain, skip_special_tokens=True) == "b"
+
+
+@pytest.mark.parametrize("family,opened", [("r1", "<think>\n"), ("qwen3.5", "<think>\n\n</think>\n\n")])
+def test_turns_that_others_follow_stand_as_the_template_renders_them(tokenizers, family, opened):
+    tokenizer = tokenizers[family]
+    prompt, encoded = encode_conversation(tokenizer, turns("2+2?", "4"))
+    assert prompt == encode_prompt(tokenizer, turns("2+2?")) and tokenizer.decode(prompt).endswith("<think>\n")
+    assert tokenizer.decode(prompt + encoded.tokens).endswith(f"{opened}4{tokenizer.eos_token}")
+    several = turns("2+2?", "4", "3+3?", "5", "4+4?", "6")
+    prompt, encoded = encode_conversation(tokenizer, several)
+    text = tokenizer.decode(prompt + encoded.tokens)
+    last = tokenizer.apply_chat_template(several[:-1], add_generation_prompt=True, tokenize=False)
+    assert text.startswith(last) and text.count("<think>") == 1
+    assert text.endswith(f"{opened}6{tokenizer.eos_token}")
+    learned = said(tokenizer, encoded.tokens, encoded.loss_mask)
+    assert learned[:2] == [f"4{tokenizer.eos_token}", f"5{tokenizer.eos_token}"]
+    assert learned[2] == f"{opened.removeprefix('<think>').removeprefix(chr(10))}6{tokenizer.eos_token}"
+    with pytest.raises(UserError, match="must be one answer; write the row as messages"):
+        encode_completion(tokenizer, several[:1], several[1:])
+    history = encode_completion(tokenizer, several[:5], several[5:])
+    assert encode_prompt(tokenizer, several[:5]) + history.tokens == prompt + encoded.tokens
+
+
+@pytest.mark.parametrize("family", ["chatml", "generation", "llama3", "gemma", "qwen3", "qwen3.5", "r1", "plain",
+                                    "merging"])
+@given(st.text("The answer is", min_size=1).filter(str.strip), st.text("ab 4\n", min_size=1).filter(str.strip))
+def test_a_prompt_that_begins_the_answer_is_continued(tokenizers, family, begun, rest):
+    tokenizer = tokenizers[family]
+    prefix = [*QUESTION, {"role": "assistant", "content": begun}]
+    prompt = encode_prompt(tokenizer, prefix)
+    encoded = encode_completion(tokenizer, prefix, turns("", rest)[1:])
+    whole = tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": begun + rest}], tokenize=False)
+    assert encoded.loss_mask and "".join(rest.split()) in "".join(tokenizer.decode(encoded.tokens).split())
+    assert begun.strip() in tokenizer.decode(prompt)
+    if family != "plain":
+        assert whole.startswith(tokenizer.decode(prompt + encoded.tokens))
+        assert tokenizer.decode(encoded.tokens).endswith(END.get(family, tokenizer.eos_token))
+    assert all(encoded.loss_mask)
+
+
+def test_answers_that_follow_each_other_are_turns(tokenizers):
+    chat = [*turns("2+2?", "4"), *turns("", "no, 5")[1:]]
+    _, encoded = encode_conversation(tokenizers["chatml"], chat)
+    assert said(tokenizers["chatml"], encoded.tokens, encoded.loss_mask) == ["4<|im_end|>", "no, 5<|im_end|>"]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_reasoning_beside_the_content_is_learned_where_the_template_keeps_it(at):
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% set thought = '' %}", "{% set thought = m.reasoning_content or '' %}")
+    chat = turns("2+2?", "4", "3+3?", "6")
+    chat[at]["reasoning_content"] = "hm"
+    _, encoded = encode_conversation(tokenizer, chat)
+    learned = said(tokenizer, encoded.tokens, encoded.loss_mask)
+    assert learned == (["<think>\n\n</think>\n\n6<|im_end|>"] if at == 1 else
+                       ["4<|im_end|>", "<think>\nhm\n</think>\n\n6<|im_end|>"])
 
 
 def test_assistant_message_at_the_end_of_a_prompt_is_continued(tokenizers):

@@ -86,7 +86,7 @@ def test_a_run_from_names_keeps_their_commits(hub, tiny, rows, tiny_recipe, tmp_
     hub.push("datasets/owner/chats", {"README.md": b""})
     chats = "hf:owner/chats/small@v1.0:train[:5]"
     command = [str(tiny_recipe), "rounds=1", "model.path=owner/tiny", "data.sources.0.path=hf:owner/rows:train",
-               f"data.sft=[{{name: chats, path: '{chats}', near_duplicates: false}}]"]
+               f"data.sft=[{{name: chats, path: '{chats}', near_duplicates: false, ignore_columns: [n]}}]"]
     assert main([*command, "--plan"]) == 0
     assert hub.asked() == [] and "model.path=owner/tiny: not downloaded yet" in capfd.readouterr().out
     assert main(command) == 0

@@ -64,6 +64,7 @@ TABLE = {
     "data.sources.N.size": (50, PROMPTS),
     "data.sources.N.prompt_column": ("question", PROMPTS),
     "data.sources.N.answer_column": ("truth", PROMPTS),
+    "data.sources.N.ignore_columns": (["answer"], PROMPTS),
     "data.sources.N.system_prompt": ("Be brief.", PROMPTS),
     "data.sources.N.prompt_template": ("Q: {prompt}", {"prompts", "select", "final"}),
     "data.sources.N.verifier": ("exact", PROMPTS),
@@ -75,7 +76,7 @@ TABLE = {
     "data.max_bad_rows": (1, {"prompts", "select", "final"}),
     **{f"data.{kind}.N.{key}": (value, SELECT) for kind in ("sft", "preferences") for key, value in {
         "name": "renamed", "path": f"{{folder}}/other-{kind}.jsonl", "rounds": [0], "weight": 2.0,
-        "near_duplicates": False}.items()},
+        "near_duplicates": False, "ignore_columns": ["id"]}.items()},
     "filter.near_duplicates": (0.5, {"prompts", "select", "final"}),
     "filter.decontaminate": (6, {"prompts", "select", "final"}),
     "filter.max_repetition": (0.4, {"prompts", "select", "final"}),
@@ -147,7 +148,7 @@ def run(tiny_model, tmp_path_factory):
     (folder / "chat.jinja").write_text(CHATML)
     (folder / "other.jinja").write_text(CHATML + "{# other #}")
     shutil.copytree(tiny_model, folder / "other-model")
-    (folder / "other-model" / "NOTICE").write_text("another content")
+    (folder / "other-model" / "special_tokens_map.json").write_text('{"pad_token": "<|im_end|>"}')
     text = path.read_text().replace("rounds: 2", "rounds: 1\ndevice: cpu")
     text = text.replace(f"model: {{path: {tiny_model}}}",
                         f"model: {{path: {tiny_model}, chat_template: {folder / 'chat.jinja'}}}")

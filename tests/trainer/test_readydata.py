@@ -69,7 +69,8 @@ def test_columns_of_tools_and_template_keywords_reach_the_template(tmp_path):
 def test_parquet_that_pads_messages_with_nulls(tmp_path, tokenizer):
     import pyarrow as pa
 
-    rows = [{"messages": turns("2+2", "4")}, {"messages": [{"role": "user", "content": "a", "name": "x"}, *says("b")]}]
+    calls = [*turns("a"), {"role": "tool", "content": "3", "name": "x"}, *says("b")]
+    rows = [{"messages": turns("2+2", "4")}, {"messages": calls}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     drops = Drops(stage_in(tmp_path, "select"))
     data = ReadyData(name="p", path=str(tmp_path / "d.parquet"))

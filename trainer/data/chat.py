@@ -13,11 +13,23 @@ from functools import lru_cache
 from itertools import takewhile, zip_longest
 from pathlib import Path
 
+from strop.trainer.data.rendering import (
+    CONTINUED,
+    OPEN,
+    PRIVATE,
+    REASONING,
+    REMEDY,
+    WHOLE,
+    apply_template,
+    check_kwargs,
+    check_rendered,
+    mark,
+    reasoning_ids,
+    render,
+    roles,
+    special_texts,
+)
 from strop.trainer.errors import UserError
-from strop.trainer.run.bounds import bounded
-from strop.trainer.run.files import reason_of
-
-RENDERING = 3.0  # seconds of CPU time that a chat template may take; a usual one takes a millisecond
 
 
 @dataclass(frozen=True)
@@ -35,18 +47,38 @@ class Encoded:
 
 def encode_prompt(tokenizer, messages: Sequence[dict], **template_kwargs) -> list[int]:
     """Token ids of `messages` with the generation prompt; a final assistant message is continued. Special tokens
-    spelled out in a message are encoded as text. Raises UserError if the template rejects the messages."""
-    return _ids(tokenizer, _mark(tokenizer, messages), True, template_kwargs)
+    spelled out in a message are encoded as text. Raises UserError if the template rejects the messages or leaves a
+    part of them out."""
+    check_kwargs(tokenizer, template_kwargs)
+    messages, kwargs = mark(tokenizer, messages), mark(tokenizer, template_kwargs)
+    how = CONTINUED if messages and messages[-1]["role"] == "assistant" else OPEN
+    ids = _ids(tokenizer, messages, how, kwargs)
+    check_rendered(tokenizer, messages, WHOLE if how == CONTINUED else OPEN, kwargs)
+    return ids
 
 
 def encode_completion(tokenizer, messages_prefix: Sequence[dict], completion_messages: Sequence[dict],
                       **template_kwargs) -> Encoded:
-    """`completion_messages` as they follow `encode_prompt(tokenizer, messages_prefix)`.
+    """`completion_messages` as they follow `encode_prompt(tokenizer, messages_prefix)`. If that ends with an assistant
+    message, the first of them goes on with it.
 
     Ends with the end-of-turn token of the last assistant message. Raises UserError if the template rejects the messages
-    or drops part of the last assistant message, or if the completion does not begin with an assistant message.
+    or drops part of them, or if the completion does not begin with an assistant message.
     """
-    return _encode(tokenizer, [*messages_prefix, *completion_messages], len(messages_prefix), template_kwargs)[1]
+    *before, last = messages_prefix
+    first, *rest = completion_messages
+    if last["role"] != "assistant" or first["role"] != "assistant":
+        prompt, found = _encode(tokenizer, [*messages_prefix, *completion_messages], len(messages_prefix),
+                                template_kwargs)
+    else:
+        if more := sorted((last.keys() | first.keys()) - {"role", "content"}):
+            raise UserError(f"the prompt ends with the beginning of an answer, which cannot have {more[0]}; remove it")
+        joined = first | {"content": last["content"] + first["content"]}
+        prompt, found = _encode(tokenizer, [*before, joined, *rest], len(before), template_kwargs, messages_prefix)
+    if len(prompt) < len(encode_prompt(tokenizer, messages_prefix, **template_kwargs)):
+        raise UserError("the chat template opens an answer with more than it keeps of one that others follow, so the "
+                        "completion must be one answer; write the row as messages instead")
+    return found
 
 
 def encode_conversation(tokenizer, messages: Sequence[dict], **template_kwargs) -> tuple[list[int], Encoded]:
@@ -107,8 +139,8 @@ def _find_turn(tokenizer, template: str) -> _Turn:
     """Renders two answers: their common prefix belongs to the template, and the first control token after it is the end
     of turn."""
     user = [{"role": "user", "content": "?"}]
-    prompt = _ids(tokenizer, user, True, {})
-    one, two = (_extend(tokenizer, prompt, user, True, [*user, {"role": "assistant", "content": text}], False, {})
+    prompt = _ids(tokenizer, user, OPEN, {})
+    one, two = (_extend(tokenizer, prompt, user, OPEN, [*user, {"role": "assistant", "content": text}], WHOLE, {})
                 [len(prompt):] for text in ("7", "x"))
     opening = common_prefix(one, two)
     control = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
@@ -117,31 +149,37 @@ def _find_turn(tokenizer, template: str) -> _Turn:
     return _Turn(tuple(one[:opening]), frozenset(ends))
 
 
-def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict) -> tuple[list[int], Encoded]:
+def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict,
+            begun: Sequence[dict] | None = None) -> tuple[list[int], Encoded]:
+    """begun: messages that end with the beginning of the first answer, messages[first], where the prompt has it."""
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant"]
     if not turns or turns[0] != first:
         raise UserError("a completion must begin with an assistant message")
-    turn, messages = _turn(tokenizer), _mark(tokenizer, messages)
-    ids = prompt = _ids(tokenizer, messages[:first], True, kwargs) if first else []
+    check_kwargs(tokenizer, kwargs)
+    turn, messages, kwargs = _turn(tokenizer), mark(tokenizer, messages[:turns[-1] + 1]), mark(tokenizer, kwargs)
+    opening = (mark(tokenizer, begun), CONTINUED) if begun else (messages[:first], OPEN)
+    ids = prompt = _ids(tokenizer, *opening, kwargs) if first or begun else []
+    check_rendered(tokenizer, messages, WHOLE, kwargs)
     spans = []  # (begin, end, has loss): the assistant's turns in `ids`
     for i, after in zip_longest(turns, turns[1:]):
-        begin, is_open = len(ids), after is not None
-        upto = messages[:after] if is_open else messages[:i + 1]
-        whole = _extend(tokenizer, ids, messages[:i], True, upto, is_open, kwargs)
+        before = opening if i == first else (messages[:i], OPEN)
+        upto, how = (messages[:i + 1], WHOLE) if after is None else (messages[:after], OPEN)
+        whole = _extend(tokenizer, ids, *before, upto, how, kwargs)
+        begin = common_prefix(ids, whole)  # less than all of `ids` where the finished turn's header differs
         end = next((n + 1 for n in range(begin, len(whole)) if whole[n] in turn.ends), None)
         if end is None:  # a template without an end of turn: the turn ends where its rendering ends
-            ids = _extend(tokenizer, ids, messages[:i], True, messages[:i + 1], False, kwargs)
+            ids = _extend(tokenizer, ids, *before, messages[:i + 1], WHOLE, kwargs)
             end = len(ids)
-            if is_open:
-                whole = _extend(tokenizer, ids, messages[:i + 1], False, upto, True, kwargs)
+            if after is not None:
+                whole = _extend(tokenizer, ids, messages[:i + 1], WHOLE, upto, OPEN, kwargs)
             elif tokenizer.eos_token_id is not None:
                 whole, end = [*ids, tokenizer.eos_token_id], end + 1
-        kept = _keeps(_text(tokenizer, upto, is_open, kwargs), messages[i].get("content"))
-        if not kept and not is_open:
-            raise UserError("the chat template drops part of the assistant's text (reasoning?); set "
-                             "model.chat_template to a Jinja file that keeps it")
+        text = render(tokenizer, upto, how, kwargs)
+        kept = all(_keeps(text, messages[i].get(field)) for field in ("content", *REASONING))
+        if not kept and after is None:
+            raise UserError(f"the chat template drops part of the assistant's text (reasoning?); {REMEDY}")
         spans.append((begin, end, kept))
-        ids = whole
+        prompt, ids = prompt[:begin], whole
     ids = ids[:spans[-1][1]]  # nothing is ever generated after the last end of turn
     loss, template = [False] * len(ids), [True] * len(ids)
     for begin, end, kept in spans:
@@ -149,7 +187,7 @@ def _encode(tokenizer, messages: Sequence[dict], first: int, kwargs: dict) -> tu
         tail = 1 if ids[end - 1] in turn.ends else 0
         loss[begin:end] = [kept] * (end - begin)
         template[begin + head:end - tail] = [False] * (end - tail - begin - head)
-    loss = _generation_mask(tokenizer, messages[:turns[-1] + 1], ids, spans, kwargs) or loss
+    loss = _generation_mask(tokenizer, messages, ids, spans, kwargs) or loss
     n = len(prompt)
     return prompt, Encoded(ids[n:], loss[n:], template[n:])
 
@@ -160,12 +198,12 @@ def _generation_mask(tokenizer, messages, ids, spans, kwargs) -> list[bool] | No
     None if the template has no such block, or if the tokens differ from those of one joint rendering."""
     if "generation %}" not in tokenizer.get_chat_template().replace("generation -%}", "generation %}"):
         return None
-    out = _apply(tokenizer, messages, kwargs, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
-                 tokenizer_kwargs={"return_offsets_mapping": True})
+    out = apply_template(tokenizer, messages, kwargs, tokenize=True, return_dict=True,
+                         return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True})
     inside = {c for span, on in zip(out["offset_mapping"], out["assistant_masks"], strict=True) if on
               for c in range(*span)}
     # compare characters, since special tokens spelled out in a message are tokenized differently there
-    tokens, spots = _located(tokenizer, _text(tokenizer, messages, False, kwargs))
+    tokens, spots = _located(tokenizer, render(tokenizer, messages, WHOLE, kwargs))
     skipped = len(tokens) - len(_one_bos(tokenizer, tokens))
     if tokens[skipped:skipped + len(ids)] != ids:
         return None
@@ -176,20 +214,22 @@ def _generation_mask(tokenizer, messages, ids, spans, kwargs) -> list[bool] | No
     return mask if any(mask[spans[0][0]:]) else None
 
 
-def _extend(tokenizer, ids: list[int], before, before_open: bool, after, after_open: bool, kwargs: dict) -> list[int]:
-    """Token ids of `after` that begin with `ids`, the token ids of `before`."""
-    new = _ids(tokenizer, after, after_open, kwargs)
+def _extend(tokenizer, ids: list[int], before, how_before: str, after, how: str, kwargs: dict) -> list[int]:
+    """Token ids of `after` that begin with `ids`, the token ids of `before`; but for the header of an answer if other
+    turns follow that one, and the template opens it otherwise then."""
+    new = _ids(tokenizer, after, how, kwargs)
     if new[:len(ids)] == ids:
         return new
-    old_text = _text(tokenizer, before, before_open, kwargs) if before else ""
-    new_text = _text(tokenizer, after, after_open, kwargs)
+    old_text = render(tokenizer, before, how_before, kwargs) if before else ""
+    new_text = render(tokenizer, after, how, kwargs)
     if new_text.startswith(old_text):  # the tokenizer merged over the boundary: encode the rest separately
         return ids + _piece(tokenizer, new_text[len(old_text):])
     common = common_prefix(ids, new)
-    if common < len(_ids(tokenizer, before, False, kwargs)):
+    if not before or how_before == CONTINUED or common < len(_ids(tokenizer, before, WHOLE, kwargs)):
         raise UserError("the chat template renders earlier messages differently once an answer follows; set "
                          "model.chat_template to a Jinja file that does not")
-    return ids + new[common:]  # only the generation prompt differs (a thinking block): keep it as sampling sees it
+    # only the generation prompt differs (a thinking block): the last answer follows it as in sampling
+    return new if how == OPEN else ids + new[common:]
 
 
 def _piece(tokenizer, text: str) -> list[int]:
@@ -217,57 +257,13 @@ def _one_bos(tokenizer, ids: list[int]) -> list[int]:
     return ids
 
 
-def _ids(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> list[int]:
+def _ids(tokenizer, messages: Sequence[dict], how: str, kwargs: dict) -> list[int]:
     if not messages:
         raise UserError("a prompt needs at least one message")
-    ids = _one_bos(tokenizer, _tokens(tokenizer, _text(tokenizer, messages, is_open, kwargs)))
+    ids = _one_bos(tokenizer, _tokens(tokenizer, render(tokenizer, messages, how, kwargs)))
     if not ids:
-        raise UserError(f"the chat template renders nothing (roles: {_roles(messages)}); set model.chat_template")
+        raise UserError(f"the chat template renders nothing (roles: {roles(messages)}); set model.chat_template")
     return ids
-
-
-def _text(tokenizer, messages: Sequence[dict], is_open: bool, kwargs: dict) -> str:
-    how = {"add_generation_prompt": is_open}
-    if is_open and messages[-1]["role"] == "assistant":
-        how = {"continue_final_message": True}
-    return _apply(tokenizer, messages, kwargs, tokenize=False, **how)
-
-
-def _apply(tokenizer, messages: Sequence[dict], kwargs: dict, **how):
-    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
-    try:
-        with bounded("the chat template", seconds=RENDERING):
-            return tokenizer.apply_chat_template(messages, **kwargs, **how)
-    except UserError as e:  # out of bounds
-        raise UserError(f"{e}; set model.chat_template to another Jinja file") from e
-    except Exception as e:  # a template can raise anything, e.g. ZeroDivisionError
-        raise UserError(f"the chat template refuses the messages (roles: {_roles(messages)}): {reason_of(e)}; change "
-                        "the messages or set model.chat_template") from e
-
-
-def _roles(messages: Sequence[dict]) -> str:
-    return ", ".join(str(m.get("role")) for m in messages)
-
-
-# Special tokens spelled out in a message must not become control tokens, or a user's text could end a turn. During
-# rendering each of them is one private-use character, starting here, which is then encoded as ordinary text.
-PRIVATE = 0xF0000
-
-
-@lru_cache(maxsize=16)
-def _special(tokenizer) -> tuple[tuple[str, ...], re.Pattern | None]:
-    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    texts = added | set(tokenizer.all_special_tokens)
-    ordered = tuple(sorted(filter(str.strip, texts), key=lambda t: (-len(t), t)))
-    return ordered, re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-def _mark(tokenizer, messages: Sequence[dict]) -> Sequence[dict]:
-    texts, pattern = _special(tokenizer)
-    if pattern is None or not any(isinstance(m.get("content"), str) and pattern.search(m["content"]) for m in messages):
-        return messages
-    return [{**m, "content": pattern.sub(lambda found: chr(PRIVATE + texts.index(found[0])), m["content"])}
-            if isinstance(m.get("content"), str) else m for m in messages]
 
 
 def _tokens(tokenizer, text: str) -> list[int]:
@@ -288,7 +284,7 @@ def _located(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 
 def _parts(tokenizer, text: str) -> list[tuple[str, dict, int]]:
     """(text to encode, tokenizer keywords if it is a spelled-out special token, position)"""
-    texts, parts, at = _special(tokenizer)[0], [], 0
+    texts, parts, at = special_texts(tokenizer), [], 0
     for part in re.split(f"([{chr(PRIVATE)}-{chr(PRIVATE + len(texts))}])", text):
         if len(part) == 1 and PRIVATE <= ord(part) < PRIVATE + len(texts):
             parts.append((texts[ord(part) - PRIVATE], {"split_special_tokens": True}, at))
@@ -310,6 +306,15 @@ def common_prefix(a: Sequence, b: Sequence) -> int:
 def prompt_tokens(tokenizer, row: dict) -> list[int]:
     """Token ids of a row of prompts.parquet. Raises UserError, naming the prompt, if the template rejects it."""
     try:
-        return encode_prompt(tokenizer, row["messages"])
+        return encode_prompt(tokenizer, row["messages"], **json.loads(row.get("template_kwargs") or "{}"))
     except UserError as e:
         raise UserError(f"prompt {row['prompt_id']} of source {row['source']}: {e}") from e
+
+
+def completion_text(tokenizer, tokens: Sequence[int]) -> str:
+    """The text of a completion without special tokens, other than those around its reasoning, which is no answer."""
+    kept = reasoning_ids(tokenizer)
+    if kept.isdisjoint(tokens):
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+    special = set(tokenizer.convert_tokens_to_ids(list(special_texts(tokenizer)))) - kept
+    return tokenizer.decode([t for t in tokens if t not in special])

@@ -1,7 +1,8 @@
 """Ready-made SFT and preference data in TRL's columns, as rows of the tables that select writes.
 
 Conversational rows (lists of messages) go through the chat template, with the columns `tools` and
-`chat_template_kwargs`. Plain strings are tokenized without a template, with an end-of-sequence token.
+`chat_template_kwargs`. Plain strings are tokenized without a template, with an end-of-sequence token. A column that is
+not read is refused unless the recipe ignores it.
 """
 
 import json
@@ -12,10 +13,11 @@ from typing import Any
 from strop.trainer.config import Filter, ReadyData
 from strop.trainer.data import chat
 from strop.trainer.data.chat import Encoded
+from strop.trainer.data.columns import TEMPLATE, from_text, refuse_unread, template_kwargs, to_messages
 from strop.trainer.data.contamination import HeldOut
 from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import truncation, unfit_tokens
-from strop.trainer.data.rows import Quarantine, kind, read_rows, to_messages
+from strop.trainer.data.rows import Quarantine, kind, read_rows
 from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops
 
@@ -107,43 +109,50 @@ def _unfit(row: Ready, filters: Filter, held: HeldOut | None) -> tuple[str, str]
 
 
 def _encoded(encode: Callable, tokenizer, data: ReadyData, drops: Drops, quarantine: Quarantine) -> Iterator[Ready]:
+    missing = set(data.ignore_columns)
     for n, row in enumerate(read_rows(data.path), 1):
         try:
             if row.data is None:
                 raise UserError(row.error)
-            yield Ready(row.where, n, *encode(tokenizer, row.data))
+            missing -= row.data.keys()
+            columns = {k: v for k, v in row.data.items() if k not in data.ignore_columns}
+            yield Ready(row.where, n, *encode(tokenizer, columns, data.name))
         except Unfit as e:
             reason, detail = e.args
             drops.add(reason, source=data.name, detail=f"{row.where}: {detail}")
         except UserError as e:
             quarantine.add(data.path, row.where, str(e), row.text or json.dumps(row.data, default=str)[:500])
             drops.add("malformed", source=data.name, detail=f"{row.where}: {e}")
+    if missing:
+        raise UserError(f"{data.path}: no row has the column {min(missing)!r} that ignore_columns of {data.name} "
+                        "names; correct it")
 
 
-def _sft_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded], str, tuple[str]]:
-    kwargs = _template_kwargs(row)
+def _sft_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded], str, tuple[str]]:
     if row.get("messages") is not None:
-        messages = to_messages(row["messages"], "messages")
+        refuse_unread(row, ("messages", *TEMPLATE), name)
+        kwargs, messages = template_kwargs(row), to_messages(row["messages"], "messages")
         _not_empty(messages, "messages")
         prompt, learned = chat.encode_conversation(tokenizer, messages, **kwargs)
         return prompt, (learned,), _user_text(messages), (_last(messages),)
-    prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion")
+    prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion", name)
     if isinstance(prompt, str):
         if not completion.strip():
             raise Unfit("empty", "completion is empty")
         ids, learned = chat.encode_text(tokenizer, prompt, completion)
         return ids, (learned,), prompt, (completion,)
+    kwargs = template_kwargs(row)
     _not_empty(completion, "completion")
     ids = chat.encode_prompt(tokenizer, prompt, **kwargs)
     learned = chat.encode_completion(tokenizer, prompt, completion, **kwargs)
     return ids, (learned,), _user_text([*prompt, *completion]), (_last(completion),)
 
 
-def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
-    kwargs = _template_kwargs(row)
+def _pair_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
     implicit = row.get("prompt") is None
     names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
-    values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt")
+    values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt",
+                      name)
     prompt, chosen, rejected = _split_prompt(*values) if implicit else values
     if isinstance(prompt, str):
         if not chosen.strip() or not rejected.strip():
@@ -152,6 +161,7 @@ def _pair_row(tokenizer, row: dict) -> tuple[list[int], tuple[Encoded, Encoded],
         other = chat.encode_text(tokenizer, prompt, rejected)[1]
         user_text, replies = prompt, (chosen, rejected)
     else:
+        kwargs = template_kwargs(row)
         _not_empty(chosen, "chosen")
         _not_empty(rejected, "rejected")
         ids = chat.encode_prompt(tokenizer, prompt, **kwargs)
@@ -170,20 +180,25 @@ def _last(messages: list[dict]) -> str:
     return next((m["content"] for m in reversed(messages) if m["role"] == "assistant"), "")
 
 
-def _columns(row: dict, names: tuple[str, ...], wanted: str) -> list:
-    """Values of the named columns: all strings or all lists of messages."""
-    missing = [name for name in names if row.get(name) is None]
+def _columns(row: dict, names: tuple[str, ...], wanted: str, name: str) -> list:
+    """Values of the named columns: all strings or all lists of messages. Other columns are refused."""
+    missing = [column for column in names if row.get(column) is None]
     if missing:
         there = ", ".join(k for k, v in row.items() if v is not None) or "none"
         raise UserError(f"column {missing[0]!r} is missing (there are: {there}); give {wanted}")
-    values = [row[name] for name in names]
+    values = [row[column] for column in names]
+    decoded = [from_text(value) for value in values]
+    if all(isinstance(v, list) for v in decoded):
+        values = decoded  # messages that are stored as text
     if all(isinstance(v, str) for v in values):
+        refuse_unread(row, names, name)
         return values
-    for name, value in zip(names, values, strict=True):
+    for column, value in zip(names, values, strict=True):
         if not isinstance(value, list):
             wanted = "a list of messages like the others" if isinstance(value, str) else "a string or messages"
-            raise UserError(f"column {name!r} must hold {wanted}, is {kind(value)}")
-    return [to_messages(value, name) for name, value in zip(names, values, strict=True)]
+            raise UserError(f"column {column!r} must hold {wanted}, is {kind(value)}")
+    refuse_unread(row, (*names, *TEMPLATE), name)
+    return [to_messages(value, column) for column, value in zip(names, values, strict=True)]
 
 
 def _split_prompt(chosen: Any, rejected: Any) -> tuple:
@@ -202,19 +217,6 @@ def _split_prompt(chosen: Any, rejected: Any) -> tuple:
         while n and not (chosen[n:n + 1].isspace() and rejected[n:n + 1].isspace()):
             n -= 1
     return chosen[:n], chosen[n:], rejected[n:]
-
-
-def _template_kwargs(row: dict) -> dict:
-    """Template keywords from TRL's columns `tools` and `chat_template_kwargs`."""
-    tools, extra = row.get("tools"), row.get("chat_template_kwargs") or {}
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as e:
-            raise UserError(f"column 'tools' is not JSON ({e})") from e
-    if not isinstance(extra, dict):
-        raise UserError(f"column 'chat_template_kwargs' must hold an object, is {kind(extra)}")
-    return ({"tools": tools} if tools else {}) | {k: v for k, v in extra.items() if v is not None}
 
 
 def _not_empty(messages: list[dict], name: str) -> None:

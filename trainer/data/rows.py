@@ -1,8 +1,11 @@
-"""Reads a user's rows: JSONL, Parquet, or a folder saved by `datasets`; malformed rows go to quarantine."""
+"""Reads a user's rows: JSONL, Parquet, or a folder saved by `datasets`; malformed rows go to quarantine.
+
+Rows come out as JSON would have them, whatever stores them: see `_from_arrow`.
+"""
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +55,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
+    first = True
     with open(path, "rb") as f:
         for n, (line, is_whole) in enumerate(_lines(f), 1):
             where = f"{path}:{n}"
@@ -59,16 +63,17 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 yield Row(where, None, TOO_LONG, repr(line[:500]))
                 continue
             try:
-                text = line.decode("utf-8-sig" if n == 1 else "utf-8").strip()
+                text = line.decode("utf-8-sig").strip()
             except UnicodeDecodeError as e:
                 yield Row(where, None, f"not UTF-8 at byte {e.start} of the line", repr(line[:500]))
                 continue
             if not text:
                 continue
-            if n == 1 and text.startswith("["):
+            if first and text.startswith("["):
                 raise UserError(f"{where}: begins with '[', so it is one JSON array; write one object per line (JSONL)")
+            first = False
             try:
-                data = json.loads(text)
+                data = json.loads(text, object_pairs_hook=_object)
             except (json.JSONDecodeError, RecursionError, ValueError) as e:
                 yield Row(where, None, f"not JSON ({e})", text[:500])
                 continue
@@ -88,6 +93,14 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
         while not end.endswith(b"\n") and (end := file.readline(LONGEST)):
             is_whole = False
         yield line, is_whole
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
 
 
 def _is_text(data) -> bool:
@@ -115,7 +128,7 @@ def _tables(origin: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
             for part in parts:
                 for data in part.to_pylist() if part.nbytes <= LONGEST else [None]:
                     n += 1
-                    yield Row(f"{origin}{n}", data, TOO_LONG if data is None else "")
+                    yield _table_row(f"{origin}{n}", data, part.schema)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{origin.removesuffix(':')}: not readable after row {n} ({reason_of(e)}); write the file "
                         "again") from e
@@ -134,23 +147,64 @@ def _next(origin: str, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch | No
             raise MemoryError from e
 
 
+def _table_row(where: str, data: dict | None, schema: pa.Schema) -> Row:
+    if data is None:
+        return Row(where, None, TOO_LONG)
+    try:
+        return Row(where, {field.name: _from_arrow(data[field.name], field.type) for field in schema})
+    except (ValueError, RecursionError) as e:
+        return Row(where, None, f"a column of type JSON holds other text ({e})", str(data)[:500])
+
+
+def _from_arrow(value: Any, type: pa.DataType) -> Any:
+    """An Arrow value as JSON has it: JSON text decoded, maps as objects, integers that became floats as integers
+    again, and objects without the nulls that stand for keys of other rows."""
+    if value is None:
+        return None
+    if isinstance(type, pa.JsonType):
+        return json.loads(value)
+    if pa.types.is_struct(type):
+        found = {field.name: _from_arrow(value[field.name], field.type) for field in type}
+        return {key: v for key, v in found.items() if v is not None}
+    if pa.types.is_map(type):
+        return {key: _from_arrow(v, type.item_type) for key, v in value}
+    if isinstance(value, list):
+        return [_from_arrow(v, type.value_type) for v in value]
+    return whole(value) if isinstance(value, float) else value
+
+
+def whole(value: float) -> float | int:
+    """An integer that was stored as a float, as an integer; other floats as they are."""
+    return int(value) if value.is_integer() and abs(value) < 1 << 53 else value
+
+
 def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
     # checksums where the file has them; a buffer, since a column of a row group may be larger than the memory
     with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20, pre_buffer=False) as file:
         yield from file.iter_batches(64)
 
 
-def _saved_dataset(path: Path) -> Iterator[pa.RecordBatch]:
+def counted(path: str | Path) -> Callable[[str], bool]:
+    """Which files of what holds rows are part of its content, by their paths relative to it."""
+    path = Path(path).expanduser()
+    return {"state.json", *files_of(path)}.__contains__ if path.is_dir() else lambda name: True
+
+
+def files_of(path: Path) -> list[str]:
+    """Names of the files that hold the rows of a folder saved by `datasets`, which may put caches beside them."""
     if (path / "dataset_dict.json").exists():
         splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir()))
         raise UserError(f"{path}: holds several splits ({splits}); name one of its folders")
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = [entry["filename"] for entry in state["_data_files"]]
+        return [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not a folder saved by `datasets` (no readable state.json); create one with "
                          "Dataset.save_to_disk") from e
-    for name in files:
+
+
+def _saved_dataset(path: Path) -> Iterator[pa.RecordBatch]:
+    for name in files_of(path):
         with pa.memory_map(str(path / name)) as source, pa.ipc.open_stream(source) as stream:
             yield from stream
 
@@ -184,26 +238,3 @@ def kind(value: Any) -> str:
     """The JSON name of a value's type."""
     names = {str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def to_messages(value: Any, column: str) -> list[dict]:
-    """Cleans a list of messages from JSON or Parquet: text blocks joined, empty fields removed. Raises UserError,
-    naming the column, if it is not a list of messages."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"column {column!r} must hold a list of messages, is {kind(value) if value else 'empty'}")
-    return [_message(m, f"{column}[{i}]") for i, m in enumerate(value)]
-
-
-def _message(message: Any, name: str) -> dict:
-    if not isinstance(message, dict):
-        raise UserError(f"{name} must be a message with role and content, is {kind(message)}")
-    if not isinstance(message.get("role"), str):
-        raise UserError(f"{name}.role must be a string, is {kind(message.get('role'))}")
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(b, dict) and isinstance(b.get("text"), str) for b in content):
-        content = "".join(b["text"] for b in content)
-    if content is None and message.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise UserError(f"{name}.content must be a string, is {kind(content)}")
-    return {k: v for k, v in message.items() if v is not None} | {"content": content}

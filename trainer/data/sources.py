@@ -2,20 +2,25 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 
 from strop.trainer.config import Source
+from strop.trainer.data.columns import MEANT, TEMPLATE, blank, from_text, template_kwargs, to_messages
 from strop.trainer.data.contamination import said
-from strop.trainer.data.rows import Quarantine, Row, kind, read_rows, to_messages
+from strop.trainer.data.rows import Quarantine, Row, kind, read_rows, whole
 from strop.trainer.data.text import canonical, normalize
 from strop.trainer.errors import UserError
 from strop.trainer.run.files import reason_of
 from strop.trainer.run.tables import Drops
 
+# {NAME} in a prompt_template; behind a LaTeX command, as in \\boxed{answer}, it is no placeholder
+_PLACEHOLDER = re.compile(r"(?P<latex>\\[A-Za-z]*)?\{(?P<name>\w+)\}")
 
-def content_hash(messages: list[dict], form: Callable[[str], str] = canonical) -> str:
-    """Hash of the roles and of the contents in `form`; it does not depend on the source."""
-    content = [[m["role"], form(m["content"])] for m in messages]
+
+def content_hash(messages: list[dict], kwargs: dict | None = None, form: Callable[[str], str] = canonical) -> str:
+    """Hash of the roles, of the contents in `form` and of the template's keywords; the same in every source."""
+    content = [[m["role"], form(m["content"])] for m in messages] + ([kwargs] if kwargs else [])
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -24,17 +29,19 @@ def dumps(value) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
 
 
-def source_rows(source: Source, seed: int, check_answer: Callable, drops: Drops,
+def source_rows(source: Source, seed: int, check_answer: Callable, options_of: Callable, drops: Drops,
                 quarantine: Quarantine) -> Iterator[dict]:
-    """Yields the usable prompts of a source. check_answer(answer, metadata) -> why no completion could pass, or None.
+    """Yields the usable prompts of a source. check_answer(answer, metadata) -> why no completion could pass, or None;
+    options_of(metadata) -> {label: text of an option}, or {} if there are none.
 
     Raises UserError on a source that cannot be read or has more bad rows than the quarantine allows."""
-    generated = source.path is None
+    generated, columns = source.path is None, set()
     for row in _generate(source, seed) if generated else read_rows(source.path):
         try:
             if row.data is None:
                 raise UserError(row.error)
-            asked, answer, metadata = _read(source, row.data)
+            columns |= row.data.keys()
+            asked, answer, metadata, kwargs = _read(source, row.data)
             if not asked[-1]["content"].strip():
                 drops.add("empty", source=source.name, detail=row.where)
                 continue
@@ -44,29 +51,42 @@ def source_rows(source: Source, seed: int, check_answer: Callable, drops: Drops,
                 continue
             if why:
                 raise UserError(f"{why} (column {source.answer_column!r})")
+            options = options_of(metadata)
+            asked, messages = _apply_template(source, asked, {} if generated else row.data, options)
+            _show_options(source, messages, options)
         except UserError as e:
             quarantine.add(source.path, row.where, str(e), row.text or dumps(row.data)[:500])
             drops.add("malformed", source=source.name, detail=f"{row.where}: {e}")
             continue
-        messages = _apply_template(source, asked)
         # spellings of one question stay in one split
-        content = content_hash([m for m in asked if m["role"] != "system"], normalize)
-        yield {"prompt_id": content_hash(messages), "source": source.name, "messages": messages, "answer": answer,
-               "metadata": dumps(metadata), "where": row.where, "content": content, "text": said(asked)}
+        content = content_hash([m for m in asked if m["role"] != "system"], form=normalize)
+        yield {"prompt_id": content_hash(messages, kwargs), "source": source.name, "messages": messages,
+               "answer": answer, "metadata": dumps(metadata), "template_kwargs": dumps(kwargs) if kwargs else None,
+               "where": row.where, "content": content, "text": said(asked),
+               "columns": () if generated else metadata.keys()}
+    named = {"answer_column": source.answer_column} if source.answer_column != "answer" else {}
+    for key, column in () if generated else [*named.items(), *(("ignore_columns", c) for c in source.ignore_columns)]:
+        if column not in columns:
+            raise UserError(f"{source.path}: no row has the column {column!r} that {key} of source {source.name} "
+                            "names; correct it")
 
 
-def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict]:
-    """(messages, answer, metadata) of a row. Raises UserError if a column is missing or has the wrong type."""
+def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict, dict]:
+    """(messages, answer, metadata, template keywords) of a row. Raises UserError if a column is missing, has the wrong
+    type or would not be read."""
     if source.path is None:
         answer = data["answer"] if data["answer"] is None else str(data["answer"])
-        return [{"role": "user", "content": data["question"]}], answer, data
+        return [{"role": "user", "content": data["question"]}], answer, data, {}
     if source.prompt_column not in data:
         there = ", ".join(map(str, data)) or "none"
         raise UserError(f"column {source.prompt_column!r} is missing (there are: {there}); set prompt_column of "
                          f"source {source.name}")
-    prompt, answer = data[source.prompt_column], data.get(source.answer_column)
+    prompt, answer = from_text(data[source.prompt_column]), data.get(source.answer_column)
     if isinstance(prompt, list):
-        messages = [{"role": m["role"], "content": m["content"]} for m in to_messages(prompt, source.prompt_column)]
+        messages = to_messages(prompt, source.prompt_column)
+        for i, m in enumerate(messages):
+            if more := sorted(m.keys() - {"role", "content"}):
+                raise UserError(f"{source.prompt_column}[{i}].{more[0]} is not read in a prompt; remove it")
         if messages[-1]["role"] != "user":
             raise UserError(f"the last message of column {source.prompt_column!r} must be the user's, is of role "
                              f"{messages[-1]['role']!r}")
@@ -76,21 +96,61 @@ def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict]:
         raise UserError(f"column {source.prompt_column!r} must hold a string or a list of messages, is {kind(prompt)}")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
         raise UserError(f"column {source.answer_column!r} must hold a string or a number, is {kind(answer)}")
-    answer = answer if answer is None or isinstance(answer, str) else str(answer)
-    extra = {k: v for k, v in data.items() if k not in (source.prompt_column, source.answer_column)}
-    return messages, answer, json.loads(dumps(extra))
+    answer = answer if answer is None or isinstance(answer, str) else str(whole(answer) if isinstance(answer, float)
+                                                                          else answer)
+    used = {source.prompt_column, source.answer_column, *TEMPLATE, *source.ignore_columns}
+    extra = {k: v for k, v in data.items() if k not in used}
+    filled = {m["name"] for m in _PLACEHOLDER.finditer(source.prompt_template)}
+    if meant := [k for k in MEANT if k in extra and k not in filled and not blank(extra[k])]:
+        raise UserError(f"column {meant[0]!r} is not read in a source of prompts; remove it, or add it to "
+                        f"ignore_columns of source {source.name}")
+    return messages, answer, json.loads(dumps(extra)), template_kwargs(data)
 
 
-def _apply_template(source: Source, messages: list[dict]) -> list[dict]:
-    """Applies prompt_template to the last turn and puts system_prompt before the row's own system prompt."""
+def _apply_template(source: Source, messages: list[dict], row: dict, options: dict[str, str]) -> tuple[list, list]:
+    """(what is asked: the messages with the columns that prompt_template shows, without its own words; the prompt:
+    prompt_template applied to the last turn, system_prompt before the row's own)"""
     *before, last = messages
-    messages = [*before, {"role": "user", "content": source.prompt_template.replace("{prompt}", last["content"])}]
+    shown = []
+
+    def fill(found: re.Match) -> str:
+        name = found["name"]
+        if name == "prompt":
+            return (found["latex"] or "") + last["content"]
+        if found["latex"]:
+            return found[0]
+        listed = "\n".join(f"{label}. {text}" for label, text in options.items())
+        value = listed if name == "choices" and listed else row.get(name)
+        where = f"prompt_template of source {source.name}: {{{name}}}"
+        if name == source.answer_column:
+            raise UserError(f"{where} would show the true answer; remove it")
+        if value is None:
+            there = ", ".join(map(str, row)) or "none"
+            raise UserError(f"{where} names no column of the row (there are: {there}); correct it, or write \\{{ for a "
+                            "brace")
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise UserError(f"{where} needs a string or a number, but the column holds {kind(value)}")
+        shown.append(str(value))
+        return shown[-1]
+
+    text = _PLACEHOLDER.sub(fill, source.prompt_template)
+    asked = [*before, last | {"content": "\n".join([last["content"], *shown])}]
+    messages = [*before, {"role": "user", "content": text}]
     if source.system_prompt is None:
-        return messages
+        return asked, messages
     system = source.system_prompt
     if messages[0]["role"] == "system":
         system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
-    return [{"role": "system", "content": system}, *messages]
+    return asked, [{"role": "system", "content": system}, *messages]
+
+
+def _show_options(source: Source, messages: list[dict], options: dict[str, str]) -> None:
+    """Raises UserError if an option is not in the prompt: a choice among unseen options teaches to guess."""
+    text = normalize("\n".join(m["content"] for m in messages))
+    for option in options.values() if source.path is not None else ():
+        if normalize(option) not in text:
+            raise UserError(f"the option {option[:60]!r} of column 'choices' is not in the prompt; add {{choices}} to "
+                            f"prompt_template of source {source.name}")
 
 
 def _generate(source: Source, seed: int) -> Iterator[Row]:

@@ -1,9 +1,10 @@
 """The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
 from strop.trainer.config import Dpo, Evaluate, Merge, Recipe, Sample, Score, Select, Sft
+from strop.trainer.data.rows import counted
 from strop.trainer.models.folders import Base
 from strop.trainer.models.hub import is_loaded
-from strop.trainer.run.artifacts import Artifact, external
+from strop.trainer.run.artifacts import Artifact, check_unchanged, external
 from strop.trainer.run.files import read_json, write_json
 from strop.trainer.run.store import Store
 from strop.trainer.stages.evaluate import evaluate
@@ -33,7 +34,10 @@ class Run:
         self.store, self.recipe, self.base, self.data = store, recipe, base, data or {}
         self.start = Artifact(base.path, None)
         if base.path.exists():
-            self.start = external(base.path, is_loaded) if base.revision else external(base.path)
+            self.start = external(base.path, is_loaded)
+        self._files: dict[str, Artifact] = {}  # the rows' files as they were when the run began
+        for entry in (*recipe.data.sources, *recipe.data.sft, *recipe.data.preferences):
+            self._rows(entry.path)
         self.round: int | None = None
         self.measured: dict[str, tuple[Artifact, str]] = {}  # weights' hash -> (evaluation, candidate in it)
         self.promotions: list[dict] = []
@@ -68,10 +72,18 @@ class Run:
         files = {s.name: self._rows(s.path) for s in r.data.sources if s.path}
         return self._stage("prompts", prompts, "prompts", config, {"files": files})
 
-    def _rows(self, path: str) -> Artifact:
-        """The file of rows that a recipe names; without a hash while it is not downloaded yet."""
+    def _rows(self, path: str | None) -> Artifact | None:
+        """The file of rows that a recipe names; without a hash while it is not downloaded yet. Raises UserError if it
+        changed since the run began: its rounds would learn from different data under one name."""
+        if path is None:
+            return None
         file, commit = self.data.get(path, (path, "local"))
-        return external(file) if commit else Artifact(file, None)
+        if not commit:
+            return Artifact(file, None)
+        if path not in self._files:
+            self._files[path] = external(file, counted(file))
+        check_unchanged(self._files[path])
+        return self._files[path]
 
     def sample(self, section: Sample, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
         """K completions of this round's prompts by `weights`."""

@@ -74,8 +74,9 @@ class Name:
 
 
 def is_loaded(file: str) -> bool:
-    """Whether a file is part of the hash of a model from the hub; other tools may add files to its folder."""
-    return any(fnmatch(file, p) for p in LOADED) and not any(fnmatch(file, p) for p in UNUSED)
+    """Whether a file is part of the hash of a model folder; other tools, and runs, may add files to it."""
+    unused = any(fnmatch(file, p) for p in UNUSED) and not file.startswith("additional_chat_templates/")
+    return any(fnmatch(file, p) for p in LOADED) and not unused
 
 
 def is_model_name(path: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from strop.trainer.config import Model, Part, read_text
+from strop.trainer.config import Model, Part
 from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run.files import reason_of
 
@@ -38,7 +38,7 @@ class ModelFolder:
         if len(tokenizer) == 0:  # what transformers returns for a folder with a config but no tokenizer files
             raise UserError(f"{self.path}: its tokenizer is empty; save one there with tokenizer.save_pretrained")
         if self.options.chat_template is not None:
-            tokenizer.chat_template = read_text("model.chat_template", self.options.chat_template)
+            tokenizer.chat_template = self.options.read("chat_template")
         try:
             tokenizer.get_chat_template()
         except ValueError as e:

@@ -39,33 +39,49 @@ def content_hash(files: dict[str, dict]) -> str:
 
 
 def external(path: str | Path, counts=lambda name: True) -> Artifact:
-    """A file or folder outside the run directory, hashed by the content of the files whose name `counts`.
+    """A file or folder outside the run directory, hashed by the content of the files whose relative path `counts`.
 
     Raises UserError if it does not exist."""
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     check_file_type(path)
-    files = {name: entry for name, entry in list_files(path).items() if counts(name)}
+    files = list_files(path, counts)
     return Artifact(path, content_hash(files), files)
 
 
+def check_unchanged(artifact: Artifact) -> None:
+    """Raises UserError if a file of an artifact outside the run directory is not what it was when it was hashed."""
+    for name, entry in artifact.files.items():
+        path = artifact.path if name == artifact.path.name and not artifact.path.is_dir() else artifact.path / name
+        if not path.exists() or _entry(path)["hash"] != entry["hash"]:
+            raise UserError(f"{path}: {'changed' if path.exists() else 'deleted'} while the run was going; the same "
+                            "command re-runs what depends on it")
+
+
 @lru_cache(maxsize=4096)
-def _hash_once(path: str, changed_ns: int, size: int) -> str:
+def _hash_once(path: str, *state: int) -> str:
     return hash_file(Path(path))  # planning and running hash the same large files
 
 
-def list_files(top: Path) -> dict[str, dict]:
-    """{relative path: {"hash", "bytes"}} of the files below `top` (or of `top` itself), except scratch and hidden."""
+def _entry(path: Path) -> dict:
+    stat = path.stat()
+    state = stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size
+    return {"hash": _hash_once(str(path), *state), "bytes": stat.st_size}
+
+
+def list_files(top: Path, counts=lambda name: True) -> dict[str, dict]:
+    """{relative path: {"hash", "bytes"}} of the files below `top` (or of `top` itself) whose relative path `counts`,
+    except scratch and hidden."""
     found = {}
     for path in [top] if top.is_file() else sorted(top.rglob("*")):
         name = path.relative_to(top if top.is_dir() else top.parent)
-        if not path.is_file():
-            check_file_type(path)
-        elif path == top or (name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts)):
-            stat = path.stat()
-            found[name.as_posix()] = {"hash": _hash_once(str(path), stat.st_mtime_ns, stat.st_size),
-                                      "bytes": stat.st_size}
+        known = name.parts[0] != WORK and not any(part.startswith(".") for part in name.parts)
+        if path != top and not (known and counts(name.as_posix())):
+            continue
+        check_file_type(path)
+        if path.is_file():
+            found[name.as_posix()] = _entry(path)
     return found
 
 

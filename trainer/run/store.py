@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from strop.trainer.config import Part, Section
 from strop.trainer.errors import UserError
-from strop.trainer.run.artifacts import WORK, Artifact, check_file, content_hash, list_files, read_manifest, versions
+from strop.trainer.run.artifacts import (
+    WORK,
+    Artifact,
+    check_file,
+    check_unchanged,
+    content_hash,
+    list_files,
+    read_manifest,
+    versions,
+)
 from strop.trainer.run.files import (
     check_file_types,
     hash_json,
@@ -129,7 +138,9 @@ class Store:
         key_config = {k: v.key() if isinstance(v, Section | Part) else v for k, v in config.items()}
         key_config, hashes = json.loads(json.dumps(key_config)), _walk(inputs, lambda a: a.hash)
         final, key = self.run_dir / name, hash_json({"stage": name, "config": key_config, "inputs": hashes})
-        state, why = self._state(final, key, key_config, hashes)
+        artifacts: list[Artifact] = []
+        _walk(inputs, artifacts.append)
+        state, why = self._state(final, key, key_config, hashes, any(a.hash is None for a in artifacts))
         entry = {"stage": name, "kind": kind, "title": title or name.split("/")[-1], "round": round,
                  "inputs": self._origins(inputs), "state": state, "why": why}
         if self.planning:
@@ -143,7 +154,7 @@ class Store:
             self.verify(inputs)
             self._note(entry | {"state": "running"})
             stage = Stage(name, final.parent / f"{final.name}.partial", self.world, self.console, self.metrics, round)
-            self._run(stage, key, function, config | _walk(inputs, lambda a: a.path), all_ranks,
+            self._run(stage, key, function, config, inputs, all_ranks,
                       {"kind": kind, "config": key_config, "inputs": hashes})
         elif self.world.first:
             self.console.line(f"{name}: up to date")
@@ -166,14 +177,14 @@ class Store:
 
         return _known(_walk(inputs, origin, lambda plain: None))
 
-    def _state(self, final: Path, key: str, config: dict, hashes: dict) -> tuple[str, str]:
+    def _state(self, final: Path, key: str, config: dict, hashes: dict, waiting: bool) -> tuple[str, str]:
         if not (final / "manifest.json").exists():
             return "to run", "partly done" if (final.parent / f"{final.name}.partial").exists() else ""
         manifest = read_manifest(final)
         if manifest["key"] == key:
             return "done", ""
-        changed = [f"input {k.split(':')[0]} changed" for k in _differences(manifest["inputs"], hashes)]
-        if None in _flat(hashes).values():
+        changed = [f"input {k.split(':')[0]} changed" for k in _differences(manifest["inputs"], _known(hashes))]
+        if waiting:
             changed = ["its inputs are re-run"]
         return "stale", "; ".join(_differences(manifest["config"], config) + changed)
 
@@ -193,7 +204,16 @@ class Store:
 
         _walk(artifacts, check)
 
-    def _run(self, stage: Stage, key: str, function, arguments: dict, all_ranks: bool, about: dict) -> None:
+    def _check_outside(self, inputs: dict) -> None:
+        """Raises UserError if an input from outside the run directory changed, so that the key does not say what the
+        stage has read."""
+        artifacts: list[Artifact] = []
+        _walk(inputs, artifacts.append)
+        for artifact in artifacts if self.world.first else ():
+            if self.run_dir not in artifact.path.parents:
+                check_unchanged(artifact)
+
+    def _run(self, stage: Stage, key: str, function, config: dict, inputs: dict, all_ranks: bool, about: dict) -> None:
         final, partial = self.run_dir / stage.name, stage.dir
         if self.world.first:
             if final.exists():
@@ -210,8 +230,9 @@ class Store:
         self.world.barrier()
         started = time.perf_counter()
         if all_ranks or self.world.first:
-            function(stage, **arguments)
+            function(stage, **config, **_walk(inputs, lambda a: a.path))
         self.world.barrier()
+        self._check_outside(inputs)
         if self.world.first:
             files = {k: v for k, v in list_files(partial).items() if k != "manifest.json"}
             with writing(partial):

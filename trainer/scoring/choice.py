@@ -16,7 +16,13 @@ _SO = re.compile(r"\b(?:so|but|thus|therefore|hence|i(?:'ll| will| would)? (?:sa
 
 
 def options(choices) -> dict[str, str]:
-    """{label: text}, labels upper case; from a list of texts or from {"label": [...], "text": [...]}; else {}."""
+    """`labeled`, with the texts as completions are compared with them."""
+    return {label: plain(text) for label, text in labeled(choices).items()}
+
+
+def labeled(choices) -> dict[str, str]:
+    """{label: text}, labels upper case; from a list of texts or from {"label": [...], "text": [...]}; {} unless there
+    are two at least, all different."""
     labels, texts = None, choices
     if isinstance(choices, dict):
         labels, texts = choices.get("label"), choices.get("text")
@@ -24,8 +30,9 @@ def options(choices) -> dict[str, str]:
         return {}
     if not isinstance(labels, list):
         labels = [chr(ord("A") + i) for i in range(len(texts))]
-    found = {str(label).strip().upper(): plain(text) for label, text in zip(labels, texts, strict=False)}
-    return found if len(found) == len(texts) == len(set(found.values())) and all(found.values()) else {}
+    found = {str(label).strip().upper(): text for label, text in zip(labels, texts, strict=False)}
+    different = set(map(plain, found.values()))
+    return found if len(found) == len(texts) == len(different) and all(different) else {}
 
 
 def chosen(completion: str, choices: dict[str, str]) -> str | None:

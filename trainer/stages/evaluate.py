@@ -10,7 +10,7 @@ from statistics import fmean
 import pyarrow as pa
 
 from strop.trainer.config import Evaluate, Part, Score
-from strop.trainer.data.chat import stop_ids
+from strop.trainer.data.chat import completion_text, stop_ids
 from strop.trainer.errors import UserError
 from strop.trainer.models.kl import drift
 from strop.trainer.models.loading import DTYPES, ModelFolder
@@ -87,7 +87,7 @@ def judge(tokenizer, candidate: str, shard: list[dict], completions: list, corre
     """Results of one completion per prompt; correct: it stopped by itself and scores at least `correct_at`."""
     found = []
     for row, (completion,) in zip(shard, completions, strict=True):
-        text = tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        text = completion_text(tokenizer, completion.tokens)
         score, _ = verify(row["verifier"], text, row["answer"], json.loads(row["verifier_args"] or "{}"),
                           json.loads(row["metadata"] or "{}"))
         found.append({"candidate": candidate, "split": row["split"], "source": row["source"],

@@ -18,12 +18,12 @@ from strop.trainer.data.text import words
 from strop.trainer.errors import UserError
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, write_table
-from strop.trainer.scoring import rules
+from strop.trainer.scoring import choice, rules
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split", pa.string()),
                     ("messages", MESSAGES), ("answer", pa.string()), ("verifier", pa.string()),
-                    ("verifier_args", pa.string()), ("metadata", pa.string())])
+                    ("verifier_args", pa.string()), ("metadata", pa.string()), ("template_kwargs", pa.string())])
 REPORT_SECONDS = 10.0  # between two console lines while a source is read
 WARN_SHARE = 0.2  # of a source's prompts that filters may drop without a warning
 
@@ -48,7 +48,9 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
         shown = time.monotonic()
         source = source.model_copy(update={"path": files.get(source.name)})
         check_answer = partial(rules.check_answer, verifier, source.verifier_args)
-        for row in source_rows(source, seed, check_answer, drops, quarantine):
+        options_of, columns = partial(labeled_options, source.verifier_args), {}
+        for row in source_rows(source, seed, check_answer, options_of, drops, quarantine):
+            columns |= dict.fromkeys(row.pop("columns"))
             if time.monotonic() - shown > REPORT_SECONDS:
                 shown = time.monotonic()
                 stage.console.line(f"{stage.name}: {source.name}: {len(rows):,} prompts, at {row['where']}")
@@ -58,6 +60,8 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
                 drops.add("duplicate", prompt_id=row["prompt_id"], source=source.name, detail=detail)
             else:
                 rows.append(row | {"verifier": verifier, "verifier_args": dumps(source.verifier_args)})
+        if columns:
+            stage.console.line(f"{stage.name}: {source.name}: kept as metadata: {', '.join(columns)}")
     rows = drop_near_duplicates(drop_repetitive(rows, filter, drops), data, filter, drops)
     try:
         assign_splits(rows, data, seed)
@@ -72,6 +76,11 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
     quarantine.write(stage)
     splits = Counter(row["split"] for row in rows)
     stage.counts |= {"prompts": len(rows), **{s: splits[s] for s in ("train", "validation", "test")}}
+
+
+def labeled_options(args: dict, metadata: dict) -> dict[str, str]:
+    """{label: text} of a prompt's options, of the recipe or of its row; {} if it has none."""
+    return choice.labeled(args.get("choices") or metadata.get("choices"))
 
 
 def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> list[dict]:

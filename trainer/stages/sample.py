@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from strop.trainer.config import Part, Sample
-from strop.trainer.data.chat import stop_ids
+from strop.trainer.data.chat import completion_text, stop_ids
 from strop.trainer.data.splits import draw_prompts, hash_int
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder
@@ -28,7 +28,7 @@ def sample(stage: Stage, *, sample: Sample, model: Part, compute: Part, shares: 
     shares: each source's share of the prompts. Raises UserError if no prompt fits the model's context."""
     folder = ModelFolder(weights, model)
     tokenizer = folder.tokenizer()
-    rows = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split", "messages"]).to_pylist()
+    rows = read_table(prompts / "prompts.parquet").drop_columns(["verifier_args", "metadata"]).to_pylist()
     drawn = draw_prompts([r for r in rows if r["split"] == "train"], shares, sample.prompts, seed, round)
     if len(drawn) < sample.prompts:
         stage.console.warn(f"sample.prompts={sample.prompts}, but there are only {len(drawn)} training prompts")
@@ -66,7 +66,7 @@ def sample(stage: Stage, *, sample: Sample, model: Part, compute: Part, shares: 
 
 def shard_table(tokenizer, shard: list[dict], completions: list) -> pa.Table:
     rows = [{"prompt_id": row["prompt_id"], "sample_index": s, "prompt_tokens": row["tokens"],
-             "completion_tokens": c.tokens, "completion": tokenizer.decode(c.tokens, skip_special_tokens=True),
+             "completion_tokens": c.tokens, "completion": completion_text(tokenizer, c.tokens),
              "logp": c.logp, "finish": c.finish}
             for row, samples in zip(shard, completions, strict=True) for s, c in enumerate(samples)]
     return pa.Table.from_pylist(rows, schema=SCHEMA)
