@@ -15,8 +15,11 @@ import torch
 
 # What a case ends with where there is no GPU, or where it reads a value of a tensor that has none; any other error is a
 # fault of ours or of a peer's call. hasPrimaryContext is where autograd starts a backward pass on a GPU.
-NO_GPU = re.compile("NVIDIA driver|0 active drivers|not compiled with CUDA|hasPrimaryContext|"
-                    "Cannot access data pointer|Tensor subclass CausalBias|_local_scalar_dense|aten.nonzero", re.IGNORECASE)
+NO_GPU = re.compile("|".join((
+    "NVIDIA driver", "CUDA driver version is insufficient", "0 active drivers", "not compiled with CUDA",
+    "without ATen_cuda library", "accelerator device when none is available", "hasPrimaryContext",
+    "Cannot access data pointer", "Tensor subclass CausalBias", "_local_scalar_dense", "aten.nonzero",
+)))
 
 
 def parser(description: str) -> argparse.ArgumentParser:

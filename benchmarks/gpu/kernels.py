@@ -72,7 +72,7 @@ def fake(value, mode: FakeTensorMode):
     if isinstance(value, Tensor):
         with mode:
             found = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-        return found.requires_grad_(value.requires_grad)
+        return found.requires_grad_(value.requires_grad and torch.version.cuda is not None)
     if isinstance(value, PackedGroups):
         tensors = {f.name: fake(getattr(value, f.name), mode) for f in fields(value)
                    if isinstance(getattr(value, f.name), Tensor) and f.name != "segments"}
@@ -89,7 +89,7 @@ def dry(family: ModuleType, case: Case, name: str) -> str:
     case = small(case)
     inputs = fake(family.inputs(case, torch.device("cpu")), mode)
     try:
-        with mode, without_graph_compiler():
+        with mode, as_far_as_possible():
             result = family.flat(family.CONTENDERS[name](case, inputs)(), inputs)
     except suite.Unavailable as reason:
         return f"left out: {reason}"
@@ -99,14 +99,20 @@ def dry(family: ModuleType, case: Case, name: str) -> str:
 
 
 @contextlib.contextmanager
-def without_graph_compiler():
-    """torch.compile as nothing: its code generator wants a driver."""
-    compile = torch.compile
+def as_far_as_possible():
+    """torch.compile as nothing, since its code generator wants a driver. In a CPU build of PyTorch a gradient on device
+    "cuda" ends the process, so there is none."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("PyTorch is not compiled with CUDA: no backward pass")
+
+    compile, grad = torch.compile, torch.autograd.grad
     torch.compile = lambda function=None, **_: function if function else lambda f: f
+    torch.autograd.grad = grad if torch.version.cuda else refuse
     try:
         yield
     finally:
-        torch.compile = compile
+        torch.compile, torch.autograd.grad = compile, grad
 
 
 def main(arguments: list[str] | None = None) -> int:
