@@ -102,6 +102,8 @@ def _ours(backend: str | None):
     def make(case: Case, x: SimpleNamespace):
         if backend == "sdpa" and not x.upstream.is_cuda:
             raise Unavailable("what Strop takes on the CPU")
+        if backend in ("flash_attn", "varlen") and not x.upstream.is_cuda:
+            raise Unavailable("for GPUs")
         if backend == "flash_attn" and not HAS_FLASH_ATTN:
             raise Unavailable("flash_attn is not installed")
         return _call(lambda q, k, v: prefix_attention(q, k, v, x.groups, backend=backend), x.qkv, x.upstream)

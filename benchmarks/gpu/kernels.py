@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.kernels [--out FOLDER] [--dry-run]
 
 Writes OUT/<date>.json, in the form of `python -m benchmarks`. --dry-run gives each contender tensors that have the
-device "cuda" but no values (FakeTensorMode): it runs whole where all its operators can, else up to its first launch.
+device "cuda" but no values (FakeTensorMode): it runs whole where all its operators can, else up to its first launch. A
+CPU build of PyTorch cannot, and runs them on the CPU.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def timed(family: ModuleType, case: Case, names: list[str], rates: dict[str, flo
 def small(case: Case) -> Case:
     """The case with few tokens and a narrow head, for inputs made on the CPU."""
     if case.family == "attention":
-        return case
+        tokens = attention._tokens(attention.FEW_PAIRS)
+        return replace(case, head=attention.SMOLLM2, variant=attention.FEW_PAIRS, tokens=tokens)
     return replace(case, head=Head(case.head.name, 64, 512), tokens=32)
 
 
@@ -72,7 +74,7 @@ def fake(value, mode: FakeTensorMode):
     if isinstance(value, Tensor):
         with mode:
             found = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-        return found.requires_grad_(value.requires_grad and torch.version.cuda is not None)
+        return found.requires_grad_(value.requires_grad)
     if isinstance(value, PackedGroups):
         tensors = {f.name: fake(getattr(value, f.name), mode) for f in fields(value)
                    if isinstance(getattr(value, f.name), Tensor) and f.name != "segments"}
@@ -85,34 +87,21 @@ def fake(value, mode: FakeTensorMode):
 
 
 def dry(family: ModuleType, case: Case, name: str) -> str:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     case = small(case)
-    inputs = fake(family.inputs(case, torch.device("cpu")), mode)
+    inputs, mode, kind = family.inputs(case, torch.device("cpu")), contextlib.nullcontext(), "the CPU"
+    if torch.version.cuda:  # else device "cuda" ends the process
+        mode, kind = FakeTensorMode(allow_non_fake_inputs=True), "tensors without values"
+        inputs = fake(inputs, mode)
+    compile = torch.compile
+    torch.compile = lambda function=None, **_: function if function else lambda f: f  # what it generates wants a driver
     try:
-        with mode, as_far_as_possible():
+        with mode:
             result = family.flat(family.CONTENDERS[name](case, inputs)(), inputs)
-    except suite.Unavailable as reason:
+    except (suite.Unavailable, ImportError) as reason:
         return f"left out: {reason}"
-    except ImportError as error:
-        return f"left out: {error}"
-    return f"ran on tensors without values, results {[list(x.shape) for x in result]}"
-
-
-@contextlib.contextmanager
-def as_far_as_possible():
-    """torch.compile as nothing, since its code generator wants a driver. In a CPU build of PyTorch a gradient on device
-    "cuda" ends the process, so there is none."""
-
-    def refuse(*_, **__):
-        raise RuntimeError("PyTorch is not compiled with CUDA: no backward pass")
-
-    compile, grad = torch.compile, torch.autograd.grad
-    torch.compile = lambda function=None, **_: function if function else lambda f: f
-    torch.autograd.grad = grad if torch.version.cuda else refuse
-    try:
-        yield
     finally:
-        torch.compile, torch.autograd.grad = compile, grad
+        torch.compile = compile
+    return f"ran on {kind}, results {[list(x.shape) for x in result]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
