@@ -32,10 +32,14 @@ def carry(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
+def is_precise(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [X, Y, M, D] @ b [X, Y, D, N], summed and returned in at least fp32: attention scores rounded to bf16 would be
     off by up to 2^-8 of their size, in the exponent of a softmax."""
-    if a.dtype in (torch.float32, torch.float64):
+    if is_precise(a):
         return a @ b
     if not a.is_cuda:
         return a.float() @ b.float()
@@ -191,10 +195,13 @@ class Prefill(Step):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
                                                  enable_gqa=q.shape[1] != k.shape[1])
         else:
-            rep, rows = q.shape[1] // k.shape[1], q.shape[2]
-            grouped = q.unflatten(1, (-1, rep)).flatten(2, 3)  # [prompts, Hkv, rep * longest rest, D]
-            scores = product(grouped, k.transpose(-1, -2)).unflatten(2, (rep, rows)) * (scaling / softcap)
-            scores = (torch.tanh(scores) * softcap).float().masked_fill(~mask[:, :, None], -math.inf)
+            rep = q.shape[1] // k.shape[1]
+            q, k = q.unflatten(1, (-1, rep)), k.transpose(-1, -2)  # [prompts, Hkv, rep, longest rest, D]
+            if is_precise(q):
+                scores = q @ (k[:, :, None] * scaling)
+            else:
+                scores = product(q.flatten(2, 3), k).unflatten(2, (rep, -1)) * scaling
+            scores = (torch.tanh(scores / softcap) * softcap).float().masked_fill(~mask[:, :, None], -math.inf)
             out = (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
         return out.transpose(1, 2).flatten(0, 1)[self.pack]
 
@@ -249,12 +256,11 @@ class Decode(Step):
                               for buffer in (cache.prompt_k, cache.prompt_v))
         own_k, own_v = ([cache.chunk(buffer[layer], heads, *chunk)[:n] for chunk in self.chunks]
                         for buffer in (cache.completion_k, cache.completion_v))
-        precise = q.dtype in (torch.float32, torch.float64)
-        q = (q * scaling if precise else q).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
+        q = (q * scaling if is_precise(q) else q).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
         q_column = q.transpose(-1, -2)
         scores = torch.cat((self.by_row(product(self.by_group(q), prompt_k.transpose(-1, -2))),
                             *(product(chunk, q_column).transpose(-1, -2) for chunk in own_k)), -1)
-        if not precise:
+        if not is_precise(q):
             scores *= scaling
         if softcap is not None:
             scores = torch.tanh(scores.float() / softcap) * softcap
