@@ -18,7 +18,7 @@ TEST_EXTRAS := quickstart,lora,math,datasets,test,bench
 # where nvidia-smi works, the libraries for the GPU come too
 LOCK = requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo run).txt
 
-.PHONY: run test bench lint lock clean help
+.PHONY: run test bench gpu-wheels lint lock clean help
 
 help:
 	@echo "make run                       train the quickstart; the same command resumes a run that stopped"
@@ -26,6 +26,7 @@ help:
 	@echo "make run NPROC=2               two processes"
 	@echo "make test                      all tests but the slow ones; ARGS go to pytest, e.g. ARGS='-k merge'"
 	@echo "make bench                     the kernels beside their peers, and docs/performance.md; ARGS=dpo for a part"
+	@echo "make gpu-wheels                what benchmarks/gpu/*.sh need on a GPU machine without network"
 	@echo "make lint                      ruff"
 	@echo "make lock                      requirements/ from pyproject.toml; ARGS=--upgrade takes newer versions"
 	@echo "make clean                     remove .venv and what builds and tests left; runs/ stays"
@@ -38,6 +39,9 @@ test: $(VENV)/.ready-to-test
 
 bench: $(VENV)/.ready-to-test
 	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+gpu-wheels: $(VENV)/.ready-to-test
+	$(VENV)/bin/python -m benchmarks.gpu.collect
 
 lint: $(VENV)/.ready-to-test
 	$(VENV)/bin/ruff check .
@@ -98,4 +102,4 @@ lock:
 	rm -rf $(LOCK_ENV)
 
 clean:
-	rm -rf $(VENV) $(LOCK_ENV) build dist kernels/_*.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOCK_ENV) gpu-carried build dist kernels/_*.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

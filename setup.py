@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -110,11 +111,11 @@ def compile_cpu(name: str, out: Path) -> None:
     _run(command)
 
 
-def compile_csrc(out: Path) -> None:
+def compile_csrc(out: Path, architectures: Sequence[str] = ARCHITECTURES) -> None:
     """One call of nvcc makes the library. Raises CompileError with what it said."""
     torch = find_torch()
     command = [find_nvcc(), "-shared", "-O3", "-std=c++17", "--threads", "2"]
-    command += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
+    command += [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     # a CPU build's libtorch has no CUDA part, so only libtorch is named, and what it links to holds all symbols
     # wherever the library is loaded
     command += ["-DUSE_CUDA", STABLE, "-Xcompiler=-fPIC,-fvisibility=hidden"]

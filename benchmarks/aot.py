@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strop.kernels._triton import attention, attention_launch, logprob, segment_sum
+from strop.kernels._triton import adamw, attention, attention_launch, logprob, segment_sum
 from strop.kernels.layout import TILE
 
 # Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
@@ -75,7 +75,8 @@ class Row:
 
 def cases() -> list[Case]:
     """Every kernel in the variants that real launches have."""
-    return logprob_cases() + segment_sum_cases() + [case for target in SHARED_LIMIT for case in attention_cases(target)]
+    shared = logprob_cases() + segment_sum_cases() + adamw_cases()
+    return shared + [case for target in SHARED_LIMIT for case in attention_cases(target)]
 
 
 def attention_cases(target: str) -> list[Case]:
@@ -112,6 +113,17 @@ def segment_sum_cases() -> list[Case]:
     constants = {"BLOCK": segment_sum.BLOCK}
     kernels = {"segment sum": segment_sum.sum_kernel, "segment sum backward": segment_sum.spread_kernel}
     return [Case(name, kernel, types, constants, segment_sum.WARPS) for name, kernel in kernels.items()]
+
+
+def adamw_cases() -> list[Case]:
+    pointers = dict.fromkeys(("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "factor_ptr"), "*fp32") | {"count": "i32"}
+    numbers = dict.fromkeys(("keep", "step_size", "rest1", "beta2", "rest2", "root2", "eps"), "fp32")
+    found = []
+    for name, grad, weight in (("bf16", "bf16", True), ("fp32 sums", "fp32", True), ("fp32", "fp32", False)):
+        types = pointers | numbers | {"grad_ptr": f"*{grad}", "weight_ptr": "*bf16" if weight else "*fp32"}
+        constants = {"WEIGHT": weight, "BLOCK": adamw.BLOCK}
+        found.append(Case(f"adamw {name}", adamw.adamw_kernel, types, constants, adamw.WARPS))
+    return found
 
 
 def logprob_cases() -> list[Case]:
@@ -157,7 +169,7 @@ def compile_case(case: Case, target: str) -> Row:
     for i, name in enumerate(case.kernel.arg_names):
         signature[name] = "constexpr" if name in case.constants else case.types[name]
         # Launches specialise on what 16 divides, and chunk widths and allocations are such.
-        if signature[name].startswith("*") or name.endswith(("stride", "columns")):
+        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     cuda = target.isdigit()
     gpu = GPUTarget("cuda", int(target), 32) if cuda else GPUTarget("hip", target, 64)

@@ -3,7 +3,7 @@ Strop sets it (trainer/environment.py).
 
     python -m benchmarks.contention [--tries 3] [--write]
 
-A step is that of benchmarks.train_step: DPO, SmolLM2-135M, 4 pairs of 64:32 tokens, all cores. A try is a process that
+A step is that of benchmarks.step_sides: DPO, SmolLM2-135M, 4 pairs of 64:32 tokens, all cores. A try is a process that
 takes steps alone, then beside each neighbor; both settings take turns. A neighbor is `sh -c 'while :; do :; done'` at
 the given niceness. --write keeps the numbers in benchmarks/results/<device>/contention.json.
 """
@@ -24,7 +24,7 @@ from strop.trainer.environment import SPIN
 from strop.trainer.run.world import World
 
 from . import measure
-from .train_step import Job, model_folder, strop_step
+from .step_sides import Job, model_folder, strop_step
 
 SETTINGS = {"libgomp's default": {}, f"GOMP_SPINCOUNT={SPIN}": {"GOMP_SPINCOUNT": SPIN}}
 NEIGHBORS = {"one at nice 10": [10], "two at nice 10": [10, 10], "one at nice 0": [0]}

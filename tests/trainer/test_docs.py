@@ -24,7 +24,7 @@ PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 # what is run elsewhere: (pattern of the command, file that runs it, the words with which it does)
 ELSEWHERE = [
     (r"make (test|lint)\b", ".ci/run", r"make \1"),
-    (r"make (bench)\b", "Makefile", r"(?m)^\1:"),
+    (r"make (bench|gpu-wheels)\b", "Makefile", r"(?m)^\1:"),
     (r"\.ci/run$", ".ci/run", "make test"),
     (r"python3 -m venv \.venv$", "Makefile", r"-m venv \$\(VENV\)"),
     (r"\.venv/bin/pip install torch==([\d.]+)$", "Makefile", r"TORCH := torch==\1"),
@@ -94,7 +94,7 @@ def test_every_command(page, command, desk, monkeypatch, capsys):
             if found:
                 assert re.search(found.expand(proof), (REPO / file).read_text()), f"{file} no longer runs {command}"
                 return
-        module = re.search(r"-m (benchmarks(?:\.\w+)?)|\b(benchmarks/\w+\.sh|tests/[\w/]+\.py)", command)
+        module = re.search(r"-m (benchmarks(?:\.\w+)?)|\b(benchmarks/gpu/\w+\.sh|tests/[\w/]+\.py)", command)
         assert module, f"{page}: nothing runs `{command}`; try it here, or say in ELSEWHERE where it is run"
         path = REPO / (module[2] or module[1].replace(".", "/"))
         path = path / "__main__.py" if path.is_dir() else path if path.suffix else path.with_suffix(".py")

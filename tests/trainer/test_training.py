@@ -1,3 +1,4 @@
+import copy
 import math
 import shutil
 
@@ -306,3 +307,45 @@ def test_a_run_says_where_the_kernels_for_a_cpu_lack(monkeypatch):
     assert World().hardware == "cpu"
     monkeypatch.setattr(_cpu, "load", lambda: False)
     assert "without csrc/cpu.cpp" in World().hardware and "g++" in World().hardware
+
+
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "embed_tokens"]], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_merged_weights_are_those_of_peft_without_a_copy_of_the_model(tmp_path, tiny_model, monkeypatch, dtype,
+                                                                      modules):
+    pytest.importorskip("peft")
+    recipe = recipe_of(dtype=dtype, lora={"rank": 4, "target_modules": modules})
+    engine = Engine(ModelFolder(tiny_model), recipe.sft, stage_in(tmp_path / "s", "sft"), 8, compute=recipe,
+                    lora=recipe.lora, seed=0)
+    with torch.no_grad():
+        for name, p in engine.model.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.05)
+    before = {name: p.clone() for name, p in engine.model.named_parameters()}
+    deepcopy = copy.deepcopy
+    expected = deepcopy(engine.model).merge_and_unload().state_dict()
+
+    def copy_of(x, *memo):
+        assert not isinstance(x, torch.nn.Module)
+        return deepcopy(x, *memo)
+
+    monkeypatch.setattr(copy, "deepcopy", copy_of)
+    engine.save(tmp_path / "model")
+    monkeypatch.undo()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=engine.dtype).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    untrained = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=engine.dtype).state_dict()
+    assert any(not torch.equal(found[name], untrained[name]) for name in untrained)
+    assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+    assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_adapters_compute_in_the_models_dtype_over_fp32_masters(tmp_path, tiny_model):
+    """fp32 adapters would cast the input of every linear layer up and its result down."""
+    pytest.importorskip("peft")
+    recipe = recipe_of(dtype="bfloat16", lora={"rank": 4})
+    engine = Engine(ModelFolder(tiny_model), recipe.sft, stage_in(tmp_path / "s", "sft"), 8, compute=recipe,
+                    lora=recipe.lora, seed=0)
+    assert {p.dtype for p in engine.weights.params} == {torch.bfloat16}
+    assert {m.dtype for m in engine.masters} == {torch.float32}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from strop.trainer.config import Model
 from strop.trainer.errors import UserError
@@ -83,12 +83,13 @@ def card_license(card: Path) -> str | None:
     return found.group(1).lower() if found else None
 
 
-def save_model(model: nn.Module, source: Path, target: Path) -> None:
-    """Writes weights and config, and the tokenizer of `source`, as a Hugging Face folder, in one step."""
+def save_model(model: nn.Module, source: Path, target: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes weights and config, and the tokenizer of `source`, as a Hugging Face folder, in one step. weights: the
+    state dict, by default the model's."""
     with writing(target):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     with writing(target, temporary):
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         finish_folder(temporary, source, target)
 
 

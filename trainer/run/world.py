@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,9 @@ class World:
 
     @property
     def hardware(self) -> str:
-        """The device type, and a hint if the CPU kernels were not built."""
+        """The device type, and a hint if fused kernels of the layers are missing."""
+        if self.device.type == "cuda" and find_spec("liger_kernel") is None:
+            return "cuda, without liger-kernel: training is slower (pip install 'strop[gpu]')"
         if self.device.type != "cpu" or available(torch.empty(0)):
             return self.device.type
         return "cpu, without csrc/cpu.cpp: training is slower (install g++ and reinstall Strop)"
@@ -103,7 +106,7 @@ def delay_tracebacks() -> None:
 def join(device: str, threads: int) -> World:
     """Joins the ranks that torchrun started. device: auto, cpu or cuda; threads: per rank, 0 shares the cores.
 
-    Raises UserError if device is cuda and there is none."""
+    Raises UserError if device is cuda and there is none, and if there are fewer GPUs than ranks."""
     die_with_parent()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -111,6 +114,9 @@ def join(device: str, threads: int) -> World:
         raise UserError("device=cuda, but torch finds no CUDA device; use device=cpu or device=auto")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if use_cuda and (found := torch.cuda.device_count()) < local_size:
+        raise UserError(f"{local_size} ranks on this machine, but torch finds {found} CUDA device(s); start a rank per "
+                        f"GPU (torchrun --nproc-per-node={found}, make run NPROC={found}), or set device=cpu")
     where = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(where)

@@ -15,7 +15,7 @@ from strop.kernels import draw_key, sample_tokens
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
-from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Prefill, PromptKV, attend_with_cache
+from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Prefill, PromptKV, attend_with_cache, onto
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
 PREFILL_TOKENS = 1024  # per prefill, prompts padded to the longest
@@ -201,7 +201,7 @@ class Batch:
                           **kwargs).logits[0]
 
     def first_logits(self, rows: list[int]) -> Tensor:
-        return self.group_logits[torch.tensor([self.rows[r].group for r in rows], device=self.device)]
+        return self.group_logits[onto(self.device, [self.rows[r].group for r in rows])[0]]
 
     def compact(self) -> int:
         """Moves the last rows into free rows below them; returns the number of active rows."""
@@ -224,13 +224,14 @@ class Batch:
             members[row.group][filled[row.group]] = r
             place.append(row.group * self.k + filled[row.group])
             filled[row.group] += 1
-        columns = torch.tensor([
-            [row.completion.tokens[-1] for row in rows] + [0] * padding, [row.group for row in rows] + [0] * padding,
-            [len(row.completion.tokens) - 1 for row in rows] + [0] * padding, place + [0] * padding])
-        tokens, group, length, place = columns.to(self.device)
-        lengths = torch.tensor([len(self.prompts[i]) if i is not None else 1 for i in self.group_prompt])
-        decode = Decode(self.cache, tokens, group, length, lengths.to(self.device),
-                        torch.tensor(members).to(self.device), place,
+        *columns, lengths, members = onto(
+            self.device, *(column + [0] * padding for column in (
+                [row.completion.tokens[-1] for row in rows], [row.group for row in rows],
+                [len(row.completion.tokens) - 1 for row in rows], place)),
+            [len(self.prompts[i]) if i is not None else 1 for i in self.group_prompt],
+            [r for group in members for r in group])
+        tokens, group, length, place = columns
+        decode = Decode(self.cache, tokens, group, length, lengths, members.view(used, self.k), place,
                         longest_prompt=_bucket(max(len(self.prompts[row.prompt]) for row in rows)),
                         longest_completion=_bucket(max(len(row.completion.tokens) for row in rows)))
         return self.forward(decode)[: len(rows)]
@@ -238,8 +239,7 @@ class Batch:
     def draw(self, rows: list[int], logits: Tensor, sampling: dict, stop: frozenset[int]) -> int:
         """Draws the next token of `rows` and retires finished ones; returns their number."""
         active = [self.rows[r] for r in rows]
-        key, position = torch.tensor([[row.key for row in active],
-                                      [len(row.completion.tokens) for row in active]]).to(self.device)
+        key, position = onto(self.device, [row.key for row in active], [len(row.completion.tokens) for row in active])
         token, logp = sample_tokens(logits, key, position, **sampling)
         tokens, logps = torch.stack((token.double(), logp.double())).tolist()  # the only host sync of the step
         ended = 0

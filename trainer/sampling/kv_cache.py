@@ -21,12 +21,37 @@ FIRST_CHUNK = 32  # positions
 IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
 
 
+def onto(device: torch.device, *columns: list[int]) -> tuple[Tensor, ...]:
+    """The int64 columns on `device`, moved in one copy that the host does not wait for."""
+    flat = torch.tensor([number for column in columns for number in column], dtype=torch.int64)
+    return carry(flat, device).split([len(column) for column in columns])
+
+
+def carry(x: Tensor, device: torch.device) -> Tensor:
+    """The host's `x` on `device`. A copy from pageable memory would make the host wait for the device."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def is_precise(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [X, Y, M, D] @ b [X, Y, D, N], summed and returned in at least fp32: attention scores rounded to bf16 would be
+    off by up to 2^-8 of their size, in the exponent of a softmax."""
+    if is_precise(a):
+        return a @ b
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+
+
 class PromptKV:
     """Buffers per layer, allocated on first use. prompt_k, prompt_v: [groups, kv heads, prompt length, head dim].
 
     completion_k, completion_v: flat memory of chunks [rows, kv heads, chunk size, head dim]. A matrix product over
     whole chunks needs no copy, unlike one over a slice of a longer buffer, and a step reads only the chunks that its
-    longest completion reaches.
+    longest completion reaches. Only chunks that a completion has reached take memory.
     """
 
     def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int, device: torch.device):
@@ -36,9 +61,9 @@ class PromptKV:
         while start < completion_length:
             self.chunks.append((start, min(size, completion_length - start)))
             start, size = start + size, max(start + size, FIRST_CHUNK)
-        self.chunk_table = torch.tensor(self.chunks, device=device).view(-1, 2)
-        self.chunk_start, self.chunk_size = (
-            torch.tensor([pair[i] for pair in self.chunks for _ in range(pair[1])], device=device) for i in (0, 1))
+        self.chunk_table = torch.tensor(self.chunks).view(-1, 2)
+        self.chunk_start, self.chunk_size = onto(
+            device, *([pair[i] for pair in self.chunks for _ in range(pair[1])] for i in (0, 1)))
         self.prompt_k: dict[int, Tensor] = {}
         self.prompt_v: dict[int, Tensor] = {}
         self.completion_k: dict[int, Tensor] = {}
@@ -49,7 +74,21 @@ class PromptKV:
         for x, prompt, completion in ((k, self.prompt_k, self.completion_k), (v, self.prompt_v, self.completion_v)):
             groups, length = self.prompt_shape
             prompt[layer] = x.new_zeros(groups, x.shape[0], length, x.shape[2])
-            completion[layer] = x.new_zeros(self.rows * x.shape[0] * self.completion_length, x.shape[2])
+            completion[layer] = x.new_zeros(self.rows * x.shape[0] * self.chunks[0][1], x.shape[2])
+
+    def grow(self, layer: int, longest: int) -> None:
+        """Makes room for the chunks of completions of `longest` tokens."""
+        length = sum(self.reached(longest)[-1])
+        for buffers in (self.completion_k, self.completion_v):
+            held, rows = buffers[layer], self.rows * self.prompt_k[layer].shape[1]
+            if held.shape[0] < rows * length:
+                buffers[layer] = held.new_zeros(rows * length, held.shape[1])
+                buffers[layer][: held.shape[0]].copy_(held)
+
+    def allocated(self, layer: int) -> list[tuple[int, int]]:
+        """The chunks that the layer has memory for."""
+        length = self.completion_k[layer].shape[0] // (self.rows * self.prompt_k[layer].shape[1])
+        return [(start, size) for start, size in self.chunks if start + size <= length]
 
     def reached(self, longest: int) -> list[tuple[int, int]]:
         return [chunk for chunk in self.chunks if chunk[0] < longest]
@@ -61,11 +100,13 @@ class PromptKV:
 
     def move(self, source: list[int], target: list[int], longest: int) -> None:
         """Copies the first `longest` tokens of the completions in rows `source` to rows `target`."""
+        sources, targets = onto(self.chunk_start.device, source, target)
         for layer, prompt in self.prompt_k.items():
             for buffer in (self.completion_k[layer], self.completion_v[layer]):
-                for start, size in self.reached(longest):
-                    chunk = self.chunk(buffer, prompt.shape[1], start, size)
-                    chunk[target] = chunk[source]
+                for start, size in self.allocated(layer):
+                    if start < longest:
+                        chunk = self.chunk(buffer, prompt.shape[1], start, size)
+                        chunk.index_copy_(0, targets, chunk.index_select(0, sources))
 
 
 class CachedPrefix(NamedTuple):
@@ -81,16 +122,17 @@ class Step:
     """Tokens that run together, T of them.
 
     group, seen, length [T] int64: the group of a token's prompt, how many prompt tokens it sees, and its position in
-    its completion (-1 in a prompt). copies [2, n]: target and source groups of the KV of the first `most_cached` tokens
-    to copy before.
+    its completion (-1 in a prompt). copies: target and source groups [n] each of the KV of the first `most_cached`
+    tokens to copy before. longest_completion: the cache must have room for so many tokens.
     """
 
     cache: PromptKV
     group: Tensor
     seen: Tensor
     length: Tensor
-    copies: Tensor
+    copies: list[Tensor]
     most_cached: int = 0
+    longest_completion: int = 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                window: int | None) -> Tensor:
@@ -98,6 +140,7 @@ class Step:
         cache = self.cache
         if layer not in cache.prompt_k:
             cache.allocate(layer, k, v)
+        cache.grow(layer, self.longest_completion)
         prompt_k, prompt_v = cache.prompt_k[layer], cache.prompt_v[layer]
         if self.most_cached:
             for buffer in (prompt_k, prompt_v):
@@ -105,8 +148,9 @@ class Step:
         if not attention_cached.takes(q, k, v):
             return self.composed(layer, q, k, v, scaling, softcap, window)
         return attention_cached.attention_over_cache(
-            q, k, v, prompt_k, prompt_v, cache.completion_k[layer], cache.completion_v[layer], cache.chunk_table,
-            self.group, self.seen, self.length, scale=scaling, softcap=softcap, window=window)
+            q, k, v, prompt_k, prompt_v, cache.completion_k[layer], cache.completion_v[layer],
+            cache.chunk_table[: len(cache.allocated(layer))], self.group, self.seen, self.length,
+            scale=scaling, softcap=softcap, window=window)
 
     def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                  window: int | None) -> Tensor:
@@ -123,16 +167,18 @@ class Prefill(Step):
         column = torch.arange(int(lengths.max()))
         real, position = column < lengths[:, None], cached[:, None] + column  # [prompts, longest rest], with padding
         self.cache, self.longest, self.most_cached = cache, max(len(p.prompt) for p in prompts), int(cached.max())
-        self.copies = torch.tensor([(p.group, p.source) for p in prompts if p.cached], device=device).view(-1, 2).mT
-        self.tokens = torch.tensor([t for p in prompts for t in p.prompt[p.cached :]], device=device)[None]
-        self.positions, self.seen = position[real].to(device)[None], (position[real] + 1).to(device)
-        self.group, self.length = groups.repeat_interleave(lengths).to(device), torch.full_like(self.seen, -1)
-        self.groups, self.padded_positions = groups.to(device), position.to(device)
-        self.last = (lengths.cumsum(0) - 1).to(device)
+        copies = [(p.group, p.source) for p in prompts if p.cached]
+        *self.copies, tokens = onto(device, *([pair[i] for pair in copies] for i in (0, 1)),
+                                    [t for p in prompts for t in p.prompt[p.cached :]])
+        self.tokens = tokens[None]
+        self.positions, self.seen = carry(position[real], device)[None], carry(position[real] + 1, device)
+        self.group, self.length = carry(groups.repeat_interleave(lengths), device), torch.full_like(self.seen, -1)
+        self.groups, self.padded_positions = carry(groups, device), carry(position, device)
+        self.last = carry(lengths.cumsum(0) - 1, device)
         # packed row -> [prompts, longest rest]: padding reads token 0, and its output is dropped
         self.unpack = torch.zeros(real.shape, dtype=torch.int64).masked_scatter_(real, torch.arange(int(real.sum())))
-        self.unpack = self.unpack.to(device)
-        self.pack = real.flatten().nonzero()[:, 0].to(device)
+        self.unpack = carry(self.unpack, device)
+        self.pack = carry(real.flatten().nonzero()[:, 0], device)
 
     def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                  window: int | None) -> Tensor:
@@ -150,7 +196,11 @@ class Prefill(Step):
                                                  enable_gqa=q.shape[1] != k.shape[1])
         else:
             rep = q.shape[1] // k.shape[1]
-            scores = q.unflatten(1, (-1, rep)) @ (k[:, :, None].transpose(-1, -2) * scaling)
+            q, k = q.unflatten(1, (-1, rep)), k.transpose(-1, -2)  # [prompts, Hkv, rep, longest rest, D]
+            if is_precise(q):
+                scores = q @ (k[:, :, None] * scaling)
+            else:
+                scores = product(q.flatten(2, 3), k).unflatten(2, (rep, -1)) * scaling
             scores = (torch.tanh(scores / softcap) * softcap).float().masked_fill(~mask[:, :, None], -math.inf)
             out = (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
         return out.transpose(1, 2).flatten(0, 1)[self.pack]
@@ -165,7 +215,7 @@ class Decode(Step):
 
     def __init__(self, cache: PromptKV, tokens: Tensor, group: Tensor, length: Tensor, prompt_length: Tensor,
                  members: Tensor, place: Tensor, longest_prompt: int, longest_completion: int):
-        self.cache, self.members, self.place = cache, members, place
+        self.cache, self.members, self.place, self.longest_completion = cache, members, place, longest_completion
         capacity = cache.prompt_shape[1]
         self.prompt_width = longest_prompt if 2 * longest_prompt < capacity else capacity  # a slice costs a copy
         self.chunks = cache.reached(longest_completion)
@@ -206,10 +256,12 @@ class Decode(Step):
                               for buffer in (cache.prompt_k, cache.prompt_v))
         own_k, own_v = ([cache.chunk(buffer[layer], heads, *chunk)[:n] for chunk in self.chunks]
                         for buffer in (cache.completion_k, cache.completion_v))
-        q = (q * scaling).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
+        q = (q * scaling if is_precise(q) else q).transpose(0, 1).unflatten(1, (heads, -1))  # [n, Hkv, rep, D]
         q_column = q.transpose(-1, -2)
-        scores = torch.cat((self.by_row(self.by_group(q) @ prompt_k.transpose(-1, -2)),
-                            *((chunk @ q_column).transpose(-1, -2) for chunk in own_k)), -1)
+        scores = torch.cat((self.by_row(product(self.by_group(q), prompt_k.transpose(-1, -2))),
+                            *(product(chunk, q_column).transpose(-1, -2) for chunk in own_k)), -1)
+        if not is_precise(q):
+            scores *= scaling
         if softcap is not None:
             scores = torch.tanh(scores.float() / softcap) * softcap
         p = (scores + self.mask(window, scores.dtype)).softmax(-1, dtype=torch.float32).to(v.dtype)

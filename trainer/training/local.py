@@ -1,6 +1,5 @@
 """A model in training: bf16 compute over fp32 masters, moments and accumulated gradients; steps and checkpoints."""
 
-import copy
 import math
 import os
 import re
@@ -78,8 +77,7 @@ class Engine:
         if not self.lora.rank:
             save_model(self.model, self.folder.path, target)
             return
-        merged = copy.deepcopy(self.model).merge_and_unload()
-        save_model(merged, self.folder.path, target)
+        save_model(self.model.get_base_model(), self.folder.path, target, merged_weights(self.model))
         self.model.save_pretrained(target / "adapter")
 
     def save_ema(self, target: Path) -> None:
@@ -159,7 +157,8 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     torch.manual_seed(seed % 2**63)
     try:
         model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-                                                 target_modules=lora.target_modules, task_type="CAUSAL_LM"))
+                                                 target_modules=lora.target_modules, task_type="CAUSAL_LM"),
+                               autocast_adapter_dtype=False)  # fp32 adapters would cast all activations; see Masters
     except (ValueError, TypeError, re.error) as e:  # no such module, or one that peft cannot adapt
         raise UserError(f"lora.target_modules={lora.target_modules}: {str(e)[:300]}; name linear layers, or all-linear"
                          ) from e
@@ -167,6 +166,20 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
         raise UserError(f"lora.target_modules={lora.target_modules}: an adapter on the head is not supported, the "
                          "fused head would ignore it; remove the head from the list")
     return model
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base model's state dict with the adapters merged, one matrix at a time; merged ones are on the host."""
+    base, merged, found = model.get_base_model(), {}, {}
+    for module in base.modules():
+        if hasattr(module, "get_delta_weight"):
+            weight, (adapter,) = module.get_base_layer().weight, module.active_adapters
+            merged[weight.data_ptr()] = (weight + module.get_delta_weight(adapter).to(weight.dtype)).cpu()
+    for name, value in base.state_dict().items():
+        if ".lora_" not in name:
+            found[name.replace(".base_layer.", ".")] = merged.get(value.data_ptr(), value)
+    return found
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -66,7 +66,8 @@ class Masters:
         return norm
 
     def _update_in_one_pass(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
-        norm, factor = optimizer.total_norm(grads), torch.ones(())
+        norm = optimizer.total_norm(grads)
+        factor = torch.ones_like(norm)
         if self.section.grad_clip:
             factor = (self.section.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         options = {"lr": lr, "betas": self.section.betas, "eps": self.section.eps,

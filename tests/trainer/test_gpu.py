@@ -1,0 +1,95 @@
+"""Training and sampling on a GPU: what a step computes equals the CPU's, and neither waits for the device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from strop.kernels import Group, preference_loss
+from strop.trainer.config import Recipe
+from strop.trainer.models.loading import ModelFolder
+from strop.trainer.run.console import Console
+from strop.trainer.run.world import World
+from strop.trainer.sampling.in_process import Generator, load_for_generation
+from strop.trainer.training.batch import Example, collate
+from strop.trainer.training.local import Engine
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.probe import probe
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+PROMPTS = [[3 + (7 * i + j) % 60 for j in range(5 + i)] for i in range(6)]
+
+
+def _engine(folder, device: str, dtype: str = "float32", **keys) -> Engine:
+    section = {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0}
+    recipe = Recipe.model_validate({"dtype": dtype, "data": {"sft": [{"name": "none", "path": "none"}]},
+                                    "sft": section, "dpo": section} | keys)
+    stage = SimpleNamespace(world=World(device=torch.device(device)), console=Console(enabled=False))
+    return Engine(ModelFolder(folder), recipe.dpo, stage, 8, compute=recipe, lora=recipe.lora, seed=0)
+
+
+EXAMPLES = [Example(str(i), Group(p, [[5, 6, 7, 8 + i], [9, 10 + i]])) for i, p in enumerate(PROMPTS)]
+
+
+def _step(engine: Engine, groups) -> torch.Tensor:
+    logp = Scorer(engine.model)(groups)
+    loss, _ = preference_loss(logp, torch.full_like(logp, -4.0), segments=groups.target_segment,
+                              num_segments=groups.num_completions, pair_denominator=len(EXAMPLES), beta=0.1)
+    loss.backward()
+    engine.step()
+    return loss.detach()
+
+
+def test_dpo_steps_equal_those_on_the_cpu(tiny_model):
+    losses = []
+    for device in ("cpu", "cuda"):
+        engine = _engine(tiny_model, device)
+        groups = collate(EXAMPLES, list(range(len(EXAMPLES))), torch.device(device))
+        losses.append(torch.stack([_step(engine, groups) for _ in range(4)]).cpu())
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("keys", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
+def test_bf16_steps_do_not_wait(tiny_model, keys):
+    if keys:
+        pytest.importorskip("peft")
+    engine = _engine(tiny_model, "cuda", "bfloat16", **keys)
+    groups = collate(EXAMPLES, list(range(len(EXAMPLES))), torch.device("cuda"))
+    first = _step(engine, groups)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        last = [_step(engine, groups) for _ in range(3)][-1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert last.isfinite() and last < first
+
+
+def test_the_probe_accepts_the_model(tiny_model):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert probe(ModelFolder(tiny_model).load(dtype, torch.device("cuda")), Console(enabled=False))
+
+
+def test_greedy_completions_equal_those_on_the_cpu(tiny_model):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = load_for_generation(ModelFolder(tiny_model), torch.float32, torch.device(device))
+        found.append(Generator(model).generate(PROMPTS, k=2, max_new_tokens=40, temperature=0.0, batch_size=8))
+    for ours, theirs in zip(*found, strict=True):
+        assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+        assert [c.logp for c in ours] == pytest.approx([c.logp for c in theirs], rel=1e-3)
+
+
+def test_a_decode_step_waits_once(tiny_model):
+    """For the drawn tokens."""
+    model = load_for_generation(ModelFolder(tiny_model), torch.bfloat16, torch.device("cuda"))
+    generator = Generator(model)
+    generator.generate(PROMPTS, k=2, max_new_tokens=4, batch_size=12)
+    counts = []
+    for tokens in (12, 28):
+        with torch.profiler.profile() as prof:
+            generator.generate(PROMPTS, k=2, max_new_tokens=tokens, batch_size=12)
+        counts.append(sum("StreamSynchronize" in event.name for event in prof.events()))
+    assert counts[1] - counts[0] <= 16
