@@ -54,8 +54,9 @@ class Vllm(Section):
                                     description="Python interpreter that has vLLM. Default: the one that runs Strop")
     tensor_parallel_size: Positive = Field(1, le=1024, json_schema_extra=UNKEYED,
                                            description="GPUs per replica; replicas fill the GPUs of the run")
-    gpu_memory: float = Field(0.85, gt=0.0, le=1.0, json_schema_extra=UNKEYED,
-                              description="share of each GPU's memory for vLLM")
+    memory: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, json_schema_extra=UNKEYED, description="share of each GPU's memory for vLLM, on a CPU of the machine's. "
+        "Default: 0.85, on a CPU 0.3")
     engine_args: dict[str, Any] = Field({}, description="further arguments of vllm.LLM, e.g. {enforce_eager: true}")
 
 

@@ -220,7 +220,7 @@ SERVER = {"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}
 # section -> (its data, {key: (another value, whether it counts)}) of the engines that the table above does not have
 ENGINES = {
     "vllm": ({"engine": "vllm"}, {
-        "python": ("other/bin/python", False), "tensor_parallel_size": (2, False), "gpu_memory": (0.5, False),
+        "python": ("other/bin/python", False), "tensor_parallel_size": (2, False), "memory": (0.5, False),
         "engine_args": ({"enforce_eager": True}, True)}),
     "openai": (SERVER, {
         "base_url": ("http://localhost:2/v1", True), "model": ("n", True), "key_env": ("A_KEY", False),

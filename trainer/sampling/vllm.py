@@ -46,9 +46,8 @@ class VllmSampler:
         load = {"model": str(job.weights.path.resolve()), "dtype": str(dtype).removeprefix("torch."),
                 "skip_tokenizer_init": True, "generation_config": "vllm", "enable_prefix_caching": True,
                 "max_model_len": longest, "trust_remote_code": job.weights.options.trust_remote_code,
-                "tensor_parallel_size": self.section.tensor_parallel_size, "disable_log_stats": True}
-        if world.device.type == "cuda":
-            load["gpu_memory_utilization"] = self.section.gpu_memory
+                "tensor_parallel_size": self.section.tensor_parallel_size, "disable_log_stats": True,
+                "gpu_memory_utilization": self.section.memory or (0.85 if world.device.type == "cuda" else 0.3)}
         self.replicas: list[Replica] = []
         started = time.monotonic()
         try:
@@ -59,14 +58,16 @@ class VllmSampler:
                 self.replicas.append(replica)
                 replica.send(load=load | {"seed": seed} | self.section.engine_args)
             versions = [replica.receive()["ready"] for replica in self.replicas]
-            self._check(expected, dtype)
+            gap = self._check(expected, dtype)
         except BaseException:
             self.close()
             raise
         job.stage.console.line(f"{job.stage.name}: vLLM {versions[0]}, {len(versions)} replica(s), ready after "
-                               f"{time.monotonic() - started:.0f} s")
+                               f"{time.monotonic() - started:.0f} s; its log-probs are within {gap:.1g} of ours")
 
-    def _check(self, expected: list[tuple[list[int], list[float]]], dtype: torch.dtype) -> None:
+    def _check(self, expected: list[tuple[list[int], list[float]]], dtype: torch.dtype) -> float:
+        """Largest mean difference of a replica's log-probs per token from ours."""
+        worst = 0.0
         for replica in self.replicas:
             replica.send(logprobs=[tokens for tokens, _ in expected])
             found = replica.receive()["done"]
@@ -78,6 +79,8 @@ class VllmSampler:
                                 f"token, {TOLERANCE[dtype]:g} passes: it serves other weights, or computes this model "
                                 f"in another way; nothing was sampled. Correct {self.key}.engine_args or use "
                                 f"{self.key}.engine=in_process")
+            worst = max(worst, mean)
+        return worst
 
     def sample(self, prompts: Sequence[Sequence[int]], n: int, settings: Settings, *, ids, first=0, on_progress=None):
         how = {"n": n, "max_tokens": settings.max_new_tokens, "temperature": settings.temperature,
@@ -106,7 +109,7 @@ class Replica:
     """A worker process and its group."""
 
     def __init__(self, python: str, devices: str | None, log: Path, key: str, section: Vllm):
-        self.python, self.log, self.key, self.section = python, log, key, section
+        self.python, self.log, self.key, self.section, self.is_busy = python, log, key, section, False
         environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         # the ranks' variables would make vLLM join the trainer's process group
         for name in [n for n in environment if n.startswith(("TORCHELASTIC_", "MASTER_")) or n in (
@@ -132,7 +135,9 @@ class Replica:
 
     def receive(self) -> dict:
         """The next answer. Raises UserError if it is an error, or if the process has ended."""
+        self.is_busy = True
         line = self.process.stdout.readline()
+        self.is_busy = False
         answer = json.loads(line) if line.endswith("\n") else {"error": "ended", "detail": self.last_words()}
         if "error" not in answer:
             return answer
@@ -144,7 +149,7 @@ class Replica:
                        "interpreter",
             "old": f"{python}: vLLM {detail} is too old; install 0.10 or later",
             "memory": f"{self.key}.engine=vllm: not enough memory ({detail}); {kept}: with another {self.key}."
-                      "gpu_memory, a larger tensor_parallel_size or a lower max_new_tokens",
+                      "memory, a larger tensor_parallel_size or a lower max_new_tokens",
             "failed": f"{self.key}.engine=vllm: the engine failed ({detail}); {kept}",
             "ended": f"{self.key}.engine=vllm: the engine's process ended ({detail}); {kept}"}[kind])
 
@@ -161,7 +166,7 @@ class Replica:
 
     def close(self) -> None:
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(PATIENCE)
+            self.process.wait(0 if self.is_busy else PATIENCE)  # busy: this process was interrupted
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

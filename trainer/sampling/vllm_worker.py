@@ -15,8 +15,8 @@ import signal
 import sys
 
 OLDEST = (0, 10)  # log-probs are those of the model, before temperature and top_p
-MEMORY = ("out of memory", "free memory on device", "no available memory", "kv cache is needed",
-          "can't allocate memory", "larger than the available kv cache")
+MEMORY = ("out of memory", "free memory on device", "memory utilization", "no available memory",
+          "can't allocate memory", "kv cache is needed", "larger than the available kv cache")
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != HERE]  # it has a vllm.py, too
 
