@@ -18,7 +18,7 @@ TEST_EXTRAS := quickstart,lora,math,datasets,test,bench
 # where nvidia-smi works, the libraries for the GPU come too
 LOCK = requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo run).txt
 
-.PHONY: run test bench gpu-wheels lint lock clean help
+.PHONY: run test bench gpu-wheels lint lock engines clean help
 
 help:
 	@echo "make run                       train the quickstart; the same command resumes a run that stopped"
@@ -29,6 +29,7 @@ help:
 	@echo "make gpu-wheels                what benchmarks/gpu/*.sh need on a GPU machine without network"
 	@echo "make lint                      ruff"
 	@echo "make lock                      requirements/ from pyproject.toml; ARGS=--upgrade takes newer versions"
+	@echo "make engines                   vLLM and llama.cpp in environments of their own, for the slow tests of engines"
 	@echo "make clean                     remove .venv and what builds and tests left; runs/ stays"
 
 run: $(VENV)/.ready-to-run
@@ -100,6 +101,9 @@ lock:
 	$(call compile,gpu,$(EXTRAS) --extra gpu --constraint requirements/run.txt,nvidia-|cuda-|triton==)
 	$(call compile,test,$(TEST_EXTRAS) --constraint requirements/run.txt,nvidia-|cuda-)
 	rm -rf $(LOCK_ENV)
+
+engines:
+	PYTHON=$(PYTHON) tests/engines_env.sh
 
 clean:
 	rm -rf $(VENV) $(LOCK_ENV) gpu-carried build dist kernels/_*.so *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from strop.trainer.config import RECIPES, Recipe
+from strop.trainer.engines import engine_of, sections_of, tag_of
 from strop.trainer.errors import UserError
 from strop.trainer.reports.commands import VERBS, run_verb
 
@@ -259,8 +260,11 @@ def refuse_secrets(value, path: tuple, lines: dict) -> None:
 
 
 def _explain(error: dict, read: _Read) -> str:
-    at, path = read.data, []
-    for part in error["loc"]:  # union branches put names of types into loc; they are no keys of ours
+    at, path, is_tag = read.data, [], False
+    for part in error["loc"]:  # unions put names of types and engines into loc; they are no keys of ours
+        if is_tag:
+            is_tag = False
+            continue
         if isinstance(at, dict) and (part in at or error["type"] in ("missing", "extra_forbidden")):
             at = at.get(part)
         elif isinstance(at, list) and isinstance(part, int) and part < len(at):
@@ -268,56 +272,71 @@ def _explain(error: dict, read: _Read) -> str:
         else:
             break
         path.append(part)
+        is_tag = len(_sections_at(path, read.data, every=True)) > 1 and not isinstance(at, list)
+    if error["type"] == "union_tag_invalid":
+        path, at = [*path, "engine"], engine_of(at)
     below = [line for k, line in read.lines.items()
              if k[:len(path)] == tuple(path) != () and line in ("command line", "overrides")]
     above = [read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines]
     where = (below + above + ["recipe"])[0]
     key = ".".join(map(str, path))
+    if error["type"] == "union_tag_invalid":
+        tags = [tag_of(s) for s in _sections_at(path[:-1], read.data, every=True)]
+        return f"{where}: {key}={shown(at)}: input should be {' or '.join(tag for tag in tags if tag != 'models')}"
     if error["type"] == "extra_forbidden":
-        known = fields_at(path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        engines, known = _sections_at(path[:-1], read.data, every=True), fields_at(path[:-1], read.data)
+        near = difflib.get_close_matches(str(path[-1]), [n for s in engines for n in s.model_fields], n=1, cutoff=0.5)
         prefix = "".join(f"{p}." for p in path[:-1])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(known)}"
+        if theirs := [_spoken(s) for s in engines if path[-1] in s.model_fields]:
+            mine = _spoken(_sections_at(path[:-1], read.data)[0])
+            hint = f"{mine} has no such key, {' or '.join(theirs)} has; remove one of them"
         return f"{where}: {key}={shown(at)}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"{where}: {key} is missing; {fields_meaning(path)}"
+        return f"{where}: {key} is missing; {fields_meaning(path, read.data)}"
     message = error["msg"].removeprefix("Value error, ")
     if not path:  # about the recipe as a whole: it begins with the key it is about
         path = [int(p) if p.isdigit() else p for p in re.match(r"[\w.]*\w|", message)[0].split(".")]
         known = (read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines)
         return f"{next(known, 'recipe')}: {message}"
     message = message[:1].lower() + message[1:] if message.startswith("Input") else message
+    if path[-1] in ("key_env", "base_url"):  # the value may hold a secret
+        return f"{where}: {key}: {message}"
     if not path or (isinstance(at, dict | list) and error["type"] == "value_error"):
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}={shown(at)}: {message}"
 
 
-def _model_at(path: list) -> type[BaseModel] | None:
-    model = Recipe
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
-        model = _section(annotation)
-    return model
+def _spoken(section: type[BaseModel]) -> str:
+    return "models" if tag_of(section) == "models" else f"engine={tag_of(section)}"
 
 
-def _section(annotation) -> type[BaseModel] | None:
-    """The section that a field holds, directly or as entries of a list."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+def _sections_at(path: list, data: Any = None, every: bool = False) -> list[type[BaseModel]]:
+    """The section at a path, in a list of one; empty if there is none. data: the recipe's, which says which engine's
+    section it is where there are several. every: the sections of all engines."""
+    sections = [Recipe]
+    for i, part in enumerate(path):
+        if not isinstance(part, int):
+            fields = sections[0].model_fields if sections else {}
+            sections = sections_of(fields[part].annotation) if part in fields else []
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            data = None
+        if not isinstance(data, list) and not (every and i == len(path) - 1):
+            sections = [s for s in sections if len(sections) == 1 or tag_of(s) == engine_of(data)] or sections[:1]
+    return sections
 
 
-def fields_at(path: list) -> list[str]:
-    model = _model_at(path)
-    return list(model.model_fields) if model else []
+def fields_at(path: list, data: Any = None) -> list[str]:
+    return [name for section in _sections_at(path, data)[:1] for name in section.model_fields]
 
 
-def fields_meaning(path: list) -> str:
-    model = _model_at(path[:-1])
-    return (model.model_fields[path[-1]].description or "") if model and path[-1] in model.model_fields else ""
+def fields_meaning(path: list, data: Any = None) -> str:
+    for section in _sections_at(path[:-1], data)[:1]:
+        if path[-1] in section.model_fields:
+            return section.model_fields[path[-1]].description or ""
+    return ""
 
 
 def type_name(annotation) -> str:
@@ -342,21 +361,34 @@ def help_text() -> str:
     verbs = "".join(f"       {verb.usage:<32} {verb.purpose}\n" for verb in VERBS.values())
     lines = [USAGE.format(recipes=", ".join(shipped_recipes()), verbs=verbs)]
 
-    def section(model: type[BaseModel], prefix: str) -> None:
-        for name, info in model.model_fields.items():
-            inner, key = _section(info.annotation), prefix + name
-            if inner is not None and info.annotation is inner:
-                lines.append(f"\n{key}: {info.description}")
-                section(inner, key + ".")
-            elif inner is not None:
-                lines.append(f"  {key}  (list, default empty)\n      {info.description}; each entry has")
-                section(inner, f"{key}.N.")
+    def field(name: str, info, prefix: str) -> None:
+        inner, key = sections_of(info.annotation), prefix + name
+        listed = get_origin(info.annotation) is list
+        if not inner:
+            default = "required" if info.is_required() else f"default {show(info.default)}"
+            lines.append(f"  {key}  ({type_name(info.annotation)}, {default}{limits(info)})\n      {info.description}")
+            return
+        is_empty = "default empty" if not info.is_required() else "required"
+        lines.append(f"  {key}  (list, {is_empty})\n      {info.description}; each entry has" if listed
+                     else f"\n{key}: {info.description}")
+        prefix = key + (".N." if listed else ".")
+        engines = [tag_of(s) for s in inner if "engine" in s.model_fields]
+        shared = [n for n in inner[0].model_fields if n == "engine" or all(n in s.model_fields for s in inner)]
+        for n in shared if len(inner) > 1 else ():
+            if n == "engine":
+                lines.append(f"  {prefix}engine  ({' | '.join(engines)}, default {engines[0]})\n      "
+                             f"{inner[0].model_fields[n].description}")
             else:
-                default = "required" if info.is_required() else f"default {show(info.default)}"
-                lines.append(f"  {key}  ({type_name(info.annotation)}, {default}{limits(info)})\n      "
-                             f"{info.description}")
+                field(n, inner[0].model_fields[n], prefix)
+        for model in inner:
+            if len(inner) > 1:
+                lines.append(f"  with {prefix}{_spoken(model)}:")
+            for n, i in model.model_fields.items():
+                if len(inner) == 1 or n not in shared:
+                    field(n, i, prefix)
 
-    section(Recipe, "")
+    for name, info in Recipe.model_fields.items():
+        field(name, info, "")
     return "\n".join(lines)
 
 

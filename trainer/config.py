@@ -8,106 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from strop.trainer.errors import UserError
+from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, Sample
+from strop.trainer.section import (  # noqa: F401 - readers of recipes import some of these from here
+    BY_CONTENT,
+    UNKEYED,
+    BelowOne,
+    FilePath,
+    NotNegative,
+    Part,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+    Weight,
+    read_text,
+)
 
-
-def _not_zero_in_fp32(value: float) -> float:
-    if 0 < value < 1e-30:
-        raise ValueError("is too close to 0 for 32-bit floats; give 1e-30 or more")
-    return value
-
-
-def _path(value: str) -> str:
-    try:
-        Path(value).expanduser()
-    except RuntimeError as e:
-        raise ValueError(f"there is no user {value.split('/')[0][1:]}; write the path without ~") from e
-    if "\0" in value:
-        raise ValueError("a path cannot hold a NUL character; correct it")
-    return value
-
-
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), AfterValidator(_not_zero_in_fp32)]
-Weight = Annotated[PositiveFloat, Field(le=1e6)]
-FilePath = Annotated[str, AfterValidator(_path)]  # each reader expands ~
 Verifier = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math"]
-
-
-UNKEYED = {"key": "none"}  # changing the field re-runs nothing
-BY_CONTENT = {"key": "content"}  # the field names a text file, whose content counts
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False)
-    _texts: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    def only(self, *names: str) -> "Part":
-        """The named fields, for a stage that the rest of the section does not concern."""
-        return Part(self, names)
-
-    def key(self) -> dict:
-        """What a stage's result depends on if it receives this section, as JSON values."""
-        return Part(self, type(self).model_fields).key()
-
-    def read(self, name: str) -> str | None:
-        """The text of the file that field `name` names, as it was when it was first read: a run that goes on while the
-        file is edited is one run. Raises UserError if it cannot be read."""
-        path = getattr(self, name)
-        if path is not None and name not in self._texts:
-            self._texts[name] = read_text(f"{type(self).__name__.lower()}.{name}", path)
-        return self._texts.get(name)
-
-
-class Part:
-    """Some fields of a section, read as attributes; any other name raises AttributeError."""
-
-    def __init__(self, section: Section, names):
-        self._section, self._names = section, tuple(names)
-
-    def __getattr__(self, name: str):
-        if name.startswith("_") or name not in self._names:
-            raise AttributeError(f"this part of {type(self._section).__name__} has no field {name}")
-        return getattr(self._section, name)
-
-    def read(self, name: str) -> str | None:
-        """As Section.read."""
-        return self._section.read(name)
-
-    def key(self) -> dict:
-        """As Section.key. Raises UserError if a file that counts by its content cannot be read."""
-        found = {}
-        for name in self._names:
-            how = (type(self._section).model_fields[name].json_schema_extra or {}).get("key")
-            if how == "content":
-                found[name] = self.read(name)
-            elif how != "none":
-                found[name] = _key_of(getattr(self._section, name))
-        return found
-
-
-def _key_of(value):
-    if isinstance(value, Section):
-        return value.key()
-    if isinstance(value, list | tuple):
-        return [_key_of(v) for v in value]
-    return value
-
-
-def read_text(name: str, path: str | Path) -> str:
-    """The text of a file that the recipe names under key `name`. Raises UserError if it cannot be read."""
-    file = Path(path).expanduser()
-    if file.exists() and not file.is_file():
-        raise UserError(f"{name}={path}: is not a file; name a file of text")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{name}={path}: not readable as text ({e})") from e
 
 
 class Model(Section):
@@ -208,18 +127,6 @@ class Filter(Section):
         return self
 
 
-class Sample(Section):
-    prompts: Positive = Field(128, description="prompts per round")
-    k: Positive = Field(8, le=100_000, description="completions per prompt")
-    temperature: Annotated[float, AfterValidator(_not_zero_in_fp32)] = Field(1.0, ge=0.0, le=10.0,
-                                                                             description="0 is greedy")
-    top_k: NotNegative = Field(0, description="0 is off")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
-    max_new_tokens: Positive = Field(64, description="most tokens of a completion, end of turn included")
-    batch_size: Positive = Field(128, description="completions decoded together, on each rank")
-    shard_prompts: Positive = Field(32, description="prompts per shard, the unit of resume and of determinism")
-
-
 class Score(Section):
     correct_at: Share = Field(0.99, description="score at which a completion that stopped by itself is correct")
 
@@ -305,14 +212,6 @@ class Merge(Section):
         return self
 
 
-class Evaluate(Section):
-    max_new_tokens: Positive = Field(64, description="most tokens of a completion")
-    batch_size: Positive = Field(128, description="completions decoded together, on each rank")
-    bootstrap: Positive = Field(10_000, le=1_000_000, json_schema_extra=UNKEYED,
-                                description="resamples of the paired bootstrap interval")
-    kl_prompts: NotNegative = Field(16, description="held-out prompts for the KL to the start weights; 0 is off")
-
-
 class Log(Section):
     interval: Positive = Field(1, json_schema_extra=UNKEYED,
                                description="steps between log lines and metric reductions")
@@ -351,13 +250,13 @@ class Recipe(Section):
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")
     filter: Filter = Field(Filter(), description="what is dropped from training because of its content")
-    sample: Sample = Field(Sample(), description="sampling K completions per prompt")
+    sample: AnySample = Field(Sample(), description="sampling K completions per prompt")
     score: Score = Field(Score(), description="scoring completions")
     select: Select = Field(Select(), description="which completions go to SFT and to pairs")
     sft: Sft = Field(Sft(), description="supervised fine-tuning on the best completions")
     dpo: Dpo = Field(Dpo(), description="preference training on pairs")
     merge: Merge = Field(Merge(), description="averaging the round's weights")
-    evaluate: Evaluate = Field(Evaluate(), description="greedy pass rate on validation and test prompts")
+    evaluate: AnyEvaluate = Field(Evaluate(), description="greedy pass rate on validation and test prompts")
     log: Log = Field(Log(), json_schema_extra=UNKEYED, description="metrics and trackers")
 
     @model_validator(mode="after")

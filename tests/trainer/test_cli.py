@@ -1,7 +1,10 @@
+from typing import get_origin
+
 import pytest
 
 from strop.trainer.cli import help_text, parse, shipped_recipes
 from strop.trainer.config import Recipe, to_yaml
+from strop.trainer.engines import sections_of
 from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.run.world import World
@@ -98,11 +101,10 @@ def test_help_names_every_key_with_type_default_and_meaning():
 
     def keys(model, prefix):
         for name, info in model.model_fields.items():
-            kinds = (info.annotation, *getattr(info.annotation, "__args__", ()))
-            inner = [k for k in kinds if hasattr(k, "model_fields")]
-            if inner:
-                yield from keys(inner[0], prefix + name + (".N." if inner[0] is not info.annotation else "."))
-            else:
+            inner = sections_of(info.annotation)
+            for section in inner:
+                yield from keys(section, prefix + name + (".N." if get_origin(info.annotation) is list else "."))
+            if not inner:
                 assert info.description, prefix + name
                 yield prefix + name
 

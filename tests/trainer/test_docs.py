@@ -133,6 +133,23 @@ def test_recipes_are_valid_and_links_lead_somewhere(page, tmp_path):
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
+def test_the_engines_recipes_plan(desk, monkeypatch, capsys):
+    guide = (REPO / "docs/guide.md").read_text(encoding="utf-8")
+    section = guide[guide.index("### Which engine when"):guide.index("## 7.")]
+    recipes = re.findall(r"^```yaml\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stages = []
+    for i, text in enumerate(recipes):
+        Path(f"engine-{i}.yaml").write_text(text)
+        assert main([f"engine-{i}.yaml", "--plan"]) == 0, capsys.readouterr().err
+        stages.append(re.findall(r"round-\d\d/sample\S*", capsys.readouterr().out))
+    assert "round-00/sample" in stages[0]
+    assert {"round-01/sample-current", "round-01/sample-first", "round-01/sample"} <= {*stages[1]}
+    assert "round-00/sample-first" not in stages[1]  # it has no weights yet
+    assert {"round-00/sample-student", "round-00/sample-teacher"} <= {*stages[2]}
+
+
 def test_from_trl_to_a_model(tiny_model, tmp_path, monkeypatch, capsys):
     """The guide's six steps, with a verifier that a random model can please and numbers that take seconds."""
     datasets = pytest.importorskip("datasets")
@@ -283,7 +300,8 @@ def test_stages_do_not_import_each_other():
         assert not stages, f"{of(path)} imports {stages}"
 
 
-LIGHT = ["strop.trainer.cli", "strop.trainer.config", "strop.trainer.environment", "strop.trainer.errors",
+LIGHT = ["strop.trainer.cli", "strop.trainer.config", "strop.trainer.engines", "strop.trainer.environment",
+         "strop.trainer.errors", "strop.trainer.section",
          *(of(p) for p in files("trainer/reports"))]
 HEAVY = ("torch", "transformers", "strop.kernels")
 

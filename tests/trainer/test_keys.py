@@ -3,14 +3,15 @@
 import json
 import shutil
 from dataclasses import dataclass
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 import torch
 from conftest import CHATML, write_recipe
 
 from strop.trainer.cli import load_recipe
-from strop.trainer.config import RECIPES, Section
+from strop.trainer.config import RECIPES, Recipe, Section
+from strop.trainer.engines import sections_of, tag_of
 from strop.trainer.main import main
 from strop.trainer.methods.running import planned
 from strop.trainer.run.console import Console
@@ -91,6 +92,7 @@ TABLE = {
     "sample.max_new_tokens": (23, SAMPLE),
     "sample.batch_size": (16, SAMPLE),
     "sample.shard_prompts": (5, SAMPLE),
+    "sample.enough": (2, SAMPLE),
     "score.correct_at": (0.5, {"baseline", "score", "evaluate", "final"}),
     "select.accumulate": (False, SELECT),
     "select.pass_rate_min": (0.1, SELECT),
@@ -198,22 +200,63 @@ def closure(entries: list[dict]) -> set[str]:
     return {e["stage"] for e in entries if e["stage"] in running and e["state"] != "to run"}
 
 
-def fields(section: type[Section], prefix: str = ""):
-    """Every key below a section, N for any entry of a list."""
+def fields(section: type[Section], prefix: str = "", every: bool = False):
+    """Every key below a section, N for any entry of a list; with `every` also those of other engines."""
     for name, info in section.model_fields.items():
-        kinds = [info.annotation, *get_args(info.annotation)]
-        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
-        if inner:
-            yield from fields(inner[0], f"{prefix}{name}{'.' if inner[0] is info.annotation else '.N.'}")
-        else:
+        inner = sections_of(info.annotation)
+        for one in inner if every else inner[:1]:
+            yield from fields(one, f"{prefix}{name}{'.N.' if get_origin(info.annotation) is list else '.'}", every)
+        if not inner:
             yield prefix + name
 
 
 def test_every_key_has_its_entry():
     keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
-    assert keys - TABLE.keys() == {"method"}, "say in TABLE which stages these keys make stale"
+    assert keys - TABLE.keys() == {"method", "sample.engine", "evaluate.engine"}, "say which stages these make stale"
     assert TABLE.keys() <= keys, "these keys are no longer there"
+
+
+SERVER = {"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}
+# section -> (its data, {key: (another value, whether it counts)}) of the engines that the table above does not have
+ENGINES = {
+    "vllm": ({"engine": "vllm"}, {
+        "python": ("other/bin/python", False), "tensor_parallel_size": (2, False), "memory": (0.5, False),
+        "engine_args": ({"enforce_eager": True}, True)}),
+    "openai": (SERVER, {
+        "base_url": ("http://localhost:2/v1", True), "model": ("n", True), "key_env": ("A_KEY", False),
+        "request": ({"min_p": 0.1}, True), "concurrency": (2, False), "timeout": (2.0, False), "retries": (2, False),
+        "requests_per_minute": (2, False), "tokens_per_minute": (2, False), "budget": (2, False),
+        "prompt_price": (2.0, False), "completion_price": (2.0, False)}),
+    "models": ({"models": [{"name": "a"}, {"name": "b"} | SERVER]}, {
+        "models": ([{"name": "a"}, {"name": "c"} | SERVER], True)}),
+}
+OF_WRITER = {"name": ("b", True), "share": (2.0, True), "weights": ("start", True), "path": ("elsewhere", False)}
+
+
+@pytest.mark.parametrize("section", ["sample", "evaluate"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_key_of_an_engine_counts_if_it_can_change_what_is_written(run, section, engine):
+    members = sections_of(Recipe.model_fields[section].annotation)
+    classes = [c for c in members if tag_of(c) == engine]
+    data, table = ENGINES[engine]
+    if engine == "models" and classes:
+        for writer in sections_of(classes[0].model_fields["models"].annotation):
+            start = {"name": "a"} | ENGINES.get(tag_of(writer), ({}, {}))[0]
+            keys = {"batch_size": (3, True)} | ENGINES.get(tag_of(writer), ({}, {}))[1] | OF_WRITER
+            assert writer.model_fields.keys() - keys.keys() == {"engine"}
+            for name in writer.model_fields.keys() - {"engine"}:
+                value, counts = keys[name]
+                assert (writer(**start).key() != writer(**start | {name: value}).key()) == counts, name
+    for one in classes:
+        shared = {name for c in members for name in c.model_fields} - {n for n in table}
+        assert one.model_fields.keys() - table.keys() <= shared, "say in ENGINES whether these keys count"
+        for name, (value, counts) in table.items():
+            assert (one(**data).key() != one(**data | {name: value}).key()) == counts, name
+        recipe = load_recipe(run).model_dump(mode="json")
+        keep = {name: value for name, value in recipe[section].items() if name in one.model_fields and name != "engine"}
+        why = own_reasons(planned(load_recipe(recipe | {section: keep | data}), Console(enabled=False))[1].plan)
+        assert why.keys() == {"sample", "final"} if section == "sample" else MEASURE
 
 
 @pytest.mark.parametrize("key", TABLE)

@@ -1,7 +1,10 @@
 """The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
-from strop.trainer.config import Dpo, Evaluate, Merge, Recipe, Sample, Score, Select, Sft
+from strop.trainer.config import Dpo, Evaluate, Merge, Model, Recipe, Score, Select, Sft
 from strop.trainer.data.rows import counted
+from strop.trainer.data.splits import allot
+from strop.trainer.engines import LocalWriter, OpenAI, SampleModels, Sampling, Writer
+from strop.trainer.errors import UserError
 from strop.trainer.models.folders import Base
 from strop.trainer.models.hub import is_loaded
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
@@ -13,7 +16,7 @@ from strop.trainer.stages.preference import check_loss, dpo
 from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
 from strop.trainer.stages.reference import reference
-from strop.trainer.stages.sample import sample
+from strop.trainer.stages.sample import gather, sample
 from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
@@ -26,12 +29,14 @@ class Run:
     """The verbs of a method. Each takes its section of the recipe and artifacts, and returns an artifact, cached if it
     is up to date. While planning nothing runs, and artifacts that do not exist yet have no hash.
 
-    start: the recipe's start weights. data: {dataset of the hub: (file, commit)}. Verbs inside `rounds` write to
-    round-NN/<name>.
+    start: the recipe's start weights. data: {dataset of the hub: (file, commit)}. others: {path of a writer: its
+    weights}. Verbs inside `rounds` write to round-NN/<name>.
     """
 
-    def __init__(self, store: Store, recipe: Recipe, base: Base, data: dict | None = None):
+    def __init__(self, store: Store, recipe: Recipe, base: Base, data: dict | None = None,
+                 others: dict[str, Base] | None = None):
         self.store, self.recipe, self.base, self.data = store, recipe, base, data or {}
+        self.others = others or {}
         self.start = Artifact(base.path, None)
         if base.path.exists():
             self.start = external(base.path, is_loaded)
@@ -41,6 +46,7 @@ class Run:
         self.round: int | None = None
         self.measured: dict[str, tuple[Artifact, str]] = {}  # weights' hash -> (evaluation, candidate in it)
         self.promotions: list[dict] = []
+        self.promoted: list[Artifact] = []  # by round
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
         self._compute = recipe.only("dtype", "device", "attention")
@@ -85,13 +91,53 @@ class Run:
         check_unchanged(self._files[path])
         return self._files[path]
 
-    def sample(self, section: Sample, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
-        """K completions of this round's prompts by `weights`."""
+    def sample(self, section: Sampling, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
+        """K completions of this round's prompts by `weights`, or by the writers that the section lists.
+
+        With several writers each is a stage of its own, so that a change of one asks no other again."""
+        if not isinstance(section, SampleModels):
+            return self._write(name, section, section, weights, prompts, "samples")
+        there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
+        there = {name: pair for name, pair in there.items() if pair[1] is not None}
+        if not there:
+            raise UserError(f"sample.models: no writer has weights in round {self.round}; add one with weights=current")
+        share = allot(section.k, {n: w.share for n, (w, _) in there.items()}, dict.fromkeys(there, section.k))
+        if idle := [n for n, k in share.items() if not k]:
+            raise UserError(f"sample.models: the share of {idle[0]} in sample.k={section.k} is less than one "
+                            "completion; raise sample.k or its share")
+        made, first = {}, 0
+        for n, (writer, folder) in there.items():
+            made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
+                                  "writer", first=first, k=share[n])
+            first += share[n]
+        return self._stage(name, gather, "samples", {}, {"writers": made})
+
+    def _weights_of(self, writer: Writer, current: Artifact) -> Artifact | None:
+        """The weights of a writer in this round; None if there are none yet."""
+        if not isinstance(writer, LocalWriter):
+            return current
+        if writer.path is not None:
+            base = self.others[writer.path]
+            return external(base.path, is_loaded) if base.path.exists() else Artifact(base.path, None)
+        named = {"current": current, "start": self.start} | {f"round-{r:02}": a for r, a in enumerate(self.promoted)}
+        return named.get(writer.weights)
+
+    def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, kind: str, **share) -> Artifact:
         r = self.recipe
         config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": r.seed,
-                  "model": self._loading, "compute": self._numbers}
-        return self._stage(name, sample, "samples", config,
-                           {"round": self.round, "weights": weights, "prompts": prompts}, all_ranks=True)
+                  "model": self._loading, "compute": self._numbers, **share}
+        inputs = {"round": self.round, "weights": weights, "prompts": prompts, "writer_hash": weights.hash}
+        if writer is not section:
+            config["writer"] = writer
+        if section.enough is not None:
+            config["score"] = r.score
+        if isinstance(writer, OpenAI) and "{weights}" not in writer.model:
+            # it writes the same whatever this run trains: only the tokenizer counts
+            inputs |= {"weights": self.start, "writer_hash": None}
+        elif getattr(writer, "path", None) is not None:
+            config["own"] = Model().only("chat_template", "trust_remote_code")
+            inputs["student"] = self.start
+        return self._stage(name, sample, kind, config, inputs, all_ranks=True)
 
     def score(self, section: Score, samples: Artifact, prompts: Artifact, name: str = "score") -> Artifact:
         """A score for every completion."""
@@ -162,9 +208,9 @@ class Run:
         if not self.store.planning and self.store.world.first:
             write_json(self.store.run_dir / "promotions.json", self.promotions)
             self.store.console.line(f"round-{self.round:02}: promoted {chosen}")
-        if section.promote == "best" and waiting:
-            return Artifact(candidates[chosen].path, None)
-        return candidates[chosen]
+        self.promoted.append(Artifact(candidates[chosen].path, None) if section.promote == "best" and waiting
+                             else candidates[chosen])
+        return self.promoted[-1]
 
     def _folder(self, weights: Artifact) -> str | None:
         """The weights' folder in the run directory; None for the start weights."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.trainer.cli import load_recipe
-from strop.trainer.config import Recipe, to_yaml
+from strop.trainer.config import Model, Recipe, to_yaml
 from strop.trainer.environment import prepare_environment
 from strop.trainer.methods import METHODS
 from strop.trainer.methods.run import Run
@@ -32,7 +32,7 @@ def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None,
     with open_run(recipe, overrides, console=console) as run:
         if run.store.world.first:
             store = Store(run.store.run_dir, run.store.world, Console(enabled=False), planning=True)
-            METHODS[run.recipe.method](Run(store, run.recipe, run.base, run.data), run.recipe)
+            METHODS[run.recipe.method](Run(store, run.recipe, run.base, run.data, run.others), run.recipe)
             run.store.plan = store.plan
         METHODS[run.recipe.method](run, run.recipe)
     return read_run(run.store.run_dir)
@@ -55,12 +55,14 @@ def planned(recipe: Recipe, console: Console) -> tuple[Recipe, Store]:
     return recipe, store
 
 
-def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict]:
-    """The start weights, and the files of the recipe's hub datasets (see find_data). What this run resolved before
-    stays at its commit."""
+def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict, dict]:
+    """The start weights, the files of the recipe's hub datasets (see find_data), and the weights of writers that are
+    not of this run, by path. What this run resolved before stays at its commit."""
     pins = read_run(Path(recipe.output_dir) / recipe.name).plan.get("base", {}).get("revisions", {})
     base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
-    return base, find_data(recipe.data, console, download, pins)
+    paths = {w.path for w in getattr(recipe.sample, "models", ()) if getattr(w, "path", None) is not None}
+    others = {path: find_base(Model(path=path), console, download) for path in sorted(paths)}
+    return base, find_data(recipe.data, console, download, pins), others
 
 
 @contextmanager

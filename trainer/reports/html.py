@@ -17,6 +17,7 @@ from strop.trainer.reports.card import GGUF_NOTE
 from strop.trainer.reports.charts import COLORS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
 from strop.trainer.reports.reading import RunRecord, lineage, plan_rows, read_run
 from strop.trainer.reports.statistics import wilson
+from strop.trainer.reports.writers import released, writer_rows
 from strop.trainer.run.console import duration
 from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import RESERVED
@@ -116,7 +117,8 @@ def settled(run: RunRecord) -> dict:
         "result_sources": sources_of(results)[:SOURCES], "of_sources": len(sources_of(results)),
         "pass_charts": pass_charts(results),
         "change_charts": change_charts(results, kl),
-        "sampling": sampling, "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
+        "sampling": sampling, "writers": run.attempt("writers", writer_rows, run, default=[]),
+        "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
         "seconds": sum(m["seconds"] for m in run.manifests.values()),
         "sampled_tokens": sum(row["tokens"] for row in sampling),
         "drops": drops[:DROPS], "of_drops": len(drops), "sampled": sampled, "of_sampled": of_sampled,
@@ -230,7 +232,7 @@ def sampling_rows(run: RunRecord) -> list[dict]:
         counts = run.manifests[stage]["counts"]
         row = {"round": stage.split("/")[0], "samples": counts["samples"], "tokens": counts["tokens"],
                "mean_length": counts["mean_length"], "cut": counts["cut_share"], "correct": None, "solved": None,
-               "histogram": None}
+               "histogram": None, "released": released(run, stage)}
         if stage in scored:
             table = read_table(scored[stage], ["prompt_id", "correct"])
             counted = table.set_column(1, "correct", table["correct"].cast("int32")).group_by("prompt_id").aggregate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,21 +15,13 @@ from strop.kernels import draw_key, sample_tokens
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
+from strop.trainer.sampling.base import Completion
 from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Prefill, PromptKV, attend_with_cache, onto
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
 PREFILL_TOKENS = 1024  # per prefill, prompts padded to the longest
 SPARE_GROUPS = 16  # prompts prefilled ahead of need, so that prefills are batched too
 LOOK_AHEAD = 64  # prompts that a prefill skips because they are cheaper after it
-
-
-@dataclass
-class Completion:
-    """tokens: as sampled, with the stop token; logp: summed over them at temperature 1; finish: "stop" or "length"."""
-
-    tokens: list[int] = field(default_factory=list)
-    logp: float = 0.0
-    finish: str = ""
 
 
 @dataclass

@@ -1,26 +1,41 @@
-"""Sharded generation for the stages sample and evaluate: which prompts fit, which shards are done, who samples."""
+"""The loop of shards that every stage which samples shares: which prompts fit, which shards are done, who samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
 from strop.trainer.data.chat import prompt_tokens
 from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
-from strop.trainer.run.tables import Drops, read_part, write_table
+from strop.trainer.run.tables import DROPS, Drops, read_part, read_table, write_table
+from strop.trainer.sampling.base import Completion
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Prompts that are sampled together. ids: the values of the key columns in the shard's file, in order."""
+    """Prompts that are sampled together. ids: the values of the key columns in the shard's file, in order; `drops` has
+    those that are not in the file, and why."""
 
     path: Path
     rows: list[dict]
     ids: list[tuple]
+    drops: Path | None = None
+
+
+class Writer(Protocol):
+    """Completions of rows of prompts.parquet that have their `tokens`."""
+
+    def write(self, rows: list[dict], n: int, first: int,
+              on_progress: Callable[[int, int], None]) -> list[list[Completion]]:
+        """Completions number `first` to `first + n - 1` of each row."""
+
+    def close(self) -> None: ...
 
 
 def fitting(tokenizer, rows: list[dict], room: int, drops: Drops, detail: str = "") -> list[dict]:
@@ -37,28 +52,49 @@ def fitting(tokenizer, rows: list[dict], room: int, drops: Drops, detail: str = 
 
 
 def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ...], schema: pa.Schema,
-               load: Callable[[], Callable], to_table: Callable[[list[dict], list], pa.Table]) -> None:
-    """Writes the file of every shard that is not done; shard i belongs to rank i modulo the number of ranks.
+               load: Callable[[], Writer], to_table: Callable, lane: tuple[int, int] | None = None) -> None:
+    """Writes the file of every shard that is not done; with `lane` (i, n), this rank does shards i, i + n, ...
 
-    load() returns generate(rows, on_progress) -> a list of completions per row; it is called at most once.
-    to_table(rows, completions) -> a table of `schema`, a row per id of the shard.
+    load() returns what writes; it is called at most once, and closed.
+    to_table(writer, rows, on_progress, drops) -> a table of `schema`; what is not in it must be dropped.
     """
-    mine = shards[stage.world.rank::stage.world.size]
+    first, step = lane or (stage.world.rank, stage.world.size)
+    mine = shards[first::step]
     todo = [shard for shard in mine if not is_done(shard, key, schema)]
     total = sum(len(shard.ids) for shard in mine)
     done = total - sum(len(shard.ids) for shard in todo)
     if done:
         stage.console.line(f"{label}: {len(mine) - len(todo)} of {len(mine)} shards ({done} completions) done before")
     if todo:
-        generate = load()
-        with stage.console.progress(label, total, done=done) as bar:
+        with closing(load()) as writer, stage.console.progress(label, total, done=done) as bar:
             for shard in todo:
-                write_table(shard.path, to_table(shard.rows, generate(shard.rows, bar.advance)))
+                drops = Drops(stage)
+                table = to_table(writer, shard.rows, bar.advance, drops)
+                if drops.rows:
+                    write_table(shard.drops, pa.Table.from_pylist(drops.rows, schema=DROPS))
+                write_table(shard.path, table)
                 stopping.point()
     stage.world.barrier()
 
 
 def is_done(shard: Shard, key: tuple[str, ...], schema: pa.Schema) -> bool:
-    """Whether the shard's file has exactly its ids."""
+    """Whether the shard's file and its drops have exactly its ids."""
     table = read_part(shard.path, schema)
-    return table is not None and shard.ids == list(zip(*(table[name].to_pylist() for name in key), strict=True))
+    if table is None:
+        return False
+    there = list(zip(*(table[name].to_pylist() for name in key), strict=True))
+    if there == shard.ids or shard.drops is None:
+        return there == shard.ids
+    dropped = read_part(shard.drops, DROPS)
+    gone = set() if dropped is None else set(zip(*(dropped[name].to_pylist() for name in key), strict=True))
+    return bool(gone) and there == [i for i in shard.ids if i not in gone]
+
+
+def collect_drops(shards: list[Shard], drops: Drops) -> None:
+    """Adds the rows that the shards dropped."""
+    for shard in shards:
+        if shard.drops.exists():
+            gone = {(row["prompt_id"], row["sample_index"]) for row in read_table(shard.path).select(
+                ["prompt_id", "sample_index"]).to_pylist()}
+            drops.rows += [row for row in read_table(shard.drops).to_pylist()
+                           if (row["prompt_id"], row["sample_index"]) not in gone]

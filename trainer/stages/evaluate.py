@@ -11,17 +11,22 @@ import pyarrow as pa
 
 from strop.trainer.config import Evaluate, Part, Score
 from strop.trainer.data.chat import completion_text, stop_ids
+from strop.trainer.engines import InProcess, OpenAI
 from strop.trainer.errors import UserError
 from strop.trainer.models.kl import drift
 from strop.trainer.models.loading import DTYPES, ModelFolder
 from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table, write_table
-from strop.trainer.sampling.in_process import Generator, load_for_generation
+from strop.trainer.sampling.asking import cost_of, usage
+from strop.trainer.sampling.base import Settings
 from strop.trainer.sampling.shards import Shard, fitting, run_shards
+from strop.trainer.sampling.vllm import lane
+from strop.trainer.sampling.writers import Job, open_writer
 from strop.trainer.scoring.rules import verify
 
 SPLITS = ("validation", "test")
+SHARD = 256  # prompts per shard of an engine without batch_size
 SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source", pa.string()),
                     ("prompt_id", pa.string()), ("completion", pa.string()), ("completion_tokens", pa.int32()),
                     ("finish", pa.string()), ("score", pa.float64()), ("correct", pa.bool_()),
@@ -39,7 +44,11 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
     rows.sort(key=lambda r: (SPLITS.index(r["split"]), r["prompt_id"]))
     parts: list[Path] = []
     first: dict[str, list[dict]] = {}  # the prompts of each candidate's KL
-    drops, n = Drops(stage), evaluate.batch_size
+    drops, n = Drops(stage), evaluate.batch_size if isinstance(evaluate, InProcess) else SHARD
+    served = isinstance(evaluate, OpenAI)
+    if served and "{weights}" not in evaluate.model:
+        stage.console.warn(f"{stage.name}: evaluate.model={evaluate.model} answers for {', '.join(candidates)}: these "
+                           "pass rates are the server's model's, not theirs")
     for c, (name, weights) in enumerate(candidates.items()):
         folder = ModelFolder(weights, model)
         tokenizer = folder.tokenizer()
@@ -49,20 +58,16 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
                             f"max_new_tokens={evaluate.max_new_tokens} in the context of candidate {name}")
         shards = [Shard(stage.work / f"{c:02}-{i // n:05}.parquet", fits[i:i + n],
                         [(name, row["prompt_id"]) for row in fits[i:i + n]]) for i in range(0, len(fits), n)]
+        settings = Settings(evaluate.max_new_tokens, 0.0, stop_ids=frozenset(stop_ids(tokenizer, folder.path)))
+        job = Job(stage, evaluate, "evaluate", folder, folder, tokenizer, settings, compute, fits, name)
 
-        def load(folder=folder, tokenizer=tokenizer):
-            stop = stop_ids(tokenizer, folder.path)
-            generator = Generator(load_for_generation(folder, DTYPES[compute.dtype], stage.world.device))
-            return lambda rows, on_progress: generator.generate(
-                [row["tokens"] for row in rows], max_new_tokens=evaluate.max_new_tokens, temperature=0.0,
-                stop_ids=stop, batch_size=n, on_progress=on_progress)
+        def to_table(writer, rows, on_progress, drops, tokenizer=tokenizer, name=name):
+            return judge(tokenizer, name, rows, writer.write(rows, 1, 0, on_progress), score.correct_at)
 
-        def to_table(rows, completions, tokenizer=tokenizer, name=name):
-            return judge(tokenizer, name, rows, completions, score.correct_at)
-
-        run_shards(stage, f"{stage.name} {name}", shards, ("candidate", "prompt_id"), SCHEMA, load, to_table)
+        run_shards(stage, f"{stage.name} {name}", shards, ("candidate", "prompt_id"), SCHEMA,
+                   lambda job=job: open_writer(job), to_table, lane(stage.world, evaluate))
         parts += [shard.path for shard in shards]
-        first[name] = fits[:evaluate.kl_prompts]
+        first[name] = [] if served else fits[:evaluate.kl_prompts]
     if stage.world.first:
         results = pa.concat_tables([SCHEMA.empty_table(), *map(read_table, parts)])
         write_table(stage.dir / "results.parquet", results)
@@ -73,7 +78,9 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
         stage.counts |= {f"{name}/{split}": found["pass_rate"] for name, splits in summary.items()
                          for split, found in splits.items()}
         stage.counts["tokens"] = sum(row["completion_tokens"] for row in rows)
-        if start and candidates and evaluate.kl_prompts:
+        if served:
+            stage.counts |= cost_of(usage(stage), evaluate)
+        if start and any(first.values()):
             tokens = {(row["candidate"], row["prompt_id"]): row["tokens"] for row in rows}
             completions = {name: [(row["tokens"], tokens[name, row["prompt_id"]]) for row in asked]
                            for name, asked in first.items()}
@@ -87,7 +94,9 @@ def judge(tokenizer, candidate: str, shard: list[dict], completions: list, corre
     """Results of one completion per prompt; correct: it stopped by itself and scores at least `correct_at`."""
     found = []
     for row, (completion,) in zip(shard, completions, strict=True):
-        text = completion_text(tokenizer, completion.tokens)
+        text = completion.text
+        if text is None:
+            text = completion_text(tokenizer, completion.tokens)
         score, _ = verify(row["verifier"], text, row["answer"], json.loads(row["verifier_args"] or "{}"),
                           json.loads(row["metadata"] or "{}"))
         found.append({"candidate": candidate, "split": row["split"], "source": row["source"],

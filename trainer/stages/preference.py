@@ -9,6 +9,7 @@ from strop.trainer.config import Dpo, Log, Lora, Part
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table
 from strop.trainer.training.batch import plan_steps
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
@@ -33,6 +34,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     """
     folder = ModelFolder(policy, model)
     pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=True)
+    mixed = mixed_writers(stage, select / "pairs.parquet", {pair.row_id for pair in pairs})
     table = ReferenceTable(reference / "reference.parquet")
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
     engine = Engine(folder, dpo, stage, len(plan), compute=compute, lora=lora, seed=seed)
@@ -63,6 +65,18 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     train(stage, engine, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means, log.interval)
     tokens = sum(pairs[i].tokens for rows in plan for i in rows)
     stage.counts |= {"pairs": len(pairs), "steps": len(plan), "tokens": tokens}
+    if mixed:
+        stage.counts["mixed_writer_pairs"] = mixed
+
+
+def mixed_writers(stage: Stage, path: Path, used: set[str]) -> int:
+    """The number of pairs whose sides have different writers; warns of them."""
+    mixed = sum(row.get("chosen_writer") != row.get("rejected_writer") for row in read_table(path).to_pylist()
+                if row["row_id"] in used)
+    if mixed:
+        stage.console.warn(f"{stage.name}: {mixed} of {len(used)} pairs have sides by different writers (off-policy): "
+                           "the loss also learns to tell the writers apart; watch logps/chosen and the pass rates")
+    return mixed
 
 
 def check_loss(section: Dpo) -> None:

@@ -26,12 +26,14 @@ from strop.trainer.run.tables import Drops, read_table, write_table
 TOKENS, MASK = pa.list_(pa.int32()), pa.list_(pa.bool_())
 SFT = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id", pa.string()),
                  ("sample_index", pa.int32()), ("prompt_tokens", TOKENS), ("completion_tokens", TOKENS),
-                 ("loss_mask", MASK), ("score", pa.float64()), ("weight", pa.float64()), ("origin", pa.string())])
+                 ("loss_mask", MASK), ("score", pa.float64()), ("weight", pa.float64()), ("origin", pa.string()),
+                 ("writer", pa.string())])
 PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id", pa.string()),
                    ("prompt_tokens", TOKENS), ("chosen_tokens", TOKENS), ("rejected_tokens", TOKENS),
                    ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
                    ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
-                   ("weight", pa.float64()), ("origin", pa.string())])
+                   ("weight", pa.float64()), ("origin", pa.string()), ("chosen_writer", pa.string()),
+                   ("rejected_writer", pa.string())])
 COUNTS = pa.list_(pa.int32())
 DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("rounds", COUNTS), ("samples", COUNTS),
                         ("correct", COUNTS), ("pass_rate", pa.float64())])
@@ -233,7 +235,7 @@ def _sft_row(s: dict, source: str) -> dict:
     return {"row_id": f"{_origin(s)}/{s['prompt_id']}/{s['sample_index']}", "source": source, "weight": 1.0,
             "prompt_id": s["prompt_id"], "sample_index": s["sample_index"], "prompt_tokens": s["prompt_tokens"],
             "completion_tokens": s["completion_tokens"], "loss_mask": [True] * len(s["completion_tokens"]),
-            "score": s["score"], "origin": _origin(s)}
+            "score": s["score"], "origin": _origin(s), "writer": s.get("writer")}
 
 
 def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dict:
@@ -246,5 +248,5 @@ def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dic
     for side, s in (("chosen", chosen), ("rejected", rejected)):
         tokens = s["completion_tokens"]
         row |= {f"{side}_tokens": tokens, f"{side}_mask": [True] * len(tokens), f"{side}_score": s["score"],
-                f"{side}_template": [t in stops for t in tokens]}
+                f"{side}_template": [t in stops for t in tokens], f"{side}_writer": s.get("writer")}
     return row
