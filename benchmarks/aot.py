@@ -36,8 +36,8 @@ SHARED_LIMIT = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "100": 227 << 
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|UTC\w*MMA)\b")
 # Hopper and Blackwell run every other tensor-core instruction at a fraction of the rate of these.
 FULL_RATE = {"90": ("wgmma", re.compile(r"\bHGMMA\b")), "100": ("tcgen05", re.compile(r"\bUTC\w*MMA\b"))}
-# Known not to reach it yet: 64 rows of gradients at head size 256 leave too few registers for wgmma without a spill.
-NOT_YET = {("attention grad_kv bf16 256", "90"), ("attention grad_kv bf16 256 cap window", "90")}
+# Known not to reach it yet, as (name, target).
+NOT_YET: set[tuple[str, str]] = set()
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 WIDE_ACCESS = re.compile(r"\b(?:LDG|STG)\.\S*128\b")
 _inherited: list[tuple[Case, str]] = []
@@ -90,22 +90,29 @@ def attention_cases(target: str) -> list[Case]:
         variants += [("bf16", 80, {}), ("fp32", 64, {})]
     return [
         attention_case(name, dtype, size, target, **flags)
-        for name in ("forward", "grad_q", "grad_kv")
         for dtype, size, flags in variants
+        for name in ("forward", "grad_q", *attention_launch.grad_kv_launches(*_launch_of(dtype, size, target)))
     ]
 
 
 def attention_case(name: str, dtype: str, size: int, target: str, CAP: bool = False, WINDOW: bool = False) -> Case:
-    kernel = getattr(attention, f"{name}_kernel")
-    capability = int(target) // 10 if target.isdigit() else None
-    blocks = attention_launch.blocks(name, attention_launch.padded(size), 4 if dtype == "fp32" else 2, capability)
+    is_grad_kv = name not in ("forward", "grad_q")
+    kernel = attention.grad_kv_kernel if is_grad_kv else getattr(attention, f"{name}_kernel")
+    blocks = attention_launch.blocks(name, *_launch_of(dtype, size, target))
     constants = {"D": size, "D_PAD": attention_launch.padded(size), "CAP": CAP, "WINDOW": WINDOW, "TILE_ROWS": TILE}
     constants |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": "ieee"}
+    constants |= attention_launch.parts(name) if is_grad_kv else {}
     known = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "tiles_ptr": "*i32", "readers_end_ptr": "*i32"}
     known |= {"position_ptr": "*i64", "scale": "fp32", "cap": "fp32"}
     types = {n: known.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
     label = " ".join(["attention", name, dtype, str(size), *["cap"] * CAP, *["window"] * WINDOW])
     return Case(label, kernel, types, constants, blocks.warps, dtype != "fp32", blocks.stages, target)
+
+
+def _launch_of(dtype: str, size: int, target: str) -> tuple[int, int, int | None]:
+    """Padded head size, bytes of an element, capability: what attention_launch chooses by."""
+    capability = int(target) // 10 if target.isdigit() else None
+    return attention_launch.padded(size), 4 if dtype == "fp32" else 2, capability
 
 
 def segment_sum_cases() -> list[Case]:

@@ -264,14 +264,14 @@ def grad_q_kernel(
 def _grad_kv_block(
     k, v, grad_k, grad_v, grad_out_ptr, q_ptr, lse_ptr, delta_ptr, position_ptr, column, column_position,
     readers_end, first, end, grad_out_stride, q_stride, scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, GRAD_K: tl.constexpr,
+    GRAD_V: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Accumulate one block of query rows, from `first` on, into a block of keys. Keys are on the first axis."""
     row = first + tl.arange(0, QUERIES)
     q = _rows(q_ptr, first, q_stride, end, QUERIES, D, D_PAD, not MASKED)
     grad_out = _rows(grad_out_ptr, first, grad_out_stride, end, QUERIES, D, D_PAD, not MASKED)
     lse = tl.load(lse_ptr + row, mask=row < end, other=0.0) * LOG2E
-    delta = tl.load(delta_ptr + row, mask=row < end, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     weights, slope = _weights(scores, lse[None, :], scale, cap, CAP)
     if MASKED:
@@ -280,10 +280,13 @@ def _grad_kv_block(
             row_position = tl.load(position_ptr + row, mask=row < end, other=0).to(tl.int32)
             seen = seen & (row_position[None, :] - column_position[:, None] < window)
         weights = tl.where(seen, weights, 0.0)
-    grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
-    grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
-    grad_scores = weights * (grad_weights - delta[None, :]) * slope
-    grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    if GRAD_V:
+        grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
+    if GRAD_K:
+        delta = tl.load(delta_ptr + row, mask=row < end, other=0.0)
+        grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - delta[None, :]) * slope
+        grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 
 
@@ -294,7 +297,9 @@ def grad_kv_kernel(
     q_head_stride, k_head_stride, v_head_stride, grad_k_head_stride, grad_v_head_stride, tokens, heads_per_key,
     scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of keys and values, or one of them: both together may not fit the registers."""
     # The first rows of a group are read by the most queries, so they start first.
     start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(0), KEYS, TILE_ROWS)
     if start >= end:
@@ -328,7 +333,7 @@ def grad_kv_kernel(
             k, v, grad_k, grad_v, grad_out_ptr + head * grad_out_head_stride, q_ptr + head * q_head_stride,
             lse_ptr + head * tokens, delta_ptr + head * tokens, position_ptr, column, column_position, readers_end,
             first, whole_end, grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION,
-            False,
+            GRAD_K, GRAD_V, False,
         )  # fmt: skip
     for step in range(0, heads_per_key * masked_blocks):
         head = key_head * heads_per_key + step // masked_blocks
@@ -339,7 +344,11 @@ def grad_kv_kernel(
             k, v, grad_k, grad_v, grad_out_ptr + head * grad_out_head_stride, q_ptr + head * q_head_stride,
             lse_ptr + head * tokens, delta_ptr + head * tokens, position_ptr, column, column_position, readers_end,
             first, tl.where(is_own, end, last_reader),
-            grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION, True,
+            grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION, GRAD_K, GRAD_V,
+            True,
         )  # fmt: skip
-    _store_rows(grad_k_ptr + key_head * grad_k_head_stride, grad_k * scale, start, grad_k_stride, end, KEYS, D, D_PAD)
-    _store_rows(grad_v_ptr + key_head * grad_v_head_stride, grad_v, start, grad_v_stride, end, KEYS, D, D_PAD)
+    if GRAD_K:
+        grad_k_ptr += key_head * grad_k_head_stride
+        _store_rows(grad_k_ptr, grad_k * scale, start, grad_k_stride, end, KEYS, D, D_PAD)
+    if GRAD_V:
+        _store_rows(grad_v_ptr + key_head * grad_v_head_stride, grad_v, start, grad_v_stride, end, KEYS, D, D_PAD)

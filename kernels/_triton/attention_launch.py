@@ -24,12 +24,15 @@ class Blocks(NamedTuple):
 
 
 # By head size: up to 64, 128 and 256. The largest blocks that compile without a spill; not tuned on hardware yet.
-Row = tuple[Blocks, Blocks, Blocks]
+Row = tuple[Blocks, ...]
 # Tensor cores of Hopper and of Blackwell, 227 KiB of shared memory.
 SM90: dict[str, Row] = {
     "forward": (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3)),
     "grad_q": (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 2)),
-    "grad_kv": (Blocks(64, 128, 8, 3), Blocks(32, 128, 8, 2), Blocks(32, 32, 8, 2)),
+    "grad_kv": (Blocks(64, 128, 8, 3), Blocks(32, 128, 8, 2)),
+    # At 256 both gradients leave too few registers for wgmma, so each has a launch of its own, with the scores again.
+    "grad_k": (Blocks(16, 128, 8, 2),),
+    "grad_v": (Blocks(32, 128, 8, 2),),
 }
 SM100: dict[str, Row] = {
     "forward": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 3)),
@@ -60,8 +63,23 @@ def padded(head_size: int) -> int:
 
 def blocks(kernel: str, width: int, element_bytes: int, capability: int | None) -> Blocks:
     """For a head size padded to `width`; capability is the major one, None is AMD."""
-    table = FP32 if element_bytes == 4 else BY_CAPABILITY.get(capability, SM80)
-    return table[kernel][0 if width <= 64 else 1 if width <= 128 else 2]
+    row = _table(element_bytes, capability)[kernel]
+    return row[min(0 if width <= 64 else 1 if width <= 128 else 2, len(row) - 1)]
+
+
+def grad_kv_launches(width: int, element_bytes: int, capability: int | None) -> tuple[str, ...]:
+    """The launches that compute the gradients of keys and values, by their names in the tables."""
+    apart = width > 128 and "grad_k" in _table(element_bytes, capability)
+    return ("grad_k", "grad_v") if apart else ("grad_kv",)
+
+
+def parts(kernel: str) -> dict[str, bool]:
+    """The constants of grad_kv_kernel that say which gradients a launch computes."""
+    return {"GRAD_K": kernel != "grad_v", "GRAD_V": kernel != "grad_k"}
+
+
+def _table(element_bytes: int, capability: int | None) -> dict[str, Row]:
+    return FP32 if element_bytes == 4 else BY_CAPABILITY.get(capability, SM80)
 
 
 @cache
@@ -129,9 +147,10 @@ def backward(
     strides = _strides((*inputs, out, grad_q))
     launch(grad_q_kernel, grid, *inputs, out, lse, delta, grad_q, tiles, positions, *strides, *numbers, **options)
 
-    options = _options("grad_kv", q, window, cap)
-    grid = (len(tiles) * (TILE // options["KEYS"]), k.shape[1])
     tensors = (*inputs, lse, delta, grad_k, grad_v, tiles, readers_end, positions)
     strides = _strides((*inputs, grad_k, grad_v))
-    launch(grad_kv_kernel, grid, *tensors, *strides, *numbers, **options)
+    for name in grad_kv_launches(padded(q.shape[-1]), q.element_size(), _capability(q.device)):
+        options = _options(name, q, window, cap) | parts(name)
+        grid = (len(tiles) * (TILE // options["KEYS"]), k.shape[1])
+        launch(grad_kv_kernel, grid, *tensors, *strides, *numbers, **options)
     return grad_q, grad_k, grad_v

@@ -62,6 +62,25 @@ def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries,
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 2.0)])
+def test_gradients_of_keys_and_values_in_launches_of_their_own(window, cap, monkeypatch):
+    """As on sm_90 at head size 256: the same bits."""
+    groups = PackedGroups.pack(GROUPS)
+    qkv = _qkv(groups, 2, 1, 32, torch.float32)
+    case = (qkv, torch.randn_like(qkv[0]), groups, 0.2, window, cap)
+    together = _run(*case, monkeypatch, 32, 32)
+    names = []
+    monkeypatch.setattr(kernels, "grad_kv_launches", lambda *_: names.append(1) or ("grad_k", "grad_v"))
+    apart = _run(*case, monkeypatch, 32, 32)
+    assert names and all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_launches_by_device():
+    assert kernels.grad_kv_launches(256, 2, 9) == ("grad_k", "grad_v")
+    for case in ((128, 2, 9), (256, 2, 8), (256, 2, 10), (256, 4, 9), (256, 2, None)):
+        assert kernels.grad_kv_launches(*case) == ("grad_kv",)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 2.0)])
 def test_fp16_error_is_at_most_twice_that_of_plain_pytorch(window, cap, monkeypatch):
     """Not bf16: the interpreter multiplies it wrongly."""
     groups = PackedGroups.pack(GROUPS)
