@@ -49,7 +49,7 @@ def chosen() -> list[tuple[ModuleType, Case, list[str]]]:
 
 def timed(family: ModuleType, case: Case, names: list[str], rates: dict[str, float], path: Path) -> str:
     device = torch.device("cuda")
-    record = suite.measure_case(family, case, names, device, rates, rounds=9, seconds=2.0, first_call=30)
+    record = suite.measure_case(family, case, names, device, rates, rounds=9, seconds=2.0, first_call=45)
     suite.merge(path, measure.environment(device), {case.name: record})
     lines = [f"floor {record['floor']['seconds'] * 1e3:.2f} ms"]
     for name, found in record["contenders"].items():

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.kernels.attention import cached as attention_cached
 from strop.trainer.sampling.in_process import Batch, Generator, attend_with_cache
-from strop.trainer.sampling.kv_cache import Decode, PromptKV
+from strop.trainer.sampling.kv_cache import Decode, PromptKV, product
 
 CPU = torch.device("cpu")
 CONFIG = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -152,3 +153,11 @@ def test_scores_keep_more_than_bf16_before_the_softmax(size: int, monkeypatch):
     assert (attended(torch.bfloat16) - truth).norm() <= 0.02 * truth.norm()
     rounded = (q.bfloat16() @ keys.bfloat16().mT).double().softmax(-1) @ values.bfloat16().double()
     assert (rounded - truth.mT.reshape(rounded.shape)).norm() > 0.05 * truth.norm(), "the test can fail"
+
+
+def test_products_on_a_gpu_are_fp32():
+    with FakeTensorMode():
+        keys = torch.empty(5, 2, 64, 16, device="cuda", dtype=torch.bfloat16).narrow(2, 0, 48)
+        q = torch.empty(5, 2, 12, 16, device="cuda", dtype=torch.bfloat16)
+        found = product(q, keys.transpose(-1, -2))
+    assert found.dtype == torch.float32 and found.shape == (5, 2, 12, 48) and found.is_cuda
