@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 64 << 20
 # In the versions of requirements/test.txt. Everything else that these need comes with PyTorch's images.
 PACKAGES = (
-    "pydantic", "pydantic-core", "annotated-types", "typing-extensions", "typing-inspection", "datasketch",
+    "pydantic", "pydantic-core", "annotated-types", "typing-extensions", "typing-inspection",
     "liger-kernel", "trl", "datasets", "dill", "multiprocess", "cut-cross-entropy",
 )
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
