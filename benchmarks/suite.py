@@ -100,10 +100,10 @@ def measure_case(
     rates: dict[str, float],
     rounds: int,
     seconds: float,
-    first_call: float = FIRST_CALL,
+    first_call: float | None = None,
 ) -> dict:
     """The record of a case: floor and, by contender, time, peak memory and errors, or the reason it has none.
-    first_call: the seconds that a contender may take to compile and tune."""
+    first_call: the seconds that a contender may take to compile and tune, by default FIRST_CALL."""
     torch._dynamo.reset()
     inputs = family.inputs(case, device)
     names = list(names)
@@ -112,7 +112,7 @@ def measure_case(
     truth = None
     for name in (family.REFERENCE, *(name for name in names if name != family.REFERENCE)):
         try:
-            with time_limit(first_call):
+            with time_limit(first_call or FIRST_CALL):
                 call = family.CONTENDERS[name](case, inputs)
                 result = family.flat(call(), inputs)
                 measure.synchronize(device)
