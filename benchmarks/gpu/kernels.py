@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = cases.parser(__doc__).parse_args(arguments)
     running = cases.Cases(options.dry_run)
     if options.dry_run:
+        cases.wait_for(options.after)
         for family, case, names in chosen():
             for name in names:
                 running.run(f"{case.name}: {name}", lambda f=family, c=case, n=name: dry(f, c, n))

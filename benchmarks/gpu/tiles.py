@@ -121,10 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dry_run:
             compile_all()
         return 0
+    cases.wait_for(options.after)
     if options.list or options.dry_run:
         seconds = [(kernel, size, found[1]) for (kernel, size), found in CANDIDATES.items()]
         return 1 if ahead_of_time(every() if options.list else seconds) else 0
-    cases.wait_for(options.after)
     running, found, path = cases.Cases(False), {}, options.out / "tiles.json"
     for size, shapes in SHAPES.items():
         launches = [calls(case) for case in shapes]

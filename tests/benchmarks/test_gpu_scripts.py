@@ -66,6 +66,8 @@ def test_dry_run_of_training(tmp_path: Path):
             line = re.search(rf"{re.escape(f'{case.name}: {name}')}: (.*)", ran.stdout)
             assert line and GOOD.search(line[1]), (case.name, name, line)
     assert ran.stdout.count("sm_90") == len(tiles.CANDIDATES)
+    sides = re.findall(r"^(?:strop|masters|autocast): (strop|trl \w+) \w+ \d", ran.stdout, re.MULTILINE)
+    assert sides == ["strop"] * 4 + ["trl masters"] * 4 + ["trl autocast"] * 4, "one at a time has the GPU"
 
 
 @pytest.mark.slow
