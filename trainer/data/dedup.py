@@ -64,18 +64,23 @@ class _Index:
         rows = (surveyed[:, None] * parts + np.arange(parts)).ravel()
         known, times = np.unique(tokens[_ranges(starts[rows], sizes[rows])], return_counts=True)
         common = known[times > most(len(surveyed))]
-        known, times = np.unique(tokens, return_counts=True)
-        singles, least = np.count_nonzero(times == 1), len(known) - len(common)
-        times[np.searchsorted(known, common)] = len(tokens) + 1
+        known = np.sort(tokens)
+        known, times = np.unique(known[1:][known[1:] == known[:-1]], return_counts=True)  # of n texts, n - 1 times
+        times[np.searchsorted(known, common)] = len(tokens)
         number = np.empty(len(known), np.uint32)
         number[np.argsort(times, kind="stable")] = np.arange(len(known))
-        for at in range(0, len(tokens), BLOCK):
-            tokens[at:at + BLOCK] = number[np.searchsorted(known, tokens[at:at + BLOCK])]
-        shared, common = (np.add.reduceat(tokens >= id_, starts[:-1], dtype=np.int64) for id_ in (singles, least))
-        self.sizes, self.held, self.starts = sizes.reshape(n, parts), shared, _bounds(shared)
-        self.rare, self.shared = ((s - common).reshape(n, parts).sum(1) for s in (sizes, shared))
-        self.tokens, self.first_common = tokens[tokens >= singles] - np.uint32(singles), least - singles
-        self.counted = np.zeros(len(known) - singles, np.int64)
+        is_shared = np.zeros(len(tokens), bool)
+        for at in range(0, len(tokens) if len(known) else 0, BLOCK):
+            block = slice(at, at + BLOCK)
+            where = np.minimum(np.searchsorted(known, tokens[block]), len(known) - 1)
+            is_shared[block] = known[where] == tokens[block]
+            tokens[block] = number[where]
+        self.first_common = len(known) - len(common)
+        is_common = is_shared & (tokens >= self.first_common)
+        held, common = (np.add.reduceat(mask, starts[:-1], dtype=np.int64) for mask in (is_shared, is_common))
+        self.sizes, self.held, self.starts = sizes.reshape(n, parts), held, _bounds(held)
+        self.rare, self.shared = ((s - common).reshape(n, parts).sum(1) for s in (sizes, held))
+        self.tokens, self.counted = tokens[is_shared], np.zeros(len(known), np.int64)
 
     def _take_prefixes(self) -> None:
         """`prefix`: each text's rarest shingles, of which similar texts share one; `left`: how many shingles of the
