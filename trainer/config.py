@@ -272,9 +272,10 @@ class Recipe(Section):
             for i, d in enumerate(entries):
                 if d.rounds != "all" and any(r >= self.rounds for r in d.rounds):
                     raise ValueError(f"{key}.{i}.rounds={d.rounds}, but rounds={self.rounds}, and they count from 0")
-        if self.sample.temperature == 0 and self.sample.k > 1 and self.data.sources:
-            raise ValueError(f"sample.temperature=0 is greedy, so all sample.k={self.sample.k} completions of a prompt "
-                             "are the same; raise it or set sample.k=1")
+        writers = len(getattr(self.sample, "models", ("one",)))
+        if self.sample.temperature == 0 and self.sample.k > writers and self.data.sources:
+            raise ValueError(f"sample.temperature=0 is greedy, so of sample.k={self.sample.k} completions of a prompt "
+                             f"at most {writers} can differ; raise it or set sample.k={writers}")
         last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
         if self.merge.method == "ema" and not getattr(self, last).ema_decay:
             raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0")

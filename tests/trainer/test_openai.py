@@ -135,6 +135,20 @@ def test_slow_answers_end_after_the_timeout(server):
         ask(server, timeout=0.3, retries=1)
 
 
+def test_a_proxy_is_used_but_for_this_machine(server, monkeypatch):
+    proxy = FaultServer(lambda n, body: "by proxy")
+    monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    try:
+        assert ask(server).text == "answer"
+        far = section(server, base_url="http://llm.invalid/v1")
+        assert openai.Server(far, "sample").ask(ASK, SETTINGS).text == "by proxy"
+        assert proxy.requests[0]["path"] == "http://llm.invalid/v1/chat/completions"
+    finally:
+        proxy.close()
+
+
 def test_a_server_that_is_not_there_is_said_soon():
     gone = FaultServer()
     gone.close()

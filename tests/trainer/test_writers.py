@@ -145,6 +145,15 @@ def test_shares_must_give_each_writer_a_completion(tiny_model, tmp_path, capsys)
             load_recipe(committee(tmp_path, tiny_model, models))
 
 
+def test_greedy_writers_have_one_completion_each(tiny_model, tmp_path):
+    models = [{"name": "now"}, {"name": "base", "weights": "start"}]
+    load_recipe(committee(tmp_path, tiny_model, models, k=2, temperature=0))
+    with pytest.raises(UserError, match=r"greedy, so of sample\.k=3 completions of a prompt at most 2 can differ"):
+        load_recipe(committee(tmp_path, tiny_model, models, k=3, temperature=0))
+    with pytest.raises(UserError, match=r"at most 1 can differ; raise it or set sample\.k=1"):
+        load_recipe(write_recipe(tmp_path, tiny_model), {"sample.temperature": 0})
+
+
 def test_a_stranger_s_completions_become_the_student_s_tokens(tiny_model, stranger, prompts, tmp_path):
     own, student = ModelFolder(stranger).tokenizer(), ModelFolder(tiny_model).tokenizer()
     assert same_tokens(student, ModelFolder(tiny_model).tokenizer()) and not same_tokens(own, student)

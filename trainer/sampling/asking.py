@@ -66,13 +66,17 @@ class Journal:
         """Returns once the answer is on disk."""
         line = (json.dumps({"id": list(identity)} | asdict(reply)) + "\n").encode()
         with writing(self.path), self.lock:
+            if self.file is None:  # the run was interrupted, and this thread is late
+                raise Stopped
             while line:
                 line = line[os.write(self.file, line):]
             os.fsync(self.file)
         self.catch_up()
 
     def close(self) -> None:
-        os.close(self.file)
+        with self.lock:
+            os.close(self.file)
+            self.file = None
 
 
 def usage(stage: Stage) -> dict[str, int]:

@@ -173,7 +173,8 @@ class Server:
     def _connect(self, seconds: float) -> tuple[http.client.HTTPConnection, str]:
         """(a connection, not yet open; what comes before a path in a request)"""
         kind = http.client.HTTPSConnection if self.https else http.client.HTTPConnection
-        proxy = None if proxy_bypass(self.host) else getproxies().get("https" if self.https else "http")
+        is_here = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        proxy = None if is_here or proxy_bypass(self.host) else getproxies().get("https" if self.https else "http")
         if not proxy:
             return kind(self.host, self.port, timeout=seconds), self.path
         at = urlsplit(proxy if "//" in proxy else f"//{proxy}")

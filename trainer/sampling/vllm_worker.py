@@ -11,6 +11,7 @@ An answer may be {"error": kind, "detail": text} instead.
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 
@@ -70,8 +71,8 @@ def main():
         import vllm
     except ImportError as e:
         return say(error="missing", detail=str(e))
-    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in vllm.__version__.split(".")[:2])
-    if version < OLDEST:
+    version = re.match(r"(\d+)\.(\d+)", vllm.__version__)  # a build from source may have none
+    if version and tuple(map(int, version.groups())) < OLDEST:
         return say(error="old", detail=vllm.__version__)
     llm = None
     for line in questions:
