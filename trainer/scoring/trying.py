@@ -11,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from strop.trainer.config import Scorer
-from strop.trainer.data.rows import read_rows, to_messages
+from strop.trainer.data.columns import to_messages
+from strop.trainer.data.rows import read_rows
 from strop.trainer.errors import UserError
 from strop.trainer.scoring.base import Item, Scored, open_scorer
 
