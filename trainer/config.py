@@ -24,6 +24,7 @@ from strop.trainer.section import (  # noqa: F401 - readers of recipes import so
     Section,
     Share,
     Weight,
+    key_of,
     read_text,
 )
 

@@ -39,7 +39,7 @@ from strop.trainer.run.files import (
     write_json,
     writing,
 )
-from strop.trainer.section import key_of
+from strop.trainer.config import key_of
 
 if TYPE_CHECKING:  # readers of run directories need no torch
     from strop.trainer.run.world import World
