@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strop.trainer.config import key_of
 from strop.trainer.errors import UserError
 from strop.trainer.run.artifacts import (
     WORK,
@@ -39,7 +40,6 @@ from strop.trainer.run.files import (
     write_json,
     writing,
 )
-from strop.trainer.config import key_of
 
 if TYPE_CHECKING:  # readers of run directories need no torch
     from strop.trainer.run.world import World
