@@ -75,8 +75,9 @@ class Code(Section):
 
 
 class Scorer(Section):
-    name: str | None = Field(None, min_length=1, description="name of the scorer in tables and reports. Default: the "
-                             "rule's or the function's")
+    name: str | None = Field(None, min_length=1, max_length=100,
+                             description="name of the scorer in tables and reports. Default: the rule's or the "
+                             "function's")
     rule: Rule | None = Field(None, description="a built-in rule")
     args: dict[str, Any] = Field({}, description="rule: its arguments (regex: pattern; number: tolerance; choice: "
                                  "choices; instructions: loose, all)")
@@ -206,7 +207,8 @@ class Filter(Section):
 
 class Score(Section):
     correct_at: float = Field(0.99, description="score at which a completion that stopped by itself is correct")
-    correct_by: str | None = Field(None, description="name of the scorer whose value is compared with correct_at. "
+    correct_by: str | None = Field(None, max_length=100,
+                                   description="name of the scorer whose value is compared with correct_at. "
                                    "Default: the sum by weight")
     max_errors: NotNegative = Field(0, json_schema_extra=UNKEYED,
                                     description="values that a scorer may fail to give (an exception, a time-out, not "
@@ -219,7 +221,8 @@ class Select(Section):
     accumulate: bool = Field(True, description="also select from earlier rounds' samples")
     pass_rate_min: Share = Field(0.0, description="drop prompts with a lower pass rate over all rounds so far")
     pass_rate_max: Share = Field(1.0, description="drop prompts with a higher pass rate over all rounds so far")
-    by: str | None = Field(None, description="name of the scorer whose value is the score. Default: the sum by weight")
+    by: str | None = Field(None, max_length=100,
+                           description="name of the scorer whose value is the score. Default: the sum by weight")
     sft_min_score: float | None = Field(0.99, description="lowest score of a completion for SFT; null is no limit")
     sft_per_prompt: Positive = Field(1, description="most distinct completions per prompt for SFT")
     sft_cut: bool = Field(False, description="use completions cut by length for SFT")
@@ -291,7 +294,7 @@ class Merge(Section):
     promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
                                              description="which weights go on: the best on the validation "
                                              "split among start, sft, dpo and merge, or always merge's")
-    promote_on: str = Field("pass_rate", pattern=r"^(pass_rate|mean|win_rate)(:.+)?$", json_schema_extra=UNKEYED,
+    promote_on: str = Field("pass_rate", pattern=r"^(pass_rate|mean|win_rate)(:.{1,100})?$", json_schema_extra=UNKEYED,
                             description="best by pass_rate, mean score or win_rate over start; of one scorer's values "
                             "with its name, e.g. mean:grade")
 
