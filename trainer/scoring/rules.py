@@ -129,7 +129,7 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     if verifier == "math":
         # another term, too, for an answer that takes long to evaluate would cost every completion all of MATH_SECONDS
         for other in (["1"] if re.search(SLOW, answer) else []) + [answer]:
-            judged = _child.ask("math", {"text": other, "answer": answer}, CHECK_SECONDS)
+            judged = _child.judge("math", {"text": other, "answer": answer}, CHECK_SECONDS)
             if judged is None:
                 return (f"the answer {short!r} takes more than {CHECK_SECONDS:g} s of CPU time to compare: simplify "
                         "it, or use verifier exact")
