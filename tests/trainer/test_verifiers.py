@@ -454,5 +454,5 @@ def test_answers_that_can_never_be_met(verifier, answer, args, why):
 def test_every_verifier_of_the_recipe_is_known():
     from typing import get_args
 
-    from strop.trainer.config import Verifier
-    assert set(get_args(Verifier)) == set(ARGUMENTS)
+    from strop.trainer.config import Rule
+    assert set(get_args(Rule)) == set(ARGUMENTS)
