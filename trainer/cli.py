@@ -369,7 +369,9 @@ def help_text() -> str:
             lines.append(f"  {key}  ({type_name(info.annotation)}, {default}{limits(info)})\n      {info.description}")
             return
         is_empty = "default empty" if not info.is_required() else "required"
+        optional = type(None) in get_args(info.annotation)
         lines.append(f"  {key}  (list, {is_empty})\n      {info.description}; each entry has" if listed
+                     else f"  {key}  (mapping, default null)\n      {info.description}; it has" if optional
                      else f"\n{key}: {info.description}")
         prefix = key + (".N." if listed else ".")
         engines = [tag_of(s) for s in inner if "engine" in s.model_fields]

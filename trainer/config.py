@@ -4,6 +4,7 @@ A recipe is a YAML file; `key=value` on the command line overrides it. Stages re
 sections, and the hash of what a stage receives is its key: a field that cannot change a result is `UNKEYED`.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +24,11 @@ from strop.trainer.section import (  # noqa: F401 - readers of recipes import so
     Section,
     Share,
     Weight,
+    key_of,
     read_text,
 )
 
-Verifier = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math"]
+Rule = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math", "instructions"]
 
 
 class Model(Section):
@@ -48,6 +50,66 @@ class Lora(Section):
     target_modules: str | list[str] = Field("all-linear", description="names of the modules that get an adapter")
 
 
+class Code(Section):
+    kind: Literal["asserts", "pytest", "stdio"] = Field(
+        "asserts", description="the tests: asserts (a text or a list of texts), a pytest file, or a list of {input, "
+        "output} for stdin and stdout")
+    tests_column: str = Field("tests", description="column with the tests")
+    entry_column: str | None = Field(None, description="column with the name of the function to write; a function "
+                                     "check(candidate) in the tests is called with it")
+    prefix_column: str | None = Field(None, description="column with code that is put before the completion's")
+    module: str = Field("solution", pattern=r"^[A-Za-z_]\w*$", description="pytest: name by which the tests import the "
+                        "program")
+    command: list[str] = Field([], description="stdio: what runs the program, e.g. [node, program]. Default: "
+                               "Python")
+    file: str = Field("program", pattern=r"^[A-Za-z0-9_][\w.-]*$", description="stdio: file that the program is "
+                      "written to for command")
+    processes: Positive = Field(1, le=1024, description="processes of a program; 1 forbids it to start any")
+    output_kb: Positive = Field(1024, le=1 << 20, description="largest output, and largest file, of a program")
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.command and self.kind != "stdio":
+            raise ValueError(f"command is for kind=stdio; kind={self.kind} runs Python")
+        return self
+
+
+class Scorer(Section):
+    name: str | None = Field(None, min_length=1, max_length=100,
+                             description="name of the scorer in tables and reports. Default: the rule's or the "
+                             "function's")
+    rule: Rule | None = Field(None, description="a built-in rule")
+    args: dict[str, Any] = Field({}, description="rule: its arguments (regex: pattern; number: tolerance; choice: "
+                                 "choices; instructions: loose, all)")
+    python: FilePath | None = Field(None, description="instead of rule: a function of your own, as file.py:function")
+    code: Code | None = Field(None, description="instead of rule: run the completion's code against unit tests in a "
+                              "sandbox; the score is the share that passes")
+    weight: float = Field(1.0, ge=-1e6, le=1e6, json_schema_extra=UNKEYED,
+                          description="of this value in the sum that is a completion's score; 0 only records it")
+    seconds: PositiveFloat = Field(10.0, le=86_400, description="python and code: time limit for a "
+                                   "completion, or for a test with code.kind=stdio")
+    memory_gb: PositiveFloat | None = Field(None, le=4096, description="memory limit of a process. Default: 4 for "
+                                            "python, 1 for code")
+
+    @model_validator(mode="after")
+    def one_kind(self):
+        kinds = [k for k in UNREAD if getattr(self, k) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"name exactly one of {', '.join(UNREAD)}")
+        for key in UNREAD[kinds[0]]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is not read by a {kinds[0]} scorer; leave it out")
+        if self.python is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.python):
+            raise ValueError(f"python={self.python} must be file.py:function")
+        if self.name is None:
+            self.name = self.rule or (self.python or "code").rpartition(":")[2]
+        return self
+
+
+# kinds of scorers, with the keys that only other kinds have
+UNREAD = {"rule": ("seconds", "memory_gb"), "python": ("args",), "code": ("args",)}
+
+
 class Source(Section):
     name: str = Field(description="name of the source in tables and reports")
     path: FilePath | None = Field(None, description="prompts: a .jsonl or .parquet file, a saved `datasets` folder, or "
@@ -63,9 +125,11 @@ class Source(Section):
                                       "for those that mean something elsewhere (messages, images, weight, ...)")
     prompt_template: str = Field("{prompt}", description="text of the user turn; {prompt} is replaced by the prompt, "
                                  "{choices} by the options, {NAME} by the row's column NAME")
-    verifier: Verifier | None = Field(None, description="how completions are scored. Default: reasoning_gym for "
-                                      "reasoning_gym sources; required for files")
-    verifier_args: dict[str, Any] = Field({}, description="regex: pattern; number: tolerance; choice: choices")
+    verifier: Rule | None = Field(None, json_schema_extra=UNKEYED, description="short for a single scorer that is a "
+                                  "rule. Default: reasoning_gym for reasoning_gym sources without scorers")
+    verifier_args: dict[str, Any] = Field({}, json_schema_extra=UNKEYED, description="its args")
+    scorers: list[Scorer] = Field([], json_schema_extra=UNKEYED, description="what scores a completion; the score is "
+                                  "the sum of their values by weight")
     share: Weight = Field(1.0, description="this source's weight in every round's draw of prompts")
     templated: bool | None = Field(None, description="the prompts come from templates: keep near duplicates, and "
                                    "drop only exact copies of its own held-out prompts. Default: true for "
@@ -75,15 +139,29 @@ class Source(Section):
     def one_origin(self):
         if (self.path is None) == (self.reasoning_gym is None):
             raise ValueError("name exactly one of path and reasoning_gym")
-        if self.verifier is None and self.reasoning_gym is None:
-            raise ValueError("verifier is missing: a source read from a file needs one")
-        if self.verifier == "reasoning_gym" and self.reasoning_gym is None and "dataset" not in self.verifier_args:
-            raise ValueError("verifier reasoning_gym on a file needs verifier_args.dataset, the name of its dataset")
+        if self.scorers and (self.verifier or self.verifier_args):
+            raise ValueError("verifier is short for a single scorer; with scorers leave out verifier and verifier_args")
+        if self.verifier is None and self.reasoning_gym is None and not self.scorers:
+            raise ValueError("verifier is missing: a source read from a file needs one, or scorers")
+        for scorer in self.scoring:
+            if scorer.rule == "reasoning_gym" and self.reasoning_gym is None and "dataset" not in scorer.args:
+                key = "args" if self.scorers else "verifier_args"
+                raise ValueError(f"verifier reasoning_gym on a file needs {key}.dataset, the name of its dataset")
+        names = [scorer.name for scorer in self.scorers]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise ValueError(f"scorers: two are named {twice}; give each its own name")
+        if self.scorers and not any(scorer.weight for scorer in self.scorers):
+            raise ValueError("scorers: every weight is 0, so there is no score; give one a weight")
         if "{prompt}" not in self.prompt_template:
             raise ValueError("prompt_template must contain {prompt}")
         if self.templated is None:
             self.templated = self.reasoning_gym is not None
         return self
+
+    @property
+    def scoring(self) -> list[Scorer]:
+        """The scorers, also where the recipe has the short form."""
+        return self.scorers or [Scorer(rule=self.verifier or "reasoning_gym", args=self.verifier_args)]
 
 
 class ReadyData(Section):
@@ -128,17 +206,29 @@ class Filter(Section):
 
 
 class Score(Section):
-    correct_at: Share = Field(0.99, description="score at which a completion that stopped by itself is correct")
+    correct_at: float = Field(0.99, description="score at which a completion that stopped by itself is correct")
+    correct_by: str | None = Field(None, max_length=100,
+                                   description="name of the scorer whose value is compared with correct_at. "
+                                   "Default: the sum by weight")
+    max_errors: NotNegative = Field(0, json_schema_extra=UNKEYED,
+                                    description="values that a scorer may fail to give (an exception, a time-out, not "
+                                    "a number) before the stage stops; such a completion is not learned from")
+    workers: NotNegative = Field(0, le=4096, json_schema_extra=UNKEYED,
+                                 description="processes per rank that scorers use; 0 divides the cores among the ranks")
 
 
 class Select(Section):
     accumulate: bool = Field(True, description="also select from earlier rounds' samples")
     pass_rate_min: Share = Field(0.0, description="drop prompts with a lower pass rate over all rounds so far")
     pass_rate_max: Share = Field(1.0, description="drop prompts with a higher pass rate over all rounds so far")
-    sft_min_score: Share = Field(0.99, description="lowest score of a completion for SFT")
+    by: str | None = Field(None, max_length=100,
+                           description="name of the scorer whose value is the score. Default: the sum by weight")
+    sft_min_score: float | None = Field(0.99, description="lowest score of a completion for SFT; null is no limit")
     sft_per_prompt: Positive = Field(1, description="most distinct completions per prompt for SFT")
     sft_cut: bool = Field(False, description="use completions cut by length for SFT")
-    pair_margin: Share = Field(0.5, description="smallest difference in score between chosen and rejected")
+    pair_margin: float = Field(0.5, ge=0.0, description="smallest difference in score between chosen and rejected")
+    pair_margin_unit: Literal["score", "z"] = Field("score", description="unit of pair_margin: the score's own, or "
+                                                    "standard deviations of the scores of the prompt's completions")
     pairs_per_prompt: Positive = Field(1, description="most pairs per prompt")
     tie_break: Literal["shortest", "first", "random"] = Field("shortest",
                                                               description="which of equally scored completions wins")
@@ -204,6 +294,9 @@ class Merge(Section):
     promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
                                              description="which weights go on: the best on the validation "
                                              "split among start, sft, dpo and merge, or always merge's")
+    promote_on: str = Field("pass_rate", pattern=r"^(pass_rate|mean|win_rate)(:.{1,100})?$", json_schema_extra=UNKEYED,
+                            description="best by pass_rate, mean score or win_rate over start; of one scorer's values "
+                            "with its name, e.g. mean:grade")
 
     @model_validator(mode="after")
     def lengths(self):
@@ -282,6 +375,12 @@ class Recipe(Section):
         for name in self.merge.members if self.merge.method == "average" else ():
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
+        named = {"select.by": self.select.by, "score.correct_by": self.score.correct_by,
+                 "merge.promote_on": self.merge.promote_on.partition(":")[2] or None}
+        for key, name in named.items():
+            for i, source in enumerate(self.data.sources) if name else ():
+                if name not in (known := [scorer.name for scorer in source.scoring]):
+                    raise ValueError(f"{key} names the scorer {name}, but data.sources.{i} has {', '.join(known)}")
         return self
 
 

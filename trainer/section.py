@@ -81,15 +81,18 @@ class Part:
             if how == "content":
                 found[name] = self.read(name)
             elif how != "none":
-                found[name] = _key_of(getattr(self._section, name))
+                found[name] = key_of(getattr(self._section, name))
         return found
 
 
-def _key_of(value):
-    if isinstance(value, Section):
+def key_of(value):
+    """What a stage's result depends on if it receives `value`: a section, a part of one, or a tree of them."""
+    if isinstance(value, Section | Part):
         return value.key()
     if isinstance(value, list | tuple):
-        return [_key_of(v) for v in value]
+        return [key_of(v) for v in value]
+    if isinstance(value, dict):
+        return {k: key_of(v) for k, v in value.items()}
     return value
 
 

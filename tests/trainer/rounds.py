@@ -5,13 +5,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from strop.trainer.run.tables import write_table
+from strop.trainer.scoring.table import VALUES
 
 
 def prompts_of(folder: Path, ids, **columns) -> Path:
     """A prompts artifact; every prompt is 'ask <id>' with its id as the answer, of source `s`, split train."""
     rows = [{"prompt_id": i, "source": "s", "split": "train", "messages": [{"role": "user", "content": f"ask {i}"}],
-             "answer": i, "verifier": "exact", "verifier_args": "{}", "metadata": "{}"} | columns for i in ids]
-    folder.mkdir(parents=True)
+             "answer": i, "conversational": False, "metadata": "{}"} | columns for i in ids]
+    folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "prompts.parquet", pa.Table.from_pylist(rows))
     return folder
 
@@ -35,14 +36,15 @@ def sample_of(folder: Path, samples: dict[str, list], shard: int = 2) -> Path:
 
 
 def round_of(folder: Path, samples: dict[str, list], turned: bool = False) -> tuple[Path, Path]:
-    """(sample, score) artifacts; with `turned` the scores lie in the opposite order."""
-    rows = [{"prompt_id": prompt_id, "sample_index": i, "score": float(score),
-             "correct": score >= 0.99 and (finish[0] if finish else "stop") == "stop", "extracted": None}
-            for prompt_id, drawn in samples.items() for i, (_, score, *finish) in enumerate(drawn)]
+    """(sample, score) artifacts, scores by the scorer `exact`, or {scorer: score}; with `turned` the scores lie in the
+    opposite order."""
+    rows = [{"prompt_id": prompt_id, "sample_index": i, "scorer": name, "version": "v", "value": value, "detail": None,
+             "error": None if value is not None else "it failed"}
+            for prompt_id, drawn in samples.items() for i, (_, scores, *_) in enumerate(drawn)
+            for name, value in (scores if isinstance(scores, dict) else {"exact": scores}).items()]
     sample = sample_of(folder / "sample", samples)
     (folder / "score").mkdir()
-    schema = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("score", pa.float64()),
-                        ("correct", pa.bool_()), ("extracted", pa.string())])
+    schema = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), *VALUES])
     rows = rows[::-1] if turned else rows
     write_table(folder / "score" / "scores.parquet", pa.Table.from_pylist(rows, schema=schema))
     return sample, folder / "score"

@@ -134,8 +134,10 @@ def make_run(run_dir, rounds=2, until=None, size=SMALL):
     try:
         table("prompts", "prompts.parquet", prompts)
         finish("prompts", {}, 2.5, {"prompts": len(prompts)} | dropped("prompts", {"duplicate": 7}))
+        table("baseline-held-out", "completions.parquet", [{"prompt_id": "p"}])
+        finish("baseline-held-out", {"prompts": "prompts", "candidates.base": "b" * 32}, 30.0)
         evaluate("baseline", {"base": 0.12})
-        finish("baseline", {"prompts": "prompts", "candidates.base": "b" * 32}, 31.0,
+        finish("baseline", {"prompts": "prompts", "candidates.base": "b" * 32}, 1.0,
                {"prompts": 2 * (size.test + size.validation)})
         promotions, weights, at = [], "b" * 32, ["baseline", "base"]
         for r in range(rounds):
@@ -152,10 +154,13 @@ def make_run(run_dir, rounds=2, until=None, size=SMALL):
                    {"prompts": len(train_prompts), "samples": len(samples), "tokens": 27000,
                     "cut_share": sum(not ok for *_, ok in samples) / len(samples), "mean_length": 27000 / len(samples)})
             table(f"{name}/score", "scores.parquet", [
-                {"prompt_id": p["prompt_id"], "sample_index": k, "score": float(ok), "correct": ok}
+                {"prompt_id": p["prompt_id"], "sample_index": k, "scorer": "reasoning_gym", "value": float(ok)}
                 for p, k, ok in samples])
             finish(f"{name}/score", {"prompts": "prompts", "sample": f"{name}/sample"}, 1.2)
             counts = dropped(f"{name}/select", {"tie": 12, "unsolved": 30})
+            table(f"{name}/select", "judged.parquet", [
+                {"prompt_id": p["prompt_id"], "sample_index": k, "score": float(ok), "correct": ok}
+                for p, k, ok in samples])
             finish(f"{name}/select", {f"history.{r}.1": f"{name}/score"}, 0.8, {"sft rows": 50, "pairs": 44} | counts)
             train(f"{name}/sft", {"loss": lambda s: 1.5 * math.exp(-s / 15) + 0.4, "mean_token_accuracy":
                                   lambda s: 0.9 - 0.4 * math.exp(-s / 12), "grad_norm": lambda s: 1 + 2 / s,
@@ -171,17 +176,18 @@ def make_run(run_dir, rounds=2, until=None, size=SMALL):
             finish(f"{name}/dpo", {"select": f"{name}/select"}, 60.0, {"pairs": 44, "steps": 40})
             train(f"{name}/merge", {})
             finish(f"{name}/merge", {"start": weights}, 2.0)
-            (run_dir / name / "evaluate").mkdir(parents=True)
-            write_json(run_dir / name / "evaluate" / "kl.json", {s: {
+            (run_dir / name / "held-out").mkdir(parents=True)
+            write_json(run_dir / name / "held-out" / "kl.json", {s: {
                 "kl": 0.05 * (r + 1) * (i + 1), "stderr": 0.01, "prompts": 16, "tokens": 320}
                 for i, s in enumerate(("sft", "dpo", "merge"))})
+            finish(f"{name}/held-out", {"prompts": "prompts"}, 61.0)
             evaluate(f"{name}/evaluate", {"sft": 0.25 + 0.1 * r, "dpo": 0.3 + 0.12 * r, "merge": 0.29 + 0.1 * r})
             stops = {"start": at} | {s: [f"{name}/evaluate", s] for s in ("sft", "dpo", "merge")}
             promotions.append({"round": r, "promoted": "dpo", "hash": "c", "weights": f"{name}/dpo/model",
                                "candidates": stops})
             weights, at = made[f"{name}/dpo"], stops["dpo"]
             write_json(run_dir / "promotions.json", promotions)
-            finish(f"{name}/evaluate", {"prompts": "prompts"}, 62.0)
+            finish(f"{name}/evaluate", {"prompts": "prompts"}, 1.0)
         (run_dir / "final").mkdir()
         finish("final", {"weights": weights}, 0.4)
     except Stop:

@@ -1,8 +1,11 @@
 """Stage functions called with a whole recipe, as the methods' verbs call them with its sections."""
 
+from pathlib import Path
+
+from strop.trainer.data.samples import Judging
 from strop.trainer.stages import evaluate as evaluate_stage
 from strop.trainer.stages import merge as merge_stage
-from strop.trainer.stages import preference, publish
+from strop.trainer.stages import preference, publish, results
 from strop.trainer.stages import prompts as prompts_stage
 from strop.trainer.stages import reference as reference_stage
 from strop.trainer.stages import sample as sample_stage
@@ -13,6 +16,7 @@ from strop.trainer.stages import sft as sft_stage
 
 def prompts(stage, recipe):
     prompts_stage.prompts(stage, data=recipe.data, filter=recipe.filter, seed=recipe.seed,
+                          rules={s.name: [(c.rule, c.args) for c in s.scoring if c.rule] for s in recipe.data.sources},
                           files={s.name: s.path for s in recipe.data.sources if s.path})
 
 
@@ -21,8 +25,20 @@ def sample(stage, recipe, *, round, model, prompts):
                         shares={s.name: s.share for s in recipe.data.sources}, weights=model, prompts=prompts)
 
 
+def scoring(recipe) -> dict:
+    sources = recipe.data.sources
+    files = {c.python.rpartition(":")[0] for s in sources for c in s.scoring if c.python}
+    return {"scorers": {s.name: s.scoring for s in sources},
+            "columns": {s.name: (s.prompt_column, s.answer_column, s.prompt_template) for s in sources},
+            "files": {file: Path(file) for file in files}}
+
+
+def weights_of(recipe) -> dict:
+    return {s.name: {c.name: c.weight for c in s.scoring} for s in recipe.data.sources}
+
+
 def score(stage, recipe, **inputs):
-    score_stage.score(stage, score=recipe.score, **inputs)
+    score_stage.score(stage, score=recipe.score, **scoring(recipe), **inputs)
 
 
 def sources_of(recipe):
@@ -30,14 +46,19 @@ def sources_of(recipe):
 
 
 def select(stage, recipe, *, model, **inputs):
-    select_stage.select(stage, select=recipe.select, filter=recipe.filter, data=recipe.data, model=recipe.model,
-                        sources=sources_of(recipe), seed=recipe.seed, tokenizer=model,
+    select_stage.select(stage, select=recipe.select, score=recipe.score, weights=weights_of(recipe),
+                        filter=recipe.filter, data=recipe.data, model=recipe.model, sources=sources_of(recipe),
+                        seed=recipe.seed, tokenizer=model,
                         files={kind: {d.name: d.path for d in getattr(recipe.data, kind)}
                                for kind in ("sft", "preferences")}, **inputs)
 
 
 def rules(recipe):
-    return select_stage.Rules(recipe.select, recipe.filter, recipe.seed)
+    return select_stage.Rules(recipe.select, recipe.filter, recipe.seed, judging(recipe))
+
+
+def judging(recipe):
+    return Judging(weights_of(recipe), recipe.select.by, recipe.score.correct_by, recipe.score.correct_at)
 
 
 def training(recipe) -> dict:
@@ -66,10 +87,13 @@ def mixture_of(recipe, start, sft, dpo):
     return merge_stage.mixture_of(recipe.merge, start, {n: f for n, f in (("sft", sft), ("dpo", dpo)) if f})
 
 
+def held_out(stage, recipe, **inputs):
+    evaluate_stage.held_out(stage, evaluate=recipe.evaluate, model=recipe.model, compute=recipe, **inputs)
+
+
 def evaluate(stage, recipe, **inputs):
-    evaluate_stage.evaluate(stage, evaluate=recipe.evaluate, score=recipe.score, model=recipe.model, compute=recipe,
-                            **inputs)
+    results.evaluate(stage, score=recipe.score, weights=weights_of(recipe), **scoring(recipe), **inputs)
 
 
 def final(stage, recipe, **inputs):
-    publish.publish(stage, recipe=recipe, bootstrap=recipe.evaluate.bootstrap, **inputs)
+    publish.publish(stage, recipe=recipe, bootstrap=recipe.evaluate.bootstrap, scorers={}, **inputs)

@@ -52,7 +52,8 @@ def test_code_blocks_of_the_docs_run(workplace, capsys):
     assert space["published"].hash
     mine = strop.load_run("mine")
     assert [s["stage"] for s in mine.stages] == [
-        "prompts", "baseline", *(f"round-00/{s}" for s in ("sample", "score", "select", "sft", "evaluate")), "final"]
+        "prompts", "baseline-held-out", "baseline",
+        *(f"round-00/{s}" for s in ("sample", "score", "select", "sft", "held-out", "evaluate")), "final"]
     assert mine.finished and mine.model == Path("runs/mine/final")
     assert "<iframe" in mine._repr_html_() and "srcdoc=" in mine._repr_html_()
 
@@ -85,7 +86,7 @@ def test_load_run_names_what_there_is(workplace):
 
 def test_a_table_that_is_not_there(tiny_run):
     run = strop.load_run(tiny_run)
-    with pytest.raises(strop.UserError, match="no table nothing; there are: difficulty, drops, pairs, sft"):
+    with pytest.raises(strop.UserError, match="no table nothing; there are: difficulty, drops, judged, pairs, sft"):
         run.table("round-00/select", "nothing")
     assert run.table("round-00/score").num_rows == run.table("round-00/sample").num_rows == 24 * 8
 

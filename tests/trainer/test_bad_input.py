@@ -301,7 +301,7 @@ CASES = {
                                     "of source digits"),
     "a model that the probe refuses": (unknown_head, [], "LlamaForCausalLM"),
     "a loss that is not finite": (explode, [], "round-00/sft: step 2: "),
-    "a full disk under a table": (no_space_for("scores"), [], "score.partial/scores.parquet"),
+    "a full disk under a table": (no_space_for("scores"), [], "baseline.partial/scores.parquet"),
     "a full disk under a resume point": (lambda p: full(p, "strop.trainer.training.local.save_file", SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)")), [], "work/step-000001"),
     "a full disk under weights": (lambda p: full(p, "transformers.PreTrainedModel.save_pretrained", OSError(

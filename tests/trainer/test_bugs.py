@@ -34,7 +34,7 @@ def fails_with(error: Exception):
 def test_a_bug_keeps_its_traceback_and_says_what_is_safe(tiny_recipe, tmp_path, capfd, fails, shown, said):
     run_dir, command = tmp_path / "runs/tiny", [str(tiny_recipe), "rounds=1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.score.verify", fails)
+        patch.setattr("strop.trainer.stages.score.score_rows", fails)
         code = main(command)
     text = capfd.readouterr().err
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -46,7 +46,7 @@ def test_a_bug_keeps_its_traceback_and_says_what_is_safe(tiny_recipe, tmp_path, 
         assert errors == [f"error: {said} (traceback above); completed stages are kept, and the same command resumes"]
     assert text.endswith(errors[0] + "\n")
     kept = {p: p.read_bytes() for p in run_dir.rglob("manifest.json")}
-    assert {p.parent.name for p in kept} == {"prompts", "baseline", "sample"}
+    assert {p.parent.name for p in kept} == {"prompts", "baseline-held-out", "baseline", "sample"}
     assert main(command) == 0
     assert all(p.read_bytes() == before for p, before in kept.items()) and (run_dir / "final").exists()
 

@@ -67,6 +67,13 @@ def strop_arguments(words: list[str]) -> list[str] | None:
     return None
 
 
+def scoring_example() -> tuple[str, str]:
+    """The guide's file of a user's function, and the recipe that names it."""
+    guide = (REPO / "docs/guide.md").read_text(encoding="utf-8")
+    section = guide[guide.index("### Scorers"):guide.index("### Filters")]
+    return tuple(re.search(rf"^```{language}\n(.*?)^```", section, re.M | re.S)[1] for language in ("python", "yaml"))
+
+
 @pytest.fixture(scope="module")
 def desk(tiny_model, tiny_run, tmp_path_factory):
     """A folder that has what the documents' commands name."""
@@ -76,6 +83,7 @@ def desk(tiny_model, tiny_run, tmp_path_factory):
     (folder / "models").mkdir()
     (folder / "maths.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     shutil.copyfile(folder / "maths.jsonl", folder / "data" / "maths")
+    (folder / "my_rules.py").write_text(scoring_example()[0])
     (folder / "models/my-model").symlink_to(tiny_model)
     (folder / "mine.yaml").write_text(blocks(REPO / "README.md", "yaml")[0])
     for name in ("mine", "warmer", "quickstart"):
@@ -173,6 +181,23 @@ def test_from_trl_to_a_model(tiny_model, tmp_path, monkeypatch, capsys):
     exec(load, {})
 
 
+def test_the_scorers_of_the_guide(tiny_model, tmp_path, monkeypatch, capsys):
+    """Both scorers score every completion of a run, and pass rates are those of the one that the recipe names."""
+    code, recipe = scoring_example()
+    monkeypatch.chdir(tmp_path)
+    Path("my_rules.py").write_text(code)
+    Path("scored.yaml").write_text(recipe)
+    rows = [{"prompt": f"say {a} or {b}", "answer": str(a)} for a in range(10) for b in range(10)]
+    Path("maths.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    small = [f"model.path={tiny_model}", "rounds=1", "data.validation=5", "data.test=10", "sample.prompts=16",
+             "sample.max_new_tokens=24", "evaluate.max_new_tokens=8", "evaluate.bootstrap=100", "dtype=float32",
+             "threads=1", "log.tensorboard=false", "select.sft_min_score=null", "select.pair_margin=0.001"]
+    assert main(["scored.yaml", *small]) == 0, capsys.readouterr().err
+    rows = read_table(Path("runs/scored/round-00/score/scores.parquet")).to_pylist()
+    assert {r["scorer"] for r in rows} == {"number", "grade"} and len(rows) == 2 * 16 * 8
+    assert all('"characters"' in r["detail"] and r["value"] <= 0 for r in rows if r["scorer"] == "grade")
+
+
 def schemas() -> dict[str, dict[str, str]]:
     """File pattern -> column -> type, as docs/stages.md has it."""
     found = {}
@@ -196,17 +221,17 @@ def test_schemas_are_those_of_a_run(tiny_run):
 
 def test_files_and_reasons_are_those_of_a_run(tiny_run):
     text = (REPO / "docs/stages.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| \[(\w+)\]\(#\w+\) \|[^|]*\| (.*) \|$", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| \[([\w-]+)\]\(#[\w-]+\) \|[^|]*\| (.*) \|$", text, re.MULTILINE))
     sections = {part.split("\n")[0]: part for part in text.split("\n## ")}
     for manifest in tiny_run.rglob("manifest.json"):
         stage, folder = manifest.parent.name, manifest.parent
         for file in json.loads(manifest.read_text())["files"]:
             top = f"{file.split('/')[0]}/" if "/" in file else file
             known = "shard-00000.parquet" if top.startswith("shard-") else top
-            listed = rows[stage] + (rows["evaluate"] if stage == "baseline" else "")
+            listed = rows[stage]
             assert known in listed or stage == "final", f"{stage} writes {file}"
         if (folder / "drops.parquet").exists():
-            section = sections["evaluate" if stage == "baseline" else stage]
+            section = sections[stage.removeprefix("baseline-")]
             for reason in set(read_table(folder / "drops.parquet")["reason"].to_pylist()):
                 assert f"`{reason}`" in section, f"{stage} drops rows as {reason}"
 

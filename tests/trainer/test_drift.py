@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 import torch
-from stagecalls import evaluate
+from stagecalls import held_out
 from training import recipe_of, stage_in
 
 from strop.trainer.models.kl import drift, ratio
@@ -69,7 +69,7 @@ def test_evaluate_records_it_for_every_candidate(tiny_model, moved, tmp_path):
     from strop.trainer.stages.prompts import SCHEMA
 
     rows = [{"prompt_id": f"p{i}", "source": "s", "split": "validation" if i < 3 else "test", "answer": "1",
-             "messages": [{"role": "user", "content": f"say {i}"}], "verifier": "exact", "verifier_args": "{}",
+             "messages": [{"role": "user", "content": f"say {i}"}], "conversational": False,
              "metadata": "{}"} for i in range(6)]
     write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
     for file in tiny_model.iterdir():
@@ -77,12 +77,12 @@ def test_evaluate_records_it_for_every_candidate(tiny_model, moved, tmp_path):
             (moved / file.name).write_bytes(file.read_bytes())
     recipe = recipe_of(evaluate={"max_new_tokens": 6, "kl_prompts": 2})
     stage = stage_in(tmp_path / "out", "round-00/evaluate")
-    evaluate(stage, recipe, prompts=tmp_path, candidates={"sft": moved}, start=tiny_model)
+    held_out(stage, recipe, prompts=tmp_path, candidates={"sft": moved}, start=tiny_model)
     found = read_json(stage.dir / "kl.json")["sft"]
-    own = {r["prompt_id"]: r["tokens"] for r in read_table(stage.dir / "results.parquet").to_pylist()}
+    own = {r["prompt_id"]: r["tokens"] for r in read_table(stage.dir / "completions.parquet").to_pylist()}
     assert found["prompts"] == 2 and found["tokens"] == len(own["p0"]) + len(own["p1"])
     assert stage.counts["sft/kl"] == found["kl"] > 0
     off = stage_in(tmp_path / "off", "round-00/evaluate")
-    evaluate(off, recipe_of(evaluate={"max_new_tokens": 6, "kl_prompts": 0}), prompts=tmp_path,
+    held_out(off, recipe_of(evaluate={"max_new_tokens": 6, "kl_prompts": 0}), prompts=tmp_path,
              candidates={"sft": moved}, start=tiny_model)
     assert not (off.dir / "kl.json").exists() and "sft/kl" not in off.counts

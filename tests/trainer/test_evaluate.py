@@ -1,12 +1,14 @@
 """The evaluate stage: what counts as correct, ranks, resume, and the paired bootstrap."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import stagecalls
 import torch
-from stagecalls import evaluate
+from stagecalls import held_out
 
 from strop.trainer.config import Recipe
 from strop.trainer.models.loading import ModelFolder
@@ -17,6 +19,8 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
 from strop.trainer.sampling import in_process as generate
+from strop.trainer.scoring import table
+from strop.trainer.scoring.base import Scored
 from strop.trainer.stages import evaluate as module
 from strop.trainer.stages.prompts import SCHEMA
 
@@ -39,7 +43,7 @@ def recipe(correct_at=0.99) -> Recipe:
 
 def prompt_row(i: int, split: str, text: str) -> dict:
     return {"prompt_id": f"p{i:03}", "source": "odd" if i % 2 else "even", "split": split, "answer": str(i),
-            "verifier": "exact", "verifier_args": "{}", "metadata": json.dumps({"i": i}),
+            "conversational": False, "metadata": json.dumps({"i": i}),
             "messages": [{"role": "user", "content": text}]}
 
 
@@ -50,17 +54,32 @@ def prompts(tmp_path):
     return tmp_path
 
 
+class Thirds:
+    """Half a point to every third prompt, a full one to the rest."""
+
+    def score(self, items, advance):
+        assert all(str(item.row["i"]) == item.answer == item.row["answer"] for item in items)
+        return [Scored(0.5 if item.row["i"] % 3 == 0 else 1.0, item.completion) for item in items]
+
+    def close(self):
+        pass
+
+
 @pytest.fixture
 def verdicts(monkeypatch):
-    """Replaces the verifier: half a point to every third prompt, a full one to the rest. Many tokens end a turn, since
-    a random model hardly ever draws the one that does."""
-
-    def verify(verifier, completion, answer, args, metadata):
-        assert (verifier, args, str(metadata["i"])) == ("exact", {}, answer)
-        return (0.5 if metadata["i"] % 3 == 0 else 1.0), completion
-
-    monkeypatch.setattr(module, "verify", verify)
+    """Replaces the scorer. Many tokens end a turn, since a random model hardly ever draws the one that does."""
+    monkeypatch.setattr(table, "open_scorer", lambda config, file, workers: Thirds())
     monkeypatch.setattr(module, "stop_ids", lambda tokenizer, folder: STOP)
+
+
+def evaluate(stage, recipe, *, prompts, candidates):
+    """Both stages, the first one in a folder beside the second's."""
+    folder = stage.dir.with_name(f"{stage.dir.name}-held-out")
+    folder.mkdir(exist_ok=True)
+    first = replace(stage, dir=folder, counts={})
+    held_out(first, recipe, prompts=prompts, candidates=candidates)
+    if stage.world.size == 1 or (folder / "completions.parquet").exists():
+        stagecalls.evaluate(stage, recipe, prompts=prompts, candidates=candidates, completions=folder)
 
 
 def make_stage(folder, rank=0, size=1) -> Stage:
@@ -122,10 +141,11 @@ def test_completions_are_the_greedy_ones(tiny_model, prompts, verdicts, tmp_path
 def test_two_ranks_and_a_resumed_run_give_the_same_files(tiny_model, prompts, verdicts, tmp_path, monkeypatch):
     candidates = {"base": tiny_model, "sft": tiny_model}
     evaluate(make_stage(tmp_path / "one"), recipe(), prompts=prompts, candidates=candidates)
-    for rank in (1, 0):
+    for rank in (1, 0, 1, 0):  # the second time the completions are there
         evaluate(make_stage(tmp_path / "two", rank, 2), recipe(), prompts=prompts, candidates=candidates)
-        assert (tmp_path / "two" / "results.parquet").exists() == (rank == 0)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+        assert (tmp_path / "two-held-out" / "completions.parquet").exists() or rank == 1
+    for name in ("one", "one-held-out"):
+        assert files(tmp_path / name) == files(tmp_path / name.replace("one", "two"))
 
     original, calls = generate.Generator.generate, []
 
@@ -141,7 +161,8 @@ def test_two_ranks_and_a_resumed_run_give_the_same_files(tiny_model, prompts, ve
         evaluate(stage, recipe(), prompts=prompts, candidates=candidates)
     evaluate(stage, recipe(), prompts=prompts, candidates=candidates)
     assert len(calls) == 6 + 3  # four shards a candidate: five were done, three are left
-    assert files(stage.dir) == files(tmp_path / "one")
+    for name in ("one", "one-held-out"):
+        assert files(tmp_path / name) == files(tmp_path / name.replace("one", "killed"))
 
 
 def test_overlong_held_out_prompts_are_dropped_and_counted(tiny_model, verdicts, tmp_path):
@@ -149,10 +170,9 @@ def test_overlong_held_out_prompts_are_dropped_and_counted(tiny_model, verdicts,
     write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
     stage = make_stage(tmp_path / "out")
     evaluate(stage, recipe(), prompts=tmp_path, candidates={"base": tiny_model})
-    assert [(d["prompt_id"], d["reason"]) for d in read_table(stage.dir / "drops.parquet").to_pylist()] == [
+    assert [(d["prompt_id"], d["reason"]) for d in read_table(tmp_path / "out-held-out/drops.parquet").to_pylist()] == [
         ("p004", "overlong")]
     assert read_json(stage.dir / "summary.json")["base"]["test"]["n"] == 5
-    assert stage.counts["dropped/overlong"] == 1
 
 
 def test_bootstrap_of_a_known_difference():

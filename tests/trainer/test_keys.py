@@ -18,7 +18,8 @@ from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
 
 UPSTREAM = "its inputs are re-run"
-STAGES = ("prompts", "baseline", "sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate", "final")
+STAGES = ("prompts", "baseline-held-out", "baseline", "sample", "score", "select", "sft", "reference", "dpo", "merge",
+          "held-out", "evaluate", "final")
 PROMPTS = {"prompts", "final"}
 SELECT = {"select", "final"}
 SAMPLE = {"sample", "final"}
@@ -27,7 +28,9 @@ DPO = {"dpo", "final"}
 PAIRS = {"reference", "dpo", "final"}  # keys on which the reference table depends too
 LORA = {"sft", "dpo", "final"}
 MEASURE = {"baseline", "evaluate", "final"}
-NUMBERS = {"baseline", "sample", "sft", "reference", "dpo", "evaluate", "final"}
+HELD_OUT = {"baseline-held-out", "held-out", "final"}
+SCORES = MEASURE | {"score"}
+NUMBERS = {"baseline-held-out", "sample", "sft", "reference", "dpo", "held-out", "final"}
 LOADING = NUMBERS | {"select"}
 NOTHING: set[str] = set()
 
@@ -50,26 +53,44 @@ TABLE = {
     "dtype": ("bfloat16", NUMBERS),
     "attention": ("sdpa", {"sft", "reference", "dpo", "final"}),
     "threads": (2, NOTHING),
-    "model.path": ("{folder}/other-model", {"baseline", "sample", "final"}),  # then all that is made from samples
+    "model.path": ("{folder}/other-model", {"baseline-held-out"} | SAMPLE),  # then all that is made from samples
     "model.chat_template": ("{folder}/other.jinja", LOADING),
     "model.trust_remote_code": (True, LOADING),
     "lora.rank": (4, LORA),
     "lora.alpha": (8.0, LORA),
     "lora.dropout": (0.5, LORA),
     "lora.target_modules": (["q_proj"], LORA),
-    "data.sources.N.name": ("renamed", {"prompts", "sample", "select", "final"}),
+    "data.sources.N.name": ("renamed", {"prompts", "sample", "select"} | SCORES),
     "data.sources.N.path": ("{folder}/other.jsonl", PROMPTS),
     "data.sources.N.reasoning_gym": (Also("chain_sum", {"data.sources.0.path": None}),
                                      {"prompts", "select", "final"}),  # its prompts are templated
     "data.sources.N.reasoning_gym_config": ({"min_terms": 2}, PROMPTS),
     "data.sources.N.size": (50, PROMPTS),
-    "data.sources.N.prompt_column": ("question", PROMPTS),
-    "data.sources.N.answer_column": ("truth", PROMPTS),
+    "data.sources.N.prompt_column": ("question", PROMPTS | SCORES),
+    "data.sources.N.answer_column": ("truth", PROMPTS | SCORES),
     "data.sources.N.ignore_columns": (["answer"], PROMPTS),
     "data.sources.N.system_prompt": ("Be brief.", PROMPTS),
-    "data.sources.N.prompt_template": ("Q: {prompt}", {"prompts", "select", "final"}),
-    "data.sources.N.verifier": ("exact", PROMPTS),
-    "data.sources.N.verifier_args": ({"pattern": "[a-z]"}, PROMPTS),
+    "data.sources.N.prompt_template": ("Q: {prompt}", PROMPTS | SCORES | SELECT),
+    "data.sources.N.verifier": (Also("exact", {"data.sources.0.scorers": []}), PROMPTS | SCORES | SELECT),
+    "data.sources.N.verifier_args": (Also({"pattern": "[a-z]"}, {"data.sources.0.scorers": [],
+                                                                 "data.sources.0.verifier": "regex"}),
+                                     PROMPTS | SCORES | SELECT),
+    "data.sources.N.scorers.N.name": ("other", SCORES | SELECT),
+    "data.sources.N.scorers.N.rule": (Also("exact", {"data.sources.0.scorers.0.python": None}),
+                                      PROMPTS | SCORES | SELECT),  # prompts, since a rule checks the answers
+    "data.sources.N.scorers.N.args": (Also({"pattern": "[a-z]"}, {"data.sources.0.scorers.0.python": None,
+                                                                  "data.sources.0.scorers.0.rule": "regex",
+                                                                  "data.sources.0.scorers.0.name": "grade"}),
+                                      PROMPTS | SCORES),
+    "data.sources.N.scorers.N.python": ("{folder}/mine.py:other", SCORES | SELECT),
+    **{f"data.sources.N.scorers.N.code.{key}": (Also(value, {"data.sources.0.scorers.0.python": None, **others}),
+                                                SCORES | SELECT) for key, value, others in (
+        ("kind", "pytest", {}), ("tests_column", "t", {}), ("entry_column", "e", {}), ("prefix_column", "p", {}),
+        ("module", "m", {}), ("command", ["cat"], {"data.sources.0.scorers.0.code.kind": "stdio"}), ("file", "f", {}),
+        ("processes", 2, {}), ("output_kb", 2, {}))},
+    "data.sources.N.scorers.N.weight": (2.0, MEASURE | SELECT),
+    "data.sources.N.scorers.N.seconds": (1.0, SCORES),
+    "data.sources.N.scorers.N.memory_gb": (1.0, SCORES),
     "data.sources.N.share": (2.0, {"prompts", "sample", "final"}),
     "data.sources.N.templated": (True, {"prompts", "select", "final"}),  # it decides what ready data repeats
     "data.validation": (9, PROMPTS),
@@ -93,7 +114,13 @@ TABLE = {
     "sample.batch_size": (16, SAMPLE),
     "sample.shard_prompts": (5, SAMPLE),
     "sample.enough": (2, SAMPLE),
-    "score.correct_at": (0.5, {"baseline", "score", "evaluate", "final"}),
+    "score.correct_at": (0.5, MEASURE | {"select"}),
+    "score.correct_by": ("regex", MEASURE | {"select"}),
+    "score.max_errors": (5, NOTHING),
+    "score.workers": (1, NOTHING),
+    "select.by": ("regex", SELECT),
+    "select.pair_margin_unit": ("z", SELECT),
+    "merge.promote_on": ("mean", NOTHING),
     "select.accumulate": (False, SELECT),
     "select.pass_rate_min": (0.1, SELECT),
     "select.pass_rate_max": (0.9, SELECT),
@@ -125,9 +152,9 @@ TABLE = {
     "merge.weights": ([1.0, 2.0], {"merge", "final"}),
     "merge.interpolate": (0.5, {"merge", "final"}),
     "merge.promote": ("last", NOTHING),  # here both promote the same weights
-    "evaluate.max_new_tokens": (2, MEASURE),
-    "evaluate.batch_size": (16, MEASURE),
-    "evaluate.kl_prompts": (3, MEASURE),
+    "evaluate.max_new_tokens": (2, HELD_OUT),
+    "evaluate.batch_size": (16, HELD_OUT),
+    "evaluate.kl_prompts": (3, HELD_OUT),
     "evaluate.bootstrap": (50, {"final"}),
     "log.interval": (2, NOTHING),
     "log.tensorboard": (True, NOTHING),
@@ -156,6 +183,12 @@ def run(tiny_model, tmp_path_factory):
                         f"model: {{path: {tiny_model}, chat_template: {folder / 'chat.jinja'}}}")
     ready = "".join(f"  {kind}: [{{name: {kind}, path: {folder / kind}.jsonl}}]\n" for kind in rows)
     text = text.replace("  sources:\n", ready + "  sources:\n")
+    text = text.replace("      verifier: regex\n      verifier_args: {pattern: \"[0-9]\"}\n", f"""\
+      scorers:
+        - {{python: {folder / "mine.py"}:grade, weight: 0.001}}
+        - {{rule: regex, args: {{pattern: "[0-9]"}}}}
+""")
+    (folder / "mine.py").write_text("def grade(completion):\n    return len(completion)\n\n\nother = grade\n")
     path.write_text(text.replace("evaluate: {max_new_tokens: 8", "evaluate: {max_new_tokens: 1"))
     assert main([str(path)]) == 0
     torch.set_num_threads(threads)
@@ -268,7 +301,7 @@ def test_a_key_makes_stale_what_depends_on_it_and_nothing_else(run, key):
     dotted = key.replace(".N.", ".0.")
     before, after = (load_recipe(run, o).model_dump(mode="json") for o in ({}, {dotted: value} | others))
     for part in dotted.split("."):
-        before, after = (tree[int(part) if part.isdigit() else part] for tree in (before, after))
+        before, after = (tree and tree[int(part) if part.isdigit() else part] for tree in (before, after))
     assert before != after == value, "the table's value is the one that the run has"
     entries = plan(run, {dotted: value} | others)
     own = own_reasons(entries)
@@ -301,7 +334,8 @@ def test_a_template_and_weights_count_by_their_content_wherever_they_lie(run, tm
 
 
 def test_a_file_that_changes_counts_by_its_content(run):
-    for name, stages in (("prompts.jsonl", {"prompts"}), ("sft.jsonl", {"select"}), ("preferences.jsonl", {"select"})):
+    for name, stages in (("prompts.jsonl", {"prompts"}), ("sft.jsonl", {"select"}), ("preferences.jsonl", {"select"}),
+                         ("mine.py", {"baseline", "score"})):  # nothing is sampled again
         path = run.parent / name
         text = path.read_text()
         path.write_text(text + text.splitlines()[0] + "\n")

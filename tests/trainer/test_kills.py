@@ -91,8 +91,8 @@ def test_killed_at_every_point_it_ends_with_the_same_bits(server, recipe, points
     killed = finish(server, job(recipe, "killed", "rounds=1", fired=str(fired), only=points))
     seen = fired.read_text()
     assert killed == len(seen.splitlines()) >= least, seen
-    for stage in ("prompts", "baseline", "final", *(f"round-00/{s}" for s in (
-            "sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate"))):
+    for stage in ("prompts", "baseline-held-out", "baseline", "final", *(f"round-00/{s}" for s in (
+            "sample", "score", "select", "sft", "reference", "dpo", "merge", "held-out", "evaluate"))):
         assert f"{stage}: begins\n" in seen
     assert "token 40 is drawn" in seen and "state.safetensors is written" in seen and "has been renamed" in seen
     same_end(runs / "whole", runs / "killed")

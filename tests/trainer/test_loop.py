@@ -28,18 +28,18 @@ def test_two_rounds_resume_and_recompute(tiny_recipe, tmp_path):
     run = tmp_path / "runs" / "tiny"
     planned = strop(tiny_recipe, "--plan")
     assert planned.returncode == 0 and not run.exists(), planned.stderr
-    assert planned.stdout.count("to run") == 19
+    assert planned.stdout.count("to run") == 22
     first = strop(tiny_recipe)
     assert first.returncode == 0, first.stdout + first.stderr
-    for stage in ("prompts", "baseline", "final", *(f"round-0{r}/{s}" for r in (0, 1) for s in (
-            "sample", "score", "select", "sft", "reference", "dpo", "merge", "evaluate"))):
+    for stage in ("prompts", "baseline-held-out", "baseline", "final", *(f"round-0{r}/{s}" for r in (0, 1) for s in (
+            "sample", "score", "select", "sft", "reference", "dpo", "merge", "held-out", "evaluate"))):
         assert (run / stage / "manifest.json").exists(), stage
     assert (run / "report.html").exists() and (run / "metrics.jsonl").exists() and (run / "config.yaml").exists()
     assert "round-01: promoted" in first.stdout and "gain over base" in first.stdout
     assert not list(run.rglob("work")) and not list(run.rglob("*.partial"))
 
     again = strop(tiny_recipe)
-    assert again.returncode == 0 and again.stdout.count(": up to date\n") == 19
+    assert again.returncode == 0 and again.stdout.count(": up to date\n") == 22
 
     changed = strop(tiny_recipe, "dpo.beta=0.3", "--plan")
     assert "dpo.beta: 0.1 -> 0.3" in changed.stdout

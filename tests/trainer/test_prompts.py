@@ -63,7 +63,8 @@ def test_rows_come_out_with_their_template_system_prompt_and_metadata(tmp_path):
     assert first["messages"] == [{"role": "system", "content": "Be brief."},
                                  {"role": "user", "content": "Q: question 0?"}]
     assert last["messages"][0]["content"] == "Be brief.\n\nown" and last["answer"] == "4"
-    assert json.loads(last["metadata"]) == {"level": 3} and last["verifier"] == "exact"
+    assert json.loads(last["metadata"]) == {"level": 3}
+    assert (first["conversational"], last["conversational"]) == (False, True)
 
 
 def test_formats_give_the_same_prompts(tmp_path):
@@ -284,7 +285,7 @@ gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reas
 def test_reasoning_gym_source(tmp_path):
     keys = {"name": "sums", "reasoning_gym": "chain_sum", "size": 60, "reasoning_gym_config": {"max_digits": 2}}
     found, _, _ = run(tmp_path, recipe_of(keys), "a")
-    assert found and all(r["verifier"] == "reasoning_gym" for r in found)
+    assert found and not any(r["conversational"] for r in found)
     entry = json.loads(found[0]["metadata"])
     assert entry["metadata"]["source_dataset"] == "chain_sum" and entry["answer"] == found[0]["answer"]
     assert user(found[0]) == entry["question"]

@@ -178,10 +178,10 @@ def test_an_empty_folder_and_no_folder(tmp_path):
 
 def test_a_damaged_artifact_is_named_and_the_rest_is_shown(tmp_path):
     run = make_run(tmp_path / "demo", rounds=1)
-    (run / "round-00/score/scores.parquet").write_bytes(b"not parquet")
+    (run / "round-00/select/judged.parquet").write_bytes(b"not parquet")
     (run / "round-00/merge/manifest.json").write_text("{")
     page = Page(write_report(run).read_text())
-    assert "Not readable" in page.text and "scores.parquet" in page.text and "merge/manifest.json" in page.text
+    assert "Not readable" in page.text and "judged.parquet" in page.text and "merge/manifest.json" in page.text
     assert "pass" in page.ids and "training" in page.ids
 
 

@@ -27,8 +27,8 @@ def recipe(**how) -> Recipe:
 
 
 def prompt_row(i: int, text: str, split: str = "train") -> dict:
-    return {"prompt_id": f"p{i:03}", "source": "digits", "split": split, "answer": "1", "verifier": "exact",
-            "verifier_args": "{}", "metadata": json.dumps({}), "messages": [{"role": "user", "content": text}]}
+    return {"prompt_id": f"p{i:03}", "source": "digits", "split": split, "answer": "1",
+            "conversational": False, "metadata": json.dumps({}), "messages": [{"role": "user", "content": text}]}
 
 
 @pytest.fixture

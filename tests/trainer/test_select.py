@@ -266,3 +266,44 @@ def test_every_sample_is_used_or_dropped_and_pairs_are_sound(rounds, per_prompt,
         assert chosen["score"] - rejected["score"] >= margin and chosen["score"] > rejected["score"]
         assert chosen["finish"] == "stop" and chosen["round"] == rejected["round"]
         assert chosen["completion_tokens"] != rejected["completion_tokens"]
+
+
+# ---- scores of several scorers, in units of their own
+
+SUM = [{"rule": "exact"}, {"rule": "number", "name": "reward"}]
+
+
+def test_margins_are_in_the_units_of_the_score(tmp_path, model):
+    """A reward model's values are not bound to [0, 1], and their spread differs between prompts."""
+    rounds = {"p": [("a", -7.0), ("b", -7.4), ("c", -9.0)], "q": [("a", 30.0), ("b", 30.4), ("c", 30.2)]}
+    sft, pairs, _, _ = run(tmp_path, model, rounds, pair_margin=1.5, sft_min_score=None)
+    assert chosen_and_rejected(pairs) == [("p", "a", "c")] and best(sft) == [("p", "a"), ("q", "b")]
+    _, pairs, drops, _ = run(tmp_path, model, rounds, pair_margin=2.0, pair_margin_unit="z", name="z")
+    assert chosen_and_rejected(pairs) == [("p", "a", "c"), ("q", "b", "a")]
+    _, pairs, drops, _ = run(tmp_path, model, rounds, pair_margin=2.4, pair_margin_unit="z", name="zz")
+    assert chosen_and_rejected(pairs) == [("q", "b", "a")] and ("p", "margin") in {
+        (d["prompt_id"], d["reason"]) for d in drops}
+
+
+def test_the_scorer_that_decides_a_pair_is_named_and_counted(tmp_path, model):
+    data = {"sources": [{"name": "s", "path": "x", "scorers": SUM}]}
+    rounds = {"p": [("a", {"exact": 1, "reward": 0.2}), ("b", {"exact": 0, "reward": 0.1})],
+              "q": [("a", {"exact": 1, "reward": -5.0}), ("b", {"exact": 0, "reward": 3.0})]}
+    _, pairs, _, stage = run(tmp_path, model, rounds, data=data, sft_min_score=None)
+    assert [(p["prompt_id"], text(p["chosen_tokens"]), p["decided_by"]) for p in pairs] == [
+        ("p", "a", "exact"), ("q", "b", "reward")]
+    assert (stage.counts["decided/exact"], stage.counts["decided/reward"]) == (1, 1)
+    assert {(r["prompt_id"], r["sample_index"]): (r["score"], r["correct"])
+            for r in read_table(stage.dir / "judged.parquet").to_pylist()} == {
+        ("p", 0): (1.2, True), ("p", 1): (0.1, False), ("q", 0): (-4.0, False), ("q", 1): (3.0, True)}
+    _, pairs, _, _ = run(tmp_path, model, rounds, data=data, name="by", by="exact")
+    assert [(p["prompt_id"], text(p["chosen_tokens"]), p["decided_by"]) for p in pairs] == [
+        ("p", "a", "exact"), ("q", "a", "exact")]
+
+
+def test_a_completion_without_a_score_is_not_learned_from(tmp_path, model):
+    rounds = {"p": [("a", None), ("b", 1), ("c", 0)], "q": [("a", None)]}
+    sft, pairs, drops, _ = run(tmp_path, model, rounds)
+    assert best(sft) == [("p", "b")] and chosen_and_rejected(pairs) == [("p", "b", "c")]
+    assert [(d["prompt_id"], d["sample_index"], d["detail"]) for d in drops if d["reason"] == "unscored"] == [
+        ("p", 0, "round-00: it failed"), ("q", 0, "round-00: it failed")]

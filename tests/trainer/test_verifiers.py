@@ -305,17 +305,17 @@ def test_child_answers_threads_one_at_a_time():
 def test_child_starts_again_after_it_died():
     child = Child()
     task = {"pattern": "a", "text": "a", "answer": None}
-    assert child.ask("regex", task, 10)["score"] == 1
+    assert child.judge("regex", task, 10)["score"] == 1
     child._process.kill()
     child._process.wait()
-    assert child.ask("regex", task, 10)["score"] == 1
+    assert child.judge("regex", task, 10)["score"] == 1
     child.close()
 
 
 def test_child_sees_no_secrets(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     child = Child()
-    child.ask("regex", {"pattern": "a", "text": "a", "answer": None}, 10)
+    child.judge("regex", {"pattern": "a", "text": "a", "answer": None}, 10)
     with open(f"/proc/{child._process.pid}/environ", "rb") as f:
         assert b"secret" not in f.read()
     child.close()
@@ -392,7 +392,7 @@ def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}")
     child = Child()
-    assert child.ask("regex", {"pattern": "a", "text": "a", "answer": None}, 10)["score"] == 1
+    assert child.judge("regex", {"pattern": "a", "text": "a", "answer": None}, 10)["score"] == 1
     child.close()
     assert not (tmp_path / "executed").exists()
 
@@ -400,13 +400,13 @@ def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
 def test_the_limit_is_cpu_time(monkeypatch):
     """A stopped child loses no CPU time. A task that computes for longer than its limit ends, its child does not."""
     child, task = Child(), {"pattern": "(a+)+$", "text": "a" * 40 + "!", "answer": None}
-    assert child.ask("regex", task | {"text": "a"}, 1.0)["score"] == 1
+    assert child.judge("regex", task | {"text": "a"}, 1.0)["score"] == 1
     pid = child._process.pid
     pause = threading.Timer(0.1, lambda: (os.kill(pid, signal.SIGSTOP), time.sleep(1.5), os.kill(pid, signal.SIGCONT)))
     pause.start()
-    assert child.ask("regex", task | {"text": "a" * 20 + "!"}, 1.0) == {"score": 0.0, "extracted": None}  # no match
+    assert child.judge("regex", task | {"text": "a" * 20 + "!"}, 1.0) == {"score": 0.0, "extracted": None}  # no match
     pause.join()
-    assert child.ask("regex", task, 0.5) is None
+    assert child.judge("regex", task, 0.5) is None
     assert child._process.pid == pid
     child.close()
 
@@ -414,7 +414,7 @@ def test_the_limit_is_cpu_time(monkeypatch):
 def test_a_child_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(UserError, match=r"verifier regex cannot start its process .*false -P -m strop"):
-        Child().ask("regex", {}, 1.0)
+        Child().judge("regex", {}, 1.0)
 
 
 # ---- what a recipe or its data can get wrong
@@ -454,5 +454,5 @@ def test_answers_that_can_never_be_met(verifier, answer, args, why):
 def test_every_verifier_of_the_recipe_is_known():
     from typing import get_args
 
-    from strop.trainer.config import Verifier
-    assert set(get_args(Verifier)) == set(ARGUMENTS)
+    from strop.trainer.config import Rule
+    assert set(get_args(Rule)) == set(ARGUMENTS)

@@ -166,7 +166,7 @@ def test_in_a_browser_it_keeps_up_and_keeps_what_the_user_did(tmp_path):
         browser.open(f"http://127.0.0.1:{port}/")
         browser.wait("document.querySelector('.live').textContent.includes('3/40')")
         assert "training" in browser.text("nav").lower() and browser.run(
-            "return document.querySelectorAll('.chip.done').length") == 10
+            "return document.querySelectorAll('.chip.done').length") == 12
         browser.type("#sampled input", "What is 12")
         browser.click("#sampled h2")  # the focus goes elsewhere
         before = browser.text("#sampled [data-shown]")

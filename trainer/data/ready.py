@@ -67,7 +67,8 @@ def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | Non
                      "prompt_tokens": row.prompt, "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens,
                      "chosen_mask": chosen.loss_mask, "rejected_mask": rejected.loss_mask,
                      "chosen_template": chosen.template_mask, "rejected_template": rejected.template_mask,
-                     "chosen_score": None, "rejected_score": None, "weight": data.weight, "origin": data.name})
+                     "chosen_score": None, "rejected_score": None, "decided_by": None, "weight": data.weight,
+                     "origin": data.name})
     return rows
 
 

@@ -62,6 +62,7 @@ def source_rows(source: Source, seed: int, check_answer: Callable, options_of: C
         content = content_hash([m for m in asked if m["role"] != "system"], form=normalize)
         yield {"prompt_id": content_hash(messages, kwargs), "source": source.name, "messages": messages,
                "answer": answer, "metadata": dumps(metadata), "template_kwargs": dumps(kwargs) if kwargs else None,
+               "conversational": not generated and isinstance(row.data[source.prompt_column], list),
                "where": row.where, "content": content, "text": said(asked),
                "columns": () if generated else metadata.keys()}
     named = {"answer_column": source.answer_column} if source.answer_column != "answer" else {}

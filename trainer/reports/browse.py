@@ -20,11 +20,11 @@ def sampled_rows(run: RunRecord, page: int = 0) -> tuple[list[dict], int]:
 
     A page has up to SAMPLED rows, as many of each round."""
     rows, total = [], 0
-    stages = run.of_kind("scores")
+    judged = judged_of(run)
+    stages = [stage for stage in run.of_kind("scores") if stage["inputs"]["sample"] in judged]
     for stage in stages:
         prompts = run.dir / stage["inputs"]["prompts"]
-        scores = read_table(run.dir / stage["stage"] / "scores.parquet", ["prompt_id", "sample_index", "score",
-                                                                         "correct"])
+        scores = read_table(judged[stage["inputs"]["sample"]], ["prompt_id", "sample_index", "score", "correct"])
         known = scores["prompt_id"].unique()
         total += len(known)
         asked = read_table(prompts / "prompts.parquet", ["prompt_id", "source"])
@@ -32,7 +32,7 @@ def sampled_rows(run: RunRecord, page: int = 0) -> tuple[list[dict], int]:
         by_prompt = defaultdict(list)
         for score in scores.filter(compute.is_in(scores["prompt_id"], pa.array(chosen, pa.string()))).to_pylist():
             by_prompt[score["prompt_id"]].append(score)
-        ranked = {i: sorted(by_prompt[i], key=lambda s: (-s["score"], s["sample_index"])) for i in chosen}
+        ranked = {i: sorted(by_prompt[i], key=rank) for i in chosen}
         texts, asked = completions(run.dir / stage["inputs"]["sample"], chosen), read_prompts(prompts, chosen)
         for prompt_id in chosen:
             mine = ranked[prompt_id]
@@ -42,6 +42,21 @@ def sampled_rows(run: RunRecord, page: int = 0) -> tuple[list[dict], int]:
             rows.append({**asked[prompt_id], "round": stage["stage"].split("/")[0],
                          "right": f"{right}/{len(mine)}", "state": state, "best": best, "worst": worst})
     return rows, total
+
+
+def rank(row: dict) -> tuple:
+    """Sort key of samples: the best score first, those without one last."""
+    return row["score"] is None, -(row["score"] or 0.0), row["sample_index"]
+
+
+def judged_of(run: RunRecord) -> dict[str, Path]:
+    """Stage of samples -> the table with the score and verdict of each of them."""
+    found = {}
+    for stage in run.of_kind("selection"):
+        rounds = [int(name.split(".")[1]) for name in stage["inputs"] if name.startswith("history.")]
+        if rounds:
+            found[stage["inputs"][f"history.{max(rounds)}.0"]] = run.dir / stage["stage"] / "judged.parquet"
+    return found
 
 
 def held_out_rows(run: RunRecord, page: int = 0) -> tuple[list[dict], int]:

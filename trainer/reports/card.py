@@ -77,7 +77,7 @@ def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: l
         "gains": [{"candidate": name, "over": over, **r[key]} for name, r in named if "part" in r
                   for key, over in (("over_base", "base"), ("part", r["before"]))],
         "sources": [{"name": s.name, "origin": s.reasoning_gym or origin(s.path), "prompts": counts[s.name],
-                     "verifier": s.verifier or "reasoning_gym"} for s in recipe.data.sources] +
+                     "verifier": ", ".join(scorer.name for scorer in s.scoring)} for s in recipe.data.sources] +
                    [{"name": d.name, "origin": origin(d.path)} for d in recipe.data.sft + recipe.data.preferences],
         "hashes": {f"round {p['round']} promoted": p["hash"] for p in promotions},
     }

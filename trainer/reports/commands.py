@@ -1,4 +1,4 @@
-"""The verbs of `strop`: show, watch and compare runs, and export a model."""
+"""The verbs of `strop`: show, watch and compare runs, export a model, try a scorer."""
 
 import importlib
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ class Verb:
     purpose: str
     least: int
     most: int | None
+    home: str = ""  # module:function; by default the one of its name in a module of its name in reports
 
 
 VERBS = {
@@ -21,16 +22,22 @@ VERBS = {
     "watch": Verb("strop watch RUN [--port N]", "a live page of a run, served to this machine only", 1, 1),
     "compare": Verb("strop compare RUN RUN ...", "recipes, paired pass rates and cost side by side", 2, None),
     "export": Verb("strop export RUN DIR", "the promoted model with its card and its parents' license", 2, 2),
+    "try": Verb("strop try SCORER DATA [key=value ...]", "scores of the first rows of a file, before any run", 2, None,
+                "strop.trainer.scoring.trying:try_scorer"),
 }
 HELP = """\
 usage: {usage}
 
 {purpose}.
 
-RUN is a run directory (runs/quickstart) or the name of one under runs/ (quickstart).{more}"""
-MORE = {"watch": "\n--port N listens there instead of 8765. Ctrl-C stops the page, not the run.",
-        "export": "\nDIR must not exist yet. File hashes are checked first; the copy is independent of the run.",
-        "compare": "\nAll runs are compared with the first RUN."}
+{more}"""
+RUN = "RUN is a run directory (runs/quickstart) or the name of one under runs/ (quickstart)."
+MORE = {"show": RUN, "watch": f"{RUN}\n--port N listens there instead of 8765. Ctrl-C stops the page, not the run.",
+        "export": f"{RUN}\nDIR must not exist yet. File hashes are checked first; the copy is independent of the run.",
+        "compare": f"{RUN}\nAll runs are compared with the first RUN.",
+        "try": "SCORER is file.py:function or a rule (number, exact, ...). DATA is a file of rows with prompt and\n"
+               "completion, or with prompt and answer, which is then scored. Keys: rows=10, prompt_column=,\n"
+               "completion_column=, answer_column=, and those of a scorer in --help, e.g. args='{tolerance: 0.1}'."}
 
 
 def run_verb(name: str, arguments: list[str]) -> None:
@@ -40,7 +47,7 @@ def run_verb(name: str, arguments: list[str]) -> None:
     verb, console = VERBS[name], Console()
     if "--help" in arguments or "-h" in arguments:
         print(HELP.format(usage=verb.usage, purpose=verb.purpose[:1].upper() + verb.purpose[1:],
-                          more=MORE.get(name, "")), flush=True)
+                          more=MORE[name]), flush=True)
         return
     options = {}
     if name == "watch":
@@ -50,8 +57,8 @@ def run_verb(name: str, arguments: list[str]) -> None:
     if len(arguments) < verb.least or (verb.most is not None and len(arguments) > verb.most):
         raise UserError(f"{name} takes {'at least ' if verb.most is None else ''}{verb.least} "
                          f"argument{'s' if verb.least > 1 else ''}, {len(arguments)} given; usage: {verb.usage}")
-    function = getattr(importlib.import_module(f"strop.trainer.reports.{name}"), name)
-    function(console, *arguments, **options)
+    module, _, function = (verb.home or f"strop.trainer.reports.{name}:{name}").partition(":")
+    getattr(importlib.import_module(module), function)(console, *arguments, **options)
 
 
 def take_port(arguments: list[str]) -> tuple[list[str], int | None]:

@@ -12,6 +12,7 @@ ABSENT = "-"
 IGNORED = ("name", "output_dir")
 MEASURES = ("evaluate.max_new_tokens", "score.", "data.sources")  # keys that change how pass rates are measured
 KINDS = {"samples": "sampling", "writer": "sampling", "training": "training", "log-probs": "training",
+         "held-out": "evaluation",
          "evaluation": "evaluation"}
 
 

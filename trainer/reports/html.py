@@ -12,11 +12,11 @@ import numpy as np
 from markupsafe import Markup
 
 from strop.trainer.errors import UserError
-from strop.trainer.reports.browse import held_out_rows, sampled_rows
+from strop.trainer.reports.browse import held_out_rows, judged_of, sampled_rows
 from strop.trainer.reports.card import GGUF_NOTE
 from strop.trainer.reports.charts import COLORS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
 from strop.trainer.reports.reading import RunRecord, lineage, plan_rows, read_run
-from strop.trainer.reports.statistics import wilson
+from strop.trainer.reports.statistics import values_of, wilson, win_rate
 from strop.trainer.reports.writers import released, writer_rows
 from strop.trainer.run.console import duration
 from strop.trainer.run.files import write_atomic
@@ -117,6 +117,7 @@ def settled(run: RunRecord) -> dict:
         "result_sources": sources_of(results)[:SOURCES], "of_sources": len(sources_of(results)),
         "pass_charts": pass_charts(results),
         "change_charts": change_charts(results, kl),
+        "scorers": run.attempt("scores", scorer_table, run, results, default=[]),
         "sampling": sampling, "writers": run.attempt("writers", writer_rows, run, default=[]),
         "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
         "seconds": sum(m["seconds"] for m in run.manifests.values()),
@@ -151,8 +152,9 @@ def headline(results: list[dict]) -> dict | None:
 
 def kl_of(run: RunRecord) -> dict[tuple[str, str], dict]:
     """(evaluation, candidate) -> its KL from the start weights."""
-    return {(s["stage"], name): found for s in run.of_kind("evaluation") if (run.dir / s["stage"] / "kl.json").exists()
-            for name, found in read_record(run.dir / s["stage"] / "kl.json", KL).items()}
+    files = {s["stage"]: run.dir / s["inputs"]["completions"] / "kl.json" for s in run.of_kind("evaluation")}
+    return {(stage, name): found for stage, file in files.items() if file.exists()
+            for name, found in read_record(file, KL).items()}
 
 
 def result_table(results: list[dict], kl: dict) -> list[dict]:
@@ -163,6 +165,16 @@ def result_table(results: list[dict], kl: dict) -> list[dict]:
         rows.append({"label": label(r), "promoted": r["promoted"], "over_base": r.get("over_base"),
                      "part": r.get("part"), "before": r.get("before"), "kl": kl.get(tuple(r["where"])), **splits})
     return rows
+
+
+def scorer_table(run: RunRecord, results: list[dict]) -> list[dict]:
+    """A row per weights with `cells`: scorer -> mean, pass_rate and win_rate on the test split, or None."""
+    names = sorted({name for r in results for name in r["test"].get("scorers", {})})
+    places = [(run.dir / r["where"][0], r["where"][1]) for r in results]
+    values = {name: [values_of(*place, "test", name) for place in places] for name in names}
+    return [{"label": label(r), "promoted": r["promoted"], "cells": {
+        name: r["test"]["scorers"][name] | {"win_rate": win_rate(values[name][i], values[name][0]) if i else None}
+        if name in r["test"]["scorers"] else None for name in names}} for i, r in enumerate(results) if names]
 
 
 def sources_of(results: list[dict]) -> list[str]:
@@ -227,14 +239,14 @@ def training(run: RunRecord) -> list[dict]:
 def sampling_rows(run: RunRecord) -> list[dict]:
     """Per round: samples, tokens, mean length, shares cut and correct, histogram of correct samples per prompt."""
     rows = []
-    scored = {s["inputs"]["sample"]: run.dir / s["stage"] / "scores.parquet" for s in run.of_kind("scores")}
+    judged = judged_of(run)
     for stage in (s["stage"] for s in run.of_kind("samples")):
         counts = run.manifests[stage]["counts"]
         row = {"round": stage.split("/")[0], "samples": counts["samples"], "tokens": counts["tokens"],
                "mean_length": counts["mean_length"], "cut": counts["cut_share"], "correct": None, "solved": None,
                "histogram": None, "released": released(run, stage)}
-        if stage in scored:
-            table = read_table(scored[stage], ["prompt_id", "correct"])
+        if stage in judged:
+            table = read_table(judged[stage], ["prompt_id", "correct"])
             counted = table.set_column(1, "correct", table["correct"].cast("int32")).group_by("prompt_id").aggregate(
                 [("correct", "sum"), ("correct", "count")])
             right, drawn = counted["correct_sum"].to_numpy(), counted["correct_count"].to_numpy()

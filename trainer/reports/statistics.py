@@ -66,6 +66,37 @@ def rates(run_dir: Path, where: tuple[str, str]) -> dict:
     return {split: summary[split] for split in ("validation", "test")}
 
 
+def merits(measure: str, where: list[tuple[Path, str]], split: str) -> list[float]:
+    """How good candidates are by `measure`, one of pass_rate, mean and win_rate, of one scorer's values if :NAME
+    follows. A win rate is over the first candidate, see `win_rate`. where: (folder of the evaluation, candidate)."""
+    kind, _, scorer = measure.partition(":")
+    if kind == "win_rate":
+        found = [values_of(folder, candidate, split, scorer) for folder, candidate in where]
+        return [win_rate(values, found[0]) or 0.0 for values in found]
+    summaries = [read_record(folder / "summary.json", SUMMARY)[candidate][split] for folder, candidate in where]
+    if scorer:
+        summaries = [summary["scorers"].get(scorer, {}) for summary in summaries]
+    return [-math.inf if summary.get(kind) is None else summary[kind] for summary in summaries]
+
+
+def values_of(folder: Path, candidate: str, split: str, scorer: str = "") -> dict[str, float]:
+    """prompt_id -> score, or value by `scorer`, of one candidate of an evaluation."""
+    rows = [r for r in read_table(folder / "results.parquet").select(
+        ["candidate", "split", "prompt_id", "score"]).to_pylist() if (r["candidate"], r["split"]) == (candidate, split)]
+    found = {r["prompt_id"]: r["score"] for r in rows}
+    if scorer:
+        values = read_table(folder / "scores.parquet").select(["candidate", "prompt_id", "scorer", "value"]).to_pylist()
+        found = {r["prompt_id"]: r["value"] for r in values
+                 if (r["candidate"], r["scorer"]) == (candidate, scorer) and r["prompt_id"] in found}
+    return {prompt_id: value for prompt_id, value in found.items() if value is not None}
+
+
+def win_rate(new: dict[str, float], old: dict[str, float]) -> float | None:
+    """Share of the common prompts on which `new` has the higher value, ties as half; None without common prompts."""
+    ids = new.keys() & old.keys()
+    return sum((new[i] > old[i]) + 0.5 * (new[i] == old[i]) for i in ids) / len(ids) if ids else None
+
+
 def print_results(console, results: list[dict]) -> None:
     """Prints the table of rounds at the end of a run, from `round_results`."""
     rows = []

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strop.trainer.config import Part, Section
+from strop.trainer.config import key_of
 from strop.trainer.errors import UserError
 from strop.trainer.run.artifacts import (
     WORK,
@@ -135,8 +135,7 @@ class Store:
         (also in dicts and lists), passed to the function as paths, and plain values. all_ranks: every rank calls the
         function, else only rank 0. kind, title and round describe the stage in plan.json.
         """
-        key_config = {k: v.key() if isinstance(v, Section | Part) else v for k, v in config.items()}
-        key_config, hashes = json.loads(json.dumps(key_config)), _walk(inputs, lambda a: a.hash)
+        key_config, hashes = json.loads(json.dumps(key_of(config))), _walk(inputs, lambda a: a.hash)
         final, key = self.run_dir / name, hash_json({"stage": name, "config": key_config, "inputs": hashes})
         artifacts: list[Artifact] = []
         _walk(inputs, artifacts.append)

@@ -1,4 +1,5 @@
-"""Scoring a completion against the true answer: number, exact, choice, regex, math and reasoning_gym.
+"""Scoring a completion against the true answer: number, exact, choice, regex, math, reasoning_gym
+and instructions.
 
 A completion is judged by its one final answer (see answers.py), so listing several earns nothing. A completion never
 raises and never hangs; what cannot be read scores 0. Code of libraries and patterns run in a child process only.
@@ -13,17 +14,35 @@ import warnings
 from fractions import Fraction
 
 from strop.trainer.errors import UserError
-from strop.trainer.scoring import numbers
+from strop.trainer.scoring import instructions, numbers
 from strop.trainer.scoring.answers import MAX_CHARS, finals, plain, readings, sentences, spoken, unwrap
+from strop.trainer.scoring.base import Item, Scored
 from strop.trainer.scoring.choice import chosen, options
 from strop.trainer.scoring.sandbox import Child
 
 # of CPU time
 REGEX_SECONDS, MATH_SECONDS, GYM_SECONDS, CHECK_SECONDS = 2.0, 5.0, 5.0, 0.5
 ARGUMENTS = {"reasoning_gym": {"dataset"}, "number": {"tolerance"}, "exact": set(), "choice": {"choices"},
-             "regex": {"pattern"}, "math": set()}
+             "regex": {"pattern"}, "math": set(), "instructions": {"loose", "all"}}
 SLOW = r"\\(sum|prod|int|lim|binom|Gamma)|!|\^|\*\*"  # what an evaluation that never ends is written with
 _child = Child()
+
+
+class RuleScorer:
+    """A built-in rule; see base.Scorer."""
+
+    def __init__(self, rule: str, args: dict):
+        self.rule, self.args = rule, args
+
+    def score(self, items: list[Item], advance) -> list[Scored]:
+        found = []
+        for item in items:
+            found.append(Scored(*verify(self.rule, item.completion, item.answer, self.args, item.row)))
+            advance(1)
+        return found
+
+    def close(self) -> None:
+        pass
 
 
 def verify(verifier: str, completion: str, answer: str | None, args: dict, metadata: dict) -> tuple[float, str | None]:
@@ -47,6 +66,10 @@ def verify(verifier: str, completion: str, answer: str | None, args: dict, metad
         return _judged("regex", task, REGEX_SECONDS)
     if verifier == "math":
         return _math(completion, answer or "")
+    if verifier == "instructions":
+        task = {"text": spoken(completion).strip(), "row": metadata, "loose": bool(args.get("loose")),
+                "all": bool(args.get("all"))}
+        return _judged("instructions", task, REGEX_SECONDS)
     if verifier == "reasoning_gym":
         return _reasoning_gym(completion, answer, args.get("dataset"), metadata)
     raise UserError(f"verifier={verifier} is unknown; there are {', '.join(ARGUMENTS)}")
@@ -57,6 +80,9 @@ def check(verifier: str, args: dict) -> None:
     if unknown := sorted(args.keys() - ARGUMENTS[verifier]):
         known = ", ".join(sorted(ARGUMENTS[verifier])) or "none"
         raise UserError(f"verifier_args.{unknown[0]}: verifier {verifier} does not know it; it takes: {known}")
+    for flag in ("loose", "all"):
+        if not isinstance(args.get(flag, False), bool):
+            raise UserError(f"verifier_args.{flag}={args[flag]!r} must be true or false")
     tolerance = args.get("tolerance", 0.0)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise UserError(f"verifier_args.tolerance={tolerance!r} must be a number, 0 or more")
@@ -86,7 +112,12 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     """Why this row can never be solved, or None: an answer that is missing or fails its own verifier."""
     if verifier == "reasoning_gym" and answer is None:
         return None  # some generators accept many answers and name none
-    if verifier == "regex":
+    if verifier == "instructions":
+        try:
+            instructions.given(metadata)
+        except ValueError as e:
+            return str(e)
+    if verifier in ("regex", "instructions"):
         return None
     if answer is None or not answer.strip():
         return f"verifier {verifier} needs an answer, and there is none"
@@ -98,7 +129,7 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     if verifier == "math":
         # another term, too, for an answer that takes long to evaluate would cost every completion all of MATH_SECONDS
         for other in (["1"] if re.search(SLOW, answer) else []) + [answer]:
-            judged = _child.ask("math", {"text": other, "answer": answer}, CHECK_SECONDS)
+            judged = _child.judge("math", {"text": other, "answer": answer}, CHECK_SECONDS)
             if judged is None:
                 return (f"the answer {short!r} takes more than {CHECK_SECONDS:g} s of CPU time to compare: simplify "
                         "it, or use verifier exact")
@@ -185,7 +216,7 @@ def gym_scorer(dataset: str):
 # ---- what runs in the child process, where a judge is loaded by the task None
 
 def _judged(kind: str, task: dict, seconds: float, extracted: str | None = None) -> tuple[float, str | None]:
-    judged = _child.ask(kind, task, seconds) or {"score": 0.0}  # None: out of time or memory
+    judged = _child.judge(kind, task, seconds) or {"score": 0.0}  # None: out of time or memory
     return float(judged["score"]), judged.get("extracted", extracted)
 
 
@@ -232,4 +263,14 @@ def _judge_gym(task: dict | None) -> dict:
     return {"score": min(1.0, max(0.0, score)), "extracted": task and task["text"]}
 
 
-JUDGES = {"regex": _judge_regex, "math": _judge_math, "reasoning_gym": _judge_gym}
+def _judge_instructions(task: dict | None) -> dict:
+    """The share of the row's instructions that are followed, or whether all are."""
+    wanted = instructions.given(task["row"]) if task else []
+    followed = instructions.followed(task["text"], wanted, task["loose"]) if task else [True]
+    missed = ", ".join(name for (name, _), right in zip(wanted, followed, strict=False) if not right)
+    share = sum(followed) / len(followed)
+    score = float(share == 1) if task and task["all"] else share
+    return {"score": score, "extracted": f"not followed: {missed}" if missed else "all followed"}
+
+
+JUDGES = {"instructions": _judge_instructions, "regex": _judge_regex, "math": _judge_math, "reasoning_gym": _judge_gym}

@@ -8,24 +8,27 @@ empty network where the user may make one, and ends it with its parent.
 """
 
 import ast
-import atexit
-import contextlib
-import ctypes
 import io
 import json
 import math
 import os
 import resource
-import selectors
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 import traceback
 
 from strop.trainer.errors import UserError
+from strop.trainer.scoring.confine import (
+    EXECUTE_AND_CHANGE,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+    landlock,
+    libc,
+    limit,
+    prctl,
+)
+from strop.trainer.scoring.process import Process
 
 MEMORY_BYTES = 4 << 30
 KEPT_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
@@ -36,64 +39,25 @@ COMPUTES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast
 FORBIDDEN = ("os", "subprocess", "socket", "shutil", "pty", "webbrowser", "ctypes", "urllib")
 
 
-class Child:
-    """One child process, started when first asked, and again after it had to be killed. Safe to call from threads."""
+class Child(Process):
+    """The process in which JUDGES of rules.py run."""
 
     def __init__(self):
-        self._process: subprocess.Popen | None = None
-        self._lock = threading.Lock()
+        kept = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ}
+        super().__init__("a rule", "strop.trainer.scoring.sandbox", [], kept | {
+            "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
 
-    def ask(self, kind: str, task: dict, seconds: float) -> dict | None:
-        """The child's answer to `task`; None if it took more than `seconds` of CPU time, or the child died of it.
+    def judge(self, kind: str, task: dict, seconds: float) -> dict | None:
+        """The judge's answer to `task`; None if it took more than `seconds` of CPU time, or the child died of it.
 
         Raises UserError with the child's message if the child cannot start or load what `kind` needs.
         """
-        message = json.dumps({"kind": kind, "seconds": seconds, "task": task}).encode() + b"\n"
-        with self._lock:
-            for _ in range(2):  # once more if the child had died before it got the task
-                if self._process is None or self._process.poll() is not None:
-                    self._start(kind)
-                with contextlib.suppress(BrokenPipeError):
-                    self._process.stdin.write(message)
-                    self._process.stdin.flush()
-                    # the wall clock only ends a task that waits
-                    answer = json.loads(self._line(120 + 20 * seconds) or b"null")
-                    if answer is not None and "error" in answer:
-                        raise UserError(f"verifier {kind} cannot load what it needs: {answer['error']}")
-                    return answer
-            return None
-
-    def close(self) -> None:
-        if self._process is not None:
-            with contextlib.suppress(OSError), self._process:
-                self._process.kill()
-        self._process = None
-
-    def _start(self, kind: str) -> None:
-        self.close()
-        path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
-        environment = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ} | {
-            "PYTHONPATH": os.pathsep.join(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0",
-            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-m", "strop.trainer.scoring.sandbox"]
-        with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as stderr:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-                                             env=environment, cwd=empty, start_new_session=True)
-            atexit.register(self.close)
-            if not self._line(120.0):
-                stderr.seek(0)
-                lines = stderr.read().decode(errors="replace").strip().splitlines() or ["no answer within 120 s"]
-                raise UserError(f"verifier {kind} cannot start its process ({' '.join(command)}): {lines[-1]}; that "
-                                "command, run by hand, must start and wait")
-
-    def _line(self, seconds: float) -> bytes:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            line = self._process.stdout.readline() if selector.select(seconds) else b""
-        if not line.endswith(b"\n"):
-            self.close()
-            return b""
-        return line
+        self.name = f"verifier {kind}"
+        # the wall clock only ends a task that waits
+        answer = self.ask({"kind": kind, "seconds": seconds, "task": task}, 120 + 20 * seconds)
+        if answer is not None and "error" in answer:
+            raise UserError(f"verifier {kind} cannot load what it needs: {answer['error']}")
+        return answer
 
 
 # ---- in the child
@@ -131,22 +95,13 @@ def main() -> None:
 
 
 def _confine() -> None:
-    for what, limit in (("AS", MEMORY_BYTES), ("FSIZE", 0), ("CORE", 0)):
-        with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space
-            resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (limit, limit))
+    limit(AS=MEMORY_BYTES, FSIZE=0, CORE=0)
     if sys.platform == "linux":
-        libc, new_user, new_network, pr_set_pdeathsig, pr_set_no_new_privs = ctypes.CDLL(None), 1 << 28, 1 << 30, 1, 38
-        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
-        libc.unshare(new_network if os.geteuid() == 0 else new_user | new_network)
-        libc.prctl(pr_set_no_new_privs, 1, 0, 0, 0)
-        create, restrict = 444, 446  # Landlock: a handled right that no rule grants is gone
-        version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
-        execute_write, make_remove = 0b11, sum(1 << i for i in range(4, 13 + (version > 1) + (version > 2)))
-        rights = (ctypes.c_uint64 * 2)(execute_write | make_remove, 0b11 if version > 3 else 0)
-        ruleset = libc.syscall(create, rights, ctypes.c_size_t(16 if version > 3 else 8), 0) if version > 0 else -1
-        if ruleset >= 0:
-            libc.syscall(restrict, ruleset, 0)
-            os.close(ruleset)
+        new_user, new_network = 1 << 28, 1 << 30
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc().unshare(new_network if os.geteuid() == 0 else new_user | new_network)
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        landlock(EXECUTE_AND_CHANGE)
     null = os.open(os.devnull, os.O_RDONLY)
     for stream in (1, 2):  # what a scorer prints must not be taken for an answer
         os.dup2(null, stream)

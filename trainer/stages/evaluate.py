@@ -1,15 +1,12 @@
-"""Evaluate: every candidate's greedy completions of the held-out prompts, and their pass rates."""
+"""Held-out: every candidate's greedy completions of the held-out prompts. The stage results.py scores them."""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
 
 import pyarrow as pa
 
-from strop.trainer.config import Evaluate, Part, Score
+from strop.trainer.config import Evaluate, Part
 from strop.trainer.data.chat import completion_text, stop_ids
 from strop.trainer.engines import InProcess, OpenAI
 from strop.trainer.errors import UserError
@@ -23,20 +20,18 @@ from strop.trainer.sampling.base import Settings
 from strop.trainer.sampling.shards import Shard, fitting, run_shards
 from strop.trainer.sampling.vllm import lane
 from strop.trainer.sampling.writers import Job, open_writer
-from strop.trainer.scoring.rules import verify
 
 SPLITS = ("validation", "test")
 SHARD = 256  # prompts per shard of an engine without batch_size
 SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source", pa.string()),
                     ("prompt_id", pa.string()), ("completion", pa.string()), ("completion_tokens", pa.int32()),
-                    ("finish", pa.string()), ("score", pa.float64()), ("correct", pa.bool_()),
-                    ("tokens", pa.list_(pa.int32()))])
+                    ("finish", pa.string()), ("tokens", pa.list_(pa.int32()))])
 
 
-def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, compute: Part, prompts: Path,
+def held_out(stage: Stage, *, evaluate: Evaluate, model: Part, compute: Part, prompts: Path,
              candidates: dict[str, Path], start: Path | None = None) -> None:
-    """Writes results.parquet (a row per candidate and prompt), summary.json and drops.parquet; with `start`, the run's
-    start weights, also kl.json: each candidate's KL from them.
+    """Writes completions.parquet (a row per candidate and prompt) and drops.parquet; with `start`, the run's start
+    weights, also kl.json: each candidate's KL from them.
 
     Runs on every rank and resumes by shard. Raises UserError if no held-out prompt fits.
     """
@@ -62,7 +57,7 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
         job = Job(stage, evaluate, "evaluate", folder, folder, tokenizer, settings, compute, fits, name)
 
         def to_table(writer, rows, on_progress, drops, tokenizer=tokenizer, name=name):
-            return judge(tokenizer, name, rows, writer.write(rows, 1, 0, on_progress), score.correct_at)
+            return to_rows(tokenizer, name, rows, writer.write(rows, 1, 0, on_progress))
 
         run_shards(stage, f"{stage.name} {name}", shards, ("candidate", "prompt_id"), SCHEMA,
                    lambda job=job: open_writer(job), to_table, lane(stage.world, evaluate))
@@ -70,13 +65,9 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
         first[name] = [] if served else fits[:evaluate.kl_prompts]
     if stage.world.first:
         results = pa.concat_tables([SCHEMA.empty_table(), *map(read_table, parts)])
-        write_table(stage.dir / "results.parquet", results)
+        write_table(stage.dir / "completions.parquet", results)
         rows = results.to_pylist()
-        summary = summarize(rows)
-        write_json(stage.dir / "summary.json", summary)
         drops.write()
-        stage.counts |= {f"{name}/{split}": found["pass_rate"] for name, splits in summary.items()
-                         for split, found in splits.items()}
         stage.counts["tokens"] = sum(row["completion_tokens"] for row in rows)
         if served:
             stage.counts |= cost_of(usage(stage), evaluate)
@@ -90,35 +81,11 @@ def evaluate(stage: Stage, *, evaluate: Evaluate, score: Score, model: Part, com
             stage.counts |= {f"{name}/kl": found["kl"] for name, found in kl.items()}
 
 
-def judge(tokenizer, candidate: str, shard: list[dict], completions: list, correct_at: float) -> pa.Table:
-    """Results of one completion per prompt; correct: it stopped by itself and scores at least `correct_at`."""
+def to_rows(tokenizer, candidate: str, shard: list[dict], completions: list) -> pa.Table:
     found = []
     for row, (completion,) in zip(shard, completions, strict=True):
-        text = completion.text
-        if text is None:
-            text = completion_text(tokenizer, completion.tokens)
-        score, _ = verify(row["verifier"], text, row["answer"], json.loads(row["verifier_args"] or "{}"),
-                          json.loads(row["metadata"] or "{}"))
+        text = completion_text(tokenizer, completion.tokens) if completion.text is None else completion.text
         found.append({"candidate": candidate, "split": row["split"], "source": row["source"],
                       "prompt_id": row["prompt_id"], "completion": text, "completion_tokens": len(completion.tokens),
-                      "finish": completion.finish, "score": score,
-                      "correct": completion.finish == "stop" and score >= correct_at, "tokens": completion.tokens})
+                      "finish": completion.finish, "tokens": completion.tokens})
     return pa.Table.from_pylist(found, schema=SCHEMA)
-
-
-def summarize(rows: list[dict]) -> dict:
-    """{candidate: {split: pass_rate, n, by_source, mean_length in tokens, cut_share}}"""
-    summary: dict[str, dict] = defaultdict(dict)
-    for row in rows:
-        summary[row["candidate"]].setdefault(row["split"], []).append(row)
-    return {name: {split: describe(found) for split, found in splits.items()} for name, splits in summary.items()}
-
-
-def describe(rows: list[dict]) -> dict:
-    by_source: dict[str, list[bool]] = defaultdict(list)
-    for row in rows:
-        by_source[row["source"]].append(row["correct"])
-    return {"pass_rate": fmean(row["correct"] for row in rows), "n": len(rows),
-            "by_source": {s: {"pass_rate": fmean(right), "n": len(right)} for s, right in sorted(by_source.items())},
-            "mean_length": fmean(row["completion_tokens"] for row in rows),
-            "cut_share": fmean(row["finish"] == "length" for row in rows)}

@@ -12,24 +12,27 @@ from strop.trainer.data.contamination import held_out
 from strop.trainer.data.dedup import near_duplicates
 from strop.trainer.data.quality import repetition
 from strop.trainer.data.rows import Quarantine
-from strop.trainer.data.sources import dumps, source_rows
+from strop.trainer.data.sources import source_rows
 from strop.trainer.data.splits import assign_splits
 from strop.trainer.data.text import words
 from strop.trainer.errors import UserError
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, write_table
-from strop.trainer.scoring import choice, rules
+from strop.trainer.scoring import choice
+from strop.trainer.scoring.rules import check, check_answer
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split", pa.string()),
-                    ("messages", MESSAGES), ("answer", pa.string()), ("verifier", pa.string()),
-                    ("verifier_args", pa.string()), ("metadata", pa.string()), ("template_kwargs", pa.string())])
+                    ("messages", MESSAGES), ("conversational", pa.bool_()), ("answer", pa.string()),
+                    ("metadata", pa.string()), ("template_kwargs", pa.string())])
 REPORT_SECONDS = 10.0  # between two console lines while a source is read
 WARN_SHARE = 0.2  # of a source's prompts that filters may drop without a warning
 
 
-def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[str, Path]) -> None:
-    """Writes prompts.parquet, drops.parquet and quarantine.jsonl. files: the rows of each source that has a path.
+def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, rules: dict[str, list],
+            files: dict[str, Path]) -> None:
+    """Writes prompts.parquet, drops.parquet and quarantine.jsonl. rules: source -> (rule, args) of its scorers, which
+    every answer must satisfy; files: the rows of each source that has a path.
 
     Raises UserError on sources that cannot be read, more bad rows than data.max_bad_rows in a file, or fewer distinct
     prompts than data.test and data.validation need.
@@ -37,19 +40,21 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
     rows, seen = [], {}
     for source in data.sources:
-        verifier, key = source.verifier or "reasoning_gym", f"data.sources, {source.name}"
+        key = f"data.sources, {source.name}"
         try:
-            rules.check(verifier, source.verifier_args)
+            for rule, args in rules[source.name]:
+                check(rule, args)
             if source.reasoning_gym:
                 key += f": reasoning_gym={source.reasoning_gym}"
-                rules.check("reasoning_gym", {"dataset": source.reasoning_gym})
+                check("reasoning_gym", {"dataset": source.reasoning_gym})
         except UserError as e:
             raise UserError(f"{key}: {e}") from e
         shown = time.monotonic()
         source = source.model_copy(update={"path": files.get(source.name)})
-        check_answer = partial(rules.check_answer, verifier, source.verifier_args)
-        options_of, columns = partial(labeled_options, source.verifier_args), {}
-        for row in source_rows(source, seed, check_answer, options_of, drops, quarantine):
+        arguments = next((args for rule, args in rules[source.name] if rule == "choice"), {})
+        options_of, columns = partial(labeled_options, arguments), {}
+        check_row = partial(why_not, rules[source.name])
+        for row in source_rows(source, seed, check_row, options_of, drops, quarantine):
             columns |= dict.fromkeys(row.pop("columns"))
             if time.monotonic() - shown > REPORT_SECONDS:
                 shown = time.monotonic()
@@ -59,7 +64,7 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
                 detail = row.pop("where") + ("" if first["answer"] == row["answer"] else ", with another answer")
                 drops.add("duplicate", prompt_id=row["prompt_id"], source=source.name, detail=detail)
             else:
-                rows.append(row | {"verifier": verifier, "verifier_args": dumps(source.verifier_args)})
+                rows.append(row)
         if columns:
             stage.console.line(f"{stage.name}: {source.name}: kept as metadata: {', '.join(columns)}")
     rows = drop_near_duplicates(drop_repetitive(rows, filter, drops), data, filter, drops)
@@ -81,6 +86,11 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, files: dict[st
 def labeled_options(args: dict, metadata: dict) -> dict[str, str]:
     """{label: text} of a prompt's options, of the recipe or of its row; {} if it has none."""
     return choice.labeled(args.get("choices") or metadata.get("choices"))
+
+
+def why_not(rules: list[tuple[str, dict]], answer: str | None, metadata: dict) -> str | None:
+    """Why no completion could satisfy one of the rules (see rules.check_answer), or None."""
+    return next(filter(None, (check_answer(rule, args, answer, metadata) for rule, args in rules)), None)
 
 
 def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> list[dict]:

@@ -12,17 +12,18 @@ from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage
 
 
-def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, base: dict, weights: Path,
+def publish(stage: Stage, *, recipe: Recipe, bootstrap: int, scorers: dict[str, list[dict]], base: dict, weights: Path,
             promotions: list[dict]) -> None:
     """Links the promoted weights and writes README.md (the model card) and results.json.
 
-    base: base_model, license, base_from_gguf and base_hash, for the card."""
+    base: base_model, license, base_from_gguf and base_hash, for the card; scorers: of each source, for
+    results.json."""
     for file in sorted(weights.iterdir()):
         if file.is_file() and file.name not in ("README.md", "results.json", "manifest.json"):
             place(file, stage.dir / file.name)
     run = read_run(stage.dir.parent)
     results = round_results(run.dir, promotions, run.base, bootstrap)
-    write_json(stage.dir / "results.json", {"promotions": promotions, "results": results})
+    write_json(stage.dir / "results.json", {"scorers": scorers, "promotions": promotions, "results": results})
     card = model_card(base | card_info(recipe, run, results, promotions))
     (stage.dir / "README.md").write_text(card, encoding="utf-8")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pyarrow as pa
 
 from strop.trainer.config import Part, Sample, Score
 from strop.trainer.data.chat import completion_text, stop_ids
+from strop.trainer.data.samples import Judging
 from strop.trainer.data.splits import draw_prompts, hash_int
 from strop.trainer.engines import OpenAI, Sampling, Writer
 from strop.trainer.errors import UserError
@@ -21,7 +22,8 @@ from strop.trainer.sampling.base import Completion, Settings
 from strop.trainer.sampling.shards import Shard, collect_drops, fitting, run_shards
 from strop.trainer.sampling.vllm import lane
 from strop.trainer.sampling.writers import Job, open_writer, until_enough
-from strop.trainer.scoring.rules import verify
+from strop.trainer.scoring.base import Columns, item_of
+from strop.trainer.scoring.table import Verdicts
 
 MOST = 1 << 25  # completions of a round
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
@@ -33,13 +35,15 @@ SCHEMA = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()),
 def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part, shares: dict[str, float], seed: int,
            round: int, weights: Path, prompts: Path, writer: Sample | Writer | None = None, own: Part | None = None,
            first: int = 0, k: int | None = None, score: Score | None = None, student: Path | None = None,
-           writer_hash: str | None = None) -> None:
+           writer_hash: str | None = None, scorers: dict | None = None, columns: dict | None = None,
+           judging: dict | None = None, files: dict[str, Path] | None = None) -> None:
     """Writes shard-00000.parquet, ... and drops.parquet; shard i runs on rank i modulo the number of ranks.
 
     shares: each source's share of the prompts. compute: the recipe's dtype. writer: the section with the engine, by
     default `sample`; it draws `k` of the sample.k completions, from number `first` on. own: how its weights are
     loaded if they are not of this run. student: the model folder whose tokens are wanted, by default `weights`.
-    writer_hash: of the weights that write. Raises UserError if no prompt fits the model's context, or no completion
+    writer_hash: of the weights that write. scorers, columns, judging (weights of scorers) and files: with
+    sample.enough, see stages score and select. Raises UserError if no prompt fits the model's context, or no completion
     can be used.
     """
     writer, k = writer or sample, k or sample.k
@@ -48,7 +52,7 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
     folder = ModelFolder(weights, own or model)
     student_folder = ModelFolder(student, model) if student else folder
     tokenizer = student_folder.tokenizer()
-    unread = [] if sample.enough else ["verifier_args", "metadata"]
+    unread = [] if sample.enough else ["metadata"]
     rows = read_table(prompts / "prompts.parquet").drop_columns(unread).to_pylist()
     drawn = draw_prompts([r for r in rows if r["split"] == "train"], shares, sample.prompts, seed, round)
     if len(drawn) < sample.prompts:
@@ -76,9 +80,12 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
     def text_of(c: Completion) -> str:
         return completion_text(tokenizer, c.tokens) if c.text is None else c.text
 
+    verdicts = Verdicts(stage, scorers, files, score) if sample.enough else None
+
     def correct(row: dict, c: Completion) -> bool:
-        args = json.loads(row["verifier_args"] or "{}"), json.loads(row["metadata"] or "{}")
-        return c.finish == "stop" and verify(row["verifier"], text_of(c), row["answer"], *args)[0] >= score.correct_at
+        item = item_of(row, Columns(*columns[row["source"]]), text_of(c), c.tokens, f"prompt {row['prompt_id']}")
+        judge = Judging(judging, None, score.correct_by, score.correct_at)
+        return judge(row["source"], verdicts(row["source"], item), c.finish == "stop")["correct"]
 
     def to_table(engine, rows: list[dict], on_progress, drops: Drops) -> pa.Table:
         if sample.enough is None:
@@ -99,8 +106,9 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
                     drops.add("cut" if c.finish == "length" else c.finish, **ids, source=row["source"], detail=detail)
         return pa.Table.from_pylist(made, schema=SCHEMA)
 
-    run_shards(stage, stage.name, shards, ("prompt_id", "sample_index"), SCHEMA, lambda: open_writer(job), to_table,
-               lane(stage.world, writer))
+    with closing(verdicts) if verdicts else nullcontext():
+        run_shards(stage, stage.name, shards, ("prompt_id", "sample_index"), SCHEMA, lambda: open_writer(job), to_table,
+                   lane(stage.world, writer))
     if stage.world.first:
         collect_drops(shards, drops)
         drops.write()

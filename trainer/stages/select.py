@@ -5,19 +5,20 @@ round.
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import pstdev
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from strop.trainer.config import Filter, Part, Select
+from strop.trainer.config import Filter, Part, Score, Select
 from strop.trainer.data.chat import stop_ids
 from strop.trainer.data.contamination import held_out_of
 from strop.trainer.data.quality import unfit_tokens
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
-from strop.trainer.data.samples import read_scored
+from strop.trainer.data.samples import Judging, read_scored
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
@@ -32,37 +33,41 @@ PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id
                    ("prompt_tokens", TOKENS), ("chosen_tokens", TOKENS), ("rejected_tokens", TOKENS),
                    ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
                    ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
-                   ("weight", pa.float64()), ("origin", pa.string()), ("chosen_writer", pa.string()),
-                   ("rejected_writer", pa.string())])
+                   ("decided_by", pa.string()), ("weight", pa.float64()), ("origin", pa.string()),
+                   ("chosen_writer", pa.string()), ("rejected_writer", pa.string())])
+JUDGED = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("score", pa.float64()),
+                    ("correct", pa.bool_())])
 COUNTS = pa.list_(pa.int32())
 DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("rounds", COUNTS), ("samples", COUNTS),
                         ("correct", COUNTS), ("pass_rate", pa.float64())])
 
 
 class Rules(NamedTuple):
-    """The sections select and filter, and the seed of random ties."""
+    """The sections select and filter, the seed of random ties, and what makes a score of values."""
 
     select: Select
     filter: Filter
     seed: int
+    judging: Judging
 
 
-def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: Part, sources: dict[str, dict],
-           seed: int, round: int, prompts: Path | None, history: list[tuple[Path, Path]], tokenizer: Path,
-           files: dict[str, dict[str, Path]]) -> None:
-    """Writes sft.parquet, pairs.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
+def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dict[str, float]], filter: Filter,
+           data: Part, model: Part, sources: dict[str, dict], seed: int, round: int, prompts: Path | None,
+           history: list[tuple[Path, Path]], tokenizer: Path, files: dict[str, dict[str, Path]]) -> None:
+    """Writes sft.parquet, pairs.parquet, judged.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
     history: the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the newest is
     used. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
-    max_bad_rows; files: the rows of those two, by key and name. sources: name -> prompt_template and templated. Raises
-    UserError if nothing is left.
+    max_bad_rows; files: the rows of those two, by key and name. sources: name -> prompt_template and templated.
+    weights: source -> scorer -> its weight in the score. Raises UserError if nothing is left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
     stops = stop_ids(tokenizer, folder.path)
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
-    sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed)
-    pool = _pool(prompts, history)
+    judging = Judging(weights, select.by, score.correct_by, score.correct_at)
+    sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed, judging)
+    pool = _pool(prompts, history, judging)
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
     newest = len(history) - 1
     for prompt_id, samples in pool.items():
@@ -71,7 +76,7 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
             source = samples[0]["source"]
             best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             sft_rows += [_sft_row(s, source) for s in best]
-            pair_rows += [_pair_row(c, r, source, stops) for c, r in pairs]
+            pair_rows += [_pair_row(c, r, source, stops, judging) for c, r in pairs]
     now = [s for samples in pool.values() for s in samples if s["round"] == newest]
     if now:
         stage.counts |= {"prompts": len({s["prompt_id"] for s in now}),
@@ -87,7 +92,11 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
     write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
+    write_table(stage.dir / "judged.parquet", pa.Table.from_pylist(now, schema=JUDGED))
     stage.counts |= {"sft_rows": len(sft_rows), "pairs": len(pair_rows)}
+    decided = Counter(row["decided_by"] for row in pair_rows if row["decided_by"])
+    if len({name for mine in weights.values() for name in mine}) > 1:
+        stage.counts |= {f"decided/{name}": n for name, n in sorted(decided.items())}
     drops.write()
     quarantine.write(stage)
     if not sft_rows and not pair_rows:
@@ -97,19 +106,16 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
                                "select.pair_margin")
 
 
-def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:
-    """{prompt_id: its samples of all rounds, with `round` and `source`}, sorted by prompt_id."""
+def _pool(prompts: Path | None, history: list, judging: Judging) -> dict[str, list[dict]]:
+    """{prompt_id: its samples of all rounds, with `round` and what read_scored adds}, sorted by prompt_id."""
     if not history:
         return {}
-    asked = {row["prompt_id"]: row for row in
-             read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split"]).to_pylist()}
+    table = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split"])
+    sources = {row["prompt_id"]: row["source"] for row in table.to_pylist() if row["split"] == "train"}
     pool = defaultdict(list)
     for r, (sample, scored) in enumerate(history):
-        for row in read_scored(sample, scored):
-            if asked.get(row["prompt_id"], {}).get("split") != "train":
-                raise UserError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
-                                 "delete the folder to re-run the stage")
-            pool[row["prompt_id"]].append(row | {"round": r, "source": asked[row["prompt_id"]]["source"]})
+        for row in read_scored(sample, scored, sources, judging, prompts):
+            pool[row["prompt_id"]].append(row | {"round": r})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
 
 
@@ -136,6 +142,12 @@ def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rul
                       detail=f"{_origin(s)}: {pass_rate:.3f} over all rounds")
         return [], []
     fates: dict[tuple[int, int], str] = {}
+    unscored, samples = [s for s in samples if s["score"] is None], [s for s in samples if s["score"] is not None]
+    for s in unscored:
+        error = next((error for _, error in s["values"].values() if error), "no scorer applies to it")
+        drops.add("unscored", **ids, sample_index=s["sample_index"], detail=f"{_origin(s)}: {error}")
+    if not samples:
+        return [], []
     best = _best(samples, rules, fates)
     if not best:
         top = max(s["score"] for s in samples)
@@ -167,7 +179,7 @@ def _best(samples: list[dict], rules: Rules, fates: dict) -> list[dict]:
             fates[_id(s)] = "duplicate"
         elif s["finish"] != "stop" and not section.sft_cut:
             fates[_id(s)] = "cut"
-        elif s["score"] < section.sft_min_score:
+        elif section.sft_min_score is not None and s["score"] < section.sft_min_score:
             fates[_id(s)] = "low_score"
         elif unfit := unfit_tokens(s["completion_tokens"], rules.filter)[0]:
             fates[_id(s)] = unfit
@@ -183,7 +195,8 @@ def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], 
     """(pairs, reason, detail) of one prompt in one round; reason and detail say why there is no pair.
 
     Chosen must have stopped by itself, since a cut completion would teach not to stop, and must pass the filters.
-    Rejected is the worst of the samples that score at least pair_margin less; stopped samples go first, so that
+    Rejected is the worst of the samples that score at least pair_margin less (in units of the standard deviation over
+    `samples` with pair_margin_unit=z); stopped samples go first, so that
     stopping does not separate the two, and ties go by tie_break. A sample is in at most one pair.
     """
     section, distinct = rules.select, {}
@@ -197,12 +210,15 @@ def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], 
     gap = chosen[0]["score"] - min(s["score"] for s in left)
     if gap <= 0:
         return [], "tie", f"no score is below the best, {chosen[0]['score']:g}"
-    if gap < section.pair_margin:
-        return [], "margin", f"best minus worst is {gap:g}"
+    margin = section.pair_margin
+    if section.pair_margin_unit == "z":
+        margin *= pstdev(s["score"] for s in samples)
+    if gap < margin:
+        return [], "margin", f"best minus worst is {gap:g}, less than {margin:g}"
     reasons = [unfit_tokens(s["completion_tokens"], rules.filter)[0] for s in chosen]
     pairs: list[tuple[dict, dict]] = []
     for best in (s for s, reason in zip(chosen, reasons, strict=True) if not reason):
-        worse = [s for s in left if 0 < best["score"] - s["score"] >= section.pair_margin]
+        worse = [s for s in left if 0 < best["score"] - s["score"] >= margin]
         if best not in left or not worse or len(pairs) == section.pairs_per_prompt:
             continue
         worst = min(worse, key=lambda s: (s["finish"] != "stop", s["score"]))
@@ -238,13 +254,13 @@ def _sft_row(s: dict, source: str) -> dict:
             "score": s["score"], "origin": _origin(s), "writer": s.get("writer")}
 
 
-def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dict:
+def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int], judging: Judging) -> dict:
     if chosen["prompt_tokens"] != rejected["prompt_tokens"]:
         raise UserError(f"prompt {chosen['prompt_id']}: its samples of {_origin(chosen)} have different prompt "
                          "tokens; delete the folder of that sample stage to re-run it")
     row = {"row_id": f"{_origin(chosen)}/{chosen['prompt_id']}/{chosen['sample_index']}-{rejected['sample_index']}",
            "source": source, "prompt_id": chosen["prompt_id"], "prompt_tokens": chosen["prompt_tokens"], "weight": 1.0,
-           "origin": _origin(chosen)}
+           "decided_by": judging.decided(source, chosen["values"], rejected["values"]), "origin": _origin(chosen)}
     for side, s in (("chosen", chosen), ("rejected", rejected)):
         tokens = s["completion_tokens"]
         row |= {f"{side}_tokens": tokens, f"{side}_mask": [True] * len(tokens), f"{side}_score": s["score"],

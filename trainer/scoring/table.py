@@ -1,0 +1,129 @@
+"""Scores in long form: a row per completion and scorer. Sharded over the ranks and resumed by shard."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+from pathlib import Path
+
+import pyarrow as pa
+
+from strop.trainer.config import Part, Score, Scorer
+from strop.trainer.errors import UserError
+from strop.trainer.run.files import hash_file, hash_json
+from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table
+from strop.trainer.sampling.shards import Shard, run_shards
+from strop.trainer.scoring.base import Item, open_scorer
+
+VALUES = [("scorer", pa.string()), ("version", pa.string()), ("value", pa.float64()), ("detail", pa.string()),
+          ("error", pa.string())]
+SHARD = 256  # completions, about: a prompt's are never divided
+
+
+def score_rows(stage: Stage, rows: list[dict], key: dict[str, pa.DataType], to_item, scorers: dict[str, list[Scorer]],
+               files: dict[str, Path], score: Score) -> pa.Table:
+    """The values of all `rows` by the scorers of their `source`: the columns `key` and VALUES. Every rank calls it, and
+    the first one gets the table; the others get what they know of it.
+
+    rows: sorted by key, the first column of which groups completions that are scored together. to_item(row) -> Item.
+    Raises UserError at more than score.max_errors failed values.
+    """
+    schema = pa.schema([*key.items(), *VALUES])
+    versions = {(source, scorer.name): version_of(scorer, file_of(scorer, files))
+                for source, mine in scorers.items() for scorer in mine}
+    shards, part = [], []
+
+    def cut() -> None:
+        if part:
+            ids = [(*(row[k] for k in key), scorer.name) for row in part for scorer in scorers[row["source"]]]
+            shards.append(Shard(stage.work / f"{len(shards):05}.parquet", list(part), ids))
+            part.clear()
+
+    for _, group in groupby(rows, key=lambda row: row["prompt_id"]):
+        part += group
+        if len(part) >= SHARD:
+            cut()
+    cut()
+    failed: list[str] = []
+
+    def to_table(verdicts: Verdicts, part: list[dict], on_progress, drops) -> pa.Table:
+        found: dict[int, list[dict]] = {i: [] for i in range(len(part))}
+        for source in dict.fromkeys(row["source"] for row in part):
+            mine = [i for i, row in enumerate(part) if row["source"] == source]
+            items = [to_item(part[i]) for i in mine]
+            first = {}  # equal completions of a prompt are scored once
+            for n, i in enumerate(mine):
+                first.setdefault((part[i]["prompt_id"], items[n].completion), n)
+            same = [first[part[i]["prompt_id"], items[n].completion] for n, i in enumerate(mine)]
+            distinct = sorted(set(same))
+            for scorer in scorers[source]:
+                values = verdicts.live[source, scorer.name].score([items[n] for n in distinct], lambda n: None)
+                by_item = dict(zip(distinct, values, strict=True))
+                for i, n in zip(mine, same, strict=True):
+                    value = by_item[n]
+                    found[i].append({k: part[i][k] for k in key} | {
+                        "scorer": scorer.name, "version": versions[source, scorer.name], "value": value.value,
+                        "detail": value.detail, "error": value.error})
+                failed.extend(f"{scorer.name}: {v.error}" for v in values if v.error)
+                refuse(stage, failed, score.max_errors)
+                on_progress(len(mine), 0)
+        return pa.Table.from_pylist([row for i in range(len(part)) for row in found[i]], schema=schema)
+
+    run_shards(stage, stage.name, shards, (*key, "scorer"), schema, lambda: Verdicts(stage, scorers, files, score),
+               to_table)
+    done = [shard for i, shard in enumerate(shards) if stage.world.first or i % stage.world.size == stage.world.rank]
+    table = pa.concat_tables([schema.empty_table(), *(read_table(shard.path) for shard in done)])
+    errors = [f"{name}: {error}" for name, error in zip(table["scorer"].to_pylist(), table["error"].to_pylist(),
+                                                        strict=True) if error]
+    refuse(stage, errors, score.max_errors)
+    if errors and stage.world.first:
+        stage.counts["scorer_errors"] = len(errors)
+        stage.console.warn(f"{stage.name}: {len(errors)} values are missing because scorers failed; the first: "
+                           f"{errors[0]}")
+    return table
+
+
+class Verdicts:
+    """The open scorers of all sources; called with a completion of one, {scorer: (value, error)}."""
+
+    def __init__(self, stage: Stage, scorers: dict[str, list[Scorer]], files: dict[str, Path], score: Score | Part):
+        self.live, self.scorers = {}, scorers
+        for source, mine in scorers.items():
+            for scorer in mine:
+                self.live[source, scorer.name] = open_scorer(scorer, file_of(scorer, files), workers_of(stage, score))
+
+    def __call__(self, source: str, item: Item) -> dict[str, tuple[float | None, str | None]]:
+        found = {scorer.name: self.live[source, scorer.name].score([item], lambda n: None)[0]
+                 for scorer in self.scorers[source]}
+        return {name: (scored.value, scored.error) for name, scored in found.items()}
+
+    def close(self) -> None:
+        for scorer in self.live.values():
+            scorer.close()
+
+
+def version_of(scorer: Scorer, file: Path | None) -> str:
+    """Hash of all that a scorer's values depend on: its keys, without name and weight, and the user's file."""
+    key = {k: v for k, v in scorer.key().items() if k not in ("name", "python")}
+    if scorer.python is not None:
+        key |= {"function": scorer.python.rpartition(":")[2], "file": hash_file(file)}
+    return hash_json(key)[:12]
+
+
+def refuse(stage: Stage, errors: list[str], allowed: int) -> None:
+    """Raises UserError at more than score.max_errors failed values."""
+    if len(errors) > allowed:
+        more = f"; {len(errors) - 1} before it" if len(errors) > 1 else ""
+        raise UserError(f"{stage.name}: scorer {errors[-1]}{more} (score.max_errors={allowed}; fix it, or raise "
+                        "score.max_errors to go on without such values)")
+
+
+def file_of(scorer: Scorer, files: dict[str, Path]) -> Path | None:
+    return files.get(scorer.python.rpartition(":")[0]) if scorer.python else None
+
+
+def workers_of(stage: Stage, score: Score) -> int:
+    """Processes that scorers of this rank use."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return score.workers or max(1, len(os.sched_getaffinity(0)) // local)
