@@ -1,6 +1,8 @@
 """Judges: both orders, panels, grades, what cannot be read, and verdicts that are asked for once."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from training import stage_in
 
 from strop.trainer.cli import load_recipe
 from strop.trainer.config import Judge, Scorer
+from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.reports.judging import about, between, concordance
@@ -256,6 +259,45 @@ def test_a_recipe_judges_with_the_start_weights(tiny_recipe, tmp_path):
     assert all(0 <= r["value"] <= 1 for r in rows if r["scorer"] == "judge_rubric")
 
 
+def test_a_server_judges(tmp_path):
+    """A server with OpenAI's protocol, which fails once in between: what it answered is not asked for again."""
+    asked, failing = [], []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][0]["content"]
+            if failing and "<answer_a>\naaa" in text:
+                self.send_response(400)
+                self.end_headers()
+                return
+            asked.append((text, body["max_tokens"], body["temperature"]))
+            said = {"choices": [{"message": {"content": longer(text, 0)}, "finish_reason": "stop"}]}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = Judge.model_validate({"mode": "pairwise", "models": [{
+        "engine": "openai", "base_url": f"http://127.0.0.1:{server.server_port}/v1", "model": "m", "concurrency": 2,
+        "max_new_tokens": 99}]})
+    compute = Compute(CPU, torch.float32, {}, tmp_path)
+    failing.append(True)
+    with pytest.raises(UserError, match="the server refuses the request, status 400"):
+        judging.open_judge(config, compute).score(items("aa", "a", "aaa"), lambda n: None)
+    kept = len(read_verdicts(tmp_path))
+    assert kept == len(asked)
+    failing.clear()
+    found = judging.open_judge(config, compute).score(items("aa", "a", "aaa"), lambda n: None)
+    server.shutdown()
+    assert values(found) == [0.5, 0.0, 1.0] and len(asked) == 6
+    assert {(tokens, temperature) for _, tokens, temperature in asked} == {(99, 0.0)}
+
+
 def test_verdicts_are_kept_where_a_stage_resumes(tmp_path, monkeypatch):
     """The stage stops after its verdicts and before its shard is written; then it asks nothing."""
     stage = stage_in(tmp_path / "score", "score")
@@ -284,7 +326,8 @@ def test_verdicts_are_kept_where_a_stage_resumes(tmp_path, monkeypatch):
     ({"mode": "rubric", "scale": [5, 5]}, "best grade must be above"),
     ({"mode": "rubric", "template": "{prompt}"}, "verdict"),
     ({"mode": "pairwise", "template": "{prompt}{verdict}{first}"}, "second"),
-    ({"mode": "rubric", "models": [{}, {}]}, "two are named start"), ({"mode": "rubric", "models": []}, "at least 1")])
+    ({"mode": "rubric", "models": [{"engine": "openai", "base_url": "http://x", "model": "m", "budget": 3}]},
+     "budget is not read"), ({"mode": "rubric", "models": [{}, {}]}, "two are named start"), ({"mode": "rubric", "models": []}, "at least 1")])
 def test_keys_that_a_judge_does_not_read_are_refused(keys, words):
     with pytest.raises(ValueError, match=words):
         Scorer.model_validate({"judge": keys})

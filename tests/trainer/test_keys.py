@@ -99,8 +99,15 @@ TABLE = {
         ("template", "{prompt} {completion} {verdict}", "rubric"), ("opponents", 2, "pairwise"))},
     **{f"data.sources.N.scorers.N.judge.models.N.{key}": (
         Also(value, {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
-                     "data.sources.0.scorers.0.judge": {"mode": "rubric", "models": [{key: value}]}}), SCORES)
-       for key, value in (("name", "other"), ("path", "{folder}/other-model"))},
+                     "data.sources.0.scorers.0.judge": {"mode": "rubric", "models": [{key: value} | served]}}), SCORES)
+       for served, values in (
+           ({}, {"name": "other", "path": "{folder}/other-model"}),
+           ({"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}, {"request": {"a": 1}}),
+           ({"engine": "openai", "base_url": "http://localhost:1/v1"}, {"model": "m"}),
+           ({"engine": "openai", "model": "m"}, {"base_url": "http://localhost:2/v1"}),
+           ({"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"},
+            {"max_new_tokens": 2, "key_env": "A_KEY", "concurrency": 2, "timeout": 1.0, "retries": 1,
+             "requests_per_minute": 5, "tokens_per_minute": 5})) for key, value in values.items()},
     "data.sources.N.scorers.N.weight": (2.0, MEASURE | SELECT),
     "data.sources.N.scorers.N.seconds": (1.0, SCORES),
     "data.sources.N.scorers.N.memory_gb": (1.0, SCORES),
@@ -269,7 +276,9 @@ def test_every_key_has_its_entry():
     keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
     unsaid = keys - TABLE.keys() - REWARD.keys()
-    known = {"method", "sample.engine", "evaluate.engine", "reward.enabled"}
+    judge = "data.sources.N.scorers.N.judge.models.N."
+    known = {"method", "sample.engine", "evaluate.engine", "reward.enabled"} | {  # refused, or beside other keys
+        f"{judge}{key}" for key in ("engine", "budget", "prompt_price", "completion_price")}
     assert unsaid == known, "say which stages these make stale"
     assert TABLE.keys() | REWARD.keys() <= keys, "these keys are no longer there"
 
