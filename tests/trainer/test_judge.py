@@ -327,7 +327,8 @@ def test_verdicts_are_kept_where_a_stage_resumes(tmp_path, monkeypatch):
     ({"mode": "rubric", "template": "{prompt}"}, "verdict"),
     ({"mode": "pairwise", "template": "{prompt}{verdict}{first}"}, "second"),
     ({"mode": "rubric", "models": [{"engine": "openai", "base_url": "http://x", "model": "m", "budget": 3}]},
-     "budget is not read"), ({"mode": "rubric", "models": [{}, {}]}, "two are named start"), ({"mode": "rubric", "models": []}, "at least 1")])
+     "budget is not read"),
+    ({"mode": "rubric", "models": [{}, {}]}, "two are named start"), ({"mode": "rubric", "models": []}, "at least 1")])
 def test_keys_that_a_judge_does_not_read_are_refused(keys, words):
     with pytest.raises(ValueError, match=words):
         Scorer.model_validate({"judge": keys})
