@@ -17,6 +17,7 @@ from strop.trainer.main import main
 from strop.trainer.methods.running import planned
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
+from strop.trainer.scorers import ServedJudge
 
 UPSTREAM = "its inputs are re-run"
 STAGES = ("prompts", "baseline-held-out", "baseline", "sample", "score", "select", "sft", "reference", "dpo", "merge",
@@ -99,15 +100,8 @@ TABLE = {
         ("template", "{prompt} {completion} {verdict}", "rubric"), ("opponents", 2, "pairwise"))},
     **{f"data.sources.N.scorers.N.judge.models.N.{key}": (
         Also(value, {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
-                     "data.sources.0.scorers.0.judge": {"mode": "rubric", "models": [{key: value} | served]}}), SCORES)
-       for served, values in (
-           ({}, {"name": "other", "path": "{folder}/other-model"}),
-           ({"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}, {"request": {"a": 1}}),
-           ({"engine": "openai", "base_url": "http://localhost:1/v1"}, {"model": "m"}),
-           ({"engine": "openai", "model": "m"}, {"base_url": "http://localhost:2/v1"}),
-           ({"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"},
-            {"max_new_tokens": 2, "key_env": "A_KEY", "concurrency": 2, "timeout": 1.0, "retries": 1,
-             "requests_per_minute": 5, "tokens_per_minute": 5})) for key, value in values.items()},
+                     "data.sources.0.scorers.0.judge": {"mode": "rubric", "models": [{key: value}]}}), SCORES)
+       for key, value in (("name", "other"), ("path", "{folder}/other-model"))},
     "data.sources.N.scorers.N.weight": (2.0, MEASURE | SELECT),
     "data.sources.N.scorers.N.seconds": (1.0, SCORES),
     "data.sources.N.scorers.N.memory_gb": (1.0, SCORES),
@@ -276,9 +270,8 @@ def test_every_key_has_its_entry():
     keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
     unsaid = keys - TABLE.keys() - REWARD.keys()
-    judge = "data.sources.N.scorers.N.judge.models.N."
-    known = {"method", "sample.engine", "evaluate.engine", "reward.enabled"} | {  # refused, or beside other keys
-        f"{judge}{key}" for key in ("engine", "budget", "prompt_price", "completion_price")}
+    known = {"method", "sample.engine", "evaluate.engine", "reward.enabled",
+             "data.sources.N.scorers.N.judge.models.N.engine"}
     assert unsaid == known, "say which stages these make stale"
     assert TABLE.keys() | REWARD.keys() <= keys, "these keys are no longer there"
 
@@ -323,6 +316,15 @@ def test_a_key_of_an_engine_counts_if_it_can_change_what_is_written(run, section
         keep = {name: value for name, value in recipe[section].items() if name in one.model_fields and name != "engine"}
         why = own_reasons(planned(load_recipe(recipe | {section: keep | data}), Console(enabled=False))[1].plan)
         assert why.keys() == {"sample", "final"} if section == "sample" else MEASURE
+
+
+def test_a_key_of_a_judge_on_a_server_counts_if_it_can_change_verdicts():
+    keys = ENGINES["openai"][1] | {"max_new_tokens": (2, True), "name": ("j", True)}
+    refused = {"budget", "prompt_price", "completion_price"}
+    assert ServedJudge.model_fields.keys() - keys.keys() == {"engine"}
+    for name in keys.keys() - refused:
+        value, counts = keys[name]
+        assert (ServedJudge(**SERVER).key() != ServedJudge(**SERVER | {name: value}).key()) == counts, name
 
 
 @pytest.mark.parametrize("key", TABLE)

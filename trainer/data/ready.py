@@ -153,6 +153,7 @@ def _sft_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded]
 
 def _pair_row(tokenizer, row: dict,
               name: str) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str], float | None]:
+    margin, row = _margin(row), {column: value for column, value in row.items() if column != "margin"}
     implicit = row.get("prompt") is None
     names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
     values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt",
@@ -173,11 +174,17 @@ def _pair_row(tokenizer, row: dict,
         user_text, replies = _user_text([*prompt, *chosen]), (_last(chosen), _last(rejected))
     if one.tokens == other.tokens:
         raise Unfit("identical", "chosen equals rejected")
+    return ids, (one, other), user_text, replies, margin
+
+
+def _margin(row: dict) -> float | None:
+    """How much better chosen is, if the row says."""
     margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float) or not (
-            math.isfinite(margin))):
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
         raise UserError(f"column 'margin' must hold a finite number, is {margin!r}"[:200])
-    return ids, (one, other), user_text, replies, None if margin is None else float(margin)
+    return float(margin)
 
 
 def _user_text(messages: list[dict]) -> str:

@@ -180,7 +180,8 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             weight, (adapter,) = module.get_base_layer().weight, module.active_adapters
             merged[weight.data_ptr()] = (weight + module.get_delta_weight(adapter).to(weight.dtype)).cpu()
     for name, value in base.state_dict().items():
-        if ".lora_" not in name:
+        if ".lora_" not in name and ".original_module." not in name:  # of a reward model's head the trained copy counts
+            name = re.sub(r"\.modules_to_save\.\w+\.", ".", name)
             found[name.replace(".base_layer.", ".")] = merged.get(value.data_ptr(), value)
     return found
 
