@@ -180,7 +180,7 @@ def test_the_guides_recipes_can_be_planned(tiny_model, tmp_path, monkeypatch, ca
     for name in ("pairs.jsonl", "maths", "chats.jsonl"):
         (tmp_path / "data" / name).write_text(rows)
     reward_folder(tiny_model, tmp_path / "models/rm")
-    for name in ("my-model", "judge-a", "judge-b"):
+    for name in ("my-model", "judge-a"):
         (tmp_path / "models" / name).symlink_to(tiny_model)
     assert len(recipes) == 3
     for i, text in enumerate(recipes):
