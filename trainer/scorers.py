@@ -39,8 +39,8 @@ class Code(Section):
 class LocalJudge(Section):
     engine: Literal["in_process"] = Field("in_process", description="what the judge runs on: in_process, or openai (a "
                                           "server with OpenAI's protocol)")
-    name: str | None = Field(None, min_length=1, description="name of the judge in reports. Default: the folder's, or "
-                             "start")
+    name: str | None = Field(None, min_length=1, max_length=100, description="name of the judge in reports. Default: "
+                             "the folder's, or start")
     path: FilePath | None = Field(None, description="folder of a causal LM. Default: the run's start weights")
 
     @model_validator(mode="after")
@@ -51,7 +51,8 @@ class LocalJudge(Section):
 
 
 class ServedJudge(OpenAI):
-    name: str | None = Field(None, min_length=1, description="name of the judge in reports. Default: the model's")
+    name: str | None = Field(None, min_length=1, max_length=100,
+                             description="name of the judge in reports. Default: the model's")
     max_new_tokens: Positive = Field(1024, description="most tokens of a judge's answer")
 
     @model_validator(mode="after")
