@@ -1,7 +1,7 @@
 """The training steps that benchmarks time: Strop's engine and TRL's trainers on the same model, tokens and optimizer.
 
 A step is what a trainer does between two weight updates: batch to device, forward, backward, clipping, AdamW on fp32
-masters. TRL runs with precomputed references (DPO) or bfd packing (SFT).
+masters. TRL runs with precomputed references (DPO), bfd packing (SFT) or padding (reward).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BETA, LR = 0.1, 1e-6
 
 @dataclass(frozen=True)
 class Job:
-    """rows: pairs (DPO) or rows (SFT) of a step. max_tokens: Strop's budget of a microbatch; trl_tokens: TRL's length
-    of an SFT pack; trl_pairs: pairs in one of TRL's passes, 0 for all."""
+    """rows: pairs (DPO, reward) or rows (SFT) of a step. max_tokens: Strop's budget of a microbatch; trl_tokens: TRL's
+    length of an SFT pack; trl_pairs: pairs in one of TRL's passes, 0 for all."""
 
     model: str
     task: str
@@ -45,7 +45,11 @@ class Job:
     @property
     def distinct_tokens(self) -> int:
         """Real tokens; a prompt counts once, however often it is computed."""
-        return self.rows * (self.prompt + self.completion * (2 if self.task == "dpo" else 1))
+        return self.rows * (self.prompt + self.completion * self.completions)
+
+    @property
+    def completions(self) -> int:
+        return 1 if self.task == "sft" else 2
 
 
 def token_rows(job: Job, vocab: int) -> list[tuple[list[int], list[list[int]]]]:
@@ -55,7 +59,7 @@ def token_rows(job: Job, vocab: int) -> list[tuple[list[int], list[list[int]]]]:
         return [draw.randrange(10, vocab - 10) for _ in range(n)]
 
     return [
-        (ids(job.prompt), [ids(job.completion) for _ in range(2 if job.task == "dpo" else 1)]) for _ in range(job.rows)
+        (ids(job.prompt), [ids(job.completion) for _ in range(job.completions)]) for _ in range(job.rows)
     ]
 
 
@@ -127,30 +131,37 @@ def strop_engine(job: Job, folder: Path):
         {"dtype": job.dtype, "data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
     )
     stage = SimpleNamespace(world=World(device=torch.device(job.device)), console=Console(enabled=False))
-    return Engine(ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed)
+    return Engine(
+        ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed,
+        reward=job.task == "reward",
+    )
 
 
 def strop_step(job: Job, folder: Path, engine=None) -> tuple[float, Callable[[], torch.Tensor]]:
     """(FLOPs of a step, a function that runs one and returns its loss). engine: a `strop_engine` to use again."""
     from strop.kernels import preference_loss
     from strop.kernels.layout import Group
+    from strop.trainer.models.reward import Rewarder
     from strop.trainer.training.batch import Example, collate, microbatches
     from strop.trainer.training.flops import sizes_of, training_flops
     from strop.trainer.training.logprobs import Scorer
+    from strop.trainer.training.rewards import Ranked, pair_tensors, reward_loss, scored_group
 
     device = torch.device(job.device)
     engine = engine or strop_engine(job, folder)
-    scorer = Scorer(engine.model)
+    reward = job.task == "reward"
+    scorer = (Rewarder if reward else Scorer)(engine.model)
     examples = [
-        Example(str(i), Group(prompt, completions))
+        Example(str(i), scored_group(prompt, completions) if reward else Group(prompt, completions))
         for i, (prompt, completions) in enumerate(token_rows(job, engine.model.config.vocab_size))
     ]
+    ranked = [Ranked(example, [(0, 1, 0.0)], "") for example in examples]
     targets = sum(sum(example.targets()) for example in examples)
     costs = [training_flops(sizes_of(engine.model), example) for example in examples]
     (packs,) = microbatches(examples, list(range(job.rows)), costs, job.max_tokens, 1)
 
     with torch.no_grad():
-        references = [scorer(collate(examples, rows, device)) for rows in packs]
+        references = [None if reward else scorer(collate(examples, rows, device)) for rows in packs]
 
     def step() -> torch.Tensor:
         total = torch.zeros((), device=device)
@@ -159,7 +170,9 @@ def strop_step(job: Job, folder: Path, engine=None) -> tuple[float, Callable[[],
                 engine.weights.fold()
             groups = collate(examples, rows, device)
             logp = scorer(groups)
-            if job.task == "dpo":
+            if reward:
+                loss, _ = reward_loss(logp, *pair_tensors([ranked[j] for j in rows], device), job.rows)
+            elif job.task == "dpo":
                 loss, _ = preference_loss(
                     logp,
                     reference,
@@ -205,16 +218,21 @@ def trl_trainer(job: Job, folder: Path, callback, max_steps: int = 1 << 20):
     import datasets
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+    from strop.trainer.models.loading import ModelFolder
 
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     masters, autocast = job.side == "trl masters", job.side == "trl autocast"
     cuda = job.device == "cuda"
     options = {"attn_implementation": "flash_attention_2"} if cuda and has_flash_attn() else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16 if masters else torch.float32, **options
-    ).to(job.device)
+    dtype = torch.bfloat16 if masters else torch.float32
+    if job.task == "reward":  # with the head that Strop draws
+        attention = options.get("attn_implementation", "sdpa")
+        model = ModelFolder(folder).load(dtype, torch.device(job.device), attention, reward=True, head_seed=0)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(job.device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = token_rows(job, model.config.vocab_size)
     optimizer = MasterAdamW(model.parameters(), lr=LR, weight_decay=0.0) if masters else None
@@ -250,17 +268,27 @@ def trl_trainer(job: Job, folder: Path, callback, max_steps: int = 1 << 20):
         dataset = datasets.Dataset.from_list(records)
         return SFTTrainer(model, train_dataset=dataset, **common | {"args": config})
 
+    pairs = job.trl_pairs or job.rows
+    batches = {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": job.rows // pairs}
+    if job.task == "reward":
+
+        class Rewards(RewardTrainer):
+            def _prepare_dataset(self, dataset, *args):
+                return dataset
+
+        records = [{"chosen_ids": p + c, "rejected_ids": p + r} for p, (c, r) in rows] * 10
+        tokenizer.pad_token_id = 0  # drawn tokens are above
+        config = RewardConfig(max_length=None, **batches, **shared)
+        dataset = datasets.Dataset.from_list(records)
+        return Rewards(model, train_dataset=dataset, **common | {"args": config})
+
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset, *args):
             return dataset
 
     # Ten times the rows, so that no epoch ends, where TRL would build a new loader between steps.
     records = [{"prompt_ids": p, "chosen_ids": c, "rejected_ids": r} for p, (c, r) in rows] * 10
-    pairs = job.trl_pairs or job.rows
-    config = DPOConfig(
-        per_device_train_batch_size=pairs, gradient_accumulation_steps=job.rows // pairs,
-        precompute_ref_log_probs=False, beta=BETA, max_length=None, **shared,
-    )
+    config = DPOConfig(precompute_ref_log_probs=False, beta=BETA, max_length=None, **batches, **shared)
     dataset = datasets.Dataset.from_list(records)
     trainer = Trainer(model, ref_model=None, train_dataset=dataset, **common | {"args": config})
     # The reference log-probs that TRL would precompute, for the one batch of all steps.
@@ -300,7 +328,7 @@ def sharing_ratio(job: Job, folder: Path) -> float:
         + 3 * c.hidden_size * c.intermediate_size
     )
     head, width = c.vocab_size * c.hidden_size, c.num_hidden_layers * c.num_attention_heads * head_dim
-    k, p, n = (2 if job.task == "dpo" else 1), job.prompt, job.completion
+    head, k, p, n = 0 if job.task == "reward" else head, job.completions, job.prompt, job.completion
     whole = p + n
 
     def flops(tokens: int, predicted: int, scores: float) -> float:

@@ -1,6 +1,7 @@
-"""A DPO or SFT step of Strop beside TRL's: the same model, tokens, optimizer and precision, interleaved in one run.
+"""A step of DPO, SFT or reward modeling of Strop beside TRL's: the same model, tokens, optimizer and precision,
+interleaved in one run.
 
-    python -m benchmarks.train_step [--tasks dpo,sft] [--shapes 512:64,128:64,64:256] [--rounds 2] [--write]
+    python -m benchmarks.train_step [--tasks dpo,sft,reward] [--shapes 512:64,128:64,64:256] [--rounds 2] [--write]
 
 Each side runs in a process of its own that waits while the other takes a step, so that neither peak memory nor warm-up
 of one touches the other. benchmarks.step_sides has the steps; TRL runs once with fp32 weights under autocast, which is

@@ -314,7 +314,7 @@ def _spoken(section: type[BaseModel]) -> str:
 def _sections_at(path: list, data: Any = None, every: bool = False) -> list[type[BaseModel]]:
     """The section at a path, in a list of one; empty if there is none. data: the recipe's, which says which engine's
     section it is where there are several. every: the sections of all engines."""
-    sections = [Recipe]
+    sections = [next((recipe for recipe in RECIPES.values() if path and path[0] in recipe.model_fields), Recipe)]
     for i, part in enumerate(path):
         if not isinstance(part, int):
             fields = sections[0].model_fields if sections else {}
@@ -391,6 +391,11 @@ def help_text() -> str:
 
     for name, info in Recipe.model_fields.items():
         field(name, info, "")
+    for method, recipe in RECIPES.items():
+        for name in recipe.model_fields.keys() - Recipe.model_fields.keys():
+            lines.append(f"\n{name}: {recipe.model_fields[name].description}; only with method={method}")
+            for key, info in recipe.model_fields[name].annotation.model_fields.items():
+                field(key, info, f"{name}.")
     return "\n".join(lines)
 
 

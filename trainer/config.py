@@ -4,14 +4,14 @@ A recipe is a YAML file; `key=value` on the command line overrides it. Stages re
 sections, and the hash of what a stage receives is its key: a field that cannot change a result is `UNKEYED`.
 """
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
 
 from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, Sample
+from strop.trainer.scorers import Code, Judge, Rule, Scorer  # noqa: F401 - imported from here
 from strop.trainer.section import (  # noqa: F401 - readers of recipes import some of these from here
     BY_CONTENT,
     UNKEYED,
@@ -27,8 +27,6 @@ from strop.trainer.section import (  # noqa: F401 - readers of recipes import so
     key_of,
     read_text,
 )
-
-Rule = Literal["reasoning_gym", "number", "exact", "choice", "regex", "math", "instructions"]
 
 
 class Model(Section):
@@ -48,66 +46,6 @@ class Lora(Section):
     alpha: Weight = Field(32.0, description="LoRA scale is alpha / rank")
     dropout: BelowOne = Field(0.0, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field("all-linear", description="names of the modules that get an adapter")
-
-
-class Code(Section):
-    kind: Literal["asserts", "pytest", "stdio"] = Field(
-        "asserts", description="the tests: asserts (a text or a list of texts), a pytest file, or a list of {input, "
-        "output} for stdin and stdout")
-    tests_column: str = Field("tests", description="column with the tests")
-    entry_column: str | None = Field(None, description="column with the name of the function to write; a function "
-                                     "check(candidate) in the tests is called with it")
-    prefix_column: str | None = Field(None, description="column with code that is put before the completion's")
-    module: str = Field("solution", pattern=r"^[A-Za-z_]\w*$", description="pytest: name by which the tests import the "
-                        "program")
-    command: list[str] = Field([], description="stdio: what runs the program, e.g. [node, program]. Default: "
-                               "Python")
-    file: str = Field("program", pattern=r"^[A-Za-z0-9_][\w.-]*$", description="stdio: file that the program is "
-                      "written to for command")
-    processes: Positive = Field(1, le=1024, description="processes of a program; 1 forbids it to start any")
-    output_kb: Positive = Field(1024, le=1 << 20, description="largest output, and largest file, of a program")
-
-    @model_validator(mode="after")
-    def agree(self):
-        if self.command and self.kind != "stdio":
-            raise ValueError(f"command is for kind=stdio; kind={self.kind} runs Python")
-        return self
-
-
-class Scorer(Section):
-    name: str | None = Field(None, min_length=1, max_length=100,
-                             description="name of the scorer in tables and reports. Default: the rule's or the "
-                             "function's")
-    rule: Rule | None = Field(None, description="a built-in rule")
-    args: dict[str, Any] = Field({}, description="rule: its arguments (regex: pattern; number: tolerance; choice: "
-                                 "choices; instructions: loose, all)")
-    python: FilePath | None = Field(None, description="instead of rule: a function of your own, as file.py:function")
-    code: Code | None = Field(None, description="instead of rule: run the completion's code against unit tests in a "
-                              "sandbox; the score is the share that passes")
-    weight: float = Field(1.0, ge=-1e6, le=1e6, json_schema_extra=UNKEYED,
-                          description="of this value in the sum that is a completion's score; 0 only records it")
-    seconds: PositiveFloat = Field(10.0, le=86_400, description="python and code: time limit for a "
-                                   "completion, or for a test with code.kind=stdio")
-    memory_gb: PositiveFloat | None = Field(None, le=4096, description="memory limit of a process. Default: 4 for "
-                                            "python, 1 for code")
-
-    @model_validator(mode="after")
-    def one_kind(self):
-        kinds = [k for k in UNREAD if getattr(self, k) is not None]
-        if len(kinds) != 1:
-            raise ValueError(f"name exactly one of {', '.join(UNREAD)}")
-        for key in UNREAD[kinds[0]]:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is not read by a {kinds[0]} scorer; leave it out")
-        if self.python is not None and not re.fullmatch(r".+\.py:[A-Za-z_]\w*", self.python):
-            raise ValueError(f"python={self.python} must be file.py:function")
-        if self.name is None:
-            self.name = self.rule or (self.python or "code").rpartition(":")[2]
-        return self
-
-
-# kinds of scorers, with the keys that only other kinds have
-UNREAD = {"rule": ("seconds", "memory_gb"), "python": ("args",), "code": ("args",)}
 
 
 class Source(Section):
@@ -284,6 +222,22 @@ class Dpo(Train):
                                                           description="weights that give the reference log-probs")
 
 
+class Reward(Train):
+    enabled: Literal[True] = Field(True, description="always; the method is this stage")
+    lr: PositiveFloat = Field(1e-5, description="peak learning rate")
+    pairs: Literal["selected", "all"] = Field(
+        "selected", description="of sampled completions: the pairs that select makes, or every pair of a prompt's "
+        "completions with different scores, in one group that counts as one example (InstructGPT). Ready-made pairs "
+        "are used either way")
+    margin: float = Field(0.0, ge=0.0, le=1e6, description="weight of a pair's margin in the loss (Llama 2): the "
+                          "column margin of ready-made data, the difference in score of samples")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="assumed share of flipped labels")
+    centering: float = Field(0.0, ge=0.0, le=1e6, description="weight of the squared sum of a pair's scores, which "
+                             "keeps scores around 0; 0.01 is usual")
+    held_out: BelowOne = Field(0.1, description="share of the prompts whose pairs are not trained on, but measure "
+                               "accuracy, calibration and length bias")
+
+
 class Merge(Section):
     method: Literal["last", "average", "ema"] = Field("last", description="last: the round's last weights; average: "
                                                       "of members; ema: of the last stage that trained")
@@ -384,7 +338,28 @@ class Recipe(Section):
         return self
 
 
-RECIPES: dict[str, type[Recipe]] = {"llama3": Recipe}  # the keys of each method
+class RewardRecipe(Recipe):
+    """The keys of method reward: those of Recipe but for stages that it does not have, and reward."""
+
+    method: Literal["reward"] = Field("reward", description="trains a reward model: a function in trainer/methods")
+    rounds: Literal[1] = Field(1, description="always one round of sample, score, select and reward")
+    reward: Reward = Field(Reward(), description="training the reward model")
+
+    UNREAD: ClassVar = ("sft", "dpo", "merge", "evaluate")
+
+    @model_validator(mode="after")
+    def only_what_is_read(self):
+        for key in self.UNREAD:
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} is not read by method reward; leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def without_unread(self, handler):
+        return {key: value for key, value in handler(self).items() if key not in self.UNREAD}
+
+
+RECIPES: dict[str, type[Recipe]] = {"llama3": Recipe, "reward": RewardRecipe}  # the keys of each method
 
 
 def to_yaml(recipe: Recipe) -> str:

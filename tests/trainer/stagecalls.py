@@ -8,6 +8,7 @@ from strop.trainer.stages import merge as merge_stage
 from strop.trainer.stages import preference, publish, results
 from strop.trainer.stages import prompts as prompts_stage
 from strop.trainer.stages import reference as reference_stage
+from strop.trainer.stages import reward as reward_stage
 from strop.trainer.stages import sample as sample_stage
 from strop.trainer.stages import score as score_stage
 from strop.trainer.stages import select as select_stage
@@ -71,6 +72,10 @@ def sft(stage, recipe, **inputs):
 
 def dpo(stage, recipe, **inputs):
     preference.dpo(stage, dpo=recipe.dpo, **training(recipe), **inputs)
+
+
+def reward(stage, recipe, **inputs):
+    reward_stage.reward(stage, reward=recipe.reward, **training(recipe), **({"history": []} | inputs))
 
 
 def reference(stage, recipe, *, select, model):

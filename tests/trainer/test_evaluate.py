@@ -68,7 +68,7 @@ class Thirds:
 @pytest.fixture
 def verdicts(monkeypatch):
     """Replaces the scorer. Many tokens end a turn, since a random model hardly ever draws the one that does."""
-    monkeypatch.setattr(table, "open_scorer", lambda config, file, workers: Thirds())
+    monkeypatch.setattr(table, "open_scorer", lambda *_: Thirds())
     monkeypatch.setattr(module, "stop_ids", lambda tokenizer, folder: STOP)
 
 

@@ -8,6 +8,7 @@ from typing import get_args, get_origin
 import pytest
 import torch
 from conftest import CHATML, write_recipe
+from test_reward import reward_folder
 
 from strop.trainer.cli import load_recipe
 from strop.trainer.config import RECIPES, Recipe, Section
@@ -16,6 +17,7 @@ from strop.trainer.main import main
 from strop.trainer.methods.running import planned
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
+from strop.trainer.scorers import ServedJudge
 
 UPSTREAM = "its inputs are re-run"
 STAGES = ("prompts", "baseline-held-out", "baseline", "sample", "score", "select", "sft", "reference", "dpo", "merge",
@@ -88,6 +90,18 @@ TABLE = {
         ("kind", "pytest", {}), ("tests_column", "t", {}), ("entry_column", "e", {}), ("prefix_column", "p", {}),
         ("module", "m", {}), ("command", ["cat"], {"data.sources.0.scorers.0.code.kind": "stdio"}), ("file", "f", {}),
         ("processes", 2, {}), ("output_kb", 2, {}))},
+    "data.sources.N.scorers.N.reward_model": (Also("{folder}/reward-model", {"data.sources.0.scorers.0.python": None,
+                                                                            "data.sources.0.scorers.0.name": "grade"}),
+                                              SCORES),
+    **{f"data.sources.N.scorers.N.judge.{key}": (
+        Also(value, {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
+                     "data.sources.0.scorers.0.judge.mode": mode}), SCORES) for key, value, mode in (
+        ("mode", "rubric", "rubric"), ("rubric", "It rhymes.", "rubric"), ("scale", [1, 5], "rubric"),
+        ("template", "{prompt} {completion} {verdict}", "rubric"), ("opponents", 2, "pairwise"))},
+    **{f"data.sources.N.scorers.N.judge.models.N.{key}": (
+        Also(value, {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
+                     "data.sources.0.scorers.0.judge": {"mode": "rubric", "models": [{key: value}]}}), SCORES)
+       for key, value in (("name", "other"), ("path", "{folder}/other-model"))},
     "data.sources.N.scorers.N.weight": (2.0, MEASURE | SELECT),
     "data.sources.N.scorers.N.seconds": (1.0, SCORES),
     "data.sources.N.scorers.N.memory_gb": (1.0, SCORES),
@@ -162,6 +176,14 @@ TABLE = {
 }
 
 
+# the keys of method reward's own section; the run has these stages
+REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
+    "epochs": 2.0, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
+    "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
+    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "pairs": "all", "margin": 1.0,
+    "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {"reward.checkpoint_steps": (3, NOTHING)}
+
+
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
     """A finished run of one round with a source of prompts, ready data of both kinds and a chat template; not to be
@@ -177,6 +199,7 @@ def run(tiny_model, tmp_path_factory):
     (folder / "chat.jinja").write_text(CHATML)
     (folder / "other.jinja").write_text(CHATML + "{# other #}")
     shutil.copytree(tiny_model, folder / "other-model")
+    reward_folder(tiny_model, folder / "reward-model")
     (folder / "other-model" / "special_tokens_map.json").write_text('{"pad_token": "<|im_end|>"}')
     text = path.read_text().replace("rounds: 2", "rounds: 1\ndevice: cpu")
     text = text.replace(f"model: {{path: {tiny_model}}}",
@@ -246,8 +269,11 @@ def fields(section: type[Section], prefix: str = "", every: bool = False):
 def test_every_key_has_its_entry():
     keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
-    assert keys - TABLE.keys() == {"method", "sample.engine", "evaluate.engine"}, "say which stages these make stale"
-    assert TABLE.keys() <= keys, "these keys are no longer there"
+    unsaid = keys - TABLE.keys() - REWARD.keys()
+    known = {"method", "sample.engine", "evaluate.engine", "reward.enabled",
+             "data.sources.N.scorers.N.judge.models.N.engine"}
+    assert unsaid == known, "say which stages these make stale"
+    assert TABLE.keys() | REWARD.keys() <= keys, "these keys are no longer there"
 
 
 SERVER = {"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}
@@ -292,10 +318,20 @@ def test_a_key_of_an_engine_counts_if_it_can_change_what_is_written(run, section
         assert why.keys() == {"sample", "final"} if section == "sample" else MEASURE
 
 
+def test_a_key_of_a_judge_on_a_server_counts_if_it_can_change_verdicts():
+    keys = ENGINES["openai"][1] | {"max_new_tokens": (2, True), "name": ("j", True)}
+    refused = {"budget", "prompt_price", "completion_price"}
+    assert ServedJudge.model_fields.keys() - keys.keys() == {"engine"}
+    for name in keys.keys() - refused:
+        value, counts = keys[name]
+        assert (ServedJudge(**SERVER).key() != ServedJudge(**SERVER | {name: value}).key()) == counts, name
+
+
 @pytest.mark.parametrize("key", TABLE)
 def test_a_key_makes_stale_what_depends_on_it_and_nothing_else(run, key):
     value, expected = TABLE[key]
-    others = value.others if isinstance(value, Also) else {}
+    others = json.dumps(value.others if isinstance(value, Also) else {})
+    others = json.loads(others.replace("{folder}", str(run.parent)))
     value = value.value if isinstance(value, Also) else value
     value = value.replace("{folder}", str(run.parent)) if isinstance(value, str) else value
     dotted = key.replace(".N.", ".0.")
@@ -306,6 +342,44 @@ def test_a_key_makes_stale_what_depends_on_it_and_nothing_else(run, key):
     entries = plan(run, {dotted: value} | others)
     own = own_reasons(entries)
     assert own.keys() == expected, own
+    assert stale(entries) == closure(entries)
+
+
+@pytest.fixture(scope="module")
+def reward_run(run, tiny_model):
+    """A finished run of method reward, with ready pairs and samples; not to be changed."""
+    folder, threads = run.parent / "reward", torch.get_num_threads()
+    folder.mkdir()
+    rows = [{"prompt": f"say {i}", "chosen": f"{i}", "rejected": "no"} for i in range(9)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "rm.yaml"
+    path.write_text(f"""\
+name: rm
+method: reward
+output_dir: {folder / 'runs'}
+dtype: float32
+threads: 1
+device: cpu
+model: {{path: {tiny_model}}}
+data:
+  validation: 5
+  test: 5
+  preferences: [{{name: pairs, path: {folder / 'pairs.jsonl'}, near_duplicates: false}}]
+  sources:
+    - {{name: digits, path: {run.parent / 'prompts.jsonl'}, verifier: regex, verifier_args: {{pattern: "[0-9]"}}}}
+sample: {{prompts: 20, k: 6, max_new_tokens: 16}}
+log: {{tensorboard: false}}
+""")
+    assert main([str(path)]) == 0
+    torch.set_num_threads(threads)
+    return path
+
+
+@pytest.mark.parametrize("key", REWARD)
+def test_a_key_of_the_reward_model_makes_it_stale(reward_run, key):
+    value, expected = REWARD[key]
+    entries = planned(load_recipe(reward_run, {key: value}), Console(enabled=False))[1].plan
+    assert own_reasons(entries).keys() == expected
     assert stale(entries) == closure(entries)
 
 

@@ -12,17 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stagecalls import dpo, reference, sft
+from stagecalls import dpo, reference, reward, sft
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import Log, recipe_of, select_of, stage_in
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
+from strop.trainer.config import RewardRecipe
 from strop.trainer.run.world import World
+from strop.trainer.training import rewards
 from strop.trainer.training.local import Engine, add_lora
 from strop.trainer.training.masters import Masters
 
@@ -90,10 +92,11 @@ def device(request, monkeypatch, tiny_model):
         with mode:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=where)
 
-    def load(folder, dtype, *_, **__):
+    def load(folder, dtype, *_, reward=False, **__):
         with unset_fake_temporarily():
-            config = AutoConfig.from_pretrained(tiny_model)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+            config = AutoConfig.from_pretrained(tiny_model, num_labels=1)
+            kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+            model = kind.from_config(config, attn_implementation=attention).to(dtype)
         return model if is_lora else on_device(model)
 
     def on_device(model):
@@ -118,6 +121,11 @@ def device(request, monkeypatch, tiny_model):
         on_host = {"segments": mode.from_tensor(groups.segments)} if is_fake else {}
         return dataclasses.replace(groups, **{k: moved(v) for k, v in groups._tensors().items()}, **on_host)
 
+    def pair_tensors(rows, _):
+        with unset_fake_temporarily():
+            tensors = rewards.pair_tensors(rows, torch.device("cpu"))
+        return tuple(map(moved, tensors))
+
     def of(table, examples, indices, _):
         return torch.zeros(sum(sum(examples[i].targets()) for i in indices), device=where)
 
@@ -136,7 +144,8 @@ def device(request, monkeypatch, tiny_model):
             ("training.loop", "collate", collate), ("training.loop", "peak_flops", lambda *_: 1.0),
             ("stages.preference", "probe", lambda *_: True), ("stages.sft", "probe", lambda *_: True),
             ("training.pairs.ReferenceTable", "of", of), ("training.pairs.ReferenceTable", "__init__", lambda *_: None),
-            ("training.local.Engine", "resume", lambda *_: False)):
+            ("stages.reward", "packs", lambda *_: True), ("stages.reward", "set_padding", lambda *_: None),
+            ("stages.reward", "pair_tensors", pair_tensors), ("training.local.Engine", "resume", lambda *_: False)):
         monkeypatch.setattr(f"strop.trainer.{module}.{name}", value)
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch, "tensor", from_host)
@@ -159,7 +168,7 @@ def device(request, monkeypatch, tiny_model):
         steps, step = [], Engine.step
         monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
         inputs = {"select": select_of(folder / "select", 12)}
-        inputs |= {"start": tiny_model} if stage is sft else {"policy": tiny_model, "reference": folder,
+        inputs |= {"start": tiny_model} if stage in (sft, reward) else {"policy": tiny_model, "reference": folder,
                                                               "same_weights": False}
         is_lora.extend([True] * recipe.lora.rank)
         with mode, BlockingCopies(), WithoutCuda(), torch.set_grad_enabled(not is_fake), \
@@ -183,6 +192,13 @@ def test_dpo_steps_wait_for_nothing(device, tmp_path, keys):
 def test_sft_steps_wait_for_nothing(device, tmp_path):
     recipe = recipe_of(dtype="bfloat16", sft=KEYS, log={"interval": 3})
     assert device.run(sft, tmp_path, recipe) == INTERVAL
+
+
+def test_reward_steps_wait_for_nothing(device, tmp_path):
+    recipe = RewardRecipe.model_validate({
+        "dtype": "bfloat16", "data": {"preferences": [{"name": "x", "path": "x"}]}, "log": {"interval": 3},
+        "reward": KEYS | {"held_out": 0.0, "label_smoothing": 0.1, "centering": 0.01}})
+    assert device.run(reward, tmp_path, recipe) == INTERVAL
 
 
 def test_lora_steps_wait_for_nothing(device, tmp_path):

@@ -54,7 +54,7 @@ def select_of(folder: Path, n: int = 12, seed: int = 0, vocab: int = 90, **colum
         sft.append(shared | {"sample_index": 0, "completion_tokens": chosen, "score": 1.0,
                              "loss_mask": [True] + [draw.random() < 0.8 for _ in chosen[1:]]})
         pairs.append(shared | {"chosen_tokens": chosen, "rejected_tokens": rejected, "chosen_score": 1.0,
-                               "rejected_score": 0.0, "chosen_mask": [True] * len(chosen),
+                               "rejected_score": 0.0, "margin": None, "chosen_mask": [True] * len(chosen),
                                "rejected_mask": [True] * len(rejected),
                                "chosen_template": [False] * (len(chosen) - 1) + [len(chosen) > 1],
                                "rejected_template": [False] * (len(rejected) - 1) + [len(rejected) > 1]})

@@ -57,6 +57,12 @@ def encode_prompt(tokenizer, messages: Sequence[dict], **template_kwargs) -> lis
     return ids
 
 
+def encode_messages(tokenizer, messages: Sequence[dict]) -> list[int]:
+    """Token ids of a whole conversation as the template renders it. Special tokens spelled out in a message are encoded
+    as text. Raises UserError if the template rejects the messages."""
+    return _ids(tokenizer, mark(tokenizer, messages), WHOLE, {})
+
+
 def encode_completion(tokenizer, messages_prefix: Sequence[dict], completion_messages: Sequence[dict],
                       **template_kwargs) -> Encoded:
     """`completion_messages` as they follow `encode_prompt(tokenizer, messages_prefix)`. If that ends with an assistant

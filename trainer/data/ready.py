@@ -6,6 +6,7 @@ not read is refused unless the recipe ignores it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Unfit(Exception):
 @dataclass(frozen=True)
 class Ready:
     """An encoded row. completions: one for SFT, or chosen and rejected; user_text: the user's turns; replies: the last
-    assistant message of each completion."""
+    assistant message of each completion; margin: how much better chosen is, if the row says."""
 
     where: str
     n: int
@@ -37,6 +38,7 @@ class Ready:
     completions: tuple[Encoded, ...]
     user_text: str
     replies: tuple[str, ...]
+    margin: float | None = None
 
 
 def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
@@ -55,7 +57,7 @@ def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None,
 def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
                 quarantine: Quarantine) -> list[dict]:
     """Rows of pairs.parquet from `prompt` + `chosen` + `rejected`, or from `chosen` and `rejected` that both begin with
-    the prompt.
+    the prompt. A column `margin` says how much better chosen is.
 
     Drops rows as `ready_sft` does, and pairs of equal completions. Quality filters look at chosen only: a bad rejected
     completion may be the point of the pair. Raises UserError as `ready_sft` does.
@@ -67,8 +69,8 @@ def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | Non
                      "prompt_tokens": row.prompt, "chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens,
                      "chosen_mask": chosen.loss_mask, "rejected_mask": rejected.loss_mask,
                      "chosen_template": chosen.template_mask, "rejected_template": rejected.template_mask,
-                     "chosen_score": None, "rejected_score": None, "decided_by": None, "weight": data.weight,
-                     "origin": data.name})
+                     "chosen_score": None, "rejected_score": None, "margin": row.margin, "decided_by": None,
+                     "weight": data.weight, "origin": data.name})
     return rows
 
 
@@ -149,7 +151,9 @@ def _sft_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded]
     return ids, (learned,), _user_text([*prompt, *completion]), (_last(completion),)
 
 
-def _pair_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str]]:
+def _pair_row(tokenizer, row: dict,
+              name: str) -> tuple[list[int], tuple[Encoded, Encoded], str, tuple[str, str], float | None]:
+    margin, row = _margin(row), {column: value for column, value in row.items() if column != "margin"}
     implicit = row.get("prompt") is None
     names = ("chosen", "rejected") if implicit else ("prompt", "chosen", "rejected")
     values = _columns(row, names, "prompt, chosen and rejected, or chosen and rejected that begin with the prompt",
@@ -170,7 +174,17 @@ def _pair_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded
         user_text, replies = _user_text([*prompt, *chosen]), (_last(chosen), _last(rejected))
     if one.tokens == other.tokens:
         raise Unfit("identical", "chosen equals rejected")
-    return ids, (one, other), user_text, replies
+    return ids, (one, other), user_text, replies, margin
+
+
+def _margin(row: dict) -> float | None:
+    """How much better chosen is, if the row says."""
+    margin = row.get("margin")
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise UserError(f"column 'margin' must hold a finite number, is {margin!r}"[:200])
+    return float(margin)
 
 
 def _user_text(messages: list[dict]) -> str:

@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
-from strop.trainer.config import Dpo, Evaluate, Merge, Model, Recipe, Score, Scorer, Select, Sft
+from strop.trainer.config import Dpo, Evaluate, Merge, Model, Recipe, Reward, Score, Scorer, Select, Sft
 from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
 from strop.trainer.engines import LocalWriter, OpenAI, SampleModels, Sampling, Writer
 from strop.trainer.errors import UserError
 from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
+from strop.trainer.models.reward import check_reward_model
 from strop.trainer.reports.statistics import merits
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
 from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Store
 from strop.trainer.scoring.base import check_scorer
+from strop.trainer.scoring.table import models_of
 from strop.trainer.stages.evaluate import held_out
 from strop.trainer.stages.merge import merge
 from strop.trainer.stages.preference import check_loss, dpo
@@ -21,6 +23,7 @@ from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.results import evaluate
+from strop.trainer.stages.reward import reward
 from strop.trainer.stages.sample import gather, sample
 from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
@@ -150,16 +153,25 @@ class Run:
         return self._stage(name, sample, kind, config, inputs, all_ranks=True)
 
     def _scoring(self) -> tuple[dict, dict]:
-        """(scorers and columns of each source, the files that scorers name)"""
+        """(scorers and columns of each source, with dtype and device if one is a model; the files and folders that
+        scorers name)"""
         sources = self.recipe.data.sources
         files = {c.python.rpartition(":")[0] for s in sources for c in s.scoring if c.python}
         config = {"scorers": {s.name: s.scoring for s in sources},
                   "columns": {s.name: [s.prompt_column, s.answer_column, s.prompt_template] for s in sources}}
-        return config, {file: external(file) for file in sorted(files)}
+        found = {file: external(file) for file in sorted(files)}
+        for scorer in (c for s in sources for c in s.scoring):
+            for name in models_of(scorer):
+                if scorer.reward_model:
+                    check_reward_model(Path(name).expanduser())
+                found[name] = external(name) if name else self.start
+            if scorer.reward_model or scorer.judge:
+                config["compute"] = self._numbers
+        return config, found
 
     def _distinct_scorers(self) -> list[Scorer]:
         """One of each kind of code and one per function of the user."""
-        found = {c.python or c.code.kind: c for s in self.recipe.data.sources for c in s.scoring if not c.rule}
+        found = {c.python or c.code.kind: c for s in self.recipe.data.sources for c in s.scoring if c.python or c.code}
         return list(found.values())
 
     @property
@@ -205,6 +217,14 @@ class Run:
         inputs = {"select": selected, "policy": policy, "reference": table,
                   "same_weights": reference_weights.hash == policy.hash}
         return self._stage(name, dpo, "training", self._training(dpo=section), inputs, title="DPO", all_ranks=True)
+
+    def reward(self, section: Reward, selected: Artifact, start: Artifact,
+               history: list[tuple[Artifact, Artifact]] = (), name: str = "reward") -> Artifact:
+        """A reward model from `start`, a causal LM or a reward model, trained on the selected pairs; its weights are
+        `.model`. history: (samples, selection) of rounds, whose completions section.pairs=all ranks."""
+        inputs = {"select": selected, "start": start, "history": list(history) if section.pairs == "all" else []}
+        return self._stage(name, reward, "reward", self._training(reward=section), inputs, title="reward model",
+                           all_ranks=True)
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
         """The average of checkpoints of `trained` and `start`, as the section says."""

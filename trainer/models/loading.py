@@ -26,7 +26,7 @@ class ModelFolder:
     path: Path
     options: Model | Part = field(default_factory=Model)
 
-    def tokenizer(self):
+    def tokenizer(self, needs_template: bool = True):
         """The tokenizer, with options.chat_template in place of the folder's own template where it is set."""
         from transformers import AutoTokenizer
 
@@ -40,7 +40,8 @@ class ModelFolder:
         if self.options.chat_template is not None:
             tokenizer.chat_template = self.options.read("chat_template")
         try:
-            tokenizer.get_chat_template()
+            if needs_template:
+                tokenizer.get_chat_template()
         except ValueError as e:
             raise UserError(f"{self.path}: its tokenizer has no chat template (a base model?); set model.chat_template "
                             "to a Jinja file") from e
@@ -61,27 +62,38 @@ class ModelFolder:
                             f"{_remedy(e)}") from e
 
     def load(self, dtype: torch.dtype, device: torch.device, attention: str = "strop",
-             backend: str = "auto") -> nn.Module:
-        """The causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups, with `backend`."""
-        from transformers import AutoModelForCausalLM
+             backend: str = "auto", reward: bool = False, head_seed: int | None = None) -> nn.Module:
+        """The causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups, with `backend`.
+
+        reward: a sequence classifier of one label instead. Where the folder holds a causal LM, its score head is drawn
+        from `head_seed`, N(0, 1 / (hidden size + 1)) as in Stiennon et al. 2020; without a seed that is an error."""
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         from strop.kernels.integrations.transformers import fuse_layers, register
 
         register()
         options = self._source | {"dtype": dtype, "use_safetensors": True, "output_loading_info": True,
                                   "ignore_mismatched_sizes": True}
+        options |= {"num_labels": 1} if reward else {}
+        load = (AutoModelForSequenceClassification if reward else AutoModelForCausalLM).from_pretrained
         try:
             try:
-                model, found = AutoModelForCausalLM.from_pretrained(self.path, attn_implementation=attention, **options)
+                model, found = load(self.path, attn_implementation=attention, **options)
             except ValueError as e:
                 if "attention implementation" not in str(e):
                     raise
-                model, found = AutoModelForCausalLM.from_pretrained(self.path, attn_implementation="eager", **options)
+                model, found = load(self.path, attn_implementation="eager", **options)
         except Exception as e:  # OSError, KeyError, SafetensorError, ...: depending on what is wrong with the folder
             if is_out_of_memory(e):
                 raise
             raise UserError(f"{self.path}: transformers cannot load it ({reason_of(e)}); {_remedy(e)}") from e
         # transformers fills missing tensors with random numbers
+        if head_seed is not None and found["missing_keys"] == {"score.weight"}:
+            draw, weight = torch.Generator().manual_seed(head_seed), model.score.weight
+            head = torch.randn(weight.shape, generator=draw) * (weight.shape[1] + 1) ** -0.5
+            with torch.no_grad():
+                weight.copy_(head)
+            found["missing_keys"] = set()
         for names, what in ((found["missing_keys"], "is missing"),
                             (found["mismatched_keys"], "has another shape than config.json says")):
             if names := sorted(name if isinstance(name, str) else name[0] for name in names):
@@ -95,6 +107,14 @@ class ModelFolder:
     @property
     def _source(self) -> dict:
         return {"local_files_only": True, "trust_remote_code": self.options.trust_remote_code}
+
+
+def run_separately(base: nn.Module) -> None:
+    """Sets transformers' own attention, for one completion per row."""
+    try:
+        base.set_attn_implementation("sdpa")
+    except ValueError:
+        base.set_attn_implementation("eager")
 
 
 def max_positions(config) -> int:

@@ -10,14 +10,17 @@ from strop.trainer.config import Recipe
 from strop.trainer.errors import UserError
 from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.reports.reading import RunRecord, find_run, read_run
+from strop.trainer.reports.rewards import reward_card
 from strop.trainer.run.artifacts import check_file
+from strop.trainer.run.files import read_json
 
 LICENSE_FILES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 CARD = "README.md"
 
 
 def export(console, argument: str, target: str) -> None:
-    """Copies the newest promoted weights of a run to `target`, a new folder that transformers loads.
+    """Copies the newest promoted weights of a run, or its reward model, to `target`, a new folder that transformers
+    loads.
 
     A finished run's final folder is copied as it is; an unfinished run's newest promoted weights get a new card. Raises
     UserError if `target` exists, nothing was promoted, or a file is damaged.
@@ -62,6 +65,8 @@ def promoted(run: RunRecord) -> tuple[str, str]:
     published = run.of_kind("model")
     if run.finished and published:
         return published[-1]["stage"], ""
+    if rewards := run.of_kind("reward"):
+        return rewards[-1]["stage"], "model/"
     for promotion in reversed(run.promotions):
         stage, _, folder = (promotion["weights"] or "").rpartition("/")
         if stage in run.manifests:
@@ -71,7 +76,10 @@ def promoted(run: RunRecord) -> tuple[str, str]:
 
 
 def card_of(run: RunRecord) -> str:
-    """The model card of an unfinished run."""
+    """The model card of an unfinished run, or of a reward model."""
+    if rewards := run.of_kind("reward"):
+        measured = read_json(run.dir / rewards[-1]["stage"] / "reward.json")
+        return reward_card(run.start, run.plan.get("base", {}), measured)
     recipe = Recipe.model_validate(run.config)
     about = card_info(recipe, run, run.results(), run.promotions)
     return model_card({"base_model": recipe.model.path} | run.plan.get("base", {}) | about)

@@ -19,15 +19,15 @@ from strop.trainer.reports.reading import RunRecord, lineage, plan_rows, read_ru
 from strop.trainer.reports.statistics import values_of, wilson, win_rate
 from strop.trainer.reports.writers import released, writer_rows
 from strop.trainer.run.console import duration
-from strop.trainer.run.files import write_atomic
+from strop.trainer.run.files import read_json, write_atomic
 from strop.trainer.run.metrics import RESERVED
 from strop.trainer.run.records import KL, read_record
 from strop.trainer.run.tables import read_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 PANELS = {  # charts per training stage: title -> metrics; other metrics get one chart each
-    "loss": ("loss",), "token accuracy": ("mean_token_accuracy",), "reward margin": ("rewards/margins",),
-    "preference accuracy": ("rewards/accuracies",), "rewards": ("rewards/chosen", "rewards/rejected"),
+    "loss": ("loss",), "token accuracy": ("mean_token_accuracy",), "reward margin": ("rewards/margins", "margin"),
+    "preference accuracy": ("rewards/accuracies", "accuracy"), "rewards": ("rewards/chosen", "rewards/rejected"),
     "log-probs of completions": ("logps/chosen", "logps/rejected"), "NLL of chosen": ("nll_loss",),
     "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",), "share of the peak speed (MFU)": ("mfu",),
@@ -117,6 +117,8 @@ def settled(run: RunRecord) -> dict:
         "result_sources": sources_of(results)[:SOURCES], "of_sources": len(sources_of(results)),
         "pass_charts": pass_charts(results),
         "change_charts": change_charts(results, kl),
+        "judges": run.attempt("judges", judge_rows, run, default=[]),
+        "rewards": run.attempt("reward models", reward_rows, run, default=[]),
         "scorers": run.attempt("scores", scorer_table, run, results, default=[]),
         "sampling": sampling, "writers": run.attempt("writers", writer_rows, run, default=[]),
         "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
@@ -177,6 +179,26 @@ def scorer_table(run: RunRecord, results: list[dict]) -> list[dict]:
         if name in r["test"]["scorers"] else None for name in names}} for i, r in enumerate(results) if names]
 
 
+def reward_rows(run: RunRecord) -> list[dict]:
+    """A block per trained reward model: its `rows` over all held-out pairs and by source, and its calibration chart."""
+    blocks = []
+    for s in run.of_kind("reward"):
+        found = read_json(run.dir / s["stage"] / "reward.json")
+        rows = [(name, row) for name, row in [("all", found["all"]), *found["by_source"].items()] if row["n"]]
+        bins = found["all"]["calibration"]["bins"] if rows else []
+        dots = [Dot(f"{100 * b['confidence']:.0f}", "confidence, %", b["accuracy"], b["low"], b["high"], True,
+                    f"of {b['n']} pairs") for b in bins]
+        chart = dot_chart(dots, 490, 200, label="accuracy by confidence with 95 % intervals")
+        blocks.append({"stage": s["stage"], "rows": rows if len(rows) != 2 else rows[:1], "chart": Markup(chart)})
+    return blocks
+
+
+def judge_rows(run: RunRecord) -> list[tuple[str, dict]]:
+    """(stage, judge.json) of the stages that judges scored."""
+    files = [(s["stage"], run.dir / s["stage"] / "judge.json") for s in run.stages if run.is_done(s)]
+    return [(stage, read_json(file)) for stage, file in files if file.exists()]
+
+
 def sources_of(results: list[dict]) -> list[str]:
     return list(results[0]["test"].get("by_source", {})) if results else []
 
@@ -216,8 +238,9 @@ def change_charts(results: list[dict], kl: dict) -> list[tuple[str, Markup]]:
 def training(run: RunRecord) -> list[dict]:
     """A block per kind of training stage: charts with a curve per round."""
     blocks = []
-    for title in dict.fromkeys(s["title"] for s in run.stages if s["kind"] == "training"):
-        names = [s["stage"] for s in run.stages if (s["kind"], s["title"]) == ("training", title)]
+    trained = [s for s in run.stages if s["kind"] in ("training", "reward")]
+    for title in dict.fromkeys(s["title"] for s in trained):
+        names = [s["stage"] for s in trained if s["title"] == title]
         stages = {s: rows for s, rows in run.metrics.items() if s in names}
         logged = list(dict.fromkeys(n for rows in stages.values() for row in rows for n in row if n not in RESERVED))
         known = {name for names in PANELS.values() for name in names}

@@ -108,9 +108,12 @@ class RunRecord:
 
     @property
     def model(self) -> Path | None:
-        """The published model folder, else the newest promoted weights; None before the first promotion."""
+        """The published model folder, a trained reward model, or the newest promoted weights; None before there is
+        one."""
         if published := self.of_kind("model"):
             return self.dir / published[-1]["stage"]
+        if rewards := self.of_kind("reward"):
+            return self.dir / rewards[-1]["stage"] / "model"
         return next((self.dir / p["weights"] for p in reversed(self.promotions) if p["weights"]), None)
 
     def results(self) -> list[dict]:

@@ -1,7 +1,8 @@
 """The protocol of a scorer, and scorers made from a recipe.
 
-A kind of scorer is a file: rules.py, user.py (Python of the user), code.py. To add one: its key in `Scorer` and UNREAD
-of config.py, its class here in `open_scorer`, and what `check_scorer` can say before anything is sampled.
+A kind of scorer is a file: rules.py, user.py (Python of the user), code.py, reward_model.py, judge.py. To add one: its
+key in `Scorer` and UNREAD of config.py, its class here in `open_scorer`, and what `check_scorer` can say before
+anything is sampled.
 """
 
 from __future__ import annotations
@@ -56,6 +57,18 @@ class Scored(NamedTuple):
     error: str | None = None
 
 
+class Compute(NamedTuple):
+    """Where and in which torch dtype a scorer that is a model computes, the folders of models by the recipe's name for
+    them, and the stage's folder for what must not be computed twice."""
+
+    device: Any
+    dtype: Any
+    files: dict[str, Path]
+    work: Path | None = None
+    rank: int = 0
+    ranks: int = 1
+
+
 class Scorer(Protocol):
     """Maps completions to values. `score` is called with completions of whole prompts, several at a time, and calls
     advance(n) as it goes; it raises UserError only for mistakes in the recipe, never for a completion."""
@@ -65,14 +78,23 @@ class Scorer(Protocol):
     def close(self) -> None: ...
 
 
-def open_scorer(config: Config, file: Path | None, workers: int) -> Scorer:
-    """The scorer that an entry of `scorers` names. file: the user's file, if it names one."""
+def open_scorer(config: Config, file: Path | None, workers: int, compute: Compute | None = None) -> Scorer:
+    """The scorer that an entry of `scorers` names. file: the file or folder, if it names one; compute: for scorers that
+    are models."""
     from strop.trainer.scoring.code import open_code
     from strop.trainer.scoring.rules import RuleScorer
     from strop.trainer.scoring.user import UserScorer
 
     if config.rule is not None:
         return RuleScorer(config.rule, config.args)
+    if config.reward_model is not None:
+        from strop.trainer.scoring.reward_model import RewardModelScorer
+
+        return RewardModelScorer(file, compute.device, compute.dtype)
+    if config.judge is not None:
+        from strop.trainer.scoring.judge import open_judge
+
+        return open_judge(config.judge, compute)
     if config.code is not None:
         return open_code(config, workers)
     return UserScorer(file, config.python.rpartition(":")[2], config.seconds, config.memory_gb or 4.0, workers)

@@ -9,28 +9,36 @@ from pathlib import Path
 import pyarrow as pa
 
 from strop.trainer.config import Part, Score, Scorer
+from strop.trainer.data.samples import read_values
 from strop.trainer.errors import UserError
-from strop.trainer.run.files import hash_file, hash_json
+from strop.trainer.models.loading import DTYPES
+from strop.trainer.reports.judging import summarize_judges
+from strop.trainer.run.artifacts import content_hash, list_files
+from strop.trainer.run.files import hash_file, hash_json, write_json
 from strop.trainer.run.store import Stage
-from strop.trainer.run.tables import read_table
+from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.sampling.shards import Shard, run_shards
-from strop.trainer.scoring.base import Item, open_scorer
+from strop.trainer.scoring.base import Compute, Item, open_scorer
+from strop.trainer.scoring.verdicts import read_verdicts
 
 VALUES = [("scorer", pa.string()), ("version", pa.string()), ("value", pa.float64()), ("detail", pa.string()),
           ("error", pa.string())]
+VERDICTS = pa.schema([("judge", pa.string()), ("prompt", pa.string()), ("first", pa.string()), ("second", pa.string()),
+                      ("verdict", pa.string()), ("share", pa.float64()), ("text", pa.string())])
 SHARD = 256  # completions, about: a prompt's are never divided
 
 
 def score_rows(stage: Stage, rows: list[dict], key: dict[str, pa.DataType], to_item, scorers: dict[str, list[Scorer]],
-               files: dict[str, Path], score: Score) -> pa.Table:
+               files: dict[str, Path], score: Score, compute: Part | None = None) -> pa.Table:
     """The values of all `rows` by the scorers of their `source`: the columns `key` and VALUES. Every rank calls it, and
     the first one gets the table; the others get what they know of it.
 
     rows: sorted by key, the first column of which groups completions that are scored together. to_item(row) -> Item.
-    Raises UserError at more than score.max_errors failed values.
+    compute: dtype and device, where a scorer is a model. Raises UserError at more than score.max_errors failed values.
     """
     schema = pa.schema([*key.items(), *VALUES])
-    versions = {(source, scorer.name): version_of(scorer, file_of(scorer, files))
+    dtype = compute.dtype if compute else None
+    versions = {(source, scorer.name): version_of(scorer, files, dtype)
                 for source, mine in scorers.items() for scorer in mine}
     shards, part = [], []
 
@@ -70,8 +78,8 @@ def score_rows(stage: Stage, rows: list[dict], key: dict[str, pa.DataType], to_i
                 on_progress(len(mine), 0)
         return pa.Table.from_pylist([row for i in range(len(part)) for row in found[i]], schema=schema)
 
-    run_shards(stage, stage.name, shards, (*key, "scorer"), schema, lambda: Verdicts(stage, scorers, files, score),
-               to_table)
+    run_shards(stage, stage.name, shards, (*key, "scorer"), schema,
+               lambda: Verdicts(stage, scorers, files, score, compute), to_table)
     done = [shard for i, shard in enumerate(shards) if stage.world.first or i % stage.world.size == stage.world.rank]
     table = pa.concat_tables([schema.empty_table(), *(read_table(shard.path) for shard in done)])
     errors = [f"{name}: {error}" for name, error in zip(table["scorer"].to_pylist(), table["error"].to_pylist(),
@@ -87,11 +95,17 @@ def score_rows(stage: Stage, rows: list[dict], key: dict[str, pa.DataType], to_i
 class Verdicts:
     """The open scorers of all sources; called with a completion of one, {scorer: (value, error)}."""
 
-    def __init__(self, stage: Stage, scorers: dict[str, list[Scorer]], files: dict[str, Path], score: Score | Part):
-        self.live, self.scorers = {}, scorers
+    def __init__(self, stage: Stage, scorers: dict[str, list[Scorer]], files: dict[str, Path], score: Score | Part,
+                 compute: Part | None = None):
+        self.live, self.scorers, opened = {}, scorers, {}
+        where = compute and Compute(stage.world.device, DTYPES[compute.dtype], files, stage.work, stage.world.rank,
+                                    stage.world.size)
         for source, mine in scorers.items():
             for scorer in mine:
-                self.live[source, scorer.name] = open_scorer(scorer, file_of(scorer, files), workers_of(stage, score))
+                version = version_of(scorer, files)
+                if version not in opened:  # sources share equal scorers
+                    opened[version] = open_scorer(scorer, file_of(scorer, files), workers_of(stage, score), where)
+                self.live[source, scorer.name] = opened[version]
 
     def __call__(self, source: str, item: Item) -> dict[str, tuple[float | None, str | None]]:
         found = {scorer.name: self.live[source, scorer.name].score([item], lambda n: None)[0]
@@ -99,15 +113,18 @@ class Verdicts:
         return {name: (scored.value, scored.error) for name, scored in found.items()}
 
     def close(self) -> None:
-        for scorer in self.live.values():
+        for scorer in set(self.live.values()):
             scorer.close()
 
 
-def version_of(scorer: Scorer, file: Path | None) -> str:
-    """Hash of all that a scorer's values depend on: its keys, without name and weight, and the user's file."""
+def version_of(scorer: Scorer, files: dict[str, Path], dtype: str | None = None) -> str:
+    """Hash of all that a scorer's values depend on: its keys, without name and weight, the content of the files and
+    folders that it names, and the dtype of a model."""
     key = {k: v for k, v in scorer.key().items() if k not in ("name", "python")}
     if scorer.python is not None:
-        key |= {"function": scorer.python.rpartition(":")[2], "file": hash_file(file)}
+        key |= {"function": scorer.python.rpartition(":")[2], "file": hash_file(file_of(scorer, files))}
+    if names := models_of(scorer):
+        key |= {"models": [content_hash(list_files(files[name])) for name in names], "dtype": dtype}
     return hash_json(key)[:12]
 
 
@@ -120,7 +137,38 @@ def refuse(stage: Stage, errors: list[str], allowed: int) -> None:
 
 
 def file_of(scorer: Scorer, files: dict[str, Path]) -> Path | None:
-    return files.get(scorer.python.rpartition(":")[0]) if scorer.python else None
+    """The file or folder that a scorer of one names."""
+    return files.get(scorer.python.rpartition(":")[0] if scorer.python else scorer.reward_model)
+
+
+def models_of(scorer: Scorer) -> list[str]:
+    """The folders of models that a scorer names; empty for the run's start weights."""
+    if scorer.judge is not None:
+        return [model.path or "" for model in scorer.judge.models if model.engine == "in_process"]
+    return [scorer.reward_model] if scorer.reward_model else []
+
+
+def keep_verdicts(stage: Stage, table: pa.Table, scorers: dict[str, list[Scorer]], prompt: int) -> None:
+    """Writes verdicts.parquet and judge.json if a scorer is a judge. table: as score_rows returns it; prompt: the place
+    of prompt_id among its key columns."""
+    judges = {scorer.name for mine in scorers.values() for scorer in mine if scorer.judge is not None}
+    if not judges:
+        return
+    rows = {row["key"]: row | {"share": max((row["shares"] or {"": None}).values())}
+            for row in read_verdicts(stage.work)}
+    rows = [rows[key] for key in sorted(rows)]
+    write_table(stage.dir / "verdicts.parquet", pa.Table.from_pylist(rows, schema=VERDICTS))
+    names = [name for name in table.column_names if name not in dict(VALUES)]
+    names = [names[prompt], *(name for name in names if name != names[prompt])]
+    values = {key: {scorer: value for scorer, (value, _) in found.items()}
+              for key, found in read_values(table, tuple(names)).items()}
+    summary = summarize_judges(rows, values, judges)
+    write_json(stage.dir / "judge.json", summary)
+    unparsed = sum(about["unparsed"] for about in summary["judges"].values())
+    stage.counts |= {"verdicts": len(rows), "unparsed_verdicts": unparsed}
+    if unparsed:
+        stage.console.warn(f"{stage.name}: {unparsed} of {len(rows)} verdicts cannot be read and do not count; see "
+                           f"text in {stage.dir / 'verdicts.parquet'}")
 
 
 def workers_of(stage: Stage, score: Score) -> int:

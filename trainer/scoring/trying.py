@@ -14,7 +14,7 @@ from strop.trainer.config import Scorer
 from strop.trainer.data.columns import to_messages
 from strop.trainer.data.rows import read_rows
 from strop.trainer.errors import UserError
-from strop.trainer.scoring.base import Item, Scored, open_scorer
+from strop.trainer.scoring.base import Compute, Item, Scored, open_scorer
 
 DEFAULTS = {"rows": 10, "prompt_column": "prompt", "completion_column": "completion", "answer_column": "answer"}
 SHOWN = 60  # characters of a cell
@@ -43,9 +43,16 @@ def try_scorer(console, named: str, data: str, *overrides: str) -> None:
         from strop.trainer.scoring.rules import check
 
         check(config.rule, config.args)
-    file = Path(config.python.rpartition(":")[0]) if config.python else None
+    file = compute = None
+    if config.python:
+        file = Path(config.python.rpartition(":")[0])
+    elif config.reward_model:
+        import torch
+
+        file = Path(config.reward_model).expanduser()
+        compute = Compute(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, {})
     items = [item_of_row(row, options) for row in islice(read_rows(data), options["rows"])]
-    scorer = open_scorer(config, file, 1)
+    scorer = open_scorer(config, file, 1, compute)
     try:
         found = scorer.score(items, lambda n: None)
     finally:

@@ -6,13 +6,13 @@ from statistics import fmean
 
 import pyarrow as pa
 
-from strop.trainer.config import Score, Scorer
+from strop.trainer.config import Part, Score, Scorer
 from strop.trainer.data.samples import Judging, read_values
 from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.scoring.base import Columns, item_of
-from strop.trainer.scoring.table import score_rows
+from strop.trainer.scoring.table import keep_verdicts, score_rows
 
 KEY = {"candidate": pa.string(), "prompt_id": pa.string()}
 SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source", pa.string()),
@@ -22,7 +22,7 @@ SCHEMA = pa.schema([("candidate", pa.string()), ("split", pa.string()), ("source
 
 def evaluate(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], weights: dict[str, dict[str, float]],
              columns: dict[str, list[str]], prompts: Path, completions: Path, candidates: dict[str, Path],
-             files: dict[str, Path]) -> None:
+             files: dict[str, Path], compute: Part | None = None) -> None:
     """Writes results.parquet (a row per candidate and prompt), scores.parquet and summary.json.
 
     scorers and weights: of each source; columns: see base.Columns; files: those that scorers name. A completion is
@@ -36,7 +36,7 @@ def evaluate(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], we
         return item_of(asked[row["prompt_id"]], Columns(*columns[row["source"]]), row["completion"], row["tokens"],
                        f"prompt {row['prompt_id']} of {row['split']}, {row['candidate']}")
 
-    table = score_rows(stage, rows, KEY, to_item, scorers, files, score)
+    table = score_rows(stage, rows, KEY, to_item, scorers, files, score, compute)
     if stage.world.first:
         judging = Judging(weights, None, score.correct_by, score.correct_at)
         values = read_values(table, tuple(KEY))
@@ -45,6 +45,7 @@ def evaluate(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], we
             row |= judging(row["source"], row["values"], row["finish"] == "stop")
         write_table(stage.dir / "results.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
         write_table(stage.dir / "scores.parquet", table)
+        keep_verdicts(stage, table, scorers, prompt=1)
         summary = summarize(rows, score.correct_at)
         write_json(stage.dir / "summary.json", summary)
         stage.counts |= {f"{name}/{split}": found["pass_rate"] for name, splits in summary.items()

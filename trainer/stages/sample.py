@@ -80,7 +80,7 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
     def text_of(c: Completion) -> str:
         return completion_text(tokenizer, c.tokens) if c.text is None else c.text
 
-    verdicts = Verdicts(stage, scorers, files, score) if sample.enough else None
+    verdicts = Verdicts(stage, scorers, files, score, compute) if sample.enough else None
 
     def correct(row: dict, c: Completion) -> bool:
         item = item_of(row, Columns(*columns[row["source"]]), text_of(c), c.tokens, f"prompt {row['prompt_id']}")

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from strop.trainer.config import Score, Scorer
+from strop.trainer.config import Part, Score, Scorer
 from strop.trainer.data.samples import read_samples
 from strop.trainer.errors import UserError
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.scoring.base import Columns, item_of
-from strop.trainer.scoring.table import score_rows
+from strop.trainer.scoring.table import keep_verdicts, score_rows
 
 KEY = {"prompt_id": pa.string(), "sample_index": pa.int32()}
 
 
 def score(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], columns: dict[str, list[str]], prompts: Path,
-          sample: Path, files: dict[str, Path]) -> None:
+          sample: Path, files: dict[str, Path], compute: Part | None = None) -> None:
     """Writes scores.parquet. scorers: of each source; columns: see base.Columns; files: those that scorers name.
 
     Runs on every rank and resumes by shard. Raises UserError if a sample's prompt is not among the prompts, or if
@@ -33,9 +33,10 @@ def score(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], colum
         return item_of(asked[row["prompt_id"]], Columns(*columns[row["source"]]), row["completion"],
                        row["completion_tokens"], f"prompt {row['prompt_id']}, sample {row['sample_index']}")
 
-    table = score_rows(stage, samples, KEY, to_item, scorers, files, score)
+    table = score_rows(stage, samples, KEY, to_item, scorers, files, score, compute)
     if stage.world.first:
         write_table(stage.dir / "scores.parquet", table)
+        keep_verdicts(stage, table, scorers, prompt=0)
         stage.counts |= {"completions": len(samples)} | means(table) | {
             "cut_share": sum(row["finish"] != "stop" for row in samples) / len(samples)}
 

@@ -33,8 +33,8 @@ PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id
                    ("prompt_tokens", TOKENS), ("chosen_tokens", TOKENS), ("rejected_tokens", TOKENS),
                    ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
                    ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
-                   ("decided_by", pa.string()), ("weight", pa.float64()), ("origin", pa.string()),
-                   ("chosen_writer", pa.string()), ("rejected_writer", pa.string())])
+                   ("margin", pa.float64()), ("decided_by", pa.string()), ("weight", pa.float64()),
+                   ("origin", pa.string()), ("chosen_writer", pa.string()), ("rejected_writer", pa.string())])
 JUDGED = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("score", pa.float64()),
                     ("correct", pa.bool_())])
 COUNTS = pa.list_(pa.int32())
@@ -260,7 +260,8 @@ def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int], judgin
                          "tokens; delete the folder of that sample stage to re-run it")
     row = {"row_id": f"{_origin(chosen)}/{chosen['prompt_id']}/{chosen['sample_index']}-{rejected['sample_index']}",
            "source": source, "prompt_id": chosen["prompt_id"], "prompt_tokens": chosen["prompt_tokens"], "weight": 1.0,
-           "decided_by": judging.decided(source, chosen["values"], rejected["values"]), "origin": _origin(chosen)}
+           "decided_by": judging.decided(source, chosen["values"], rejected["values"]), "origin": _origin(chosen),
+           "margin": None}
     for side, s in (("chosen", chosen), ("rejected", rejected)):
         tokens = s["completion_tokens"]
         row |= {f"{side}_tokens": tokens, f"{side}_mask": [True] * len(tokens), f"{side}_score": s["score"],

@@ -55,13 +55,16 @@ class Sizes:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """Sizes of a causal LM, without adapters: the same rows then cost the same with and without LoRA."""
+    """Sizes of a causal LM or a reward model, without adapters: the same rows then cost the same with and without
+    LoRA."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    body = sum(p.numel() for name, p in base.get_decoder().named_parameters() if p.dim() == 2 and "lora_" not in name)
+    output = base.get_output_embeddings()  # None for a reward model, whose head costs next to nothing
+    decoder = base.base_model if output is None else base.get_decoder()
+    body = sum(p.numel() for name, p in decoder.named_parameters() if p.dim() == 2 and "lora_" not in name)
     body -= base.get_input_embeddings().weight.numel()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    head = base.get_output_embeddings().weight.numel()
+    head = 0 if output is None else output.weight.numel()
     return Sizes(body, head, config.num_hidden_layers * config.num_attention_heads * size)
 
 

@@ -36,18 +36,21 @@ class Engine:
     """A model in training, replicated on every rank; gradients are summed over the ranks once per step."""
 
     def __init__(self, folder: ModelFolder, section: Train, stage: Stage, steps: int, *, compute: Part, lora: Lora,
-                 seed: int):
-        """compute: the recipe's dtype and attention. seed: initializes adapters, the same on every rank."""
+                 seed: int, reward: bool = False):
+        """compute: the recipe's dtype and attention. seed: initializes adapters and a new score head, the same on every
+        rank. reward: train a sequence classifier with one output, not a causal LM."""
         self.section, self.world, self.steps, self.folder = section, stage.world, steps, folder
         self.lora, self.seed, self.dtype = lora, seed, DTYPES[compute.dtype]
-        model = folder.load(self.dtype, stage.world.device, backend=compute.attention)
+        self.tokenizer_files = folder.path  # the folder whose tokenizer is saved with the weights
+        model = folder.load(self.dtype, stage.world.device, backend=compute.attention, reward=reward,
+                            head_seed=seed % 2**63 if reward else None)
         if section.activation_checkpointing:
             # transformers before 5.20 has the older name only
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         disable_dropout(model)
         if lora.rank:
-            model = add_lora(model, lora, seed)
+            model = add_lora(model, lora, seed, "SEQ_CLS" if reward else "CAUSAL_LM")
         model.train()
         self.model = model
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -75,9 +78,9 @@ class Engine:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         if not self.lora.rank:
-            save_model(self.model, self.folder.path, target)
+            save_model(self.model, self.tokenizer_files, target)
             return
-        save_model(self.model.get_base_model(), self.folder.path, target, merged_weights(self.model))
+        save_model(self.model.get_base_model(), self.tokenizer_files, target, merged_weights(self.model))
         self.model.save_pretrained(target / "adapter")
 
     def save_ema(self, target: Path) -> None:
@@ -147,7 +150,7 @@ class Engine:
         return True
 
 
-def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
+def add_lora(model: nn.Module, lora: Lora, seed: int, task: str = "CAUSAL_LM") -> nn.Module:
     """Wraps the model with new adapters, initialized from `seed`. Raises UserError if peft is missing or an adapter
     lands on the head."""
     try:
@@ -157,7 +160,7 @@ def add_lora(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
     torch.manual_seed(seed % 2**63)
     try:
         model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-                                                 target_modules=lora.target_modules, task_type="CAUSAL_LM"),
+                                                 target_modules=lora.target_modules, task_type=task),
                                autocast_adapter_dtype=False)  # fp32 adapters would cast all activations; see Masters
     except (ValueError, TypeError, re.error) as e:  # no such module, or one that peft cannot adapt
         raise UserError(f"lora.target_modules={lora.target_modules}: {str(e)[:300]}; name linear layers, or all-linear"
@@ -177,7 +180,8 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
             weight, (adapter,) = module.get_base_layer().weight, module.active_adapters
             merged[weight.data_ptr()] = (weight + module.get_delta_weight(adapter).to(weight.dtype)).cpu()
     for name, value in base.state_dict().items():
-        if ".lora_" not in name:
+        if ".lora_" not in name and ".original_module." not in name:  # of a reward model's head the trained copy counts
+            name = re.sub(r"\.modules_to_save\.\w+\.", ".", name)
             found[name.replace(".base_layer.", ".")] = merged.get(value.data_ptr(), value)
     return found
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from strop.kernels import Group, PackedGroups
 from strop.trainer.errors import UserError, is_out_of_memory
+from strop.trainer.models.loading import run_separately
 from strop.trainer.training.logprobs import Scorer, separate_rows
 
 # mean difference of per-token log-probs due to rounding, by compute dtype, in addition to what the model itself shows
@@ -56,14 +57,6 @@ def probe(model: nn.Module, console) -> bool:
             return False
     finally:
         base.train(training)
-
-
-def run_separately(base: nn.Module) -> None:
-    """Sets transformers' own attention, for one completion per row."""
-    try:
-        base.set_attn_implementation("sdpa")
-    except ValueError:
-        base.set_attn_implementation("eager")
 
 
 def by_logits(base: nn.Module, groups: PackedGroups) -> torch.Tensor:
