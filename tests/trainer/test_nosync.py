@@ -119,7 +119,7 @@ def device(request, monkeypatch, tiny_model):
         return dataclasses.replace(groups, **{k: moved(v) for k, v in groups._tensors().items()}, **on_host)
 
     def of(table, examples, indices, _):
-        return torch.zeros(sum(sum(examples[i].targets()) for i in indices), device=where)
+        return torch.zeros(sum(examples[i].predicted() for i in indices), device=where)
 
     def cpu(tensor):
         raise Waited("cpu()")

@@ -8,7 +8,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.folders import Base
 from strop.trainer.models.hub import is_loaded
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
-from strop.trainer.run.files import read_json, write_json
+from strop.trainer.run.files import hash_json, read_json, write_json
 from strop.trainer.run.store import Store
 from strop.trainer.stages.evaluate import evaluate
 from strop.trainer.stages.merge import merge
@@ -92,11 +92,13 @@ class Run:
         return self._files[path]
 
     def sample(self, section: Sampling, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
-        """K completions of this round's prompts by `weights`, or by the writers that the section lists.
+        """K completions of prompts by `weights`, or by the writers that the section lists. These are this round's
+        prompts, or with another name than sample another draw of the training prompts.
 
         With several writers each is a stage of its own, so that a change of one asks no other again."""
+        seed = self.recipe.seed if name == "sample" else int(hash_json([self.recipe.seed, name])[:15], 16)
         if not isinstance(section, SampleModels):
-            return self._write(name, section, section, weights, prompts, "samples")
+            return self._write(name, section, section, weights, prompts, seed, "samples")
         there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
         there = {name: pair for name, pair in there.items() if pair[1] is not None}
         if not there:
@@ -108,7 +110,7 @@ class Run:
         made, first = {}, 0
         for n, (writer, folder) in there.items():
             made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
-                                  "writer", first=first, k=share[n])
+                                  seed, "writer", first=first, k=share[n])
             first += share[n]
         return self._stage(name, gather, "samples", {}, {"writers": made})
 
@@ -122,9 +124,10 @@ class Run:
         named = {"current": current, "start": self.start} | {f"round-{r:02}": a for r, a in enumerate(self.promoted)}
         return named.get(writer.weights)
 
-    def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, kind: str, **share) -> Artifact:
+    def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, seed: int, kind: str,
+               **share) -> Artifact:
         r = self.recipe
-        config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": r.seed,
+        config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": seed,
                   "model": self._loading, "compute": self._numbers, **share}
         inputs = {"round": self.round, "weights": weights, "prompts": prompts, "writer_hash": weights.hash}
         if writer is not section:
@@ -157,23 +160,28 @@ class Run:
                             "files": ready})
 
     def _training(self, **sections) -> dict:
-        return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
-                           "log": self.recipe.log, "seed": self.recipe.seed}
+        # the checks of training sample as evaluate does
+        return sections | {"evaluate": self.recipe.evaluate.only("max_new_tokens"), "lora": self.recipe.lora,
+                           "model": self._loading, "compute": self._compute, "log": self.recipe.log,
+                           "seed": self.recipe.seed}
 
-    def sft(self, section: Sft, selected: Artifact, start: Artifact, name: str = "sft") -> Artifact:
-        """`start` fine-tuned on the selected completions; its weights are `.model`."""
-        return self._stage(name, sft, "training", self._training(sft=section), {"select": selected, "start": start},
-                           title="SFT", all_ranks=True)
+    def sft(self, section: Sft, selected: Artifact, start: Artifact, prompts: Artifact | None = None,
+            name: str = "sft") -> Artifact:
+        """`start` fine-tuned on the selected completions; its weights are `.model`. prompts: for the checks."""
+        inputs = {"select": selected, "start": start, "prompts": prompts if section.eval_steps else None}
+        return self._stage(name, sft, "training", self._training(sft=section), inputs, title="SFT", all_ranks=True)
 
     def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
-               name: str = "dpo") -> Artifact:
-        """`policy` trained on the selected pairs against the log-probs of `reference_weights`."""
+               prompts: Artifact | None = None, name: str = "dpo") -> Artifact:
+        """`policy` trained on the selected pairs against the log-probs of `reference_weights`. prompts: for the
+        checks."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
                   "seed": self.recipe.seed}
         table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
-                  "same_weights": reference_weights.hash == policy.hash}
+                  "same_weights": reference_weights.hash == policy.hash, "policy_hash": policy.hash,
+                  "prompts": prompts if section.eval_steps else None}
         return self._stage(name, dpo, "training", self._training(dpo=section), inputs, title="DPO", all_ranks=True)
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
@@ -195,21 +203,28 @@ class Run:
 
     def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
         """The candidate with the best validation pass rate, the later one at a tie; the last candidate if
-        section.promote is "last" or nothing was evaluated."""
+        section.promote is "last" or nothing was evaluated. Neither takes candidates whose cut share rose by more than
+        section.max_cut_rise; the first candidate, with which the round began, always may be taken."""
         evaluations = [self.measured[a.hash][0] for a in candidates.values() if a.hash in self.measured]
         waiting = any(evaluation.hash is None for evaluation in evaluations)  # only while planning
-        chosen = list(candidates)[-1]
-        if section.promote == "best" and len(evaluations) == len(candidates) and not waiting:
-            chosen = max(reversed(candidates), key=lambda name: self._pass_rate(candidates[name]))
+        chosen, refused = list(candidates)[-1], {}
+        if len(evaluations) == len(candidates) and not waiting:
+            refused = self._refused(section, candidates)
+            left = [name for name in candidates if name not in refused]
+            chosen = left[-1]
+            if section.promote == "best":
+                chosen = max(reversed(left), key=lambda name: self._validation(candidates[name])["pass_rate"])
         where = {name: [str(self.measured[a.hash][0].path.relative_to(self.store.run_dir)), self.measured[a.hash][1]]
                  for name, a in candidates.items() if a.hash in self.measured}
         self.promotions.append({"round": self.round, "promoted": chosen, "hash": candidates[chosen].hash,
-                                "weights": self._folder(candidates[chosen]), "candidates": where})
+                                "weights": self._folder(candidates[chosen]), "candidates": where}
+                               | ({"refused": refused} if refused else {}))
         if not self.store.planning and self.store.world.first:
             write_json(self.store.run_dir / "promotions.json", self.promotions)
+            for name, why in refused.items():
+                self.store.console.warn(f"round-{self.round:02}: {name} cannot be promoted: {why}")
             self.store.console.line(f"round-{self.round:02}: promoted {chosen}")
-        self.promoted.append(Artifact(candidates[chosen].path, None) if section.promote == "best" and waiting
-                             else candidates[chosen])
+        self.promoted.append(Artifact(candidates[chosen].path, None) if waiting else candidates[chosen])
         return self.promoted[-1]
 
     def _folder(self, weights: Artifact) -> str | None:
@@ -217,10 +232,22 @@ class Run:
         inside = self.store.run_dir in weights.path.parents
         return weights.path.relative_to(self.store.run_dir).as_posix() if inside else None
 
-    def _pass_rate(self, weights: Artifact) -> float:
+    def _refused(self, section: Merge, candidates: dict[str, Artifact]) -> dict[str, str]:
+        """Candidate -> why it cannot be promoted."""
+        first, *others = candidates
+        began = [candidates[first], *([self.start] if self.start.hash in self.measured else [])]
+        lowest = min(self._validation(weights)["cut_share"] for weights in began)
+        cut = {name: self._validation(candidates[name])["cut_share"] for name in others
+               if candidates[name].hash != candidates[first].hash}
+        return {name: f"{share:.1%} of its validation completions are cut by length, {lowest:.1%} before "
+                      f"(merge.max_cut_rise={section.max_cut_rise:g})"
+                for name, share in cut.items() if share > lowest + section.max_cut_rise}
+
+    def _validation(self, weights: Artifact) -> dict:
+        """The results of evaluated weights on the validation split."""
         evaluation, candidate = self.measured[weights.hash]
         self.store.verify(evaluation)
-        return read_json(evaluation.path / "summary.json")[candidate]["validation"]["pass_rate"]
+        return read_json(evaluation.path / "summary.json")[candidate]["validation"]
 
     def publish(self, weights: Artifact) -> Artifact:
         """A model folder that plain transformers loads, with a model card."""

@@ -33,7 +33,9 @@ PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id
                    ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
                    ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
                    ("weight", pa.float64()), ("origin", pa.string()), ("chosen_writer", pa.string()),
-                   ("rejected_writer", pa.string())])
+                   ("rejected_writer", pa.string()), ("chosen_writer_hash", pa.string()),
+                   ("rejected_writer_hash", pa.string()), ("chosen_logp", pa.float64()),
+                   ("rejected_logp", pa.float64())])
 COUNTS = pa.list_(pa.int32())
 DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("rounds", COUNTS), ("samples", COUNTS),
                         ("correct", COUNTS), ("pass_rate", pa.float64())])
@@ -62,17 +64,16 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
     stops = stop_ids(tokenizer, folder.path)
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
     sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed)
-    pool = _pool(prompts, history)
+    pool = _pool(prompts, history, round)
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
-    newest = len(history) - 1
     for prompt_id, samples in pool.items():
-        counted = [s for s in samples if select.accumulate or s["round"] == newest]
+        counted = [s for s in samples if select.accumulate or s["round"] == round]
         if counted:
             source = samples[0]["source"]
             best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             sft_rows += [_sft_row(s, source) for s in best]
             pair_rows += [_pair_row(c, r, source, stops) for c, r in pairs]
-    now = [s for samples in pool.values() for s in samples if s["round"] == newest]
+    now = [s for samples in pool.values() for s in samples if s["round"] == round]
     if now:
         stage.counts |= {"prompts": len({s["prompt_id"] for s in now}),
                          "solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
@@ -97,14 +98,15 @@ def select(stage: Stage, *, select: Select, filter: Filter, data: Part, model: P
                                "select.pair_margin")
 
 
-def _pool(prompts: Path | None, history: list) -> dict[str, list[dict]]:
-    """{prompt_id: its samples of all rounds, with `round` and `source`}, sorted by prompt_id."""
+def _pool(prompts: Path | None, history: list, newest: int) -> dict[str, list[dict]]:
+    """{prompt_id: its samples of all rounds, with `round` and `source`}, sorted by prompt_id. newest: the last round
+    of `history`."""
     if not history:
         return {}
     asked = {row["prompt_id"]: row for row in
              read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split"]).to_pylist()}
     pool = defaultdict(list)
-    for r, (sample, scored) in enumerate(history):
+    for r, (sample, scored) in enumerate(history, start=newest + 1 - len(history)):
         for row in read_scored(sample, scored):
             if asked.get(row["prompt_id"], {}).get("split") != "train":
                 raise UserError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
@@ -248,5 +250,6 @@ def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int]) -> dic
     for side, s in (("chosen", chosen), ("rejected", rejected)):
         tokens = s["completion_tokens"]
         row |= {f"{side}_tokens": tokens, f"{side}_mask": [True] * len(tokens), f"{side}_score": s["score"],
-                f"{side}_template": [t in stops for t in tokens], f"{side}_writer": s.get("writer")}
+                f"{side}_template": [t in stops for t in tokens], f"{side}_writer": s.get("writer"),
+                f"{side}_writer_hash": s.get("writer_hash"), f"{side}_logp": s["logp"]}
     return row
