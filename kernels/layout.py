@@ -20,12 +20,22 @@ class Group:
     """A prompt and its completions, as token ids.
 
     loss_masks holds one sequence per completion with one bool per token; False excludes the token from the loss. None
-    includes every completion token.
+    includes every completion token. nll_masks, likewise, is for losses with an NLL term that covers other tokens than
+    the rest of the loss; None: the same tokens.
     """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
     loss_masks: Sequence[Sequence[bool]] | None = None
+    nll_masks: Sequence[Sequence[bool]] | None = None
+
+    def targets(self, i: int) -> list[tuple[int, bool, bool]]:
+        """(place in completion i, in the loss, in the NLL term) of its predicted tokens: those in either. With an empty
+        prompt nothing precedes the first token, so nothing predicts it."""
+        n = len(self.completions[i])
+        loss = self.loss_masks[i] if self.loss_masks else [True] * n
+        nll = self.nll_masks[i] if self.nll_masks else loss
+        return [(j, bool(loss[j]), bool(nll[j])) for j in range(0 if self.prompt else 1, n) if loss[j] or nll[j]]
 
 
 class Bounds(NamedTuple):
@@ -49,7 +59,8 @@ class PackedGroups:
     """One packed row of T tokens without padding: group after group, each a prompt followed by its completions.
 
     A token sees the prompt of its group and the preceding tokens of its own completion. Positions restart at the
-    prompt's end for every completion. M is the number of predicted tokens: completion tokens included in the loss.
+    prompt's end for every completion. M is the number of predicted tokens: completion tokens in the loss or the NLL
+    term.
 
     Host side (bounds are half-open row offsets):
         prompt_bounds: per group.
@@ -65,6 +76,8 @@ class PackedGroups:
             is predicted by the prompt's last token, for every completion.
         target: [M] int64, the token to predict.
         target_segment: [M] int32, the completion of the target.
+        loss_mask, nll_mask: [M] bool, whether the target is in the loss and in its NLL term. None if no group has
+            nll_masks: then every target is in both.
     Tensors for attention, all int32:
         tiles: [tiles, 4], up to TILE rows of one group each: start, end, the group's start, its prompt's end.
         readers_end: [T], one past the last row that sees the row: row i sees row j iff j <= i < readers_end[j]. The
@@ -85,6 +98,8 @@ class PackedGroups:
     pred_index: Tensor
     target: Tensor
     target_segment: Tensor
+    loss_mask: Tensor | None
+    nll_mask: Tensor | None
     tiles: Tensor
     readers_end: Tensor
     query_offsets: Tensor
@@ -101,28 +116,32 @@ class PackedGroups:
         pred_index: list[int] = []
         target: list[int] = []
         segment: list[int] = []
+        in_loss: list[bool] = []
+        in_nll: list[bool] = []
         prompt_bounds, completion_bounds, completion_group, target_bounds = [], [], [], []
         for g, group in enumerate(groups):
-            masks = _check_group(g, group)
+            _check_group(g, group)
             prompt_start, prompt_end = len(tokens), len(tokens) + len(group.prompt)
             tokens.extend(group.prompt)
             positions.extend(range(prompt_end - prompt_start))
             prompt_bounds.append((prompt_start, prompt_end))
-            for completion, mask in zip(group.completions, masks, strict=True):
+            for c, completion in enumerate(group.completions):
                 start, first_target = len(tokens), len(target)
                 tokens.extend(completion)
                 positions.extend(range(prompt_end - prompt_start, prompt_end - prompt_start + len(completion)))
-                for offset, token in enumerate(completion):
-                    # With an empty prompt nothing precedes the first token, so nothing predicts it.
-                    predictor = start + offset - 1 if offset else prompt_end - 1
-                    if (mask is None or mask[offset]) and (offset or prompt_end > prompt_start):
-                        pred_index.append(predictor)
-                        target.append(token)
+                for offset, loss, nll in group.targets(c):
+                    pred_index.append(start + offset - 1 if offset else prompt_end - 1)
+                    target.append(completion[offset])
+                    in_loss.append(loss)
+                    in_nll.append(nll)
                 segment.extend([len(completion_bounds)] * (len(target) - first_target))
                 target_bounds.append((first_target, len(target)))
                 completion_bounds.append((start, len(tokens)))
                 completion_group.append(g)
         input_ids = torch.tensor(tokens, dtype=torch.int64)
+        masks = [None, None]
+        if any(group.nll_masks for group in groups):
+            masks = [torch.tensor(mask, dtype=torch.bool) for mask in (in_loss, in_nll)]
         if int(input_ids.min()) < 0:
             raise ValueError(f"negative token id {int(input_ids.min())} at row offset {int(input_ids.argmin())}")
         packed = cls(
@@ -130,7 +149,7 @@ class PackedGroups:
             completion_group=tuple(completion_group), target_bounds=tuple(target_bounds), input_ids=input_ids,
             position_ids=torch.tensor(positions, dtype=torch.int64),
             pred_index=torch.tensor(pred_index, dtype=torch.int64), target=torch.tensor(target, dtype=torch.int64),
-            target_segment=torch.tensor(segment, dtype=torch.int32),
+            target_segment=torch.tensor(segment, dtype=torch.int32), loss_mask=masks[0], nll_mask=masks[1],
             **_attention_layout(prompt_bounds, completion_bounds, completion_group),
         )
         return packed if device is None else packed.to(device)
@@ -199,18 +218,19 @@ def _attention_layout(prompts: list[Span], completions: list[Span], groups: list
     }
 
 
-def _check_group(g: int, group: Group) -> Sequence[Sequence[bool] | None]:
-    """The group's loss masks, one entry per completion. Raises ValueError if the group is malformed."""
+def _check_group(g: int, group: Group) -> None:
+    """Raises ValueError if the group is malformed."""
     if len(group.completions) == 0:
         raise ValueError(f"group {g} has no completions")
     for c, completion in enumerate(group.completions):
         if len(completion) == 0:
             raise ValueError(f"group {g}, completion {c} is empty")
-    if group.loss_masks is None:
-        return [None] * len(group.completions)
-    if len(group.loss_masks) != len(group.completions):
-        raise ValueError(f"group {g} has {len(group.completions)} completions but {len(group.loss_masks)} loss masks")
-    for c, (completion, mask) in enumerate(zip(group.completions, group.loss_masks, strict=True)):
-        if len(mask) != len(completion):
-            raise ValueError(f"group {g}, completion {c} has {len(completion)} tokens but {len(mask)} mask entries")
-    return group.loss_masks
+    for name, masks in (("loss", group.loss_masks), ("NLL", group.nll_masks)):
+        if masks is None:
+            continue
+        if len(masks) != len(group.completions):
+            raise ValueError(f"group {g} has {len(group.completions)} completions but {len(masks)} {name} masks")
+        for c, (completion, mask) in enumerate(zip(group.completions, masks, strict=True)):
+            if len(mask) != len(completion):
+                raise ValueError(f"group {g}, completion {c} has {len(completion)} tokens but {len(mask)} mask "
+                                 "entries")

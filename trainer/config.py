@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
 
-from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, Sample
+from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, OpenAI, Sample, SampleModels
 from strop.trainer.scorers import Code, Judge, Rule, Scorer  # noqa: F401 - imported from here
 from strop.trainer.section import (  # noqa: F401 - readers of recipes import some of these from here
     BY_CONTENT,
@@ -201,6 +201,16 @@ class Train(Section):
     snapshots: NotNegative = Field(0, le=1000, description="intermediate weights to keep for merge, evenly spaced")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
                              description="decay of an exponential moving average of the weights; 0 is off")
+    eval_steps: NotNegative = Field(20, description="steps between greedy completions of a few validation prompts by "
+                                    "the weights in training; if they run away, the stage ends with the weights of the "
+                                    "last good check. 0 is off")
+    eval_prompts: Positive = Field(16, description="validation prompts of these checks")
+    max_cut_rise: Share = Field(0.25, description="a check fails if the share of completions cut by length is this "
+                                "much above that of the start weights and of the data")
+    max_length_ratio: float = Field(2.0, ge=1.0, description="a check fails if completions are this many times as long "
+                                    "as those of the start weights and of the data")
+    max_kl: PositiveFloat | None = Field(None, description="a check fails if the KL of the start weights to the "
+                                         "current ones is above this, in nats per token. Default: no limit")
 
 
 class Sft(Train):
@@ -220,6 +230,11 @@ class Dpo(Train):
                                        description="exclude header and end-of-turn tokens from the loss (Llama 3)")
     reference: Literal["sft", "base", "previous"] = Field("sft",
                                                           description="weights that give the reference log-probs")
+    max_kl: PositiveFloat | None = Field(1.0, description="a check fails if the KL of the start weights to the "
+                                         "current ones is above this, in nats per token; null: no limit")
+    pairs: Literal["round", "policy"] = Field("round", description="round: pair the round's completions, which the "
+                                              "weights before SFT wrote; policy: sample other prompts from the weights "
+                                              "that DPO starts from and pair those completions")
 
 
 class Reward(Train):
@@ -251,6 +266,10 @@ class Merge(Section):
     promote_on: str = Field("pass_rate", pattern=r"^(pass_rate|mean|win_rate)(:.{1,100})?$", json_schema_extra=UNKEYED,
                             description="best by pass_rate, mean score or win_rate over start; of one scorer's values "
                             "with its name, e.g. mean:grade")
+    max_cut_rise: Share = Field(0.1, json_schema_extra=UNKEYED,
+                                description="weights are not promoted if the share of their validation completions "
+                                "that are cut by length is more than this above the round's start or the run's, "
+                                "whichever is lower")
 
     @model_validator(mode="after")
     def lengths(self):
@@ -323,6 +342,10 @@ class Recipe(Section):
         if self.sample.temperature == 0 and self.sample.k > writers and self.data.sources:
             raise ValueError(f"sample.temperature=0 is greedy, so of sample.k={self.sample.k} completions of a prompt "
                              f"at most {writers} can differ; raise it or set sample.k={writers}")
+        served = isinstance(self.sample, OpenAI) and "{weights}" not in self.sample.model
+        if self.dpo.enabled and self.dpo.pairs == "policy" and (served or isinstance(self.sample, SampleModels)):
+            raise ValueError("dpo.pairs=policy samples the weights that DPO starts from, but sample names other "
+                             "writers; set dpo.pairs=round")
         last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
         if self.merge.method == "ema" and not getattr(self, last).ema_decay:
             raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0")

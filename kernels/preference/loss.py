@@ -28,8 +28,9 @@ PREFERENCE_METRICS = (
 def preference_loss(
     policy_logp: Tensor, ref_logp: Tensor | None = None, *, segments: Tensor | None = None,
     num_segments: int | None = None, target_bounds: Sequence[tuple[int, int]] | None = None,
-    lengths: Tensor | None = None, loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None, beta: float = 0.1, label_smoothing: float = 0.0,
+    lengths: Tensor | None = None, loss_mask: Tensor | None = None, nll_mask: Tensor | None = None,
+    loss_type: str | Sequence[str] = "sigmoid", loss_weights: Sequence[float] | None = None, beta: float = 0.1,
+    label_smoothing: float = 0.0,
     nll_weight: float = 0.0, nll_normalization: str = "batch_tokens", pair_denominator: Tensor | float | None = None,
     nll_denominator: Tensor | float | None = None, length_normalization: bool = False,
     f_divergence: str = "reverse_kl", f_alpha: float = 1.0, ld_alpha: float | None = None,
@@ -43,7 +44,9 @@ def preference_loss(
     The S completions alternate chosen, rejected, chosen, rejected ...: B = S / 2 pairs. policy_logp is either token
     log-probs [M] with `segments` [M] (ascending completion ids, as PackedGroups.target_segment) and num_segments = S,
     or with `target_bounds` on the host; or sequence sums [S], with `lengths` [S] if a loss or the NLL divides by them.
-    ref_logp has the same shape, or is sequence sums [S]; None for losses without a reference.
+    ref_logp has the same shape, or is sequence sums [S]; None for losses without a reference. loss_mask and nll_mask
+    [M] bool: the tokens in the loss and in its NLL term, e.g. end-of-turn tokens in the latter alone; None: all of
+    them.
 
     loss_type: one of LOSS_TYPES, or several with loss_weights. The loss is the sum over pairs over pair_denominator
     (default B), plus nll_weight times the NLL of the chosen completions over nll_denominator: "batch_tokens" sums over
@@ -87,10 +90,14 @@ def preference_loss(
     ref_logp = None if ref_logp is None else ref_logp.detach().to(dtype)
     offsets = _offsets(policy_logp, segments, num_segments, target_bounds)
     completions = policy_logp.shape[0] if offsets is None else offsets.shape[0] - 1
+    for mask in (loss_mask, nll_mask):
+        if mask is not None and (offsets is None or mask.shape != policy_logp.shape or mask.dtype != torch.bool):
+            raise ValueError("loss_mask and nll_mask are bool, one entry for each token log-prob")
     if desirable is None and (completions % 2 or completions == 0):
         raise ValueError(f"{completions} completions are not pairs of chosen and rejected")
+    nll_lengths = lengths
     if offsets is not None:
-        lengths = offsets.diff()
+        lengths, nll_lengths = _counts(offsets, loss_mask, dtype), _counts(offsets, nll_mask, dtype)
     elif ld_alpha is not None or log_sum_p2 is not None:
         raise ValueError("ld_alpha and log_sum_p2 need token log-probs with segments or target_bounds")
     nll_needs_lengths = nll_weight != 0 and nll_normalization != "sequence_sum"
@@ -99,8 +106,8 @@ def preference_loss(
     if ref_logp is not None and ref_logp.shape not in ((completions,), policy_logp.shape):
         raise ValueError(f"ref_logp {list(ref_logp.shape)} is neither {completions} sums nor one for each token")
 
-    lengths = None if lengths is None else lengths.to(dtype)
-    policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, ld_alpha)
+    lengths, nll_lengths = (None if n is None else n.to(dtype) for n in (lengths, nll_lengths))
+    policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, loss_mask, ld_alpha)
     ratio = policy if ref is None else policy - ref
     if desirable is not None:
         return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
@@ -119,12 +126,14 @@ def preference_loss(
         terms.append(loss.formula(pairs, o) if weight == 1.0 else weight * loss.formula(pairs, o))
     per_pair = sum(terms[1:], terms[0])
     if log_sum_p2 is not None:
-        likelihood = segment_sum(policy_logp.detach() - log_sum_p2.detach(), offsets) / lengths.clamp_min(1)
+        likelihood = policy_logp.detach() - log_sum_p2.detach()
+        likelihood = segment_sum(_masked(likelihood, loss_mask), offsets) / lengths.clamp_min(1)
         per_pair = per_pair * likelihood.view(-1, 2).sum(1).exp()
     pair_sum = per_pair.sum()
     # ld_alpha does not apply to the NLL.
-    unweighted = policy if ld_alpha is None else segment_sum(policy_logp, offsets)
-    nll_sum, nll_count = _nll(unweighted, lengths, nll_normalization)
+    same = ld_alpha is None and loss_mask is nll_mask
+    unweighted = policy if same else segment_sum(_masked(policy_logp, nll_mask), offsets)
+    nll_sum, nll_count = _nll(unweighted, nll_lengths, nll_normalization)
     metrics = _metrics(ratio, policy, beta, pair_sum, nll_sum, nll_count)
     total = pair_sum / (completions // 2 if pair_denominator is None else pair_denominator)
     if nll_weight:
@@ -193,12 +202,24 @@ def _offsets(
     return torch.searchsorted(segments, edges)
 
 
-def _beyond_shorter(offsets: Tensor, tokens: int) -> Tensor:
-    """[M] bool: the token is beyond the length of the pair's shorter completion."""
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """[M] values, 0 where the mask is False, also in place of infinities."""
+    return values if mask is None else torch.where(mask, values, 0.0)
+
+
+def _counts(offsets: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[S] the completions' numbers of tokens, of those in the mask."""
+    return offsets.diff() if mask is None else segment_sum(mask.to(dtype), offsets)
+
+
+def _beyond_shorter(offsets: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+    """[M] bool: the token is beyond the length of the pair's shorter completion, both without masked tokens."""
     segment = segment_of_token(offsets, tokens)
-    lengths = offsets.diff()
-    shorter = torch.minimum(*alternating(lengths))
-    place = torch.arange(tokens, device=offsets.device) - offsets.index_select(0, segment)
+    counted = torch.ones(tokens, dtype=torch.int64, device=offsets.device) if mask is None else mask.long()
+    before = torch.cat([counted.new_zeros(1), counted.cumsum(0)])  # counted tokens before each token
+    start = before.index_select(0, offsets)
+    shorter = torch.minimum(*alternating(start.diff()))
+    place = before.narrow(0, 0, tokens) - start.index_select(0, segment)
     return place >= shorter.index_select(0, segment // 2)
 
 
@@ -215,16 +236,20 @@ def _f_score(ratio: Tensor, f_divergence: str, alpha: float) -> Tensor:
 
 
 def _sequence_sums(
-    policy_logp: Tensor, ref_logp: Tensor | None, offsets: Tensor | None, ld_alpha: float | None
+    policy_logp: Tensor, ref_logp: Tensor | None, offsets: Tensor | None, mask: Tensor | None, ld_alpha: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """[S] sums of policy and reference, tokens beyond the pair's shorter completion weighted by ld_alpha."""
+    """[S] sums of policy and reference over the tokens of the mask, those beyond the pair's shorter completion weighted
+    by ld_alpha."""
     if offsets is None:
         return policy_logp, ref_logp
     per_token_ref = ref_logp is not None and ref_logp.shape == policy_logp.shape
+    policy_logp = _masked(policy_logp, mask)
+    if per_token_ref:
+        ref_logp = _masked(ref_logp, mask)
     if ld_alpha is not None:
         if ref_logp is not None and not per_token_ref:
             raise ValueError("ld_alpha needs the reference's token log-probs, not its sums")
-        token_weight = torch.where(_beyond_shorter(offsets, policy_logp.shape[0]), ld_alpha, 1.0)
+        token_weight = torch.where(_beyond_shorter(offsets, mask, policy_logp.shape[0]), ld_alpha, 1.0)
         policy_logp = policy_logp * token_weight
         ref_logp = None if ref_logp is None else ref_logp * token_weight
     return segment_sum(policy_logp, offsets), segment_sum(ref_logp, offsets) if per_token_ref else ref_logp

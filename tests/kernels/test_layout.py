@@ -53,3 +53,15 @@ def test_a_fully_masked_completion_has_an_empty_slice():
     g = PackedGroups.pack([Group([1], [[2, 3], [4]], [[False, False], [True]])])
     assert g.target_bounds == ((0, 0), (0, 1))
     assert g.pred_index.tolist() == [0]
+
+
+def test_two_masks_select_the_union_of_their_tokens():
+    one = Group([5], [[6, 7, 8], [9, 10]], [[True, False, False], [True, True]], [[False, True, False], [True, False]])
+    two = Group([], [[3, 4]], [[True, True]])
+    g = PackedGroups.pack([one, two])
+    assert g.target.tolist() == [6, 7, 9, 10, 4]  # nothing predicts the first token after an empty prompt
+    assert g.loss_mask.tolist() == [True, False, True, True, True]
+    assert g.nll_mask.tolist() == [False, True, True, False, True]
+    assert g.to("meta").nll_mask.is_meta and PackedGroups.pack([two]).nll_mask is None
+    with pytest.raises(ValueError, match="group 0 has 1 completions but 2 NLL masks"):
+        PackedGroups.pack([Group([5], [[6]], None, [[True], [True]])])

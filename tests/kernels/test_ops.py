@@ -80,5 +80,8 @@ def test_preference_loss_does_not_synchronize():
     with FakeTensorMode(), torch.no_grad():
         logp = torch.empty(12, device="cuda")
         ref, segments = torch.empty(12, device="cuda"), torch.empty(12, dtype=torch.int32, device="cuda")
-        loss, metrics = preference_loss(logp, ref, segments=segments, num_segments=4, nll_weight=0.2, ld_alpha=0.5)
+        mask = torch.empty(12, dtype=torch.bool, device="cuda")
+        for masks in ({}, {"loss_mask": mask, "nll_mask": mask}):
+            loss, metrics = preference_loss(logp, ref, segments=segments, num_segments=4, nll_weight=0.2, ld_alpha=0.5,
+                                            **masks)
         assert loss.device.type == metrics.device.type == "cuda"

@@ -353,3 +353,47 @@ def test_equals_trl(trl_options: dict, monkeypatch: pytest.MonkeyPatch):
     means = preference_means(metrics)
     for name in names:
         assert means[name] == pytest.approx(attributes["_metrics"]["train"][name][0], rel=1e-5, abs=1e-6), name
+
+
+MASKED = {"sigmoid": {}, "ld": {"ld_alpha": 0.3}, "simpo": {"loss_type": "simpo"}, "sigmoid_norm": {
+    "loss_type": "sigmoid_norm"}, "mean": {"nll_normalization": "sequence_mean"}, "sum": {
+        "nll_normalization": "sequence_sum"}}
+
+
+@pytest.mark.parametrize("options", MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masks_equal_the_loss_and_the_nll_of_tokens_that_are_cut_out(options: dict, dtype: torch.dtype):
+    """The loss is that of the loss tokens alone, plus the NLL of the NLL tokens alone: the same bits."""
+    policy, ref, segments, bounds = _pairs(5, dtype, seed=3)
+    draw = torch.Generator().manual_seed(1)
+    loss_mask, nll_mask = (torch.rand(policy.shape, generator=draw) < 0.6 for _ in range(2))
+    for start, end in bounds:  # the last token is in the NLL alone, as an end of turn is
+        loss_mask[start], loss_mask[end - 1], nll_mask[end - 1] = end - start > 1, end - start == 1, True
+    ref = None if options.get("loss_type") == "simpo" else ref
+    both = {"segments": segments, "num_segments": 10, **options}
+    loss, metrics = preference_loss(policy, ref, loss_mask=loss_mask, nll_mask=nll_mask, nll_weight=0.7, **both)
+    (gradient,) = torch.autograd.grad(loss, policy)
+    parts, gradients = [], []
+    for mask, weight in ((loss_mask, 0.0), (nll_mask, 0.7)):
+        kept = policy.detach()[mask].requires_grad_()
+        there = {**both, "segments": segments[mask]}
+        value, found = preference_loss(kept, None if ref is None else ref[mask], nll_weight=weight, **there)
+        if weight:  # its loss part comes from the other tokens
+            value = value - preference_loss(kept, None if ref is None else ref[mask], **there)[0]
+        parts.append((value, found))
+        gradients.append(torch.zeros_like(policy).masked_scatter(mask, torch.autograd.grad(value, kept)[0]))
+    names = PREFERENCE_METRICS.index("nll_loss"), PREFERENCE_METRICS.index("count/nll")
+    for i, name in enumerate(PREFERENCE_METRICS):
+        assert metrics[i] == parts[i in names][1][i], name
+    torch.testing.assert_close(loss, parts[0][0] + parts[1][0])
+    torch.testing.assert_close(gradient, gradients[0] + gradients[1])
+    assert not gradient[~(loss_mask | nll_mask)].any() and gradient[~loss_mask & nll_mask].any()
+
+
+def test_masks_must_fit_the_tokens():
+    policy, ref, segments, _ = _pairs()
+    for mask in (torch.ones(1, dtype=torch.bool), torch.ones_like(policy)):
+        with pytest.raises(ValueError, match="loss_mask and nll_mask are bool"):
+            preference_loss(policy, ref, segments=segments, num_segments=6, nll_mask=mask)
+    with pytest.raises(ValueError, match="loss_mask and nll_mask are bool"):
+        preference_loss(torch.zeros(2), torch.zeros(2), loss_mask=torch.ones(2, dtype=torch.bool))

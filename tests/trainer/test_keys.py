@@ -154,19 +154,23 @@ TABLE = {
     "dpo.nll_normalization": ("sequence_mean", DPO),
     "dpo.mask_template_tokens": (False, PAIRS),
     "dpo.reference": ("base", PAIRS),
+    "dpo.pairs": ("policy", DPO),  # the pairs are then made from what runs first
     **{f"{stage}.{key}": (value, own) for stage, own, rows in (("sft", SFT, SFT), ("dpo", DPO, PAIRS))
        for key, value, own in (
            ("epochs", 2.0, rows), ("batch_size", 3, rows), ("max_tokens", 4096, rows), ("max_length", 400, rows),
            ("lr", 0.5, own), ("schedule", "linear", own), ("warmup_ratio", 0.2, own), ("min_lr_ratio", 0.1, own),
            ("weight_decay", 0.1, own), ("betas", [0.9, 0.99], own), ("eps", 1e-6, own), ("grad_clip", 2.0, own),
            ("activation_checkpointing", True, own), ("snapshots", 2, own), ("ema_decay", 0.25, own),
+           ("eval_steps", 3, own), ("eval_prompts", 5, own), ("max_cut_rise", 0.5, own),
+           ("max_length_ratio", 3.0, own), ("max_kl", 0.5, own),
            ("checkpoint_steps", 3, NOTHING))},
     "merge.method": ("average", {"merge", "final"}),
     "merge.members": (["dpo", "sft"], {"merge", "final"}),
     "merge.weights": ([1.0, 2.0], {"merge", "final"}),
     "merge.interpolate": (0.5, {"merge", "final"}),
     "merge.promote": ("last", NOTHING),  # here both promote the same weights
-    "evaluate.max_new_tokens": (2, HELD_OUT),
+    "evaluate.max_new_tokens": (2, HELD_OUT | LORA),  # training checks completions of that length
+    "merge.max_cut_rise": (0.2, NOTHING),
     "evaluate.batch_size": (16, HELD_OUT),
     "evaluate.kl_prompts": (3, HELD_OUT),
     "evaluate.bootstrap": (50, {"final"}),

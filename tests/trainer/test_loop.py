@@ -47,6 +47,28 @@ def test_two_rounds_resume_and_recompute(tiny_recipe, tmp_path):
     assert lines["round-00/sft"] == "done" and lines["round-00/dpo"] == lines["round-01/sample"] == "stale"
 
 
+@pytest.mark.parametrize("pairs", ["policy", "round"])
+def test_who_wrote_the_pairs(tiny_recipe, tmp_path, pairs):
+    """With pairs=policy DPO learns from completions of the weights that it starts from, in every round."""
+    done = strop(tiny_recipe, f"dpo.pairs={pairs}", "sft.lr=3e-3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for round_ in (tmp_path / "runs" / "tiny" / "round-00", tmp_path / "runs" / "tiny" / "round-01"):
+        found = {name: read_json(round_ / name / "manifest.json") for name in ("sample", "sft", "dpo")}
+        counts, inputs = found["dpo"]["counts"], found["dpo"]["inputs"]
+        assert (round_ / "dpo-sample").exists() == (pairs == "policy")
+        if pairs == "policy":
+            drawn = read_json(round_ / "dpo-sample" / "manifest.json")["inputs"]
+            assert drawn["weights"] == inputs["policy"] != found["sample"]["inputs"]["weights"]
+            assert counts["off_policy_share"] == 0 and abs(counts["writer_log_ratio"]) < 1e-3
+            rows = [read_table(f).to_pylist() for f in round_.glob("*sample/shard-*.parquet")]
+            assert {r["writer_hash"] for shard in rows for r in shard} == {
+                drawn["weights"], found["sample"]["inputs"]["weights"]}
+            origins = read_table(round_ / "dpo-select" / "pairs.parquet")["origin"].to_pylist()
+            assert set(origins) == {round_.name}
+        else:
+            assert counts["off_policy_share"] == 1 and abs(counts["writer_log_ratio"]) > 1e-3
+
+
 def test_final_folder_is_plain_transformers(tiny_recipe, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

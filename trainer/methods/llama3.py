@@ -25,11 +25,16 @@ def llama3(run: Run, recipe: Recipe) -> Artifact:
         candidates, trained = {"start": weights}, {}
         policy = weights if recipe.sft.start == "previous" else run.start
         if recipe.sft.enabled:
-            trained["sft"] = run.sft(recipe.sft, selected, policy)
+            trained["sft"] = run.sft(recipe.sft, selected, policy, prompts)
             policy = candidates["sft"] = trained["sft"].model
         if recipe.dpo.enabled:
+            pairs = selected
+            if recipe.dpo.pairs == "policy" and prompts and policy is not weights:
+                samples = run.sample(recipe.sample, policy, prompts, name="dpo-sample")
+                scores = run.score(recipe.score, samples, prompts, name="dpo-score")
+                pairs = run.select(recipe.select, prompts, [(samples, scores)], name="dpo-select")
             reference = {"sft": policy, "base": run.start, "previous": weights}[recipe.dpo.reference]
-            trained["dpo"] = run.prefer(recipe.dpo, selected, policy, reference)
+            trained["dpo"] = run.prefer(recipe.dpo, pairs, policy, reference, prompts)
             candidates["dpo"] = trained["dpo"].model
         candidates["merge"] = run.merge(recipe.merge, weights, trained).model
 

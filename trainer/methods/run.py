@@ -12,7 +12,7 @@ from strop.trainer.models.hub import is_loaded
 from strop.trainer.models.reward import check_reward_model
 from strop.trainer.reports.statistics import merits
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
-from strop.trainer.run.files import write_json
+from strop.trainer.run.files import hash_json, read_json, write_json
 from strop.trainer.run.store import Store
 from strop.trainer.scoring.base import check_scorer
 from strop.trainer.scoring.table import models_of
@@ -58,6 +58,7 @@ class Run:
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
         self._compute = recipe.only("dtype", "device", "attention")
+        self._checks = recipe.evaluate.only("max_new_tokens")  # the checks of training sample as evaluate does
         commits = {path: commit for path, (_, commit) in self.data.items()}
         commits |= {recipe.model.path: base.revision} if base.revision else {}
         self._about_base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
@@ -104,11 +105,13 @@ class Run:
         return self._files[path]
 
     def sample(self, section: Sampling, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
-        """K completions of this round's prompts by `weights`, or by the writers that the section lists.
+        """K completions of prompts by `weights`, or by the writers that the section lists. These are this round's
+        prompts, or with another name than sample another draw of the training prompts.
 
         With several writers each is a stage of its own, so that a change of one asks no other again."""
+        seed = self.recipe.seed if name == "sample" else int(hash_json([self.recipe.seed, name])[:15], 16)
         if not isinstance(section, SampleModels):
-            return self._write(name, section, section, weights, prompts, "samples")
+            return self._write(name, section, section, weights, prompts, seed, "samples")
         there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
         there = {name: pair for name, pair in there.items() if pair[1] is not None}
         if not there:
@@ -120,7 +123,7 @@ class Run:
         made, first = {}, 0
         for n, (writer, folder) in there.items():
             made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
-                                  "writer", first=first, k=share[n])
+                                  seed, "writer", first=first, k=share[n])
             first += share[n]
         return self._stage(name, gather, "samples", {}, {"writers": made})
 
@@ -134,9 +137,10 @@ class Run:
         named = {"current": current, "start": self.start} | {f"round-{r:02}": a for r, a in enumerate(self.promoted)}
         return named.get(writer.weights)
 
-    def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, kind: str, **share) -> Artifact:
+    def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, seed: int, kind: str,
+               **share) -> Artifact:
         r = self.recipe
-        config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": r.seed,
+        config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": seed,
                   "model": self._loading, "compute": self._numbers, **share}
         inputs = {"round": self.round, "weights": weights, "prompts": prompts, "writer_hash": weights.hash}
         if writer is not section:
@@ -202,21 +206,26 @@ class Run:
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
                            "log": self.recipe.log, "seed": self.recipe.seed}
 
-    def sft(self, section: Sft, selected: Artifact, start: Artifact, name: str = "sft") -> Artifact:
-        """`start` fine-tuned on the selected completions; its weights are `.model`."""
-        return self._stage(name, sft, "training", self._training(sft=section), {"select": selected, "start": start},
+    def sft(self, section: Sft, selected: Artifact, start: Artifact, prompts: Artifact | None = None,
+            name: str = "sft") -> Artifact:
+        """`start` fine-tuned on the selected completions; its weights are `.model`. prompts: for the checks."""
+        inputs = {"select": selected, "start": start, "prompts": prompts if section.eval_steps else None}
+        return self._stage(name, sft, "training", self._training(sft=section, evaluate=self._checks), inputs,
                            title="SFT", all_ranks=True)
 
     def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
-               name: str = "dpo") -> Artifact:
-        """`policy` trained on the selected pairs against the log-probs of `reference_weights`."""
+               prompts: Artifact | None = None, name: str = "dpo") -> Artifact:
+        """`policy` trained on the selected pairs against the log-probs of `reference_weights`. prompts: for the
+        checks."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
                   "seed": self.recipe.seed}
         table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
-                  "same_weights": reference_weights.hash == policy.hash}
-        return self._stage(name, dpo, "training", self._training(dpo=section), inputs, title="DPO", all_ranks=True)
+                  "same_weights": reference_weights.hash == policy.hash, "policy_hash": policy.hash,
+                  "prompts": prompts if section.eval_steps else None}
+        return self._stage(name, dpo, "training", self._training(dpo=section, evaluate=self._checks), inputs,
+                           title="DPO", all_ranks=True)
 
     def reward(self, section: Reward, selected: Artifact, start: Artifact,
                history: list[tuple[Artifact, Artifact]] = (), name: str = "reward") -> Artifact:
@@ -250,23 +259,30 @@ class Run:
 
     def promote(self, section: Merge, candidates: dict[str, Artifact]) -> Artifact:
         """The best candidate on the validation split by section.promote_on, the later one at a tie; the last candidate
-        if section.promote is "last" or nothing was evaluated."""
+        if section.promote is "last" or nothing was evaluated. Neither takes candidates whose cut share rose by more
+        than section.max_cut_rise; the first candidate, with which the round began, always may be taken."""
         evaluations = [self.measured[a.hash][0] for a in candidates.values() if a.hash in self.measured]
         waiting = any(evaluation.hash is None for evaluation in evaluations)  # only while planning
-        chosen = list(candidates)[-1]
-        if section.promote == "best" and len(evaluations) == len(candidates) and not waiting:
-            where = [self._measured(a) for a in candidates.values()]
-            found = dict(zip(candidates, merits(section.promote_on, where, "validation"), strict=True))
-            chosen = max(reversed(candidates), key=found.get)
+        chosen, refused = list(candidates)[-1], {}
+        if len(evaluations) == len(candidates) and not waiting:
+            refused = self._refused(section, candidates)
+            left = [name for name in candidates if name not in refused]
+            chosen = left[-1]
+            if section.promote == "best":
+                where = [self._measured(candidates[name]) for name in left]
+                found = dict(zip(left, merits(section.promote_on, where, "validation"), strict=True))
+                chosen = max(reversed(left), key=found.get)
         where = {name: [str(self.measured[a.hash][0].path.relative_to(self.store.run_dir)), self.measured[a.hash][1]]
                  for name, a in candidates.items() if a.hash in self.measured}
         self.promotions.append({"round": self.round, "promoted": chosen, "hash": candidates[chosen].hash,
-                                "weights": self._folder(candidates[chosen]), "candidates": where})
+                                "weights": self._folder(candidates[chosen]), "candidates": where}
+                               | ({"refused": refused} if refused else {}))
         if not self.store.planning and self.store.world.first:
             write_json(self.store.run_dir / "promotions.json", self.promotions)
+            for name, why in refused.items():
+                self.store.console.warn(f"round-{self.round:02}: {name} cannot be promoted: {why}")
             self.store.console.line(f"round-{self.round:02}: promoted {chosen}")
-        self.promoted.append(Artifact(candidates[chosen].path, None) if section.promote == "best" and waiting
-                             else candidates[chosen])
+        self.promoted.append(Artifact(candidates[chosen].path, None) if waiting else candidates[chosen])
         return self.promoted[-1]
 
     def _folder(self, weights: Artifact) -> str | None:
@@ -279,6 +295,22 @@ class Run:
         evaluation, candidate = self.measured[weights.hash]
         self.store.verify(evaluation)
         return evaluation.path, candidate
+
+    def _refused(self, section: Merge, candidates: dict[str, Artifact]) -> dict[str, str]:
+        """Candidate -> why it cannot be promoted."""
+        first, *others = candidates
+        began = [candidates[first], *([self.start] if self.start.hash in self.measured else [])]
+        lowest = min(self._validation(weights)["cut_share"] for weights in began)
+        cut = {name: self._validation(candidates[name])["cut_share"] for name in others
+               if candidates[name].hash != candidates[first].hash}
+        return {name: f"{share:.1%} of its validation completions are cut by length, {lowest:.1%} before "
+                      f"(merge.max_cut_rise={section.max_cut_rise:g})"
+                for name, share in cut.items() if share > lowest + section.max_cut_rise}
+
+    def _validation(self, weights: Artifact) -> dict:
+        """The results of evaluated weights on the validation split."""
+        folder, candidate = self._measured(weights)
+        return read_json(folder / "summary.json")[candidate]["validation"]
 
     def publish(self, weights: Artifact) -> Artifact:
         """A model folder that plain transformers loads, with a model card."""

@@ -31,6 +31,8 @@ PANELS = {  # charts per training stage: title -> metrics; other metrics get one
     "log-probs of completions": ("logps/chosen", "logps/rejected"), "NLL of chosen": ("nll_loss",),
     "entropy": ("entropy",), "gradient norm": ("grad_norm",), "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",), "share of the peak speed (MFU)": ("mfu",),
+    "tokens of checked completions": ("eval/mean_length",), "checked completions that were cut": ("eval/cut_share",),
+    "KL of the start weights, checked": ("eval/kl",),
     "packing and balance": ("packing_efficiency", "packing_fill", "rank_balance"),
 }
 SOURCES, DROPS, RECIPE = 12, 200, 50_000  # the report's charted sources, rows of drops, characters of the recipe

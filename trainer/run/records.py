@@ -68,6 +68,7 @@ class Promotion(Record):
     promoted: str
     weights: str | None
     candidates: dict[str, tuple[str, str]]
+    refused: NotRequired[dict[str, str]]  # candidate -> why it could not be promoted
 
 
 class Rate(Record):

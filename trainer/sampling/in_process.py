@@ -42,13 +42,22 @@ def load_for_generation(folder: ModelFolder, dtype: torch.dtype, device: torch.d
     model = folder.load(dtype, device, attention="sdpa")
     if device.type == "cpu":
         fuse_layers(model)
+    pack_linears(model)
+    return model
+
+
+def pack_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Packs the linear layers of a model on a CPU, where that helps. Returns each as (parent, name, layer), to put it
+    back."""
+    device, packed = model.device, []
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or World(device=device).multiplies_bf16):
+            model.dtype == torch.float32 or World(device=device).multiplies_bf16):
         for parent in list(model.modules()):
             for name, child in parent.named_children():
                 if type(child) is nn.Linear:
                     setattr(parent, name, PackedLinear(child))
-    return model
+                    packed.append((parent, name, child))
+    return packed
 
 
 class PackedLinear(nn.Module):

@@ -11,10 +11,11 @@ from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table
 from strop.trainer.training.batch import plan_steps
+from strop.trainer.training.guard import open_guard
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.loop import train
-from strop.trainer.training.pairs import ReferenceTable, load_pairs
+from strop.trainer.training.pairs import ReferenceTable, load_pairs, off_policy
 from strop.trainer.training.probe import probe
 
 # The reference stage uses the same microbatches, so that equal weights give equal bits at step 0, unless the stages ran
@@ -25,12 +26,14 @@ STEP_ZERO = {torch.float32: (5e-5, 8e-4), torch.bfloat16: (0.03, 1.0)}
 
 
 def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
-        policy: Path, reference: Path, same_weights: bool) -> None:
-    """Trains the weights `policy` on select/pairs.parquet; writes model/, snapshots/ and ema/.
+        policy: Path, reference: Path, same_weights: bool, policy_hash: str | None = None,
+        evaluate: Part | None = None, prompts: Path | None = None) -> None:
+    """Trains the weights `policy` on select/pairs.parquet; writes model/, snapshots/, ema/ and guard.json.
 
     compute: the recipe's dtype and attention. same_weights: policy and reference have the same weights, so all
-    log-ratios of step 0 must be zero. Raises UserError if no pair is left to train on in the first round (later the
-    weights stay as they are), or step 0 fails this check.
+    log-ratios of step 0 must be zero. policy_hash: tells which pairs the policy wrote. prompts and evaluate's
+    max_new_tokens: for the checks during training. Raises UserError if no pair is left to train on in the first round
+    (later the weights stay as they are), or step 0 fails this check.
     """
     folder = ModelFolder(policy, model)
     pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=True)
@@ -42,7 +45,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     rounding = 0.0  # largest mean difference between policy and reference in a microbatch of step 0
 
     def totals(rows):
-        return {"pairs": len(rows), "chosen_tokens": sum(pairs[i].targets()[0] for i in rows)}
+        return {"pairs": len(rows), "chosen_tokens": sum(pairs[i].nll_targets()[0] for i in rows)}
 
     def loss(groups, step):
         logp = scorer(groups)
@@ -57,14 +60,16 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
             rounding = max(found, rounding)
         denominator = step.totals["chosen_tokens" if dpo.nll_normalization == "batch_tokens" else "pairs"]
         return preference_loss(
-            logp, ref, segments=groups.target_segment, num_segments=groups.num_completions, loss_type=dpo.loss,
-            beta=dpo.beta, label_smoothing=dpo.label_smoothing, nll_weight=dpo.nll_weight,
-            nll_normalization=dpo.nll_normalization, pair_denominator=step.totals["pairs"],
-            nll_denominator=denominator)
+            logp, ref, segments=groups.target_segment, num_segments=groups.num_completions,
+            loss_mask=groups.loss_mask, nll_mask=groups.nll_mask, loss_type=dpo.loss, beta=dpo.beta,
+            label_smoothing=dpo.label_smoothing, nll_weight=dpo.nll_weight, nll_normalization=dpo.nll_normalization,
+            pair_denominator=step.totals["pairs"], nll_denominator=denominator)
 
-    train(stage, engine, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means, log.interval)
-    tokens = sum(pairs[i].tokens for rows in plan for i in rows)
-    stage.counts |= {"pairs": len(pairs), "steps": len(plan), "tokens": tokens}
+    guard = open_guard(stage, engine, scorer, pairs, prompts, evaluate)
+    steps = train(stage, engine, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means, log.interval, guard)
+    tokens = sum(pairs[i].tokens for rows in plan[:steps] for i in rows)
+    stage.counts |= {"pairs": len(pairs), "steps": steps, "tokens": tokens}
+    stage.counts |= off_policy(select / "pairs.parquet", pairs, table, policy_hash)
     if mixed:
         stage.counts["mixed_writer_pairs"] = mixed
 

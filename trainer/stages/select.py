@@ -34,7 +34,9 @@ PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id
                    ("chosen_mask", MASK), ("rejected_mask", MASK), ("chosen_template", MASK),
                    ("rejected_template", MASK), ("chosen_score", pa.float64()), ("rejected_score", pa.float64()),
                    ("margin", pa.float64()), ("decided_by", pa.string()), ("weight", pa.float64()),
-                   ("origin", pa.string()), ("chosen_writer", pa.string()), ("rejected_writer", pa.string())])
+                   ("origin", pa.string()), ("chosen_writer", pa.string()), ("rejected_writer", pa.string()),
+                   ("chosen_writer_hash", pa.string()), ("rejected_writer_hash", pa.string()),
+                   ("chosen_logp", pa.float64()), ("rejected_logp", pa.float64())])
 JUDGED = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("score", pa.float64()),
                     ("correct", pa.bool_())])
 COUNTS = pa.list_(pa.int32())
@@ -67,17 +69,16 @@ def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dic
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
     judging = Judging(weights, select.by, score.correct_by, score.correct_at)
     sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed, judging)
-    pool = _pool(prompts, history, judging)
+    pool = _pool(prompts, history, round, judging)
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
-    newest = len(history) - 1
     for prompt_id, samples in pool.items():
-        counted = [s for s in samples if select.accumulate or s["round"] == newest]
+        counted = [s for s in samples if select.accumulate or s["round"] == round]
         if counted:
             source = samples[0]["source"]
             best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             sft_rows += [_sft_row(s, source) for s in best]
             pair_rows += [_pair_row(c, r, source, stops, judging) for c, r in pairs]
-    now = [s for samples in pool.values() for s in samples if s["round"] == newest]
+    now = [s for samples in pool.values() for s in samples if s["round"] == round]
     if now:
         stage.counts |= {"prompts": len({s["prompt_id"] for s in now}),
                          "solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
@@ -106,14 +107,15 @@ def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dic
                                "select.pair_margin")
 
 
-def _pool(prompts: Path | None, history: list, judging: Judging) -> dict[str, list[dict]]:
-    """{prompt_id: its samples of all rounds, with `round` and what read_scored adds}, sorted by prompt_id."""
+def _pool(prompts: Path | None, history: list, newest: int, judging: Judging) -> dict[str, list[dict]]:
+    """{prompt_id: its samples of all rounds, with `round` and what read_scored adds}, sorted by prompt_id. newest: the
+    last round of `history`."""
     if not history:
         return {}
     table = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split"])
     sources = {row["prompt_id"]: row["source"] for row in table.to_pylist() if row["split"] == "train"}
     pool = defaultdict(list)
-    for r, (sample, scored) in enumerate(history):
+    for r, (sample, scored) in enumerate(history, start=newest + 1 - len(history)):
         for row in read_scored(sample, scored, sources, judging, prompts):
             pool[row["prompt_id"]].append(row | {"round": r})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
@@ -265,5 +267,6 @@ def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int], judgin
     for side, s in (("chosen", chosen), ("rejected", rejected)):
         tokens = s["completion_tokens"]
         row |= {f"{side}_tokens": tokens, f"{side}_mask": [True] * len(tokens), f"{side}_score": s["score"],
-                f"{side}_template": [t in stops for t in tokens], f"{side}_writer": s.get("writer")}
+                f"{side}_template": [t in stops for t in tokens], f"{side}_writer": s.get("writer"),
+                f"{side}_writer_hash": s.get("writer_hash"), f"{side}_logp": s["logp"]}
     return row

@@ -10,6 +10,7 @@ from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.training.batch import Example, plan_steps
+from strop.trainer.training.guard import open_guard
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.loop import train
@@ -19,11 +20,11 @@ NAMES = ("nll", "tokens", "correct", "entropy")
 
 
 def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
-        start: Path) -> None:
-    """Trains the weights `start` on select/sft.parquet; writes model/, snapshots/ and ema/.
+        start: Path, evaluate: Part | None = None, prompts: Path | None = None) -> None:
+    """Trains the weights `start` on select/sft.parquet; writes model/, snapshots/, ema/ and guard.json.
 
-    compute: the recipe's dtype and attention. Raises UserError if no row is left to train on
-    in the first round; later the weights stay as they are."""
+    compute: the recipe's dtype and attention. prompts and evaluate's max_new_tokens: for the checks during
+    training. Raises UserError if no row is left to train on in the first round; later the weights stay as they are."""
     folder = ModelFolder(start, model)
     limit = min(sft.max_length or 1 << 30, folder.context_length(), sft.max_tokens)
     examples = load_examples(stage, select / "sft.parquet", limit)
@@ -45,9 +46,10 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
         nll, tokens, correct, entropy = sums.tolist()
         return {"loss": nll / tokens, "mean_token_accuracy": correct / tokens, "entropy": entropy / tokens}
 
-    train(stage, engine, examples, plan, totals, loss, NAMES, finish, log.interval)
-    tokens = sum(examples[i].tokens for rows in plan for i in rows)
-    stage.counts |= {"rows": len(examples), "steps": len(plan), "tokens": tokens}
+    guard = open_guard(stage, engine, scorer, examples, prompts, evaluate)
+    steps = train(stage, engine, examples, plan, totals, loss, NAMES, finish, log.interval, guard)
+    tokens = sum(examples[i].tokens for rows in plan[:steps] for i in rows)
+    stage.counts |= {"rows": len(examples), "steps": steps, "tokens": tokens}
 
 
 def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:

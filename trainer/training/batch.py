@@ -31,17 +31,22 @@ class Example:
         return len(self.group.prompt) + sum(len(c) for c in self.group.completions)
 
     def targets(self) -> list[int]:
-        """Number of loss tokens of each completion. Without a prompt nothing predicts its first token."""
-        counts = []
-        for i, completion in enumerate(self.group.completions):
-            mask = self.group.loss_masks[i] if self.group.loss_masks else [True] * len(completion)
-            counts.append(sum(bool(m) for m in (mask if self.group.prompt else mask[1:])))
-        return counts
+        """Number of loss tokens of each completion."""
+        return [sum(loss for _, loss, _ in self.group.targets(i)) for i in range(len(self.group.completions))]
+
+    def nll_targets(self) -> list[int]:
+        """Number of tokens of each completion in the NLL term."""
+        return [sum(nll for *_, nll in self.group.targets(i)) for i in range(len(self.group.completions))]
+
+    def predicted(self) -> int:
+        """Number of tokens in either."""
+        return sum(len(self.group.targets(i)) for i in range(len(self.group.completions)))
 
     def fingerprint(self) -> str:
         """Hash of tokens and masks, the key of cached reference log-probs."""
         group = self.group
-        masks = [[int(m) for m in mask] for mask in group.loss_masks] if group.loss_masks else None
+        masks = [[[int(m) for m in mask] for mask in kind] if kind else None
+                 for kind in (group.loss_masks, group.nll_masks)]
         text = repr((list(group.prompt), [list(c) for c in group.completions], masks))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

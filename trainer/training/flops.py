@@ -75,4 +75,4 @@ def training_flops(sizes: Sizes, example: Example) -> int:
     pairs = prompt * (prompt + 1) // 2
     for completion in example.group.completions:
         pairs += len(completion) * (len(completion) + 1) // 2 + len(completion) * prompt
-    return 3 * (2 * sizes.body * example.tokens + 2 * sizes.head * sum(example.targets()) + 4 * sizes.width * pairs)
+    return 3 * (2 * sizes.body * example.tokens + 2 * sizes.head * example.predicted() + 4 * sizes.width * pairs)

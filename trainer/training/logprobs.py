@@ -18,16 +18,23 @@ class Scorer:
 
     def __call__(self, groups: PackedGroups, stats: tuple[str, ...] = ()):
         """fp32 log-probs [targets] of `groups.target`; with `stats` also a dict of fp32 [targets] tensors."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        head, body = head_of(model), model.get_decoder()
-        if self.packed:
-            hidden = body(input_ids=groups.input_ids[None], position_ids=groups.position_ids[None], groups=groups,
-                          use_cache=False).last_hidden_state[0].index_select(0, groups.pred_index)
-        else:
-            hidden = torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[0].index_select(0, index)
-                                for row, index, _ in separate_rows(groups)])
-        return linear_logprob(hidden, head.weight, groups.target, head.bias, logit_scale=head.scale,
+        head = head_of(self.base)
+        return linear_logprob(self.hidden(groups), head.weight, groups.target, head.bias, logit_scale=head.scale,
                               softcap=head.softcap, stats=stats)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without adapters around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def hidden(self, groups: PackedGroups) -> torch.Tensor:
+        """Hidden states [targets, D] that predict `groups.target`."""
+        body = self.base.get_decoder()
+        if self.packed:
+            return body(input_ids=groups.input_ids[None], position_ids=groups.position_ids[None], groups=groups,
+                        use_cache=False).last_hidden_state[0].index_select(0, groups.pred_index)
+        return torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[0].index_select(0, index)
+                          for row, index, _ in separate_rows(groups)])
 
 
 def separate_rows(groups: PackedGroups) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

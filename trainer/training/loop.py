@@ -12,6 +12,7 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
 from strop.trainer.training.flops import peak_flops, sizes_of, training_flops
+from strop.trainer.training.guard import Guard
 from strop.trainer.training.local import Engine, learning_rate
 
 
@@ -25,8 +26,9 @@ class Step:
 
 
 def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]], totals, loss,
-          names: tuple[str, ...], finish, interval: int = 1) -> None:
-    """Runs the steps of `plan`: resumes, logs every `interval` steps, writes checkpoints and snapshots.
+          names: tuple[str, ...], finish, interval: int = 1, guard: Guard | None = None) -> int:
+    """Runs the steps of `plan`: resumes, logs every `interval` steps, writes checkpoints and snapshots. Returns the
+    number of steps run, which are fewer than planned if the guard stopped them.
 
     totals(rows) -> dict of counts over a global step. loss(groups, step) -> (scalar, fp32 vector of sums in the order
     of `names`) of a microbatch, normalized by the step's totals, so that the sum over microbatches and ranks is the
@@ -36,6 +38,8 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     if engine.resume(work):
         stage.console.line(f"{stage.name}: resumed at step {engine.step_index} of {len(plan)}")
         stage.metrics.rewind(stage.name, engine.step_index)
+        if guard:
+            guard.resume()
     keep = {round(len(plan) * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {0, len(plan)}
     peak = peak_flops(world.device, engine.dtype)
     sizes = sizes_of(engine.model)
@@ -46,7 +50,7 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
     started = time.perf_counter()
     with stage.console.progress(stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
-        while engine.step_index < len(plan):
+        while engine.step_index < len(plan) and not (guard and guard.stopped):
             rows = plan[engine.step_index]
             if engine.lora.dropout:
                 torch.manual_seed(hash((engine.seed, engine.step_index, world.rank)))
@@ -64,7 +68,8 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
             whole.add(shares)
             packing.add(shares)
             distinct = sum(examples[i].tokens for i in rows)
-            if engine.step_index % interval == 0 or engine.step_index == len(plan):
+            checks = guard is not None and guard.due()
+            if engine.step_index % interval == 0 or engine.step_index == len(plan) or checks:
                 seconds = time.perf_counter() - started
                 packed = torch.cat([sums, *seen])
                 world.sum_([packed])  # the only reduction of the interval
@@ -75,6 +80,7 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
                            "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
                            "tokens_per_second": packing.tokens / seconds,
                            "mfu": packing.flops / seconds / peak / world.size, **packing.values()}
+                values |= guard.check() if checks else {}
                 if world.device.type == "cuda":
                     values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
                 stage.metrics.log(stage.name, engine.step_index, values, total=len(plan))
@@ -83,7 +89,9 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
                 packing = Packing(examples, costs, section.max_tokens)
                 started = time.perf_counter()
             bar.advance(1, tokens=distinct)
-            is_point = engine.step_index % section.checkpoint_steps == 0 and engine.step_index < len(plan)
+            # a stage that the guard stopped is resumed from before that check, and comes to it again
+            ends = engine.step_index == len(plan) or (guard is not None and bool(guard.stopped))
+            is_point = engine.step_index % section.checkpoint_steps == 0 and not ends
             if seen and (is_point or engine.step_index in keep):  # never write weights that are not finite
                 packed = torch.cat(seen)
                 world.sum_([packed])
@@ -91,14 +99,18 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
             # ranks stop at different steps, so check this rank's values only; after the last step the weights are saved
-            stops = stopping.requested() and engine.step_index < len(plan)
+            stops = stopping.requested() and not ends
             if is_point or (stops and all(values.isfinite().all() for values in seen)):
                 engine.save_checkpoint(work)
             if stops:
                 stopping.point()
     stage.counts |= {"microbatches": whole.microbatches} | whole.values()
-    engine.save(stage.dir / "model")
-    engine.save_ema(stage.dir / "ema")
+    if not (guard and guard.stopped):
+        engine.save(stage.dir / "model")
+        engine.save_ema(stage.dir / "ema")
+    if guard:
+        guard.finish()
+    return engine.step_index
 
 
 def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]],
@@ -117,7 +129,8 @@ def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], pl
         write_table(path, pa.Table.from_pylist([{
             "row_id": e.row_id, "prompt_tokens": list(e.group.prompt), "weight": e.weight,
             "completion_tokens": [list(c) for c in e.group.completions],
-            "loss_masks": [list(m) for m in e.group.loss_masks] if e.group.loss_masks else None} for e in rows]))
+            "loss_masks": [list(m) for m in e.group.loss_masks] if e.group.loss_masks else None,
+            "nll_masks": [list(m) for m in e.group.nll_masks] if e.group.nll_masks else None} for e in rows]))
     ids = ", ".join(e.row_id for e in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
     raise UserError(f"{stage.name}: step {index + 1}: loss={loss:g} and grad_norm={norm / engine.world.size:g} must "
                      f"be finite; its batch (rows {ids}) is in {path}, the last good checkpoint is "

@@ -11,20 +11,24 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.training.batch import Example
 
+SIDES = ("chosen", "rejected")
+
 
 def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool) -> list[Example]:
-    """Rows of pairs.parquet as examples of two completions, chosen first. Pairs that do not fit, whose completions are
-    equal or that lack a loss token on one side are dropped. record: write the drops. Raises UserError if no pair is
-    left in the first round."""
+    """Rows of pairs.parquet as examples of two completions, chosen first. Their NLL masks keep what
+    section.mask_template_tokens takes out of the loss: else nothing would teach to stop. Pairs that do not fit, whose
+    completions are equal or that lack a loss token on one side are dropped. record: write the drops. Raises UserError
+    if no pair is left in the first round."""
     drops, examples = Drops(stage), []
     limit = min(section.max_length or 1 << 30, context)
     for row in read_table(path).to_pylist():
-        masks = [row["chosen_mask"], row["rejected_mask"]]
+        nll_masks, masks = None, [row["chosen_mask"], row["rejected_mask"]]
         if section.mask_template_tokens:
+            nll_masks = masks
             masks = [[m and not t for m, t in zip(mask, row[f"{side}_template"], strict=True)]
-                     for side, mask in zip(("chosen", "rejected"), masks, strict=True)]
+                     for side, mask in zip(SIDES, masks, strict=True)]
         completions = [row["chosen_tokens"], row["rejected_tokens"]]
-        example = Example(row["row_id"], Group(row["prompt_tokens"], completions, masks), row["weight"])
+        example = Example(row["row_id"], Group(row["prompt_tokens"], completions, masks, nll_masks), row["weight"])
         longest = len(row["prompt_tokens"]) + max(map(len, completions))
         reason = detail = None
         if longest > limit:
@@ -48,8 +52,29 @@ def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, reco
     return examples
 
 
+def off_policy(path: Path, examples: list[Example], table: "ReferenceTable", policy: str | None) -> dict[str, float]:
+    """How far the pairs are from the policy, over the examples of pairs.parquet.
+
+    off_policy_share: pairs with a side that weights of another hash than `policy` wrote, ready data included.
+    writer_log_ratio: mean per token of log p(writer) - log p(reference), an estimate of KL(writer || reference) from
+    the log-probs that were stored in sampling; left out if no side has any.
+    """
+    used, others, difference, tokens = {e.row_id for e in examples}, 0, 0.0, 0
+    for row in read_table(path).to_pylist():
+        if row["row_id"] not in used:
+            continue
+        others += any(policy is None or row.get(f"{side}_writer_hash") != policy for side in SIDES)
+        for side in SIDES:
+            logp = row.get(f"{side}_logp")
+            if logp is not None:
+                reference = table.rows[row["row_id"]][side]
+                difference, tokens = difference + logp - sum(reference), tokens + len(reference)
+    found = {"off_policy_share": others / len(used)} if used else {}
+    return found | ({"writer_log_ratio": difference / tokens} if tokens else {})
+
+
 class ReferenceTable:
-    """fp32 reference log-probs by row."""
+    """fp32 reference log-probs by row, of the tokens in the loss or the NLL term."""
 
     def __init__(self, path: Path):
         self.rows = {r["row_id"]: r for r in read_table(path).to_pylist()}
