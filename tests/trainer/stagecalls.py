@@ -1,5 +1,6 @@
 """Stage functions called with a whole recipe, as the methods' verbs call them with its sections."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from strop.trainer.data.samples import Judging
@@ -98,6 +99,17 @@ def held_out(stage, recipe, **inputs):
 
 def evaluate(stage, recipe, **inputs):
     results.evaluate(stage, score=recipe.score, weights=weights_of(recipe), **scoring(recipe), **inputs)
+
+
+def measure(stage, recipe, *, prompts, candidates, start=None):
+    """Both stages of an evaluation, the first one in a folder beside the second's; returns the first."""
+    folder = stage.dir.with_name(f"{stage.dir.name}-held-out")
+    folder.mkdir(exist_ok=True)
+    first = replace(stage, dir=folder, counts={})
+    held_out(first, recipe, prompts=prompts, candidates=candidates, **({"start": start} if start else {}))
+    if stage.world.size == 1 or (folder / "completions.parquet").exists():
+        evaluate(stage, recipe, prompts=prompts, candidates=candidates, completions=folder)
+    return first
 
 
 def final(stage, recipe, **inputs):

@@ -1,14 +1,12 @@
 """The evaluate stage: what counts as correct, ranks, resume, and the paired bootstrap."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import stagecalls
 import torch
-from stagecalls import held_out
+from stagecalls import measure
 
 from strop.trainer.config import Recipe
 from strop.trainer.models.loading import ModelFolder
@@ -72,16 +70,6 @@ def verdicts(monkeypatch):
     monkeypatch.setattr(module, "stop_ids", lambda tokenizer, folder: STOP)
 
 
-def evaluate(stage, recipe, *, prompts, candidates):
-    """Both stages, the first one in a folder beside the second's."""
-    folder = stage.dir.with_name(f"{stage.dir.name}-held-out")
-    folder.mkdir(exist_ok=True)
-    first = replace(stage, dir=folder, counts={})
-    held_out(first, recipe, prompts=prompts, candidates=candidates)
-    if stage.world.size == 1 or (folder / "completions.parquet").exists():
-        stagecalls.evaluate(stage, recipe, prompts=prompts, candidates=candidates, completions=folder)
-
-
 def make_stage(folder, rank=0, size=1) -> Stage:
     folder.mkdir(exist_ok=True)
     world = World(rank, size)
@@ -95,7 +83,7 @@ def files(folder) -> dict[str, bytes]:
 
 def test_correct_means_stopped_by_itself_and_scored(tiny_model, prompts, verdicts, tmp_path):
     stage = make_stage(tmp_path / "out")
-    evaluate(stage, recipe(), prompts=prompts, candidates={"base": tiny_model, "sft": tiny_model})
+    measure(stage, recipe(), prompts=prompts, candidates={"base": tiny_model, "sft": tiny_model})
     rows = read_table(stage.dir / "results.parquet").to_pylist()
     assert len(rows) == 60 and len({(r["candidate"], r["prompt_id"]) for r in rows}) == 60
     assert {r["finish"] for r in rows} == {"stop", "length"}
@@ -119,7 +107,7 @@ def test_correct_means_stopped_by_itself_and_scored(tiny_model, prompts, verdict
 
 def test_a_lower_bar_lets_half_points_pass(tiny_model, prompts, verdicts, tmp_path):
     stage = make_stage(tmp_path / "out")
-    evaluate(stage, recipe(correct_at=0.5), prompts=prompts, candidates={"base": tiny_model})
+    measure(stage, recipe(correct_at=0.5), prompts=prompts, candidates={"base": tiny_model})
     assert all(r["correct"] == (r["finish"] == "stop") for r in read_table(stage.dir / "results.parquet").to_pylist())
 
 
@@ -127,7 +115,7 @@ def test_completions_are_the_greedy_ones(tiny_model, prompts, verdicts, tmp_path
     from strop.trainer.data.chat import encode_prompt
 
     stage = make_stage(tmp_path / "out")
-    evaluate(stage, recipe(), prompts=prompts, candidates={"base": tiny_model})
+    measure(stage, recipe(), prompts=prompts, candidates={"base": tiny_model})
     tokenizer = ModelFolder(tiny_model).tokenizer()
     model = generate.load_for_generation(ModelFolder(tiny_model), torch.float32, torch.device("cpu"))
     messages = {r["prompt_id"]: r["messages"] for r in read_table(prompts / "prompts.parquet").to_pylist()}
@@ -140,9 +128,9 @@ def test_completions_are_the_greedy_ones(tiny_model, prompts, verdicts, tmp_path
 
 def test_two_ranks_and_a_resumed_run_give_the_same_files(tiny_model, prompts, verdicts, tmp_path, monkeypatch):
     candidates = {"base": tiny_model, "sft": tiny_model}
-    evaluate(make_stage(tmp_path / "one"), recipe(), prompts=prompts, candidates=candidates)
+    measure(make_stage(tmp_path / "one"), recipe(), prompts=prompts, candidates=candidates)
     for rank in (1, 0, 1, 0):  # the second time the completions are there
-        evaluate(make_stage(tmp_path / "two", rank, 2), recipe(), prompts=prompts, candidates=candidates)
+        measure(make_stage(tmp_path / "two", rank, 2), recipe(), prompts=prompts, candidates=candidates)
         assert (tmp_path / "two-held-out" / "completions.parquet").exists() or rank == 1
     for name in ("one", "one-held-out"):
         assert files(tmp_path / name) == files(tmp_path / name.replace("one", "two"))
@@ -158,8 +146,8 @@ def test_two_ranks_and_a_resumed_run_give_the_same_files(tiny_model, prompts, ve
     monkeypatch.setattr(generate.Generator, "generate", dies_on_sixth_shard)
     stage = make_stage(tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(stage, recipe(), prompts=prompts, candidates=candidates)
-    evaluate(stage, recipe(), prompts=prompts, candidates=candidates)
+        measure(stage, recipe(), prompts=prompts, candidates=candidates)
+    measure(stage, recipe(), prompts=prompts, candidates=candidates)
     assert len(calls) == 6 + 3  # four shards a candidate: five were done, three are left
     for name in ("one", "one-held-out"):
         assert files(tmp_path / name) == files(tmp_path / name.replace("one", "killed"))
@@ -169,7 +157,7 @@ def test_overlong_held_out_prompts_are_dropped_and_counted(tiny_model, verdicts,
     rows = [prompt_row(i, "test", "x" * (600 if i == 4 else 5)) for i in range(6)]
     write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
     stage = make_stage(tmp_path / "out")
-    evaluate(stage, recipe(), prompts=tmp_path, candidates={"base": tiny_model})
+    measure(stage, recipe(), prompts=tmp_path, candidates={"base": tiny_model})
     assert [(d["prompt_id"], d["reason"]) for d in read_table(tmp_path / "out-held-out/drops.parquet").to_pylist()] == [
         ("p004", "overlong")]
     assert read_json(stage.dir / "summary.json")["base"]["test"]["n"] == 5

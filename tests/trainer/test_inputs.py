@@ -69,7 +69,7 @@ def test_a_template_that_is_edited_while_the_run_goes_on_counts_from_the_next_st
         final = read_json(run / "final/manifest.json")["config"]["recipe"]["model"]["chat_template"]
         text = tokenizer.decode(tokens).replace(" ", "")
         return [(read_json(run / f"{stage}/manifest.json")["config"]["model"]["chat_template"], final, "ZZ" in text)
-                for stage in ("baseline", "round-00/sample", "round-00/evaluate")]
+                for stage in ("baseline-held-out", "round-00/sample", "round-00/held-out")]
 
     assert used() == [(CHATML, CHATML, False)] * 3
     train(str(recipe), keys)

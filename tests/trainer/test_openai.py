@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import write_recipe
 from faultserver import FaultServer
-from stagecalls import evaluate, sample
+from stagecalls import measure, sample
 from test_sample import make_stage, prompt_row
 
 from strop.trainer.cli import load_recipe
@@ -382,15 +382,16 @@ def test_evaluation_counts_cut_and_empty_answers_as_wrong(server, prompts, tiny_
     server.plan = lambda n, body: {0: {"answer": "1", "finish": "length"}, 1: {"answer": ""}}.get(n % 4, "1")
     stage, lines = make_stage(tmp_path / "out"), []
     stage.console.warn = lines.append
-    evaluate(stage, recipe(server, concurrency=1), prompts=prompts, candidates={"base": tiny_model}, start=tiny_model)
+    asked = measure(stage, recipe(server, concurrency=1), prompts=prompts, candidates={"base": tiny_model},
+                    start=tiny_model)
     rows = read_table(stage.dir / "results.parquet").to_pylist()
     assert len(rows) == 8 and Counter((r["finish"], r["correct"]) for r in rows) == {
         ("stop", True): 4, ("length", False): 2, ("empty", False): 2}
-    assert all(r["temperature"] == 0 for r in server.requests) and stage.counts["requests"] == 8
-    assert "the server's model's" in lines[0] and not (stage.dir / "kl.json").exists()
+    assert all(r["temperature"] == 0 for r in server.requests) and asked.counts["requests"] == 8
+    assert "the server's model's" in lines[0] and not (asked.dir / "kl.json").exists()
     stage = make_stage(tmp_path / "own")
     candidates = {"a": tiny_model, "b": tiny_model}
-    evaluate(stage, recipe(server, model="at {weights}"), prompts=prompts, candidates=candidates)
+    measure(stage, recipe(server, model="at {weights}"), prompts=prompts, candidates=candidates)
     assert {r["model"] for r in server.requests[8:]} == {f"at {tiny_model.resolve()}"} and len(server.requests) == 24
     assert len(lines) == 1
 

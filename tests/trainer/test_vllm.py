@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import write_recipe
-from stagecalls import evaluate, sample
+from stagecalls import measure, sample
 from test_sample import make_stage, prompt_row
 
 from strop.trainer.config import Model, Recipe
@@ -119,7 +119,7 @@ def test_samples_are_what_vllm_drew_and_its_processes_are_gone(fake, tiny_model,
 
 def test_evaluation_loads_each_candidate(fake, tiny_model, prompts, tmp_path):
     stage = make_stage(tmp_path / "out")
-    evaluate(stage, recipe(), prompts=prompts, candidates={"a": tiny_model, "b": tiny_model})
+    measure(stage, recipe(), prompts=prompts, candidates={"a": tiny_model, "b": tiny_model})
     assert len(read_table(stage.dir / "results.parquet")) == 16 and len(calls(tmp_path, "load")) == 2
     assert all(c["how"]["temperature"] == 0 and c["how"]["n"] == 1 for c in calls(tmp_path, "sample"))
 

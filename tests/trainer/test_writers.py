@@ -204,12 +204,23 @@ def test_no_prompt_gets_more_once_it_has_enough(data):
         assert len(drawn) == k or sum(truth[:len(drawn)]) >= enough
 
 
+class OddLengths:
+    """Scores 1 for a text of odd length, in place of a source's scorers."""
+
+    def __call__(self, source, item):
+        return {"odd": (float(len(item.completion) % 2), None)}
+
+    def close(self):
+        pass
+
+
 def test_released_completions_are_recorded_and_resumed(tiny_model, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_stage, "verify", lambda verifier, text, *rest: (float(len(text) % 2), text))
+    monkeypatch.setattr(sample_stage, "Verdicts", lambda *_: OddLengths())
     one, stage, lines = recipe(k=8, enough=1, max_new_tokens=6), make_stage(tmp_path / "out"), []
     stage.console.warn = lines.append
     how = {"sample": one.sample, "model": one.model, "compute": one, "seed": 0, "round": 0, "weights": tiny_model,
-           "shares": {"digits": 1.0}, "prompts": prompts, "score": Score()}
+           "shares": {"digits": 1.0}, "prompts": prompts, "score": Score(), "scorers": {}, "files": {},
+           "columns": {"digits": ["prompt", "answer", "{prompt}"]}, "judging": {"digits": {"odd": 1.0}}}
     monkeypatch.setattr(sample_stage, "stop_ids", lambda *_: set(range(3, 98, 3)))
     sample_stage.sample(stage, **how)
     rows, drops = rows_of(stage.dir), read_table(stage.dir / "drops.parquet").to_pylist()

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as compute
 
+from strop.trainer.reports.browse import judged_of
 from strop.trainer.reports.reading import RunRecord
 from strop.trainer.run.tables import read_table
 
@@ -25,7 +26,7 @@ def writer_rows(run: RunRecord) -> list[dict]:
     """Per round and writer: completions, share correct, and the writer's shares of the round's SFT rows and of the two
     sides of its pairs (None if there are none)."""
     rows = []
-    scored = {s["inputs"]["sample"]: run.dir / s["stage"] / "scores.parquet" for s in run.of_kind("scores")}
+    scored = judged_of(run)
     selected = {s["round"]: run.dir / s["stage"] for s in run.of_kind("selection")}
     for entry in run.of_kind("samples"):
         stage, folder = entry["stage"], selected.get(entry["round"])
