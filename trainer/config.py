@@ -201,9 +201,9 @@ class Train(Section):
     snapshots: NotNegative = Field(0, le=1000, description="intermediate weights to keep for merge, evenly spaced")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
                              description="decay of an exponential moving average of the weights; 0 is off")
-    eval_steps: NotNegative = Field(20, description="steps between greedy completions of a few validation prompts by "
+    eval_steps: NotNegative = Field(50, description="steps between greedy completions of a few validation prompts by "
                                     "the weights in training; if they run away, the stage ends with the weights of the "
-                                    "last good check. 0 is off")
+                                    "last good check. 0 is off, as are stages of fewer steps")
     eval_prompts: Positive = Field(16, description="validation prompts of these checks")
     max_cut_rise: Share = Field(0.25, description="a check fails if the share of completions cut by length is this "
                                 "much above that of the start weights and of the data")
