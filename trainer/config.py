@@ -201,6 +201,9 @@ class Train(Section):
     snapshots: NotNegative = Field(0, le=1000, description="intermediate weights to keep for merge, evenly spaced")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
                              description="decay of an exponential moving average of the weights; 0 is off")
+
+
+class Checked(Train):
     eval_steps: NotNegative = Field(50, description="steps between greedy completions of a few validation prompts by "
                                     "the weights in training; if they run away, the stage ends with the weights of the "
                                     "last good check. 0 is off, as are stages of fewer steps")
@@ -213,11 +216,11 @@ class Train(Section):
                                          "current ones is above this, in nats per token. Default: no limit")
 
 
-class Sft(Train):
+class Sft(Checked):
     start: Literal["base", "previous"] = Field("base", description="weights that each round's SFT starts from")
 
 
-class Dpo(Train):
+class Dpo(Checked):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
                   "apo_down", "discopop", "sppo_hard"] = Field("sigmoid", description="preference loss")
