@@ -68,7 +68,7 @@ def run_seed(seed: int, arms: list[str], folder: Path, overrides: dict) -> dict[
                 if "sft" in how:
                     done = run.sft(r.sft.model_copy(update=how["sft"]), pairs, policy, name=arm)
                 else:
-                    done = run.prefer(r.dpo.model_copy(update=how["dpo"]), pairs, policy, policy, name=arm)
+                    done = run.prefer(r.dpo.model_copy(update=how.get("dpo", {})), pairs, policy, policy, name=arm)
                     before = [*before, run.store.run_dir / f"round-00/{arm}-reference"]
                 made[arm] = ([*before, done], run.evaluate(r.evaluate, prompts, {arm: done.model},
                                                            name=f"evaluate-{arm}"))

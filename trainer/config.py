@@ -206,9 +206,9 @@ class Train(Section):
 class Checked(Train):
     """Training whose completions are checked on the way."""
 
-    eval_steps: NotNegative = Field(20, description="steps between greedy completions of a few validation prompts by "
+    eval_steps: NotNegative = Field(50, description="steps between greedy completions of a few validation prompts by "
                                     "the weights in training; if they run away, the stage ends with the weights of the "
-                                    "last good check. 0 is off")
+                                    "last good check. 0 is off, as are stages of fewer steps")
     eval_prompts: Positive = Field(16, description="validation prompts of these checks")
     max_cut_rise: Share = Field(0.25, description="a check fails if the share of completions cut by length is this "
                                 "much above that of the start weights and of the data")

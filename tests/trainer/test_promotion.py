@@ -21,10 +21,9 @@ def promote(tmp_path, measured: dict[str, tuple[float, float]], base=(0.1, 0.0),
     evaluation = Artifact(tmp_path / "evaluate", "h-evaluation", {})
     evaluation.path.mkdir(exist_ok=True)
     write_json(evaluation.path / "manifest.json", {})
-    about = {"n": 10, "by_source": {}, "mean_length": 5.0}
-    write_json(evaluation.path / "summary.json", {
-        name: dict.fromkeys(("validation", "test"), about | {"pass_rate": rate, "mean": rate, "cut_share": cut})
-        for name, (rate, cut) in (measured | {"base": base}).items()})
+    found = {name: {"pass_rate": rate, "cut_share": cut, "mean_length": 5.0, "n": 100, "by_source": {}}
+             for name, (rate, cut) in (measured | {"base": base}).items()}
+    write_json(evaluation.path / "summary.json", {n: {"validation": f, "test": f} for n, f in found.items()})
     run.measured = {f"h-{name}": (evaluation, name) for name in (*measured, "base")}
     candidates = {name: Artifact(tmp_path / name, f"h-{name}") for name in measured}
     chosen = run.promote(run.recipe.merge, candidates)

@@ -28,16 +28,17 @@ from strop.trainer.training.batch import Example, collate
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 
-KL_TOKENS = 512  # positions whose next-token distributions under the start weights are kept
+KL_TOKENS = 128  # positions whose next-token distributions under the start weights are kept
 GROWTH = 8  # tokens: shorter growth is not a runaway, whatever the ratio
 
 
 def open_guard(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example], prompts: Path | None,
                evaluate: Part | None) -> Guard | None:
-    """A guard over the first validation prompts; None without prompts, with eval_steps=0, or for a model that the
-    sampler does not support. Call it before a checkpoint is loaded: it measures the start weights first."""
+    """A guard over the first validation prompts; None without prompts, with eval_steps=0, in a stage of fewer steps, or
+    for a model that the sampler does not support. Call it before a checkpoint is loaded: it measures the start weights
+    first."""
     section, folder = engine.section, engine.folder
-    if prompts is None or not section.eval_steps:
+    if prompts is None or not 0 < section.eval_steps <= engine.steps:
         return None
     tokenizer, room = folder.tokenizer(), folder.context_length() - evaluate.max_new_tokens
     rows = [r for r in read_table(prompts / "prompts.parquet").to_pylist() if r["split"] == "validation"]
