@@ -254,11 +254,18 @@ class Reward(Train):
 
 
 class Merge(Section):
-    method: Literal["last", "average", "ema"] = Field("last", description="last: the round's last weights; average: "
-                                                      "of members; ema: of the last stage that trained")
+    method: Literal["last", "average", "ema", "slerp", "task_arithmetic", "warp"] = Field(
+        "last", description="last: the round's last weights; average: of members; ema: of the last stage that trained; "
+        "slerp: spherical interpolation of two members, per tensor; task_arithmetic: the round's start plus the "
+        "weighted sum of the members' differences to it; warp: slerp of two members' differences to the round's start "
+        "(WARP; its last step is interpolate)")
     members: list[Literal["start", "sft", "dpo"]] = Field(
-        ["sft", "dpo"], min_length=1, description="average: each name adds all checkpoints that its stage kept")
-    weights: list[Weight] | None = Field(None, description="average: one per member. Default: uniform")
+        ["sft", "dpo"], min_length=1, description="average: each name adds all checkpoints that its stage kept; slerp, "
+        "task_arithmetic and warp take the stage's last weights")
+    weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] | None = Field(
+        None, description="average and task_arithmetic: one per member. An average divides by their sum and is uniform "
+        "by default; task_arithmetic needs them, and may subtract a member")
+    t: Share = Field(0.5, description="slerp and warp: 0 takes the first member, 1 the second")
     interpolate: Share = Field(1.0, description="1 takes the merged weights, 0 the round's start, linear between")
     promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
                                              description="which weights go on: the best on the validation "
@@ -272,10 +279,27 @@ class Merge(Section):
                                 "whichever is lower")
 
     @model_validator(mode="after")
-    def lengths(self):
+    def agree(self):
         if self.weights is not None and len(self.weights) != len(self.members):
             raise ValueError(f"weights has {len(self.weights)} entries, members {len(self.members)}")
+        for key in ("members", "weights", "t"):
+            if key not in MERGING[self.method] and getattr(self, key) != type(self).model_fields[key].default:
+                others = " or ".join(method for method, keys in MERGING.items() if key in keys)
+                raise ValueError(f"{key} is not read by method={self.method}; leave it out, or set method={others}")
+        if "t" in MERGING[self.method] and len(self.members) != 2:
+            raise ValueError(f"method={self.method} needs two members, members has {len(self.members)}")
+        if self.method in ("task_arithmetic", "warp") and "start" in self.members:
+            raise ValueError(f"members names start, but method={self.method} adds differences to it; leave it out")
+        if self.method == "task_arithmetic" and (self.weights is None or 0 in self.weights):
+            raise ValueError("method=task_arithmetic needs weights, one per member and none of them 0, e.g. [0.5, 0.5]")
+        if self.method == "average" and any(weight < 1e-30 for weight in self.weights or ()):
+            raise ValueError(f"weights={self.weights}: those of an average must be above 0; leave the member out")
         return self
+
+
+# ways to merge, with the keys that each reads
+MERGING = {"last": (), "average": ("members", "weights"), "ema": (), "slerp": ("members", "t"),
+           "task_arithmetic": ("members", "weights"), "warp": ("members", "t")}
 
 
 class Log(Section):
@@ -349,7 +373,7 @@ class Recipe(Section):
         last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
         if self.merge.method == "ema" and not getattr(self, last).ema_decay:
             raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0")
-        for name in self.merge.members if self.merge.method == "average" else ():
+        for name in self.merge.members if MERGING[self.merge.method] else ():
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
         named = {"select.by": self.select.by, "score.correct_by": self.score.correct_by,

@@ -165,8 +165,9 @@ TABLE = {
            ("max_length_ratio", 3.0, own), ("max_kl", 0.5, own),
            ("checkpoint_steps", 3, NOTHING))},
     "merge.method": ("average", {"merge", "final"}),
-    "merge.members": (["dpo", "sft"], {"merge", "final"}),
-    "merge.weights": ([1.0, 2.0], {"merge", "final"}),
+    "merge.members": (Also(["dpo", "sft"], {"merge.method": "average"}), {"merge", "final"}),
+    "merge.weights": (Also([1.0, 2.0], {"merge.method": "average"}), {"merge", "final"}),
+    "merge.t": (Also(0.25, {"merge.method": "slerp"}), {"merge", "final"}),
     "merge.interpolate": (0.5, {"merge", "final"}),
     "merge.promote": ("last", NOTHING),  # here both promote the same weights
     "evaluate.max_new_tokens": (2, HELD_OUT | LORA),  # training checks completions of that length
