@@ -211,6 +211,22 @@ class Train(Section):
                                     "as those of the start weights and of the data")
     max_kl: PositiveFloat | None = Field(None, description="a check fails if the KL of the start weights to the "
                                          "current ones is above this, in nats per token. Default: no limit")
+    bema: bool = Field(False, description="instead of ema_decay: a bias-corrected average (BEMA), EMA + alpha (weights "
+                       "- start), for which an fp32 copy of the start stays in memory")
+    bema_bias_power: float = Field(0.2, ge=0.0, le=100.0, description="after t steps alpha is (bema_lag + t) to this "
+                                   "negative power")
+    bema_ema_power: float = Field(0.5, ge=0.0, le=100.0, description="and the newest weights' share in the EMA is "
+                                  "(bema_lag + t) to this negative power")
+    bema_lag: Positive = Field(10, description="steps that the average counts as old at its start")
+
+    @model_validator(mode="after")
+    def one_average(self):
+        if self.bema and self.ema_decay:
+            raise ValueError(f"ema_decay={self.ema_decay} is not read with bema=true; leave one of them out")
+        for key in ("bema_bias_power", "bema_ema_power", "bema_lag"):
+            if not self.bema and getattr(self, key) != Train.model_fields[key].default:
+                raise ValueError(f"{key} is read with bema=true only; leave it out, or set bema=true")
+        return self
 
 
 class Sft(Train):
@@ -371,8 +387,9 @@ class Recipe(Section):
             raise ValueError("dpo.pairs=policy samples the weights that DPO starts from, but sample names other "
                              "writers; set dpo.pairs=round")
         last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
-        if self.merge.method == "ema" and not getattr(self, last).ema_decay:
-            raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0")
+        if self.merge.method == "ema" and not (getattr(self, last).ema_decay or getattr(self, last).bema):
+            raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0, or "
+                             f"{last}.bema=true")
         for name in self.merge.members if MERGING[self.merge.method] else ():
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")

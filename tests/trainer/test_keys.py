@@ -163,7 +163,9 @@ TABLE = {
            ("activation_checkpointing", True, own), ("snapshots", 2, own), ("ema_decay", 0.25, own),
            ("eval_steps", 3, own), ("eval_prompts", 5, own), ("max_cut_rise", 0.5, own),
            ("max_length_ratio", 3.0, own), ("max_kl", 0.5, own),
-           ("checkpoint_steps", 3, NOTHING))},
+           ("bema", True, own), ("checkpoint_steps", 3, NOTHING))},
+    **{f"{stage}.{key}": (Also(value, {f"{stage}.bema": True}), own) for stage, own in (("sft", SFT), ("dpo", DPO))
+       for key, value in (("bema_bias_power", 0.3), ("bema_ema_power", 0.4), ("bema_lag", 5))},
     "merge.method": ("average", {"merge", "final"}),
     "merge.members": (Also(["dpo", "sft"], {"merge.method": "average"}), {"merge", "final"}),
     "merge.weights": (Also([1.0, 2.0], {"merge.method": "average"}), {"merge", "final"}),

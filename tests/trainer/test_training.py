@@ -6,7 +6,7 @@ import pytest
 import torch
 from stagecalls import dpo, reference, sft
 from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 from strop.kernels import Group, _cpu, linear_logprob, optimizer
 from strop.trainer.errors import UserError
@@ -91,6 +91,38 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, tiny_model):
         assert [p.name for p in (whole.dir / "snapshots").iterdir()] == \
             [p.name for p in (again.dir / "snapshots").iterdir()] != []
         assert largest_difference(whole.dir / "model", tiny_model) > 1e-4
+
+
+def test_bema_equals_trls_and_survives_a_kill(tmp_path, tiny_model, monkeypatch):
+    from trl import BEMACallback
+
+    seen, step = [], Engine.step
+
+    def recorded(engine):
+        result = step(engine)
+        seen.append([m.detach().clone() for m in engine.masters])
+        return result
+
+    keys = {"checkpoint_steps": 1, "bema": True, "bema_bias_power": 0.3, "bema_ema_power": 0.6, "bema_lag": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", recorded)
+        whole = run_dpo(tmp_path, "whole", tiny_model, **keys)
+    theirs = BEMACallback(update_freq=1, ema_power=0.6, bias_power=0.3, lag=4)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs.on_train_begin(None, None, None, model)
+    for number, weights in enumerate(seen, 1):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), weights, strict=True):
+                parameter.copy_(value)
+        theirs.on_step_end(None, TrainerState(global_step=number), None, model)
+    found = dict(AutoModelForCausalLM.from_pretrained(whole.dir / "ema").named_parameters())
+    for name, value in theirs.running_model.named_parameters():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    assert len(seen) > 3 and largest_difference(whole.dir / "ema", whole.dir / "model") > 1e-5
+    with pytest.raises(KeyboardInterrupt):
+        run_dpo(tmp_path, "killed", tiny_model, Log(stop_at=2), **keys)
+    again = run_dpo(tmp_path, "killed", tiny_model, **keys)
+    assert largest_difference(whole.dir / "ema", again.dir / "ema") == 0.0
 
 
 def test_dpo_starts_at_ln_2_with_no_margin(tmp_path, tiny_model):
