@@ -236,7 +236,12 @@ class Sft(Train):
 class Dpo(Train):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
-                  "apo_down", "discopop", "sppo_hard"] = Field("sigmoid", description="preference loss")
+                  "apo_down", "discopop", "sppo_hard", "rpo"] = Field(
+        "sigmoid", description="preference loss; rpo (Nemotron-4) aims at the difference in score, or the column "
+        "margin of ready data")
+    rpo_eta: Weight = Field(1.0, description="rpo: scale of the difference in score")
+    rpo_divergence: Literal["target_first", "policy_first", "squared"] = Field(
+        "target_first", description="rpo: KL(target || policy), KL(policy || target), or their squared difference")
     beta: Weight = Field(0.1, description="weight of the KL penalty to the reference")
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="assumed share of flipped labels")
     nll_weight: float = Field(0.0, ge=0.0, le=1e6, description="weight of the chosen completions' NLL (Llama 3: 0.2)")
@@ -251,6 +256,13 @@ class Dpo(Train):
     pairs: Literal["round", "policy"] = Field("round", description="round: pair the round's completions, which the "
                                               "weights before SFT wrote; policy: sample other prompts from the weights "
                                               "that DPO starts from and pair those completions")
+
+    @model_validator(mode="after")
+    def of_rpo(self):
+        for key in ("rpo_eta", "rpo_divergence"):
+            if self.loss != "rpo" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with loss=rpo only; leave it out, or set loss=rpo")
+        return self
 
 
 class Reward(Train):

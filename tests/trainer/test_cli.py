@@ -63,6 +63,7 @@ def test_overrides_reach_every_depth(recipe):
     (GOOD, ["merge.weights=[1.0]"], "weights has 1 entries, members 2"),
     (GOOD, ["sft.bema_lag=5"], "bema_lag is read with bema=true only; leave it out, or set bema=true"),
     (GOOD, ["dpo.bema=true", "dpo.ema_decay=0.5"], "ema_decay=0.5 is not read with bema=true; leave one of them out"),
+    (GOOD, ["dpo.rpo_eta=2.0"], "rpo_eta is read with loss=rpo only; leave it out, or set loss=rpo"),
     (GOOD, ["merge.t=0.2"], "t is not read by method=last; leave it out, or set method=slerp or warp"),
     (GOOD, ["merge.members=[sft]"], "members is not read by method=last; leave it out, or set method=average or"),
     (GOOD, ["merge.method=slerp", "merge.weights=[1.0, 2.0]"], "weights is not read by method=slerp"),

@@ -148,6 +148,8 @@ TABLE = {
     "sft.start": ("base", SFT),
     "dpo.enabled": (False, {"merge", "final"}),
     "dpo.loss": ("ipo", DPO),
+    "dpo.rpo_eta": (Also(2.0, {"dpo.loss": "rpo"}), DPO),
+    "dpo.rpo_divergence": (Also("squared", {"dpo.loss": "rpo"}), DPO),
     "dpo.beta": (0.2, DPO),
     "dpo.label_smoothing": (0.1, DPO),
     "dpo.nll_weight": (0.2, DPO),
@@ -187,7 +189,9 @@ TABLE = {
 REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
     "epochs": 2.0, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
     "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
-    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "pairs": "all", "margin": 1.0,
+    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "bema": True,
+    "bema_bias_power": Also(0.3, {"reward.bema": True}), "bema_ema_power": Also(0.4, {"reward.bema": True}),
+    "bema_lag": Also(5, {"reward.bema": True}), "pairs": "all", "margin": 1.0,
     "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {"reward.checkpoint_steps": (3, NOTHING)}
 
 
@@ -385,7 +389,9 @@ log: {{tensorboard: false}}
 @pytest.mark.parametrize("key", REWARD)
 def test_a_key_of_the_reward_model_makes_it_stale(reward_run, key):
     value, expected = REWARD[key]
-    entries = planned(load_recipe(reward_run, {key: value}), Console(enabled=False))[1].plan
+    others = value.others if isinstance(value, Also) else {}
+    value = value.value if isinstance(value, Also) else value
+    entries = planned(load_recipe(reward_run, {key: value} | others), Console(enabled=False))[1].plan
     assert own_reasons(entries).keys() == expected
     assert stale(entries) == closure(entries)
 
