@@ -216,6 +216,22 @@ class Checked(Train):
                                     "as those of the start weights and of the data")
     max_kl: PositiveFloat | None = Field(None, description="a check fails if the KL of the start weights to the "
                                          "current ones is above this, in nats per token. Default: no limit")
+    bema: bool = Field(False, description="instead of ema_decay: a bias-corrected average (BEMA), EMA + alpha (weights "
+                       "- start), for which an fp32 copy of the start stays in memory")
+    bema_bias_power: float = Field(0.2, ge=0.0, le=100.0, description="after t steps alpha is (bema_lag + t) to this "
+                                   "negative power")
+    bema_ema_power: float = Field(0.5, ge=0.0, le=100.0, description="and the newest weights' share in the EMA is "
+                                  "(bema_lag + t) to this negative power")
+    bema_lag: Positive = Field(10, description="steps that the average counts as old at its start")
+
+    @model_validator(mode="after")
+    def one_average(self):
+        if self.bema and self.ema_decay:
+            raise ValueError(f"ema_decay={self.ema_decay} is not read with bema=true; leave one of them out")
+        for key in ("bema_bias_power", "bema_ema_power", "bema_lag"):
+            if not self.bema and getattr(self, key) != Train.model_fields[key].default:
+                raise ValueError(f"{key} is read with bema=true only; leave it out, or set bema=true")
+        return self
 
 
 class Sft(Checked):
@@ -225,7 +241,12 @@ class Sft(Checked):
 class Dpo(Checked):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
-                  "apo_down", "discopop", "sppo_hard"] = Field("sigmoid", description="preference loss")
+                  "apo_down", "discopop", "sppo_hard", "rpo"] = Field(
+        "sigmoid", description="preference loss; rpo (Nemotron-4) aims at the difference in score, or the column "
+        "margin of ready data")
+    rpo_eta: Weight = Field(1.0, description="rpo: scale of the difference in score")
+    rpo_divergence: Literal["target_first", "policy_first", "squared"] = Field(
+        "target_first", description="rpo: KL(target || policy), KL(policy || target), or their squared difference")
     beta: Weight = Field(0.1, description="weight of the KL penalty to the reference")
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="assumed share of flipped labels")
     nll_weight: float = Field(0.0, ge=0.0, le=1e6, description="weight of the chosen completions' NLL (Llama 3: 0.2)")
@@ -240,6 +261,13 @@ class Dpo(Checked):
     pairs: Literal["round", "policy"] = Field("round", description="round: pair the round's completions, which the "
                                               "weights before SFT wrote; policy: sample other prompts from the weights "
                                               "that DPO starts from and pair those completions")
+
+    @model_validator(mode="after")
+    def of_rpo(self):
+        for key in ("rpo_eta", "rpo_divergence"):
+            if self.loss != "rpo" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with loss=rpo only; leave it out, or set loss=rpo")
+        return self
 
 
 class Reward(Train):
@@ -259,11 +287,18 @@ class Reward(Train):
 
 
 class Merge(Section):
-    method: Literal["last", "average", "ema"] = Field("last", description="last: the round's last weights; average: "
-                                                      "of members; ema: of the last stage that trained")
+    method: Literal["last", "average", "ema", "slerp", "task_arithmetic", "warp"] = Field(
+        "last", description="last: the round's last weights; average: of members; ema: of the last stage that trained; "
+        "slerp: spherical interpolation of two members, per tensor; task_arithmetic: the round's start plus the "
+        "weighted sum of the members' differences to it; warp: slerp of two members' differences to the round's start "
+        "(WARP; its last step is interpolate)")
     members: list[Literal["start", "sft", "dpo"]] = Field(
-        ["sft", "dpo"], min_length=1, description="average: each name adds all checkpoints that its stage kept")
-    weights: list[Weight] | None = Field(None, description="average: one per member. Default: uniform")
+        ["sft", "dpo"], min_length=1, description="average: each name adds all checkpoints that its stage kept; slerp, "
+        "task_arithmetic and warp take the stage's last weights")
+    weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] | None = Field(
+        None, description="average and task_arithmetic: one per member. An average divides by their sum and is uniform "
+        "by default; task_arithmetic needs them, and may subtract a member")
+    t: Share = Field(0.5, description="slerp and warp: 0 takes the first member, 1 the second")
     interpolate: Share = Field(1.0, description="1 takes the merged weights, 0 the round's start, linear between")
     promote: Literal["best", "last"] = Field("best", json_schema_extra=UNKEYED,
                                              description="which weights go on: the best on the validation "
@@ -277,10 +312,27 @@ class Merge(Section):
                                 "whichever is lower")
 
     @model_validator(mode="after")
-    def lengths(self):
+    def agree(self):
         if self.weights is not None and len(self.weights) != len(self.members):
             raise ValueError(f"weights has {len(self.weights)} entries, members {len(self.members)}")
+        for key in ("members", "weights", "t"):
+            if key not in MERGING[self.method] and getattr(self, key) != type(self).model_fields[key].default:
+                others = " or ".join(method for method, keys in MERGING.items() if key in keys)
+                raise ValueError(f"{key} is not read by method={self.method}; leave it out, or set method={others}")
+        if "t" in MERGING[self.method] and len(self.members) != 2:
+            raise ValueError(f"method={self.method} needs two members, members has {len(self.members)}")
+        if self.method in ("task_arithmetic", "warp") and "start" in self.members:
+            raise ValueError(f"members names start, but method={self.method} adds differences to it; leave it out")
+        if self.method == "task_arithmetic" and (self.weights is None or 0 in self.weights):
+            raise ValueError("method=task_arithmetic needs weights, one per member and none of them 0, e.g. [0.5, 0.5]")
+        if self.method == "average" and any(weight < 1e-30 for weight in self.weights or ()):
+            raise ValueError(f"weights={self.weights}: those of an average must be above 0; leave the member out")
         return self
+
+
+# ways to merge, with the keys that each reads
+MERGING = {"last": (), "average": ("members", "weights"), "ema": (), "slerp": ("members", "t"),
+           "task_arithmetic": ("members", "weights"), "warp": ("members", "t")}
 
 
 class Log(Section):
@@ -352,9 +404,10 @@ class Recipe(Section):
             raise ValueError("dpo.pairs=policy samples the weights that DPO starts from, but sample names other "
                              "writers; set dpo.pairs=round")
         last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
-        if self.merge.method == "ema" and not getattr(self, last).ema_decay:
-            raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0")
-        for name in self.merge.members if self.merge.method == "average" else ():
+        if self.merge.method == "ema" and not (getattr(self, last).ema_decay or getattr(self, last).bema):
+            raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0, or "
+                             f"{last}.bema=true")
+        for name in self.merge.members if MERGING[self.merge.method] else ():
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
         named = {"select.by": self.select.by, "score.correct_by": self.score.correct_by,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..head import linear_logprob
-from .losses import LOSSES, Loss, Options, Pairs, alternating, kto_desirable, kto_undesirable
+from .losses import LOSSES, UNPAIRED, Loss, Options, Pairs, alternating
 from .segment_sum import segment_of_token, segment_sum
 
 LOSS_TYPES = tuple(LOSSES)
@@ -57,9 +57,9 @@ def preference_loss(
     TRL's IPO, always do); f_divergence of the log-ratios (arXiv 2309.16240) with f_alpha; ld_alpha weights tokens
     beyond the shorter completion's length (arXiv 2409.06411); log_sum_p2 [M] enables WPO's pair weights (arXiv
     2406.11827); reward_margin [B] is dr* of "rpo"; baseline is z of "kto" (log-ratio) or d of "bco_pair" (reward);
-    desirable [S] bool makes "kto" unpaired: completions in any order, default denominator S. batch holds no-grad
-    sequence sums (policy [2G], reference [2G]) of the whole global batch for "aot" and "aot_unpaired", batch_offset
-    is this call's first pair in it; without batch the given pairs are the batch.
+    desirable [S] bool makes "kto" and "bco_pair" unpaired: completions in any order, default denominator S. batch
+    holds no-grad sequence sums (policy [2G], reference [2G]) of the whole global batch for "aot" and "aot_unpaired",
+    batch_offset is this call's first pair in it; without batch the given pairs are the batch.
 
     Returns (loss, metrics): loss 0-dim; metrics fp32 sums in the order of PREFERENCE_METRICS, to be added over
     microbatches and ranks and then divided by preference_means. Rewards are beta times the log-ratio. Raises ValueError
@@ -82,8 +82,9 @@ def preference_loss(
         nll_weight = weights[types.index("orpo")]
     if ("rpo" in types) != (reward_margin is not None):
         raise ValueError("reward_margin is required by rpo and used by no other loss")
-    if desirable is not None and (types != ("kto",) or nll_weight or log_sum_p2 is not None or ld_alpha is not None):
-        raise ValueError("desirable is for kto alone, without nll_weight, ld_alpha and log_sum_p2")
+    alone = len(types) == 1 and types[0] in UNPAIRED
+    if desirable is not None and (not alone or nll_weight or log_sum_p2 is not None or ld_alpha is not None):
+        raise ValueError("desirable is for kto alone or bco_pair alone, without nll_weight, ld_alpha and log_sum_p2")
 
     dtype = torch.promote_types(policy_logp.dtype, torch.float32)
     policy_logp = policy_logp.to(dtype)
@@ -110,7 +111,7 @@ def preference_loss(
     policy, ref = _sequence_sums(policy_logp, ref_logp, offsets, loss_mask, ld_alpha)
     ratio = policy if ref is None else policy - ref
     if desirable is not None:
-        return _unpaired_kto(ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
+        return _unpaired(types[0], ratio, policy, desirable, baseline, o, weights[0], pair_denominator)
     if batch is None and any(loss.batchwide for loss in losses):
         batch = (policy.detach(), ref)
     score = _f_score(ratio, f_divergence, f_alpha)
@@ -279,14 +280,15 @@ def _metrics(
     return torch.cat([by_pair.sum(1), totals]).float()
 
 
-def _unpaired_kto(
-    ratio: Tensor, policy: Tensor, desirable: Tensor, baseline: Tensor | float, o: Options, weight: float,
+def _unpaired(
+    name: str, ratio: Tensor, policy: Tensor, desirable: Tensor, baseline: Tensor | float, o: Options, weight: float,
     denominator: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
     """preference_loss for completions that are each labeled desirable or not, instead of paired."""
     if desirable.shape != ratio.shape or desirable.dtype != torch.bool:
         raise ValueError(f"desirable must be bool [{ratio.shape[0]}], got {desirable.dtype} {list(desirable.shape)}")
-    each = weight * torch.where(desirable, kto_desirable(ratio, baseline, o), kto_undesirable(ratio, baseline, o))
+    wanted, unwanted = UNPAIRED[name]
+    each = weight * torch.where(desirable, wanted(ratio, baseline, o), unwanted(ratio, baseline, o))
     total = each.sum()
     with torch.no_grad():
         chosen, rejected = desirable.to(ratio.dtype), (~desirable).to(ratio.dtype)

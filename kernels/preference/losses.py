@@ -136,9 +136,19 @@ def _nca_pair(x: Pairs, o: Options) -> Tensor:
     return -F.logsigmoid(c) - 0.5 * F.logsigmoid(-c) - 0.5 * F.logsigmoid(-r)
 
 
+def bco_desirable(c: Tensor, baseline: Tensor | float, o: Options) -> Tensor:
+    """-l_D S(bc - d)."""
+    return -o.desirable_weight * F.logsigmoid(o.beta * c - baseline)
+
+
+def bco_undesirable(r: Tensor, baseline: Tensor | float, o: Options) -> Tensor:
+    """-l_U S(-(br - d))."""
+    return -o.undesirable_weight * F.logsigmoid(baseline - o.beta * r)
+
+
 def _bco_pair(x: Pairs, o: Options) -> Tensor:
-    """-S(bc - d) - S(-(br - d)), d the running mean reward, arXiv 2404.04656."""
-    return -F.logsigmoid(o.beta * x.c - x.baseline) - F.logsigmoid(x.baseline - o.beta * x.r)
+    """-l_D S(bc - d) - l_U S(-(br - d)), d the running mean reward, arXiv 2404.04656; its weights are 1."""
+    return bco_desirable(x.c, x.baseline, o) + bco_undesirable(x.r, x.baseline, o)
 
 
 def _apo_zero(x: Pairs, o: Options) -> Tensor:
@@ -223,6 +233,9 @@ class Loss:
     reference: str = "needed"
     batchwide: bool = False
 
+
+# losses of completions that are each labeled, instead of paired: the terms of a desirable and an undesirable one
+UNPAIRED = {"kto": (kto_desirable, kto_undesirable), "bco_pair": (bco_desirable, bco_undesirable)}
 
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss(_sigmoid, scores=True, smoothing=True, reference="optional"),

@@ -12,6 +12,7 @@ from strop.kernels import (
     preference_means,
 )
 from strop.kernels.head import reference
+from strop.kernels.preference import plackett_luce_loss
 
 # Loss, dL/dc and dL/dr of one pair at c = r = 0 with beta 0.1: the papers' formulas worked by hand.
 ANCHORS = {
@@ -188,6 +189,57 @@ def test_unpaired_kto():
     means = preference_means(metrics)
     assert (means["rewards/chosen"], means["rewards/rejected"]) == (0.5, -1.0)
     assert "rewards/accuracies" not in means
+
+
+def test_unpaired_bco():
+    logp = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([True, False, False, True])
+    loss, _ = preference_loss(logp, torch.zeros(4), loss_type="bco_pair", desirable=labels)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert torch.autograd.grad(loss, logp)[0].tolist() == pytest.approx([-0.0125, 0.0125, 0.0125, -0.0125])
+    policy, ref, segments, _ = _pairs(2)
+    options = {"loss_type": "bco_pair", "baseline": 0.3, "beta": 0.4, "segments": segments, "num_segments": 4}
+    paired, _ = preference_loss(policy, ref, **options)
+    alternating = torch.tensor([True, False] * 2)
+    single, metrics = preference_loss(policy, ref, desirable=alternating, **options)
+    torch.testing.assert_close(single, paired / 2)  # a mean over completions, not over pairs
+    assert "rewards/accuracies" not in preference_means(metrics)
+    ratio = torch.zeros(4, dtype=torch.float64).index_add(0, segments, (policy - ref).detach())
+    weighted, _ = preference_loss(policy, ref, desirable=labels, desirable_weight=2.0, undesirable_weight=3.0,
+                                  **options)
+    s = torch.nn.functional.logsigmoid
+    good, bad = 0.4 * ratio[labels] - 0.3, 0.4 * ratio[~labels] - 0.3
+    torch.testing.assert_close(weighted.detach(), -(2 * s(good).sum() + 3 * s(-bad).sum()) / 4)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_plackett_luce_at_zero_and_against_its_formula(k: int):
+    logp = torch.zeros(2 * k, dtype=torch.float64, requires_grad=True)
+    loss = plackett_luce_loss(logp, torch.zeros(2 * k), completions=k)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert loss.item() == pytest.approx(math.log(math.factorial(k)))  # every ranking is as likely
+    # each place pushes the n completions that are left down by 1/n, and the best of them up by 1
+    expected = [0.1 / 2 * (sum(1 / n for n in range(k - place, k + 1)) - 1) for place in range(k)]
+    assert gradient.tolist() == pytest.approx(expected * 2)
+    policy, ref, segments, _ = _pairs(k)
+    options = {"completions": k, "segments": segments, "num_segments": 2 * k, "beta": 0.7}
+    ratio = torch.zeros(2 * k, dtype=torch.float64).index_add(0, segments, policy - ref).view(2, k)
+    by_hand = -sum((0.7 * row[i:]).log_softmax(0)[0] for row in ratio for i in range(k)) / 2
+    torch.testing.assert_close(plackett_luce_loss(policy, ref, **options), by_hand)
+    assert torch.autograd.gradcheck(lambda p: plackett_luce_loss(p, ref, **options), policy)
+    if k == 2:
+        pairs, _ = preference_loss(policy, ref, segments=segments, num_segments=4, beta=0.7)
+        torch.testing.assert_close(plackett_luce_loss(policy, ref, **options), pairs)
+
+
+def test_plackett_luce_is_finite_far_out_and_refuses_what_is_no_ranking():
+    logp = torch.tensor([-4e4, 0.0, 4e4], requires_grad=True)
+    loss = plackett_luce_loss(logp, completions=3, beta=1.0)
+    assert loss.item() == pytest.approx(8e4 + 4e4) and torch.autograd.grad(loss, logp)[0].isfinite().all()
+    for options in ({"completions": 2}, {"completions": 1}, {"completions": 3, "beta": 0.0},
+                    {"completions": 3, "segments": torch.arange(3)}, {"completions": 3, "ref_logp": torch.zeros(2)}):
+        with pytest.raises(ValueError, match=r"rankings|beta|num_segments|shape"):
+            plackett_luce_loss(logp, **options)
 
 
 def test_several_losses_are_weighted():

@@ -46,9 +46,9 @@ class Job:
         return re.sub(r"\.\d+\.tmp$", "", re.sub(r"\.(model|ema|step-\d+)-\w+", r"\1", text))
 
     def install(self) -> None:
+        from strop.trainer.models import averaging
         from strop.trainer.run import files, store
         from strop.trainer.sampling import in_process
-        from strop.trainer.stages import merge
         from strop.trainer.training import local, masters
 
         def around(owner, attribute: str, before=None, after=None) -> None:
@@ -92,7 +92,7 @@ class Job:
                lambda a, b: self.point(f"{self.name(b)} has been renamed"))
         around(files, "sync", syncs)
         around(local, "save_file", None, tensors)
-        around(merge, "save_file", None, tensors)
+        around(averaging, "write_tensors", None, tensors)
         around(in_process, "sample_tokens", draws)
         around(local.Engine, "step", lambda e: self.point(f"step {e.step_index} has its gradients"))
         around(masters.Masters, "step", None, lambda *_: self.point("the weights have moved, the step is not counted"))

@@ -89,8 +89,8 @@ def merge(stage, recipe, *, start, sft, dpo):
     merge_stage.merge(stage, merge=recipe.merge, start=start, trained=trained)
 
 
-def mixture_of(recipe, start, sft, dpo):
-    return merge_stage.mixture_of(recipe.merge, start, {n: f for n, f in (("sft", sft), ("dpo", dpo)) if f})
+def members_of(recipe, start, sft, dpo):
+    return merge_stage.members_of(recipe.merge, start, {n: f for n, f in (("sft", sft), ("dpo", dpo)) if f})
 
 
 def held_out(stage, recipe, **inputs):

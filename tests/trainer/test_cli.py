@@ -38,8 +38,8 @@ def test_nothing_is_the_quickstart():
 
 def test_overrides_reach_every_depth(recipe):
     path = recipe(GOOD + "sft: {lr: 1e-5}\n")
-    r = parse([path, "sft.lr=3e-4", "merge.members=[sft]", "data.sources.0.size=7", "dpo.enabled=false",
-               "data.sources.0.system_prompt=Be brief"]).recipe
+    r = parse([path, "sft.lr=3e-4", "merge.method=average", "merge.members=[sft]", "data.sources.0.size=7",
+               "dpo.enabled=false", "data.sources.0.system_prompt=Be brief"]).recipe
     assert (r.name, r.sft.lr, r.merge.members) == ("mine", 3e-4, ["sft"])
     assert (r.data.sources[0].size, r.data.sources[0].system_prompt, r.dpo.enabled) == (7, "Be brief", False)
     assert parse([path]).recipe.sft.lr == 1e-5
@@ -61,6 +61,19 @@ def test_overrides_reach_every_depth(recipe):
     (GOOD, ["other.yaml"], "other.yaml: a second recipe"),
     (GOOD, ["merge.method=ema"], "merge.method=ema takes the average that dpo keeps; set dpo.ema_decay"),
     (GOOD, ["merge.weights=[1.0]"], "weights has 1 entries, members 2"),
+    (GOOD, ["sft.bema_lag=5"], "bema_lag is read with bema=true only; leave it out, or set bema=true"),
+    (GOOD, ["dpo.bema=true", "dpo.ema_decay=0.5"], "ema_decay=0.5 is not read with bema=true; leave one of them out"),
+    (GOOD, ["dpo.rpo_eta=2.0"], "rpo_eta is read with loss=rpo only; leave it out, or set loss=rpo"),
+    (GOOD, ["merge.t=0.2"], "t is not read by method=last; leave it out, or set method=slerp or warp"),
+    (GOOD, ["merge.members=[sft]"], "members is not read by method=last; leave it out, or set method=average or"),
+    (GOOD, ["merge.method=slerp", "merge.weights=[1.0, 2.0]"], "weights is not read by method=slerp"),
+    (GOOD, ["merge.method=average", "merge.t=0.2"], "t is not read by method=average"),
+    (GOOD, ["merge.method=average", "merge.weights=[1.0, -2.0]"], "an average must be above 0"),
+    (GOOD, ["merge.method=warp", "merge.members=[dpo]"], "method=warp needs two members, members has 1"),
+    (GOOD, ["merge.method=warp", "merge.members=[start, dpo]"], "members names start, but method=warp adds"),
+    (GOOD, ["merge.method=task_arithmetic"], "method=task_arithmetic needs weights"),
+    (GOOD, ["merge.method=task_arithmetic", "merge.weights=[0, 1]"], "method=task_arithmetic needs weights"),
+    (GOOD, ["merge.method=slerp", "sft.enabled=false"], "members names sft, but sft.enabled=false"),
     ("data: {sources: [{name: a, path: x, verifier: exact}, {name: a, path: y, verifier: exact}]}", [],
      "two sources share a name"),
     ("data: {sources: [{name: a, path: x}]}", [], "mine.yaml:1: data.sources.0: verifier is missing"),

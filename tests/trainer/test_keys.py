@@ -148,6 +148,8 @@ TABLE = {
     "sft.start": ("base", SFT),
     "dpo.enabled": (False, {"merge", "final"}),
     "dpo.loss": ("ipo", DPO),
+    "dpo.rpo_eta": (Also(2.0, {"dpo.loss": "rpo"}), DPO),
+    "dpo.rpo_divergence": (Also("squared", {"dpo.loss": "rpo"}), DPO),
     "dpo.beta": (0.2, DPO),
     "dpo.label_smoothing": (0.1, DPO),
     "dpo.nll_weight": (0.2, DPO),
@@ -163,10 +165,13 @@ TABLE = {
            ("activation_checkpointing", True, own), ("snapshots", 2, own), ("ema_decay", 0.25, own),
            ("eval_steps", 3, own), ("eval_prompts", 5, own), ("max_cut_rise", 0.5, own),
            ("max_length_ratio", 3.0, own), ("max_kl", 0.5, own),
-           ("checkpoint_steps", 3, NOTHING))},
+           ("bema", True, own), ("checkpoint_steps", 3, NOTHING))},
+    **{f"{stage}.{key}": (Also(value, {f"{stage}.bema": True}), own) for stage, own in (("sft", SFT), ("dpo", DPO))
+       for key, value in (("bema_bias_power", 0.3), ("bema_ema_power", 0.4), ("bema_lag", 5))},
     "merge.method": ("average", {"merge", "final"}),
-    "merge.members": (["dpo", "sft"], {"merge", "final"}),
-    "merge.weights": ([1.0, 2.0], {"merge", "final"}),
+    "merge.members": (Also(["dpo", "sft"], {"merge.method": "average"}), {"merge", "final"}),
+    "merge.weights": (Also([1.0, 2.0], {"merge.method": "average"}), {"merge", "final"}),
+    "merge.t": (Also(0.25, {"merge.method": "slerp"}), {"merge", "final"}),
     "merge.interpolate": (0.5, {"merge", "final"}),
     "merge.promote": ("last", NOTHING),  # here both promote the same weights
     "evaluate.max_new_tokens": (2, HELD_OUT | LORA),  # training checks completions of that length
@@ -184,7 +189,9 @@ TABLE = {
 REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
     "epochs": 2.0, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
     "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
-    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "pairs": "all", "margin": 1.0,
+    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "bema": True,
+    "bema_bias_power": Also(0.3, {"reward.bema": True}), "bema_ema_power": Also(0.4, {"reward.bema": True}),
+    "bema_lag": Also(5, {"reward.bema": True}), "pairs": "all", "margin": 1.0,
     "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {"reward.checkpoint_steps": (3, NOTHING)}
 
 
@@ -382,7 +389,9 @@ log: {{tensorboard: false}}
 @pytest.mark.parametrize("key", REWARD)
 def test_a_key_of_the_reward_model_makes_it_stale(reward_run, key):
     value, expected = REWARD[key]
-    entries = planned(load_recipe(reward_run, {key: value}), Console(enabled=False))[1].plan
+    others = value.others if isinstance(value, Also) else {}
+    value = value.value if isinstance(value, Also) else value
+    entries = planned(load_recipe(reward_run, {key: value} | others), Console(enabled=False))[1].plan
     assert own_reasons(entries).keys() == expected
     assert stale(entries) == closure(entries)
 

@@ -2,15 +2,18 @@ import copy
 import math
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from stagecalls import dpo, reference, sft
 from training import Log, largest_difference, recipe_of, select_of, stage_in, weights_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 from strop.kernels import Group, _cpu, linear_logprob, optimizer
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
+from strop.trainer.run.tables import write_table
 from strop.trainer.run.world import World
 from strop.trainer.stages.sft import load_examples
 from strop.trainer.training.batch import Example, collate
@@ -28,9 +31,9 @@ def run_sft(tmp_path, name, model, log=None, n=12, **keys):
     return stage
 
 
-def run_dpo(tmp_path, name, model, log=None, dtype="float32", ref=None, n=12, **keys):
+def run_dpo(tmp_path, name, model, log=None, dtype="float32", ref=None, n=12, columns=None, **keys):
     recipe = recipe_of(dtype=dtype, dpo={"batch_size": 4, "lr": 1e-3} | keys)
-    select = select_of(tmp_path / "select", n)
+    select = select_of(tmp_path / "select", n, **(columns or {}))
     table = stage_in(tmp_path / f"{name}-reference", "round-00/reference")
     reference(table, recipe, select=select, model=ref or model)
     stage = stage_in(tmp_path / name, "round-00/dpo", log or Log())
@@ -93,11 +96,73 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, tiny_model):
         assert largest_difference(whole.dir / "model", tiny_model) > 1e-4
 
 
+def test_bema_equals_trls_and_survives_a_kill(tmp_path, tiny_model, monkeypatch):
+    from trl import BEMACallback
+
+    seen, step = [], Engine.step
+
+    def recorded(engine):
+        result = step(engine)
+        seen.append([m.detach().clone() for m in engine.masters])
+        return result
+
+    keys = {"epochs": 2, "checkpoint_steps": 1, "bema": True, "bema_bias_power": 0.3, "bema_ema_power": 0.6,
+            "bema_lag": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", recorded)
+        whole = run_dpo(tmp_path, "whole", tiny_model, **keys)
+    theirs = BEMACallback(update_freq=1, ema_power=0.6, bias_power=0.3, lag=4)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs.on_train_begin(None, None, None, model)
+    for number, weights in enumerate(seen, 1):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), weights, strict=True):
+                parameter.copy_(value)
+        theirs.on_step_end(None, TrainerState(global_step=number), None, model)
+    found = dict(AutoModelForCausalLM.from_pretrained(whole.dir / "ema").named_parameters())
+    for name, value in theirs.running_model.named_parameters():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+    assert len(seen) > 3 and largest_difference(whole.dir / "ema", whole.dir / "model") > 1e-5
+    with pytest.raises(KeyboardInterrupt):
+        run_dpo(tmp_path, "killed", tiny_model, Log(stop_at=2), **keys)
+    again = run_dpo(tmp_path, "killed", tiny_model, **keys)
+    assert largest_difference(whole.dir / "ema", again.dir / "ema") == 0.0
+
+
 def test_dpo_starts_at_ln_2_with_no_margin(tmp_path, tiny_model):
     log = Log()
     run_dpo(tmp_path, "dpo", tiny_model, log, epochs=6)
     assert abs(log.rows[0]["loss"] - math.log(2)) < 1e-5 and abs(log.rows[0]["rewards/margins"]) < 1e-5
     assert log.rows[-1]["loss"] < math.log(2) - 1e-3 and log.rows[-1]["rewards/margins"] > 0
+
+
+def kl(p, q):
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+@pytest.mark.parametrize("margin, keys, expected", [
+    (None, {}, 0.1109),  # the scores differ by 1
+    (2.0, {}, kl(1 / (1 + math.exp(-2)), 0.5)),  # ready data's own margin
+    (2.0, {"rpo_eta": 0.5}, 0.1109),
+    (None, {"rpo_divergence": "policy_first"}, kl(0.5, 1 / (1 + math.exp(-1)))),
+    (None, {"rpo_divergence": "squared", "rpo_eta": 3.0}, 9.0),
+])
+def test_rpo_starts_at_the_divergence_of_even_odds_from_the_scores(tmp_path, tiny_model, margin, keys, expected):
+    log = Log()
+    run_dpo(tmp_path, "dpo", tiny_model, log, columns={"margin": margin}, loss="rpo", epochs=6, **keys)
+    assert log.rows[0]["loss"] == pytest.approx(expected, abs=6e-5)
+    assert log.rows[-1]["loss"] < log.rows[0]["loss"] and log.rows[-1]["rewards/margins"] > 0
+
+
+def test_rpo_refuses_pairs_without_scores(tmp_path, tiny_model):
+    recipe = recipe_of(dpo={"loss": "rpo"})
+    select = select_of(tmp_path / "select", 3, margin=None)
+    rows = pq.read_table(select / "pairs.parquet").to_pylist()
+    rows[1] |= {"chosen_score": None, "rejected_score": None}
+    write_table(select / "pairs.parquet", pa.Table.from_pylist(rows))
+    with pytest.raises(UserError, match=r"1 of 3 pairs \(first: r001\) have no scores, which dpo.loss=rpo needs"):
+        dpo(stage_in(tmp_path / "dpo", "round-00/dpo"), recipe, select=select, policy=tiny_model,
+            reference=tmp_path, same_weights=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from strop.trainer.training.guard import open_guard
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.loop import train
-from strop.trainer.training.pairs import ReferenceTable, load_pairs, off_policy
+from strop.trainer.training.pairs import ReferenceTable, load_pairs, off_policy, reward_margins
 from strop.trainer.training.probe import probe
 
 # The reference stage uses the same microbatches, so that equal weights give equal bits at step 0, unless the stages ran
@@ -38,6 +38,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     folder = ModelFolder(policy, model)
     pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=True)
     mixed = mixed_writers(stage, select / "pairs.parquet", {pair.row_id for pair in pairs})
+    margins = reward_margins(select / "pairs.parquet", pairs) if dpo.loss == "rpo" else None
     table = ReferenceTable(reference / "reference.parquet")
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
     engine = Engine(folder, dpo, stage, len(plan), compute=compute, lora=lora, seed=seed)
@@ -59,11 +60,15 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
                                    "computed with another number of processes or threads, or on another machine")
             rounding = max(found, rounding)
         denominator = step.totals["chosen_tokens" if dpo.nll_normalization == "batch_tokens" else "pairs"]
+        margin = None if margins is None else torch.tensor([margins[i] for i in step.rows])
+        if margin is not None and logp.is_cuda:
+            margin = margin.pin_memory().to(logp.device, non_blocking=True)
         return preference_loss(
             logp, ref, segments=groups.target_segment, num_segments=groups.num_completions,
             loss_mask=groups.loss_mask, nll_mask=groups.nll_mask, loss_type=dpo.loss, beta=dpo.beta,
             label_smoothing=dpo.label_smoothing, nll_weight=dpo.nll_weight, nll_normalization=dpo.nll_normalization,
-            pair_denominator=step.totals["pairs"], nll_denominator=denominator)
+            pair_denominator=step.totals["pairs"], nll_denominator=denominator, reward_margin=margin,
+            rpo_eta=dpo.rpo_eta, rpo_divergence=dpo.rpo_divergence)
 
     guard = open_guard(stage, engine, scorer, pairs, prompts, evaluate)
     steps = train(stage, engine, pairs, plan, totals, loss, PREFERENCE_METRICS, preference_means, log.interval, guard)
@@ -89,7 +94,8 @@ def check_loss(section: Dpo) -> None:
     try:
         preference_loss(torch.zeros(2), torch.zeros(2), segments=torch.arange(2), num_segments=2,
                         loss_type=section.loss, beta=section.beta, label_smoothing=section.label_smoothing,
-                        nll_weight=section.nll_weight)
+                        nll_weight=section.nll_weight,
+                        reward_margin=torch.ones(1) if section.loss == "rpo" else None)
     except ValueError as e:
         raise UserError(f"dpo.loss={section.loss}: {e}") from e
 

@@ -32,6 +32,13 @@ def learning_rate(step: int, steps: int, section: Train) -> float:
     return section.lr * (section.min_lr_ratio + (1 - section.min_lr_ratio) * shape)
 
 
+def bema_powers(step: int, section: Train) -> tuple[float, float]:
+    """(alpha, beta) of BEMA after `step` steps, from 1: (lag + step)^-bias_power and (lag + step)^-ema_power, arXiv
+    2508.00180 algorithm 1, with an update after every step."""
+    age = section.bema_lag + step
+    return age**-section.bema_bias_power, age**-section.bema_ema_power
+
+
 class Engine:
     """A model in training, replicated on every rank; gradients are summed over the ranks once per step."""
 
@@ -55,7 +62,9 @@ class Engine:
         self.model = model
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.weights = Masters([p for p in model.parameters() if p.requires_grad], section, stage.world)
-        self.ema = [m.detach().clone() for m in self.masters] if section.ema_decay else None
+        averages = section.ema_decay or section.bema
+        self.ema = [m.detach().clone() for m in self.masters] if averages else None
+        self.start = [m.detach().clone() for m in self.masters] if section.bema else None
         self.step_index = 0
         self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, stored in the checkpoint
 
@@ -68,7 +77,9 @@ class Engine:
         """Sums gradients over the ranks, clips, updates masters and weights. Returns the unclipped gradient norm."""
         norm = self.weights.step(self.step_index + 1, learning_rate(self.step_index, self.steps, self.section))
         if self.ema is not None:
-            torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1 - self.section.ema_decay)
+            section = self.section
+            share = bema_powers(self.step_index + 1, section)[1] if section.bema else 1 - section.ema_decay
+            torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], share)
         self.step_index += 1
         return norm
 
@@ -84,11 +95,18 @@ class Engine:
         self.model.save_pretrained(target / "adapter")
 
     def save_ema(self, target: Path) -> None:
-        """Writes the averaged weights; the model's weights stay as they are."""
+        """Writes the averaged weights; the model's weights stay as they are.
+
+        With section.bema: EMA + alpha (weights - start), arXiv 2508.00180 algorithm 1, which corrects the EMA's lag.
+        """
         if self.ema is None or not self.world.first:
             return
         current = [m.detach().clone() for m in self.masters]
-        self.weights.copy(self.ema)
+        averaged = self.ema
+        if self.start is not None and self.step_index:
+            alpha, _ = bema_powers(self.step_index, self.section)
+            averaged = [e + alpha * (m - s) for e, m, s in zip(self.ema, current, self.start, strict=True)]
+        self.weights.copy(averaged)
         self.save(target)
         self.weights.copy(current)
 

@@ -73,6 +73,24 @@ def off_policy(path: Path, examples: list[Example], table: "ReferenceTable", pol
     return found | ({"writer_log_ratio": difference / tokens} if tokens else {})
 
 
+def reward_margin(row: dict) -> float | None:
+    """How much better a row of pairs.parquet says that chosen is than rejected: ready data's margin, or the difference
+    in score; None if it does not say."""
+    if row["margin"] is None and row["chosen_score"] is not None and row["rejected_score"] is not None:
+        return row["chosen_score"] - row["rejected_score"]
+    return row["margin"]
+
+
+def reward_margins(path: Path, examples: list[Example]) -> list[float]:
+    """reward_margin of each example of pairs.parquet. Raises UserError if one has none."""
+    found = {row["row_id"]: reward_margin(row) for row in read_table(path).to_pylist()}
+    missing = [e.row_id for e in examples if found[e.row_id] is None]
+    if missing:
+        raise UserError(f"{path}: {len(missing)} of {len(examples)} pairs (first: {missing[0]}) have no scores, which "
+                         "dpo.loss=rpo needs; give the ready data a column margin, or set another dpo.loss")
+    return [found[e.row_id] for e in examples]
+
+
 class ReferenceTable:
     """fp32 reference log-probs by row, of the tokens in the loss or the NLL term."""
 

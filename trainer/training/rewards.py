@@ -16,6 +16,7 @@ from strop.trainer.data.samples import read_samples
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.training.batch import Example
+from strop.trainer.training.pairs import reward_margin
 
 REWARD_METRICS = ("loss", "accuracy", "margin", "mean_reward", "groups")  # sums; the last one counts
 
@@ -45,15 +46,13 @@ def load_ranked(stage: Stage, section: Reward | Part, context: int, select: Path
     for row in read_table(select / "pairs.parquet").to_pylist():
         if section.pairs == "all" and row["prompt_id"] is not None:
             continue
-        margin = row["margin"]
-        if margin is None and row["chosen_score"] is not None:
-            margin = row["chosen_score"] - row["rejected_score"]
         completions = [row["chosen_tokens"], row["rejected_tokens"]]
         if completions[0] == completions[1]:
             drops.add("identical", prompt_id=row["prompt_id"], source=row["source"])
             continue
         group = scored_group(row["prompt_tokens"], completions)
-        found.append(Ranked(Example(row["row_id"], group, row["weight"]), [(0, 1, margin or 0.0)], row["source"]))
+        found.append(Ranked(Example(row["row_id"], group, row["weight"]), [(0, 1, reward_margin(row) or 0.0)],
+                            row["source"]))
     for sample, selected in history:
         found += ranked_samples(sample, selected, drops)
     kept = []
