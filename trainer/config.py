@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_serializer, model_validator
 
-from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, OpenAI, Sample, SampleModels
+from strop.trainer.engines import (
+    AnyEvaluate,
+    AnySample,
+    Evaluate,
+    InProcess,
+    OpenAI,
+    Sample,
+    SampleModels,
+    Vllm,
+    engine_of,
+)
 from strop.trainer.scorers import Code, Judge, Rule, Scorer  # noqa: F401 - imported from here
 from strop.trainer.section import (  # noqa: F401 - readers of recipes import some of these from here
     BY_CONTENT,
@@ -100,6 +110,74 @@ class Source(Section):
     def scoring(self) -> list[Scorer]:
         """The scorers, also where the recipe has the short form."""
         return self.scorers or [Scorer(rule=self.verifier or "reasoning_gym", args=self.verifier_args)]
+
+
+PLAIN_TEMPLATE = """\
+Here are examples of prompts:
+
+{examples}
+
+Write one new prompt of the same kind and in the same form. It must differ from every example in what it asks, and be \
+complete by itself. Topic: {topic}.
+
+{format}"""
+
+
+class Writing(Section):
+    enabled: bool = Field(False, description="before each round's sampling, have a model write new training prompts")
+    name: str = Field("written", min_length=1, max_length=100, description="name of their source in tables and reports")
+    source: str | None = Field(None, description="name of the source whose training prompts are the examples, and "
+                               "whose template, system prompt and scorers the new prompts get. Default: the only one")
+    prompts: Positive = Field(64, description="new prompts wanted per round")
+    asks: Positive = Field(256, le=1_000_000, description="most prompts that the model is asked for per round; those "
+                           "that the filters drop are asked for again until then")
+    examples: Positive = Field(3, le=100, description="training prompts shown in each ask")
+    topics: list[Annotated[str, Field(min_length=1)]] = Field(
+        ["a subject of your choice"], min_length=1, description="each ask names one of them, drawn at random")
+    template: str = Field(PLAIN_TEMPLATE, description="text of an ask: {examples}, {topic}, and {format}, which says "
+                          "how to reply so that prompt and answer can be read")
+    votes: Positive = Field(5, le=1000, description="where a rule needs the true answer: times that the model solves "
+                            "its prompt; more than half must give the answer that it wrote")
+    min_tokens: Positive = Field(4, description="fewest tokens of a new prompt")
+    max_tokens: Positive = Field(512, description="most tokens of a new prompt")
+    share: Weight = Field(1.0, description="weight of the new prompts in every round's draw, as of a source")
+    temperature: Annotated[PositiveFloat, Field(le=10.0)] = Field(1.0, description="of prompts and solutions")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
+    max_new_tokens: Positive = Field(512, description="most tokens of a reply, and of a solution")
+    shard_asks: Positive = Field(32, description="asks, or prompts to solve, per shard, the unit of resume and of "
+                                 "determinism")
+
+    @model_validator(mode="after")
+    def agree(self):
+        for key in ("{examples}", "{format}") + (("{topic}",) if "topics" in self.model_fields_set else ()):
+            if key not in self.template:
+                raise ValueError(f"template must contain {key}")
+        if self.prompts > self.asks:
+            raise ValueError(f"prompts={self.prompts} is above asks={self.asks}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        return self
+
+
+class WritingWeights(Writing):
+    path: FilePath | None = Field(None, json_schema_extra=UNKEYED, description="another model that writes, named as in "
+                                  "model.path. Default: the round's weights")  # its content is an input of the stage
+
+
+class WritePrompts(WritingWeights, InProcess):
+    pass
+
+
+class WritePromptsVllm(WritingWeights, Vllm):
+    pass
+
+
+class WritePromptsOpenAI(Writing, OpenAI):
+    pass
+
+
+AnyWritePrompts = Annotated[Annotated[WritePrompts, Tag("in_process")] | Annotated[WritePromptsVllm, Tag("vllm")]
+                            | Annotated[WritePromptsOpenAI, Tag("openai")], Discriminator(engine_of)]
 
 
 class ReadyData(Section):
@@ -316,6 +394,7 @@ class Recipe(Section):
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")
     filter: Filter = Field(Filter(), description="what is dropped from training because of its content")
+    write_prompts: AnyWritePrompts = Field(WritePrompts(), description="training prompts that a model writes")
     sample: AnySample = Field(Sample(), description="sampling K completions per prompt")
     score: Score = Field(Score(), description="scoring completions")
     select: Select = Field(Select(), description="which completions go to SFT and to pairs")
@@ -352,6 +431,8 @@ class Recipe(Section):
         for name in self.merge.members if self.merge.method == "average" else ():
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
+        if self.write_prompts.enabled:
+            self._check_seeds(names)
         named = {"select.by": self.select.by, "score.correct_by": self.score.correct_by,
                  "merge.promote_on": self.merge.promote_on.partition(":")[2] or None}
         for key, name in named.items():
@@ -359,6 +440,35 @@ class Recipe(Section):
                 if name not in (known := [scorer.name for scorer in source.scoring]):
                     raise ValueError(f"{key} names the scorer {name}, but data.sources.{i} has {', '.join(known)}")
         return self
+
+    def _check_seeds(self, names: list[str]) -> None:
+        w = self.write_prompts
+        if w.source is None and len(names) != 1:
+            raise ValueError(f"write_prompts.source is missing: name one of {', '.join(names) or 'data.sources'}")
+        if w.source is not None and w.source not in names:
+            raise ValueError(f"write_prompts.source={w.source}: no such source; there are {', '.join(names)}")
+        if w.name in names:
+            raise ValueError(f"write_prompts.name={w.name} is a source of data.sources; give it another name")
+        for scorer in self.seed_source.scoring:
+            needs = {"reasoning_gym": "its generator's entry", "instructions": "a list of instructions"}.get(
+                scorer.rule, "tests" if scorer.code else "")
+            if scorer.rule == "choice" and "choices" not in scorer.args:
+                needs = "options"
+            if needs:
+                raise ValueError(f"write_prompts.source: scorer {scorer.name} of source {self.seed_source.name} needs "
+                                 f"{needs} with each prompt, which a written one does not have; name another source")
+
+    @property
+    def seed_source(self) -> Source:
+        """The source whose prompts are examples for written ones."""
+        return next(s for s in self.data.sources if self.write_prompts.source in (None, s.name))
+
+    @property
+    def sources(self) -> list[Source]:
+        """data.sources, and that of written prompts if there are any."""
+        w = self.write_prompts
+        written = [self.seed_source.model_copy(update={"name": w.name, "share": w.share})] if w.enabled else []
+        return [*self.data.sources, *written]
 
 
 class RewardRecipe(Recipe):
@@ -368,7 +478,7 @@ class RewardRecipe(Recipe):
     rounds: Literal[1] = Field(1, description="always one round of sample, score, select and reward")
     reward: Reward = Field(Reward(), description="training the reward model")
 
-    UNREAD: ClassVar = ("sft", "dpo", "merge", "evaluate")
+    UNREAD: ClassVar = ("sft", "dpo", "merge", "evaluate", "write_prompts")
 
     @model_validator(mode="after")
     def only_what_is_read(self):
