@@ -15,6 +15,7 @@ from test_sample import files, make_stage
 from strop.trainer.cli import load_recipe
 from strop.trainer.config import Recipe
 from strop.trainer.data.dedup import near_duplicates
+from strop.trainer.data.sources import content_hash
 from strop.trainer.errors import UserError
 from strop.trainer.main import main
 from strop.trainer.run.files import read_json
@@ -37,7 +38,7 @@ class Scripted:
         self.asked += [(row["prompt_id"], s) for row in rows for s in range(n)]
         on_progress(len(rows) * n, 0)
         texts = [[self.reply(row, s) for s in range(n)] for row in rows]
-        return [[Completion([], None, "stop" if t is not None else "length", t or "") for t in drawn] for drawn in texts]
+        return [[Completion([], None, "length" if t is None else "stop", t or "") for t in drawn] for drawn in texts]
 
     def close(self):
         self.closed += 1
@@ -55,11 +56,15 @@ QUESTIONS = {"train": ["how many legs have two dogs", "what is the number of day
              "test": ["which number of minutes has the longest hour of any day"]}
 
 
+def id_of(text: str) -> str:
+    return content_hash([{"role": "user", "content": f"Q: {text}"}])
+
+
 @pytest.fixture
 def prompts(tmp_path):
-    rows = [{"prompt_id": f"{split}{i}", "source": "sums", "split": split, "answer": "7", "conversational": False,
+    rows = [{"prompt_id": id_of(text), "source": "sums", "split": split, "answer": "7", "conversational": False,
              "metadata": "{}", "messages": [{"role": "user", "content": f"Q: {text}"}]}
-            for split, texts in QUESTIONS.items() for i, text in enumerate(texts)]
+            for split, texts in QUESTIONS.items() for text in texts]
     write_table(tmp_path / "prompts.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
     return tmp_path
 
@@ -103,17 +108,15 @@ def test_every_reason_is_counted_and_what_is_left_is_kept(tiny_model, prompts, t
     new = [row for row in rows if row["synthetic"]]
     assert [r["messages"][-1]["content"] for r in new] == [f"Q: {NEW[0]}", *(f"Q: {t}" for t in NEW[2:5])]
     assert {(r["source"], r["split"], r["answer"]) for r in new} == {("written", "train", "3")}
-    assert [r["prompt_id"] for r in rows[:3]] == ["train0", "train1", "test0"] and scripted.closed == 1
+    assert [r["prompt_id"] for r in rows[:3]] == [id_of(t) for texts in QUESTIONS.values() for t in texts]
+    assert [r["prompt_id"] for r in new] == [id_of(t) for t in (NEW[0], *NEW[2:5])] and scripted.closed == 1
     drops = read_table(stage.dir / "drops.parquet").to_pylist()
-    found = Counter(d["reason"] for d in drops)
-    assert found == {"cut": 1, "unparsed": 2, "too_short": 1, "too_long": 1, "unverifiable": 1, "duplicate": 0,
-                     "near_duplicate": found["near_duplicate"], "contaminated": found["contaminated"],
-                     "inconsistent": 1, "surplus": 1} or "duplicate" not in found
     by_ask = {int(re.match(r"ask (\d+)", d["detail"])[1]): d["reason"] for d in drops}
-    assert by_ask == {1: "cut", 2: "unparsed", 3: "too_short", 4: "too_long", 5: "unverifiable", 6: "near_duplicate",
-                      7: "contaminated", 8: "near_duplicate", 9: "inconsistent", 10: "unparsed", 15: "surplus"}
+    assert by_ask == {1: "cut", 2: "unparsed", 3: "too_short", 4: "too_long", 5: "unverifiable", 6: "duplicate",
+                      7: "contaminated", 8: "near_duplicate", 9: "inconsistent", 10: "unparsed", 14: "surplus"}
+    assert {k.removeprefix("dropped/"): n for k, n in stage.counts.items() if "/" in k} == Counter(by_ask.values())
     asks = read_table(stage.dir / "asks.parquet")
-    assert asks.schema == ASKS and len(asks) == stage.counts["asks"] == len(new) + len(drops) == 16 == len(script) + 1
+    assert asks.schema == ASKS and len(asks) == stage.counts["asks"] == len(new) + len(drops) == len(script)
 
 
 def test_asking_stops_once_there_are_enough(tiny_model, prompts, tmp_path, monkeypatch):
@@ -121,13 +124,13 @@ def test_asking_stops_once_there_are_enough(tiny_model, prompts, tmp_path, monke
     stage, scripted = run(tmp_path / "out", one, tiny_model, prompts,
                           lambda row, s: f"<prompt>{NEW[int(row['prompt_id'][4:])]}</prompt>", monkeypatch)
     assert len(scripted.asked) == 4 and stage.counts["prompts"] == 3 and not stage.lines  # a shard, and no solutions
-    asked = [row for row in read_table(stage.dir / "asks.parquet").to_pylist()]
-    assert {e for row in asked for e in row["examples"]} <= {"train0", "train1"}  # never a held-out prompt
+    shown = {i for ids in read_table(stage.dir / "asks.parquet")["examples"].to_pylist() for i in ids}
+    assert shown <= set(map(id_of, QUESTIONS["train"]))  # never a held-out prompt
 
 
 def test_too_few_prompts_are_warned_of(tiny_model, prompts, tmp_path, monkeypatch):
-    stage, scripted = run(tmp_path / "out", recipe(prompts=2, asks=6), tiny_model, prompts, lambda row, s: "no",
-                          monkeypatch)
+    one = recipe(prompts=2, asks=6)
+    stage, _ = run(tmp_path / "out", one, tiny_model, prompts, lambda row, s: "no", monkeypatch)
     assert stage.counts == {"prompts": 0, "asks": 6, "synthetic": 0, "dropped/unparsed": 6}
     assert "0 of 2 prompts after 6 asks (dropped: unparsed 6)" in stage.lines[0]
 
@@ -213,7 +216,7 @@ def test_mistakes_in_the_section(keys, said):
 @pytest.mark.parametrize("scorer", [{"rule": "instructions"}, {"rule": "choice"}, {"code": {}},
                                     {"rule": "reasoning_gym", "args": {"dataset": "chain_sum"}}])
 def test_scorers_that_need_more_than_an_answer_are_refused(scorer):
-    with pytest.raises(ValueError, match=r"write_prompts\.source: scorer .* needs .* which a written one does not have"):
+    with pytest.raises(ValueError, match=r"write_prompts\.source: scorer .* which a written one does not have"):
         Recipe.model_validate({"data": {"sources": [{"name": "s", "path": "x", "scorers": [scorer]}]},
                                "write_prompts": {"enabled": True}})
 

@@ -34,8 +34,8 @@ from strop.trainer.scoring.answers import spoken
 from strop.trainer.scoring.rules import check, needs_answer, verify, why_not
 
 FORMAT = "Reply with the prompt between <prompt> and </prompt>, and nothing else."
-FORMAT_WITH_ANSWER = ("It must have one answer that can be checked. Reply with the prompt between <prompt> and </prompt>, "
-                      "and then its final answer, without the way to it, between <answer> and </answer>.")
+FORMAT_WITH_ANSWER = ("It must have one answer that can be checked. Reply with the prompt between <prompt> and "
+                      "</prompt>, and then its final answer, without the way to it, between <answer> and </answer>.")
 REPLIES = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("text", pa.string()),
                      ("finish", pa.string()), ("detail", pa.string())])
 ASKS = pa.schema([("ask", pa.int32()), ("topic", pa.string()), ("examples", pa.list_(pa.string())),
