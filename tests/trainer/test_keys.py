@@ -124,8 +124,8 @@ TABLE = {
     **{f"write_prompts.{key}": (value, {"final"}) for key, value in {  # nothing is written
         "name": "other", "source": "digits", "prompts": 9, "asks": 99, "examples": 2, "topics": ["cats"],
         "template": "{examples} {topic} {format}", "votes": 3, "min_tokens": 2, "max_tokens": 99, "share": 2.0,
-        "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 99, "shard_asks": 2, "path": "elsewhere",
-        "batch_size": 16}.items()},
+        "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 99, "shard_asks": 2, "batch_size": 16}.items()},
+    "write_prompts.path": ("elsewhere", NOTHING),  # its content counts
     "sample.prompts": (23, SAMPLE),
     "sample.k": (7, SAMPLE),
     "sample.temperature": (0.9, SAMPLE),
