@@ -32,9 +32,9 @@ def llama3(run: Run, recipe: Recipe) -> Artifact:
         if recipe.dpo.enabled:
             pairs = selected
             if recipe.dpo.pairs == "policy" and prompts and policy is not weights:
-                samples = run.sample(recipe.sample, policy, prompts, name="dpo-sample")
-                scores = run.score(recipe.score, samples, prompts, name="dpo-score")
-                pairs = run.select(recipe.select, prompts, [(samples, scores)], name="dpo-select")
+                samples = run.sample(recipe.sample, policy, asked, name="dpo-sample")
+                scores = run.score(recipe.score, samples, asked, name="dpo-score")
+                pairs = run.select(recipe.select, asked, [(samples, scores)], name="dpo-select")
             reference = {"sft": policy, "base": run.start, "previous": weights}[recipe.dpo.reference]
             trained["dpo"] = run.prefer(recipe.dpo, pairs, policy, reference, prompts)
             candidates["dpo"] = trained["dpo"].model
