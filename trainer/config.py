@@ -8,19 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
 
-from strop.trainer.engines import (
-    AnyEvaluate,
-    AnySample,
-    Evaluate,
-    InProcess,
-    OpenAI,
-    Sample,
-    SampleModels,
-    Vllm,
-    engine_of,
-)
+from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, OpenAI, Sample, SampleModels
 from strop.trainer.scorers import Code, Judge, Rule, Scorer  # noqa: F401 - imported from here
 from strop.trainer.section import (  # noqa: F401 - readers of recipes import some of these from here
     BY_CONTENT,
@@ -37,6 +27,7 @@ from strop.trainer.section import (  # noqa: F401 - readers of recipes import so
     key_of,
     read_text,
 )
+from strop.trainer.writing import AnyWritePrompts, WritePrompts, Writing, what_is_missing  # noqa: F401 - as above
 
 
 class Model(Section):
@@ -110,74 +101,6 @@ class Source(Section):
     def scoring(self) -> list[Scorer]:
         """The scorers, also where the recipe has the short form."""
         return self.scorers or [Scorer(rule=self.verifier or "reasoning_gym", args=self.verifier_args)]
-
-
-PLAIN_TEMPLATE = """\
-Here are examples of prompts:
-
-{examples}
-
-Write one new prompt of the same kind and in the same form. It must differ from every example in what it asks, and be \
-complete by itself. Topic: {topic}.
-
-{format}"""
-
-
-class Writing(Section):
-    enabled: bool = Field(False, description="before each round's sampling, have a model write new training prompts")
-    name: str = Field("written", min_length=1, max_length=100, description="name of their source in tables and reports")
-    source: str | None = Field(None, description="name of the source whose training prompts are the examples, and "
-                               "whose template, system prompt and scorers the new prompts get. Default: the only one")
-    prompts: Positive = Field(64, description="new prompts wanted per round")
-    asks: Positive = Field(256, le=1_000_000, description="most prompts that the model is asked for per round; those "
-                           "that the filters drop are asked for again until then")
-    examples: Positive = Field(3, le=100, description="training prompts shown in each ask")
-    topics: list[Annotated[str, Field(min_length=1)]] = Field(
-        ["a subject of your choice"], min_length=1, description="each ask names one of them, drawn at random")
-    template: str = Field(PLAIN_TEMPLATE, description="text of an ask: {examples}, {topic}, and {format}, which says "
-                          "how to reply so that prompt and answer can be read")
-    votes: Positive = Field(5, le=1000, description="where a rule needs the true answer: times that the model solves "
-                            "its prompt; more than half must give the answer that it wrote")
-    min_tokens: Positive = Field(4, description="fewest tokens of a new prompt")
-    max_tokens: Positive = Field(512, description="most tokens of a new prompt")
-    share: Weight = Field(1.0, description="weight of the new prompts in every round's draw, as of a source")
-    temperature: Annotated[PositiveFloat, Field(le=10.0)] = Field(1.0, description="of prompts and solutions")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
-    max_new_tokens: Positive = Field(512, description="most tokens of a reply, and of a solution")
-    shard_asks: Positive = Field(32, description="asks, or prompts to solve, per shard, the unit of resume and of "
-                                 "determinism")
-
-    @model_validator(mode="after")
-    def agree(self):
-        for key in ("{examples}", "{format}") + (("{topic}",) if "topics" in self.model_fields_set else ()):
-            if key not in self.template:
-                raise ValueError(f"template must contain {key}")
-        if self.prompts > self.asks:
-            raise ValueError(f"prompts={self.prompts} is above asks={self.asks}")
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
-        return self
-
-
-class WritingWeights(Writing):
-    path: FilePath | None = Field(None, json_schema_extra=UNKEYED, description="another model that writes, named as in "
-                                  "model.path. Default: the round's weights")  # its content is an input of the stage
-
-
-class WritePrompts(WritingWeights, InProcess):
-    pass
-
-
-class WritePromptsVllm(WritingWeights, Vllm):
-    pass
-
-
-class WritePromptsOpenAI(Writing, OpenAI):
-    pass
-
-
-AnyWritePrompts = Annotated[Annotated[WritePrompts, Tag("in_process")] | Annotated[WritePromptsVllm, Tag("vllm")]
-                            | Annotated[WritePromptsOpenAI, Tag("openai")], Discriminator(engine_of)]
 
 
 class ReadyData(Section):
@@ -450,13 +373,9 @@ class Recipe(Section):
         if w.name in names:
             raise ValueError(f"write_prompts.name={w.name} is a source of data.sources; give it another name")
         for scorer in self.seed_source.scoring:
-            needs = {"reasoning_gym": "its generator's entry", "instructions": "a list of instructions"}.get(
-                scorer.rule, "tests" if scorer.code else "")
-            if scorer.rule == "choice" and "choices" not in scorer.args:
-                needs = "options"
-            if needs:
+            if needed := what_is_missing(scorer):
                 raise ValueError(f"write_prompts.source: scorer {scorer.name} of source {self.seed_source.name} needs "
-                                 f"{needs} with each prompt, which a written one does not have; name another source")
+                                 f"{needed} with each prompt, which a written one does not have; name another source")
 
     @property
     def seed_source(self) -> Source:

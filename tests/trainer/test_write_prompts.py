@@ -213,12 +213,22 @@ def test_mistakes_in_the_section(keys, said):
         recipe(**keys)
 
 
-@pytest.mark.parametrize("scorer", [{"rule": "instructions"}, {"rule": "choice"}, {"code": {}},
+@pytest.mark.parametrize("scorer", [{"rule": "instructions"}, {"judge": {
+    "mode": "rubric", "template": "{prompt} {completion} {verdict} {answer}"}}, {"rule": "choice"}, {"code": {}},
                                     {"rule": "reasoning_gym", "args": {"dataset": "chain_sum"}}])
 def test_scorers_that_need_more_than_an_answer_are_refused(scorer):
     with pytest.raises(ValueError, match=r"write_prompts\.source: scorer .* which a written one does not have"):
         Recipe.model_validate({"data": {"sources": [{"name": "s", "path": "x", "scorers": [scorer]}]},
                                "write_prompts": {"enabled": True}})
+
+
+@pytest.mark.parametrize("scorer", [{"rule": "choice", "args": {"choices": ["a", "b"]}}, {"rule": "number"},
+                                    {"judge": {"mode": "pairwise"}}, {"python": "f.py:g"}])
+def test_scorers_that_need_no_more_are_accepted(scorer):
+    recipe = Recipe.model_validate({"data": {"sources": [{"name": "s", "path": "x", "scorers": [scorer]}]},
+                                    "write_prompts": {"enabled": True}})
+    assert [s.name for s in recipe.sources] == ["s", "written"]
+    assert recipe.sources[1].scoring == recipe.sources[0].scoring
 
 
 def test_written_prompts_go_through_a_run(tiny_model, tmp_path, capsys):
