@@ -227,6 +227,24 @@ def step_profile_section() -> str:
     return "\n\n".join(parts)
 
 
+def sampling_section() -> str:
+    """A row per case, a column per contender: tokens/s (fraction of the floor), GiB."""
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/sampling.json")):
+        result = json.loads(path.read_text())
+        cases = result["cases"]
+        names, rows = list(dict.fromkeys(n for case in cases.values() for n in case["contenders"])), []
+        names = [n for n in names if any("failed" not in case["contenders"].get(n, {}) for case in cases.values())]
+        for name, case in cases.items():
+            found = [case["contenders"].get(n, {}) for n in names]
+            rows.append([name, *(f"{figures(f['tokens_per_second'])} ({f['fraction_of_floor']:.0%}), "
+                                 f"{f['peak_bytes'] / 2**30:.1f}" if "tokens_per_second" in f else "" for f in found)])
+        failed = {f"- Not run: {n}: {f['failed']}." for case in cases.values()
+                  for n, f in case["contenders"].items() if "failed" in f}
+        parts += [measured_on(result), table(["", *names], rows), "\n".join(sorted(failed))]
+    return "\n\n".join(part for part in parts if part) or f"{NOT_YET[0].upper()}{NOT_YET[1:]}."
+
+
 def dedup_section() -> str:
     parts = []
     for path in sorted(measure.RESULTS.glob("*/dedup.json")):
@@ -256,6 +274,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "attention": lambda: family_section("attention", lambda case: f"{case['preset']}, {case['variant']}"),
     "train-step": train_step_section,
     "step-profile": step_profile_section,
+    "sampling": sampling_section,
     "dedup": dedup_section,
     "reports": reports_section,
 }

@@ -27,6 +27,7 @@ from strop.trainer.section import (  # noqa: F401 - readers of recipes import so
     key_of,
     read_text,
 )
+from strop.trainer.writing import AnyWritePrompts, WritePrompts, Writing, what_is_missing  # noqa: F401 - as above
 
 
 class Model(Section):
@@ -373,6 +374,7 @@ class Recipe(Section):
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")
     filter: Filter = Field(Filter(), description="what is dropped from training because of its content")
+    write_prompts: AnyWritePrompts = Field(WritePrompts(), description="training prompts that a model writes")
     sample: AnySample = Field(Sample(), description="sampling K completions per prompt")
     score: Score = Field(Score(), description="scoring completions")
     select: Select = Field(Select(), description="which completions go to SFT and to pairs")
@@ -410,6 +412,8 @@ class Recipe(Section):
         for name in self.merge.members if MERGING[self.merge.method] else ():
             if name != "start" and not getattr(self, name).enabled:
                 raise ValueError(f"merge.members names {name}, but {name}.enabled=false; leave it out")
+        if self.write_prompts.enabled:
+            self._check_seeds(names)
         named = {"select.by": self.select.by, "score.correct_by": self.score.correct_by,
                  "merge.promote_on": self.merge.promote_on.partition(":")[2] or None}
         for key, name in named.items():
@@ -417,6 +421,31 @@ class Recipe(Section):
                 if name not in (known := [scorer.name for scorer in source.scoring]):
                     raise ValueError(f"{key} names the scorer {name}, but data.sources.{i} has {', '.join(known)}")
         return self
+
+    def _check_seeds(self, names: list[str]) -> None:
+        w = self.write_prompts
+        if w.source is None and len(names) != 1:
+            raise ValueError(f"write_prompts.source is missing: name one of {', '.join(names) or 'data.sources'}")
+        if w.source is not None and w.source not in names:
+            raise ValueError(f"write_prompts.source={w.source}: no such source; there are {', '.join(names)}")
+        if w.name in names:
+            raise ValueError(f"write_prompts.name={w.name} is a source of data.sources; give it another name")
+        for scorer in self.seed_source.scoring:
+            if needed := what_is_missing(scorer):
+                raise ValueError(f"write_prompts.source: scorer {scorer.name} of source {self.seed_source.name} needs "
+                                 f"{needed} with each prompt, which a written one does not have; name another source")
+
+    @property
+    def seed_source(self) -> Source:
+        """The source whose prompts are examples for written ones."""
+        return next(s for s in self.data.sources if self.write_prompts.source in (None, s.name))
+
+    @property
+    def sources(self) -> list[Source]:
+        """data.sources, and that of written prompts if there are any."""
+        w = self.write_prompts
+        written = [self.seed_source.model_copy(update={"name": w.name, "share": w.share})] if w.enabled else []
+        return [*self.data.sources, *written]
 
 
 class RewardRecipe(Recipe):
@@ -426,7 +455,7 @@ class RewardRecipe(Recipe):
     rounds: Literal[1] = Field(1, description="always one round of sample, score, select and reward")
     reward: Reward = Field(Reward(), description="training the reward model")
 
-    UNREAD: ClassVar = ("sft", "dpo", "merge", "evaluate")
+    UNREAD: ClassVar = ("sft", "dpo", "merge", "evaluate", "write_prompts")
 
     @model_validator(mode="after")
     def only_what_is_read(self):

@@ -155,7 +155,8 @@ class Sampling(Section):
     top_k: NotNegative = Field(0, description="0 is off")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
     max_new_tokens: Positive = Field(64, description="most tokens of a completion, end of turn included")
-    shard_prompts: Positive = Field(32, description="prompts per shard, the unit of resume and of determinism")
+    shard_prompts: Positive = Field(32, description="prompts per shard, the unit of resume and of determinism; at "
+                                    "most this many times k completions are decoded together")
     enough: Positive | None = Field(None, description="correct completions of a prompt after which a writer draws no "
                                     "more of it; this raises pass rates. Default: all k are drawn")
 

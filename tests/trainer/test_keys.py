@@ -119,6 +119,13 @@ TABLE = {
     "filter.min_tokens": (2, SELECT),
     "filter.max_tokens": (100, SELECT),
     "filter.keep_truncated": (True, SELECT),
+    # before sampling, from the round on: the plan has a stage more
+    "write_prompts.enabled": (True, {"sample", "score", "select", "final"}),
+    **{f"write_prompts.{key}": (value, {"final"}) for key, value in {  # nothing is written
+        "name": "other", "source": "digits", "prompts": 9, "asks": 99, "examples": 2, "topics": ["cats"],
+        "template": "{examples} {topic} {format}", "votes": 3, "min_tokens": 2, "max_tokens": 99, "share": 2.0,
+        "temperature": 0.5, "top_p": 0.5, "max_new_tokens": 99, "shard_asks": 2, "batch_size": 16}.items()},
+    "write_prompts.path": ("elsewhere", NOTHING),  # its content counts
     "sample.prompts": (23, SAMPLE),
     "sample.k": (7, SAMPLE),
     "sample.temperature": (0.9, SAMPLE),
@@ -281,7 +288,7 @@ def test_every_key_has_its_entry():
     keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
     unsaid = keys - TABLE.keys() - REWARD.keys()
-    known = {"method", "sample.engine", "evaluate.engine", "reward.enabled",
+    known = {"method", "sample.engine", "evaluate.engine", "write_prompts.engine", "reward.enabled",
              "data.sources.N.scorers.N.judge.models.N.engine"}
     assert unsaid == known, "say which stages these make stale"
     assert TABLE.keys() | REWARD.keys() <= keys, "these keys are no longer there"
@@ -304,9 +311,10 @@ ENGINES = {
 OF_WRITER = {"name": ("b", True), "share": (2.0, True), "weights": ("start", True), "path": ("elsewhere", False)}
 
 
-@pytest.mark.parametrize("section", ["sample", "evaluate"])
+@pytest.mark.parametrize(("section", "stages"), [("sample", SAMPLE), ("evaluate", HELD_OUT),
+                                                 ("write_prompts", {"final"})])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_key_of_an_engine_counts_if_it_can_change_what_is_written(run, section, engine):
+def test_a_key_of_an_engine_counts_if_it_can_change_what_is_written(run, section, stages, engine):
     members = sections_of(Recipe.model_fields[section].annotation)
     classes = [c for c in members if tag_of(c) == engine]
     data, table = ENGINES[engine]
@@ -326,7 +334,7 @@ def test_a_key_of_an_engine_counts_if_it_can_change_what_is_written(run, section
         recipe = load_recipe(run).model_dump(mode="json")
         keep = {name: value for name, value in recipe[section].items() if name in one.model_fields and name != "engine"}
         why = own_reasons(planned(load_recipe(recipe | {section: keep | data}), Console(enabled=False))[1].plan)
-        assert why.keys() == {"sample", "final"} if section == "sample" else MEASURE
+        assert why.keys() == stages
 
 
 def test_a_key_of_a_judge_on_a_server_counts_if_it_can_change_verdicts():
@@ -442,3 +450,10 @@ def test_the_plan_does_not_guess_what_an_evaluation_will_promote(run):
     entries = {e["stage"].split("/")[-1]: e for e in store.plan}
     assert entries["evaluate"]["state"] == "to run" and entries["merge"]["state"] == "done"
     assert entries["final"]["state"] == "stale" and UPSTREAM in entries["final"]["why"]
+
+
+def test_which_keys_of_written_prompts_count(run):
+    section = load_recipe(run, {"write_prompts.enabled": True}).write_prompts
+    keys = {key.rpartition(".")[2]: value for key, (value, _) in TABLE.items() if key.startswith("write_prompts.")}
+    counts = {name for name, value in keys.items() if section.model_copy(update={name: value}).key() != section.key()}
+    assert keys.keys() - counts == {"enabled", "path"}  # a stage that is asked for; and the content of the path counts

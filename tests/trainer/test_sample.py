@@ -67,6 +67,18 @@ def test_shards_hold_every_sample_once(tiny_model, prompts, tmp_path):
     assert len(read_table(stage.dir / "drops.parquet")) == 0
 
 
+@pytest.mark.parametrize(("how", "said"), [
+    ({"batch_size": 13}, "sample.batch_size=13 is never reached: a shard has sample.shard_prompts=4 prompts of 3 "
+                         "completions, 12 in all; raise sample.shard_prompts to 5 or more"),
+    ({"batch_size": 12}, ""), ({"batch_size": 13, "shard_prompts": 5}, ""),
+    ({"batch_size": 999, "shard_prompts": 10}, "")])  # one shard holds all there is
+def test_a_batch_that_no_shard_fills_is_warned_of(tiny_model, prompts, tmp_path, how, said):
+    stage, lines = make_stage(tmp_path / "out"), []
+    stage.console.warn = lines.append
+    sample(stage, recipe(**how), round=0, model=tiny_model, prompts=prompts)
+    assert len(lines) == bool(said) and said in "".join(lines)
+
+
 def test_killed_between_shards_and_resumed_gives_the_same_files(tiny_model, prompts, tmp_path, monkeypatch):
     sample(make_stage(tmp_path / "whole"), recipe(), round=0, model=tiny_model, prompts=prompts)
     stage = make_stage(tmp_path / "killed")

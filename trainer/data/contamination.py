@@ -118,9 +118,15 @@ def held_out_of(prompts: Path, n: int, sources: dict[str, dict]) -> HeldOut | No
     if not n:
         return None
     rows = read_table(prompts / "prompts.parquet").select(["prompt_id", "source", "split", "messages"]).to_pylist()
+    return held_out(with_texts(rows, sources), n, {name for name, source in sources.items() if source["templated"]})
+
+
+def with_texts(rows: list[dict], sources: dict[str, dict]) -> list[dict]:
+    """Rows of prompts.parquet with their `text`: what is asked, without the text of their source's template."""
+    found = []
     for row in rows:
         before, *_, after = sources[row["source"]]["prompt_template"].split("{prompt}")
-        last = row["messages"][-1]
-        last["content"] = last["content"].removeprefix(before).removesuffix(after)
-        row["text"] = said(row["messages"])
-    return held_out(rows, n, {name for name, source in sources.items() if source["templated"]})
+        *earlier, last = row["messages"]
+        asked = last["content"].removeprefix(before).removesuffix(after)
+        found.append(row | {"text": said([*earlier, last | {"content": asked}])})
+    return found

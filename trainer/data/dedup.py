@@ -17,8 +17,10 @@ BITS = 512  # of a bitmap
 SLACK = 1e-6  # for rounding, where a number of shingles is compared with a share of them
 
 
-def near_duplicates(texts: Sequence[tuple[str, ...]], threshold: float) -> Iterator[tuple[int, int, float]]:
+def near_duplicates(texts: Sequence[tuple[str, ...]], threshold: float,
+                    known: int = 0) -> Iterator[tuple[int, int, float]]:
     """Yields (i, j, similarity) for each text i that is similar to an earlier text j that is not itself dropped so.
+    The first `known` texts are kept, whatever they are similar to.
 
     A text has one part or several, and all texts have the same number. Similarity is the Jaccard index of the sets of
     5-character shingles of the normalized parts (Broder 1997), for several parts the lowest. It is at least
@@ -31,7 +33,7 @@ def near_duplicates(texts: Sequence[tuple[str, ...]], threshold: float) -> Itera
     """
     index = _Index(texts, threshold) if texts else None
     for i in range(len(texts)):
-        if match := index.match(i):
+        if i >= known and (match := index.match(i)):
             yield i, *match
         else:
             index.keep(i)

@@ -52,7 +52,7 @@ def source_rows(source: Source, seed: int, check_answer: Callable, options_of: C
             if why:
                 raise UserError(f"{why} (column {source.answer_column!r})")
             options = options_of(metadata)
-            asked, messages = _apply_template(source, asked, {} if generated else row.data, options)
+            asked, messages = apply_template(source, asked, {} if generated else row.data, options)
             _show_options(source, messages, options)
         except UserError as e:
             quarantine.add(source.path, row.where, str(e), row.text or dumps(row.data)[:500])
@@ -108,7 +108,7 @@ def _read(source: Source, data: dict) -> tuple[list[dict], str | None, dict, dic
     return messages, answer, json.loads(dumps(extra)), template_kwargs(data)
 
 
-def _apply_template(source: Source, messages: list[dict], row: dict, options: dict[str, str]) -> tuple[list, list]:
+def apply_template(source: Source, messages: list[dict], row: dict, options: dict[str, str]) -> tuple[list, list]:
     """(what is asked: the messages with the columns that prompt_template shows, without its own words; the prompt:
     prompt_template applied to the last turn, system_prompt before the row's own)"""
     *before, last = messages

@@ -13,14 +13,16 @@ def llama3(run: Run, recipe: Recipe) -> Artifact:
     promotes the candidate with the best validation pass rate. Without data.sources it trains on ready data alone.
     """
     weights, history = run.start, []
-    prompts = run.prompts() if recipe.data.sources else None
+    asked = prompts = run.prompts() if recipe.data.sources else None
     if prompts:
         run.evaluate(recipe.evaluate, prompts, {"base": weights}, name="baseline")
     for _ in run.rounds(recipe.rounds):
         if prompts:
-            samples = run.sample(recipe.sample, weights, prompts)
-            history.append((samples, run.score(recipe.score, samples, prompts)))
-        selected = run.select(recipe.select, prompts, history)
+            if recipe.write_prompts.enabled:
+                asked = run.write_prompts(recipe.write_prompts, weights, asked)
+            samples = run.sample(recipe.sample, weights, asked)
+            history.append((samples, run.score(recipe.score, samples, asked)))
+        selected = run.select(recipe.select, asked, history)
 
         candidates, trained = {"start": weights}, {}
         policy = weights if recipe.sft.start == "previous" else run.start
@@ -30,9 +32,9 @@ def llama3(run: Run, recipe: Recipe) -> Artifact:
         if recipe.dpo.enabled:
             pairs = selected
             if recipe.dpo.pairs == "policy" and prompts and policy is not weights:
-                samples = run.sample(recipe.sample, policy, prompts, name="dpo-sample")
-                scores = run.score(recipe.score, samples, prompts, name="dpo-score")
-                pairs = run.select(recipe.select, prompts, [(samples, scores)], name="dpo-select")
+                samples = run.sample(recipe.sample, policy, asked, name="dpo-sample")
+                scores = run.score(recipe.score, samples, asked, name="dpo-score")
+                pairs = run.select(recipe.select, asked, [(samples, scores)], name="dpo-select")
             reference = {"sft": policy, "base": run.start, "previous": weights}[recipe.dpo.reference]
             trained["dpo"] = run.prefer(recipe.dpo, pairs, policy, reference, prompts)
             candidates["dpo"] = trained["dpo"].model

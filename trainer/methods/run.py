@@ -2,7 +2,20 @@
 
 from pathlib import Path
 
-from strop.trainer.config import Dpo, Evaluate, Merge, Model, Recipe, Reward, Score, Scorer, Select, Sft
+from strop.trainer.config import (
+    Dpo,
+    Evaluate,
+    Merge,
+    Model,
+    Recipe,
+    Reward,
+    Score,
+    Scorer,
+    Select,
+    Sft,
+    Source,
+    Writing,
+)
 from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
 from strop.trainer.engines import LocalWriter, OpenAI, SampleModels, Sampling, Writer
@@ -28,6 +41,7 @@ from strop.trainer.stages.sample import gather, sample
 from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
+from strop.trainer.stages.write_prompts import write_prompts
 
 # keys of dpo that the reference table depends on
 PAIR_ROWS = ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")
@@ -90,6 +104,26 @@ class Run:
         config["rules"] = {s.name: [[c.rule, c.args] for c in s.scoring if c.rule] for s in r.data.sources}
         return self._stage("prompts", prompts, "prompts", config, {"files": files})
 
+    def write_prompts(self, section: Writing, weights: Artifact, prompts: Artifact,
+                      name: str = "write_prompts") -> Artifact:
+        """`prompts` and new training prompts, written by `weights` or by the model that the section names."""
+        r, source, student = self.recipe, self.recipe.seed_source, self._loading
+        if isinstance(section, OpenAI) and "{weights}" not in section.model:
+            weights = self.start  # only the tokenizer counts
+        elif getattr(section, "path", None) is not None:
+            weights, student = self._other(section.path), Model().only("chat_template", "trust_remote_code")
+        config = {"write": section, "source": source.only("name", "system_prompt", "prompt_template", "answer_column"),
+                  "rules": [[c.rule, c.args] for c in source.scoring if c.rule], "sources": self._templates,
+                  "filter": r.filter.only("near_duplicates", "decontaminate", "max_repetition"), "seed": r.seed,
+                  "model": student, "compute": self._numbers}
+        return self._stage(name, write_prompts, "synthetic prompts", config,
+                           {"round": self.round or 0, "weights": weights, "prompts": prompts}, all_ranks=True)
+
+    def _other(self, path: str) -> Artifact:
+        """The weights of a writer that are not of this run."""
+        base = self.others[path]
+        return external(base.path, is_loaded) if base.path.exists() else Artifact(base.path, None)
+
     def _rows(self, path: str | None) -> Artifact | None:
         """The file of rows that a recipe names; without a hash while it is not downloaded yet. Raises UserError if it
         changed since the run began: its rounds would learn from different data under one name."""
@@ -132,22 +166,21 @@ class Run:
         if not isinstance(writer, LocalWriter):
             return current
         if writer.path is not None:
-            base = self.others[writer.path]
-            return external(base.path, is_loaded) if base.path.exists() else Artifact(base.path, None)
+            return self._other(writer.path)
         named = {"current": current, "start": self.start} | {f"round-{r:02}": a for r, a in enumerate(self.promoted)}
         return named.get(writer.weights)
 
     def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, seed: int, kind: str,
                **share) -> Artifact:
         r = self.recipe
-        config = {"sample": section, "shares": {s.name: s.share for s in r.data.sources}, "seed": seed,
+        config = {"sample": section, "shares": {s.name: s.share for s in r.sources}, "seed": seed,
                   "model": self._loading, "compute": self._numbers, **share}
         inputs = {"round": self.round, "weights": weights, "prompts": prompts, "writer_hash": weights.hash}
         if writer is not section:
             config["writer"] = writer
         if section.enough is not None:
-            scoring, inputs["files"] = self._scoring()
-            config |= scoring | {"score": r.score, "judging": self._weights}
+            scoring, inputs["files"] = self._scoring(r.sources)
+            config |= scoring | {"score": r.score, "judging": weights_of(r.sources)}
         if isinstance(writer, OpenAI) and "{weights}" not in writer.model:
             # it writes the same whatever this run trains: only the tokenizer counts
             inputs |= {"weights": self.start, "writer_hash": None}
@@ -156,10 +189,9 @@ class Run:
             inputs["student"] = self.start
         return self._stage(name, sample, kind, config, inputs, all_ranks=True)
 
-    def _scoring(self) -> tuple[dict, dict]:
+    def _scoring(self, sources: list[Source]) -> tuple[dict, dict]:
         """(scorers and columns of each source, with dtype and device if one is a model; the files and folders that
         scorers name)"""
-        sources = self.recipe.data.sources
         files = {c.python.rpartition(":")[0] for s in sources for c in s.scoring if c.python}
         config = {"scorers": {s.name: s.scoring for s in sources},
                   "columns": {s.name: [s.prompt_column, s.answer_column, s.prompt_template] for s in sources}}
@@ -179,12 +211,12 @@ class Run:
         return list(found.values())
 
     @property
-    def _weights(self) -> dict[str, dict[str, float]]:
-        return {s.name: {c.name: c.weight for c in s.scoring} for s in self.recipe.data.sources}
+    def _templates(self) -> dict[str, dict]:
+        return {s.name: {"prompt_template": s.prompt_template, "templated": s.templated} for s in self.recipe.sources}
 
     def score(self, section: Score, samples: Artifact, prompts: Artifact, name: str = "score") -> Artifact:
         """The values of every completion by every scorer of its source."""
-        config, files = self._scoring()
+        config, files = self._scoring(self.recipe.sources)
         return self._stage(name, score, "scores", config | {"score": section.only("max_errors", "workers")},
                            {"prompts": prompts, "sample": samples, "files": files}, all_ranks=True)
 
@@ -192,10 +224,9 @@ class Run:
                name: str = "select") -> Artifact:
         """SFT rows and pairs from the (samples, scores) of all rounds so far and this round's ready data."""
         r = self.recipe
-        config = {"select": section, "score": r.score, "weights": self._weights, "filter": r.filter,
+        config = {"select": section, "score": r.score, "weights": weights_of(r.sources), "filter": r.filter,
                   "data": r.data.only("sft", "preferences", "max_bad_rows"),
-                  "sources": {s.name: {"prompt_template": s.prompt_template, "templated": s.templated}
-                              for s in r.data.sources}, "model": self._loading, "seed": r.seed}
+                  "sources": self._templates, "model": self._loading, "seed": r.seed}
         ready = {kind: {d.name: self._rows(d.path) for d in entries if d.rounds == "all" or self.round in d.rounds}
                  for kind, entries in (("sft", r.data.sft), ("preferences", r.data.preferences))}
         return self._stage(name, select, "selection", config,
@@ -249,8 +280,9 @@ class Run:
         written = self._stage("held-out" if name == "evaluate" else f"{name}-held-out", held_out, "held-out",
                               {"evaluate": section, "model": self._loading, "compute": self._numbers},
                               {"prompts": prompts, "candidates": fresh} | start, all_ranks=True)
-        config, files = self._scoring()
-        config |= {"score": self.recipe.score, "weights": self._weights}
+        sources = self.recipe.data.sources  # written prompts are not held out
+        config, files = self._scoring(sources)
+        config |= {"score": self.recipe.score, "weights": weights_of(sources)}
         done = self._stage(name, evaluate, "evaluation", config,
                            {"prompts": prompts, "completions": written, "candidates": fresh, "files": files},
                            all_ranks=True)
@@ -321,3 +353,8 @@ class Run:
         final = self._stage("final", publish, "model", config, {"weights": weights, "promotions": self.promotions})
         self.store.verify(final)
         return final
+
+
+def weights_of(sources: list[Source]) -> dict[str, dict[str, float]]:
+    """Source -> scorer -> its weight."""
+    return {s.name: {c.name: c.weight for c in s.scoring} for s in sources}

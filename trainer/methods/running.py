@@ -60,7 +60,8 @@ def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[B
     not of this run, by path. What this run resolved before stays at its commit."""
     pins = read_run(Path(recipe.output_dir) / recipe.name).plan.get("base", {}).get("revisions", {})
     base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
-    paths = {w.path for w in getattr(recipe.sample, "models", ()) if getattr(w, "path", None) is not None}
+    writers = [*getattr(recipe.sample, "models", ()), *([recipe.write_prompts] if recipe.write_prompts.enabled else [])]
+    paths = {w.path for w in writers if getattr(w, "path", None) is not None}
     others = {path: find_base(Model(path=path), console, download) for path in sorted(paths)}
     return base, find_data(recipe.data, console, download, pins), others
 

@@ -66,7 +66,7 @@ def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: l
         rounds.append({"round": f"round-{p['round']:02}", "promoted": p["promoted"], "stages": {
             name: {"hash": m["key"], "counts": m["counts"], "seconds": m["seconds"]} for name, m in done.items()}})
     counts = Counter()
-    for s in run.of_kind("prompts"):
+    for s in (run.of_kind("prompts") + run.of_kind("synthetic prompts"))[-1:]:  # the last one holds those before it
         counts.update(read_table(run.dir / s["stage"] / "prompts.parquet", ["source"])["source"].to_pylist())
     named = [("base" if r["round"] is None else f"round {r['round']} {r['stop']}", r) for r in results]
     return {
@@ -76,8 +76,9 @@ def card_info(recipe: Recipe, run: RunRecord, results: list[dict], promotions: l
                     for name, r in named for split in ("validation", "test")],
         "gains": [{"candidate": name, "over": over, **r[key]} for name, r in named if "part" in r
                   for key, over in (("over_base", "base"), ("part", r["before"]))],
-        "sources": [{"name": s.name, "origin": s.reasoning_gym or origin(s.path), "prompts": counts[s.name],
-                     "verifier": ", ".join(scorer.name for scorer in s.scoring)} for s in recipe.data.sources] +
+        "sources": [{"name": s.name, "prompts": counts[s.name], "origin": s.reasoning_gym or origin(s.path)
+                     if s in recipe.data.sources else f"synthetic, after {recipe.seed_source.name}",
+                     "verifier": ", ".join(scorer.name for scorer in s.scoring)} for s in recipe.sources] +
                    [{"name": d.name, "origin": origin(d.path)} for d in recipe.data.sft + recipe.data.preferences],
         "hashes": {f"round {p['round']} promoted": p["hash"] for p in promotions},
     }

@@ -116,6 +116,7 @@ def settled(run: RunRecord) -> dict:
         "model": run.start,
         "gguf_note": GGUF_NOTE if path.startswith("package:") or path.endswith(".gguf") else "",
         "headline": headline(results), "results": result_table(results, kl),
+        "synthetic": synthetic(run),
         "result_sources": sources_of(results)[:SOURCES], "of_sources": len(sources_of(results)),
         "pass_charts": pass_charts(results),
         "change_charts": change_charts(results, kl),
@@ -279,6 +280,12 @@ def sampling_rows(run: RunRecord) -> list[dict]:
                     "histogram": np.bincount(right, minlength=drawn.max() + 1).tolist()} if len(right) else {}
         rows.append(row)
     return rows
+
+
+def synthetic(run: RunRecord) -> list[str]:
+    """By round, how many prompts a model wrote."""
+    return [f"{stage['stage']}: {count(run.manifests[stage['stage']]['counts']['prompts'])}"
+            for stage in run.of_kind("synthetic prompts") if stage["stage"] in run.manifests]
 
 
 def solved_chart(sampling: list[dict]) -> str:

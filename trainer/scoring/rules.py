@@ -139,6 +139,18 @@ def check_answer(verifier: str, args: dict, answer: str | None, metadata: dict) 
     return None if score >= 0.99 else f"the answer {short!r} fails its own verifier {verifier} ({score:g})"
 
 
+def why_not(rules: list[tuple[str, dict]], answer: str | None, metadata: dict) -> str | None:
+    """Why no completion could satisfy one of the rules (see check_answer), or None. rules: (name, args)."""
+    return next(filter(None, (check_answer(rule, args, answer, metadata) for rule, args in rules)), None)
+
+
+def needs_answer(rule: str, args: dict) -> bool:
+    """Whether the rule compares with the true answer."""
+    if rule == "regex":  # without an answer its group would match anything
+        return re.compile(args["pattern"]).groups > 0
+    return rule in ("number", "exact", "choice", "math")
+
+
 def _whole(answer: str) -> str:
     """A true answer, or the part of it that a mark (a box, a tag, ####) says is it."""
     return next((final.text for final in finals(answer) if final.marked), answer)

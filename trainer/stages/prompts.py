@@ -19,7 +19,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, write_table
 from strop.trainer.scoring import choice
-from strop.trainer.scoring.rules import check, check_answer
+from strop.trainer.scoring.rules import check, why_not
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("split", pa.string()),
@@ -86,11 +86,6 @@ def prompts(stage: Stage, *, data: Part, filter: Part, seed: int, rules: dict[st
 def labeled_options(args: dict, metadata: dict) -> dict[str, str]:
     """{label: text} of a prompt's options, of the recipe or of its row; {} if it has none."""
     return choice.labeled(args.get("choices") or metadata.get("choices"))
-
-
-def why_not(rules: list[tuple[str, dict]], answer: str | None, metadata: dict) -> str | None:
-    """Why no completion could satisfy one of the rules (see rules.check_answer), or None."""
-    return next(filter(None, (check_answer(rule, args, answer, metadata) for rule, args in rules)), None)
 
 
 def drop_repetitive(rows: list[dict], filter: Filter | Part, drops: Drops) -> list[dict]:

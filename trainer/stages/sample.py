@@ -12,7 +12,7 @@ from strop.trainer.config import Part, Sample, Score
 from strop.trainer.data.chat import completion_text, stop_ids
 from strop.trainer.data.samples import Judging
 from strop.trainer.data.splits import draw_prompts, hash_int
-from strop.trainer.engines import OpenAI, Sampling, Writer
+from strop.trainer.engines import InProcess, OpenAI, Sampling, Writer
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
@@ -68,6 +68,12 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
         raise UserError(f"{stage.name}: sample.k={sample.k} of {len(fits):,} prompts are {len(fits) * k:,} "
                          f"completions in a round, {MOST:,} at most; lower it or sample.prompts")
     parts = [fits[i:i + sample.shard_prompts] for i in range(0, len(fits), sample.shard_prompts)]
+    # the batch drains at the end of a shard, since a shard's completions do not depend on the next shard
+    if isinstance(writer, InProcess) and writer.batch_size > sample.shard_prompts * k and len(parts) > 1:
+        stage.console.warn(f"{stage.name}: {key}.batch_size={writer.batch_size} is never reached: a shard has "
+                           f"sample.shard_prompts={sample.shard_prompts} prompts of {k} completions, "
+                           f"{sample.shard_prompts * k} in all; raise sample.shard_prompts to "
+                           f"{-(-writer.batch_size // k)} or more to fill it")
     shards = [Shard(stage.dir / f"shard-{i:05}.parquet", part,
                     [(row["prompt_id"], s) for row in part for s in range(first, first + k)],
                     stage.work / f"drops-{i:05}.parquet") for i, part in enumerate(parts)]
