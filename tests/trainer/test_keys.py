@@ -119,6 +119,10 @@ TABLE = {
     "filter.min_tokens": (2, SELECT),
     "filter.max_tokens": (100, SELECT),
     "filter.keep_truncated": (True, SELECT),
+    "filter.semantic": (Also(0.9, {"filter.embedder": "{folder}/other-model"}), SELECT),
+    "filter.embedder": ("{folder}/other-model", NOTHING),  # with filter.semantic its content is an input of select
+    "filter.quality": ("regex", SELECT),
+    "filter.difficulty": ("regex", SELECT),
     "sample.prompts": (23, SAMPLE),
     "sample.k": (7, SAMPLE),
     "sample.temperature": (0.9, SAMPLE),

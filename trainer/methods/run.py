@@ -7,6 +7,7 @@ from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
 from strop.trainer.engines import LocalWriter, OpenAI, SampleModels, Sampling, Writer
 from strop.trainer.errors import UserError
+from strop.trainer.models.embedder import find_embedder
 from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
 from strop.trainer.models.reward import check_reward_model
@@ -198,9 +199,11 @@ class Run:
                               for s in r.data.sources}, "model": self._loading, "seed": r.seed}
         ready = {kind: {d.name: self._rows(d.path) for d in entries if d.rounds == "all" or self.round in d.rounds}
                  for kind, entries in (("sft", r.data.sft), ("preferences", r.data.preferences))}
-        return self._stage(name, select, "selection", config,
-                           {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start,
-                            "files": ready})
+        inputs = {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start, "files": ready}
+        if r.filter.semantic:
+            config["compute"] = self._numbers
+            inputs["embedder"] = external(find_embedder(r.filter.embedder), is_loaded)
+        return self._stage(name, select, "selection", config, inputs)
 
     def _training(self, **sections) -> dict:
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
