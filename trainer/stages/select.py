@@ -6,6 +6,7 @@ round.
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
@@ -101,8 +102,8 @@ def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dic
     if embedder:
         kept_whole = {name for name, how in sources.items() if how["templated"]}
         kept_whole |= {ready.name for ready in data.sft if not ready.near_duplicates}
-        sft_rows = drop_semantic(stage, sft_rows, kept_whole, Embedder(embedder, DTYPES[compute.dtype],
-                                                                       stage.world.device), rules, drops)
+        sft_rows = drop_semantic(stage, sft_rows, kept_whole, lambda: Embedder(
+            embedder, DTYPES[compute.dtype], stage.world.device), rules, drops)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
     write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
@@ -147,12 +148,16 @@ def _rank(s: dict, asked: str, pass_rate: float, filter: Filter) -> dict:
     return {"text": f"{asked}\n{s['completion']}", "quality": s["score"], "difficulty": 1 - pass_rate} | named
 
 
-def drop_semantic(stage: Stage, rows: list[dict], kept_whole: set[str], embedder, rules: Rules,
-                  drops: Drops) -> list[dict]:
+def drop_semantic(stage: Stage, rows: list[dict], kept_whole: set[str], load: Callable[[], Embedder],
+                  rules: Rules, drops: Drops) -> list[dict]:
     """Drops SFT rows whose embedding is within filter.semantic of a better row of their cluster. Rows of the sources
     and ready data in `kept_whole` are not compared: they keep near duplicates."""
     compared = [i for i, row in enumerate(rows) if row["source"] not in kept_whole]
     mine = [rows[i] for i in compared]
+    stage.counts["semantic_compared"] = len(mine)
+    if len(mine) < 2:
+        return rows
+    embedder = load()
     with stage.console.progress(f"{stage.name}: embedding", len(mine), unit="rows") as bar:
         embeddings = embedder.embed([row["text"] for row in mine], lambda n: bar.advance(n, 0))
     order = ranked([row.get("quality") for row in mine], [row.get("difficulty") for row in mine])
@@ -161,7 +166,6 @@ def drop_semantic(stage: Stage, rows: list[dict], kept_whole: set[str], embedder
         gone.add(compared[i])
         drops.add("semantic_duplicate", prompt_id=mine[i]["prompt_id"], sample_index=mine[i]["sample_index"],
                   source=mine[i]["source"], detail=f"{mine[i]['row_id']}: {cosine:.3f} like {mine[j]['row_id']}")
-    stage.counts["semantic_compared"] = len(mine)
     return [row for i, row in enumerate(rows) if i not in gone]
 
 
