@@ -16,6 +16,7 @@ from test_sample import files, make_stage, prompt_row, recipe
 from strop.trainer.data.chat import encode_completion, encode_prompt
 from strop.trainer.engines import CRITIQUES, Revise, ReviseOpenAI
 from strop.trainer.errors import UserError
+from strop.trainer.methods.running import open_run
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.sampling.base import Completion
 from strop.trainer.scoring.table import VALUES
@@ -227,3 +228,34 @@ def test_sections_that_make_no_sense_are_refused():
         with pytest.raises(ValidationError, match=message):
             Revise(**how)
     assert Revise().critique == CRITIQUES["principles"] and json.dumps(Revise().key())
+
+
+def test_the_verbs_revise_score_and_select_and_do_so_once(tiny_recipe):
+    """Samples and their revisions in one selection; another critique makes the revisions stale, not the samples."""
+    def method(run, critique="C {feedback}"):
+        prompts, section = run.prompts(), run.recipe.sample
+        for _ in run.rounds(1):
+            samples = run.sample(section, run.start, prompts)
+            scores = run.score(run.recipe.score, samples, prompts)
+            with pytest.raises(UserError, match=r"feedback=errors needs the scores of the samples; pass scores"):
+                run.revise(Revise(feedback="errors"), run.start, samples, prompts)
+            short = SHORT | {"critique": critique, "max_new_tokens": 60}
+            revised = run.revise(Revise(per_prompt=4, **short), run.start, samples, prompts)
+            by_errors = run.revise(Revise(feedback="errors", revision="R", critique=critique, max_new_tokens=60),
+                                   run.start, samples, prompts, scores, name="corrected")
+            both = run.gather({"drawn": samples, "revised": revised}, "both")
+            selected = run.select(run.recipe.select, prompts, [
+                (both, run.score(run.recipe.score, both, prompts, name="both-score"))])
+        return samples, revised, by_errors, selected
+
+    made = []
+    for critique in ("C {feedback}", "C {feedback}", "D {feedback}"):
+        with open_run(tiny_recipe) as run:
+            made.append(method(run, critique))
+            states = {entry["stage"]: entry["state"] for entry in run.store.plan}
+            assert states["round-00/sample"] == "done"
+    hashes = [[artifact.hash for artifact in found] for found in made]
+    assert hashes[0] == hashes[1] and hashes[2][0] == hashes[0][0] and hashes[2][1] != hashes[0][1]
+    counts = json.loads((made[2][1].path / "manifest.json").read_text())["counts"]
+    assert 0 < counts["revised"] < counts["chosen"] == counts["revised"] + sum(
+        n for name, n in counts.items() if name.startswith("dropped/"))
