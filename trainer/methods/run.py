@@ -24,8 +24,8 @@ from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.results import evaluate
-from strop.trainer.stages.reward import reward
 from strop.trainer.stages.revise import revise
+from strop.trainer.stages.reward import reward
 from strop.trainer.stages.sample import gather, sample
 from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
