@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from strop.trainer.errors import UserError
 from strop.trainer.models.folders import find_package
@@ -58,8 +59,6 @@ class Embedder:
         self.device, self.width = device, self.model.config.hidden_size
         most = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
         self.length = min(most or 512, max_positions(self.model.config))
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], advance: Callable[[int], None] = lambda n: None) -> Tensor:
@@ -74,9 +73,10 @@ class Embedder:
             while at + size < len(order) and len(ids[order[at + size]]) * (size + 1) <= TOKENS:
                 size += 1
             mine = order[at:at + size]
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in mine]}, return_tensors="pt").to(self.device)
-            mask = batch["attention_mask"]
-            hidden = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
+            rows = [torch.tensor(ids[i] or [0]) for i in mine]
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)
+            batch = pad_sequence(rows, batch_first=True).to(self.device)
+            hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state.float()
             if self.pooling == "cls":
                 vectors = hidden[:, 0]
             else:
