@@ -17,7 +17,7 @@ from strop.trainer.engines import OpenAI, Revising
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
-from strop.trainer.run.tables import DROPS, Drops, read_part, read_table, write_table
+from strop.trainer.run.tables import Drops, read_table, write_table
 from strop.trainer.sampling.asking import cost_of, usage
 from strop.trainer.sampling.base import Completion, Settings
 from strop.trainer.sampling.shards import Shard, collect_drops, run_shards
@@ -144,7 +144,7 @@ def revise(stage: Stage, *, revise: Revising, model: Part, compute: Part, seed: 
         write_table(shards[0].path, SCHEMA.empty_table())
     if stage.world.first:
         drops = Drops(stage)
-        collect_drops([shard for shard in shards if read_part(shard.drops, DROPS) is not None], drops)
+        collect_drops(shards, drops)
         drops.write()
         revised = sum(read_table(shard.path).num_rows for shard in shards)
         stage.counts |= {"completions": len(samples), "chosen": len(tasks), "revised": revised}
