@@ -17,6 +17,7 @@ from strop.trainer.config import Recipe
 from strop.trainer.data import semantic
 from strop.trainer.data.semantic import cluster, ranked, semantic_duplicates
 from strop.trainer.errors import UserError
+from strop.trainer.methods.running import open_run
 from strop.trainer.models.embedder import Embedder, find_embedder
 from strop.trainer.run.tables import read_table
 from strop.trainer.stages import select as select_stage
@@ -229,3 +230,26 @@ def test_scorers_of_the_recipe_are_quality_and_difficulty(tmp_path):
     with pytest.raises(ValueError, match=r"filter.quality names the scorer nobody"):
         Recipe.model_validate({"data": {"sources": [{"name": "s", "path": "x", "scorers": scorers}]},
                                "filter": {"quality": "nobody"}})
+
+
+def test_a_run_embeds_its_rows_and_depends_on_the_embedder(tiny_recipe, bert, tmp_path):
+    """Strop's command line to drops.parquet; another embedder makes the selection stale, a copy of it does not."""
+    here = Path(shutil.copytree(bert, tmp_path / "embedder"))
+    keys = {"rounds": 1, "filter.semantic": 0.6, "filter.embedder": str(here), "dpo.enabled": False}
+
+    def selected(where):
+        with open_run(tiny_recipe, keys | {"filter.embedder": str(where)}) as run:
+            for _ in run.rounds(1):
+                prompts = run.prompts()
+                samples = run.sample(run.recipe.sample, run.start, prompts)
+                scores = run.score(run.recipe.score, samples, prompts)
+                return run.select(run.recipe.select, prompts, [(samples, scores)])
+
+    first = selected(here)
+    counts = json.loads((first.path / "manifest.json").read_text())["counts"]
+    assert counts["semantic_compared"] == counts["sft_rows"] + counts["dropped/semantic_duplicate"] > counts["sft_rows"]
+    assert selected(shutil.copytree(here, tmp_path / "copy")).hash == first.hash
+    made = (first.path / "manifest.json").read_bytes()
+    (here / "config.json").write_text((here / "config.json").read_text() + "\n")
+    selected(here)
+    assert (first.path / "manifest.json").read_bytes() != made
