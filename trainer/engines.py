@@ -192,6 +192,66 @@ AnySample = Annotated[Annotated[Sample, Tag("in_process")] | Annotated[SampleVll
                       Discriminator(engine_of)]
 
 
+PRINCIPLES = [
+    "It helps with what was asked, completely and correctly, and does not claim what it cannot know.",
+    "It gives no help with what would hurt people, and says so plainly and politely where that is asked.",
+    "It respects people: nothing insulting, demeaning or prejudiced.",
+    "It is as short and clear as the question allows, without repetition, flattery or lectures.",
+]
+CRITIQUES = {
+    "principles": "Check your last answer against this principle: {feedback}\n\nName, briefly and specifically, where "
+                  "it falls short of the principle. If nothing does, say so. Do not rewrite it yet.",
+    "errors": "Your last answer was tested, and it failed:\n\n{feedback}\n\nExplain briefly what in it causes this. Do "
+              "not rewrite it yet.",
+}
+REVISION = ("Rewrite your answer so that it has none of these faults, and keep what was right in it. Reply with the "
+            "new answer alone, as if it were your first one.")
+
+
+class Revising(Section):
+    feedback: Literal["principles", "errors"] = Field("principles", description="what a completion is criticized by: a "
+                                                      "principle, or what its scorers said (errors); errors revises "
+                                                      "only completions that are not correct")
+    principles: list[str] = Field(PRINCIPLES, min_length=1, description="each step takes the next one")
+    critique: str | None = Field(None, description="the turn that asks for a critique of the answer before it; "
+                                 "{feedback} is replaced. Default: a text for each kind of feedback")
+    revision: str = Field(REVISION, min_length=1, description="the turn behind the critique that asks for the new "
+                          "answer; {feedback} is replaced")
+    times: Positive = Field(1, le=100, description="critiques and revisions of a completion, one after another")
+    per_prompt: Positive = Field(1, description="completions of a prompt that are revised, the first ones")
+    temperature: Annotated[float, AfterValidator(not_zero_in_fp32)] = Field(1.0, ge=0.0, le=10.0,
+                                                                             description="0 is greedy")
+    top_k: NotNegative = Field(0, description="0 is off")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="1 is off")
+    max_new_tokens: Positive = Field(256, description="most tokens of a critique, and of a revision")
+    shard_prompts: Positive = Field(32, description="prompts per shard, the unit of resume and of determinism")
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.critique is None:
+            self.critique = CRITIQUES[self.feedback]
+        if "{feedback}" not in self.critique:
+            raise ValueError("critique must contain {feedback}")
+        if self.feedback == "errors" and self.times > 1:
+            raise ValueError(f"times={self.times} with feedback=errors: a revision has no errors before it is scored; "
+                             "set times=1, score the revisions and revise those")
+        if self.feedback == "errors" and self.principles != PRINCIPLES:
+            raise ValueError("principles is not read with feedback=errors; leave it out")
+        return self
+
+
+class Revise(Revising, InProcess):
+    pass
+
+
+class ReviseVllm(Revising, Vllm):
+    pass
+
+
+class ReviseOpenAI(Revising, OpenAI):
+    pass
+
+
 class Evaluating(Section):
     max_new_tokens: Positive = Field(64, description="most tokens of a completion")
     bootstrap: Positive = Field(10_000, le=1_000_000, json_schema_extra=UNKEYED,

@@ -119,6 +119,10 @@ TABLE = {
     "filter.min_tokens": (2, SELECT),
     "filter.max_tokens": (100, SELECT),
     "filter.keep_truncated": (True, SELECT),
+    "filter.semantic": (Also(0.9, {"filter.embedder": "{folder}/other-model"}), SELECT),
+    "filter.embedder": ("{folder}/other-model", NOTHING),  # with filter.semantic its content is an input of select
+    "filter.quality": ("regex", SELECT),
+    "filter.difficulty": ("regex", SELECT),
     # before sampling, from the round on: the plan has a stage more
     "write_prompts.enabled": (True, {"sample", "score", "select", "final"}),
     **{f"write_prompts.{key}": (value, {"final"}) for key, value in {  # nothing is written

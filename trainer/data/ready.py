@@ -43,14 +43,15 @@ class Ready:
 
 def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
               quarantine: Quarantine) -> list[dict]:
-    """Rows of sft.parquet from `messages`, or `prompt` + `completion`.
+    """Rows of sft.parquet from `messages`, or `prompt` + `completion`, and their `text`.
 
     Duplicates, rows that repeat a held-out prompt and rows that fail `filters` are dropped. Raises UserError if the
     file cannot be read or has more malformed rows than the quarantine allows.
     """
     return [{"row_id": f"{data.name}/{row.n}", "source": data.name, "prompt_id": None, "sample_index": None,
              "prompt_tokens": row.prompt, "completion_tokens": row.completions[0].tokens,
-             "loss_mask": row.completions[0].loss_mask, "score": None, "weight": data.weight, "origin": data.name}
+             "loss_mask": row.completions[0].loss_mask, "score": None, "weight": data.weight, "origin": data.name,
+             "text": "\n".join([row.user_text, *row.replies])}
             for row in _ready(_sft_row, tokenizer, data, filters, held, drops, quarantine)]
 
 

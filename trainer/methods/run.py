@@ -18,8 +18,9 @@ from strop.trainer.config import (
 )
 from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
-from strop.trainer.engines import LocalWriter, OpenAI, SampleModels, Sampling, Writer
+from strop.trainer.engines import LocalWriter, OpenAI, Revising, SampleModels, Sampling, Writer
 from strop.trainer.errors import UserError
+from strop.trainer.models.embedder import find_embedder
 from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
 from strop.trainer.models.reward import check_reward_model
@@ -36,6 +37,7 @@ from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
 from strop.trainer.stages.reference import reference
 from strop.trainer.stages.results import evaluate
+from strop.trainer.stages.revise import revise
 from strop.trainer.stages.reward import reward
 from strop.trainer.stages.sample import gather, sample
 from strop.trainer.stages.score import score
@@ -159,7 +161,28 @@ class Run:
             made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
                                   seed, "writer", first=first, k=share[n])
             first += share[n]
-        return self._stage(name, gather, "samples", {}, {"writers": made})
+        return self.gather(made, name)
+
+    def revise(self, section: Revising, weights: Artifact, samples: Artifact, prompts: Artifact,
+               scores: Artifact | None = None, name: str = "revise") -> Artifact:
+        """Revisions of samples by `weights`, or by the server that the section names, as samples of the same prompts
+        under other numbers. scores: of the samples, with section.feedback=errors."""
+        r = self.recipe
+        config = {"revise": section, "model": self._loading, "compute": self._numbers, "seed": r.seed}
+        inputs = {"round": self.round, "weights": weights, "prompts": prompts, "sample": samples,
+                  "student": self.start, "writer_hash": weights.hash}
+        if isinstance(section, OpenAI) and "{weights}" not in section.model:
+            inputs |= {"weights": self.start, "writer_hash": None}
+        if section.feedback == "errors":
+            if scores is None:
+                raise UserError(f"{name}: revise.feedback=errors needs the scores of the samples; pass scores")
+            config |= {"score": r.score.only("correct_by", "correct_at"), "judging": self._weights}
+            inputs["scores"] = scores
+        return self._stage(name, revise, "samples", config, inputs, all_ranks=True)
+
+    def gather(self, samples: dict[str, Artifact], name: str) -> Artifact:
+        """Several artifacts of samples as one, e.g. samples and their revisions, to be scored and paired together."""
+        return self._stage(name, gather, "samples", {}, {"writers": samples})
 
     def _weights_of(self, writer: Writer, current: Artifact) -> Artifact | None:
         """The weights of a writer in this round; None if there are none yet."""
@@ -229,9 +252,11 @@ class Run:
                   "sources": self._templates, "model": self._loading, "seed": r.seed}
         ready = {kind: {d.name: self._rows(d.path) for d in entries if d.rounds == "all" or self.round in d.rounds}
                  for kind, entries in (("sft", r.data.sft), ("preferences", r.data.preferences))}
-        return self._stage(name, select, "selection", config,
-                           {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start,
-                            "files": ready})
+        inputs = {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start, "files": ready}
+        if r.filter.semantic:
+            config["compute"] = self._numbers
+            inputs["embedder"] = external(find_embedder(r.filter.embedder), is_loaded)
+        return self._stage(name, select, "selection", config, inputs)
 
     def _training(self, **sections) -> dict:
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,

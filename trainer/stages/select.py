@@ -6,6 +6,7 @@ round.
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
@@ -19,8 +20,10 @@ from strop.trainer.data.quality import unfit_tokens
 from strop.trainer.data.ready import ready_pairs, ready_sft
 from strop.trainer.data.rows import Quarantine
 from strop.trainer.data.samples import Judging, read_scored
+from strop.trainer.data.semantic import ranked, semantic_duplicates
 from strop.trainer.errors import UserError
-from strop.trainer.models.loading import ModelFolder
+from strop.trainer.models.embedder import Embedder
+from strop.trainer.models.loading import DTYPES, ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table, write_table
 
@@ -55,13 +58,15 @@ class Rules(NamedTuple):
 
 def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dict[str, float]], filter: Filter,
            data: Part, model: Part, sources: dict[str, dict], seed: int, round: int, prompts: Path | None,
-           history: list[tuple[Path, Path]], tokenizer: Path, files: dict[str, dict[str, Path]]) -> None:
+           history: list[tuple[Path, Path]], tokenizer: Path, files: dict[str, dict[str, Path]],
+           embedder: Path | None = None, compute: Part | None = None) -> None:
     """Writes sft.parquet, pairs.parquet, judged.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
     history: the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the newest is
     used. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
     max_bad_rows; files: the rows of those two, by key and name. sources: name -> prompt_template and templated.
-    weights: source -> scorer -> its weight in the score. Raises UserError if nothing is left.
+    weights: source -> scorer -> its weight in the score. embedder and compute (the recipe's dtype): with
+    filter.semantic. Raises UserError if nothing is left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
@@ -70,13 +75,17 @@ def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dic
     judging = Judging(weights, select.by, score.correct_by, score.correct_at)
     sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed, judging)
     pool = _pool(prompts, history, round, judging)
+    asked = _asked(prompts) if embedder and history else {}
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
     for prompt_id, samples in pool.items():
         counted = [s for s in samples if select.accumulate or s["round"] == round]
         if counted:
             source = samples[0]["source"]
             best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
-            sft_rows += [_sft_row(s, source) for s in best]
+            for s in best:
+                sft_rows.append(_sft_row(s, source))
+                if embedder:
+                    sft_rows[-1] |= _rank(s, asked[prompt_id], difficulty[prompt_id]["pass_rate"], filter)
             pair_rows += [_pair_row(c, r, source, stops, judging) for c, r in pairs]
     now = [s for samples in pool.values() for s in samples if s["round"] == round]
     if now:
@@ -90,6 +99,11 @@ def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dic
     for ready in (d for d in data.preferences if d.rounds == "all" or round in d.rounds):
         ready = ready.model_copy(update={"path": files["preferences"][ready.name]})
         pair_rows += ready_pairs(tokenizer, ready, filter, held, drops, quarantine)
+    if embedder:
+        kept_whole = {name for name, how in sources.items() if how["templated"]}
+        kept_whole |= {ready.name for ready in data.sft if not ready.near_duplicates}
+        sft_rows = drop_semantic(stage, sft_rows, kept_whole, lambda: Embedder(
+            embedder, DTYPES[compute.dtype], stage.world.device), rules, drops)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
     write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
@@ -119,6 +133,40 @@ def _pool(prompts: Path | None, history: list, newest: int, judging: Judging) ->
         for row in read_scored(sample, scored, sources, judging, prompts):
             pool[row["prompt_id"]].append(row | {"round": r})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
+
+
+def _asked(prompts: Path) -> dict[str, str]:
+    """{prompt_id: the user's turns}"""
+    return {row["prompt_id"]: "\n".join(m["content"] for m in row["messages"] if m["role"] == "user")
+            for row in read_table(prompts / "prompts.parquet", ["prompt_id", "messages"]).to_pylist()}
+
+
+def _rank(s: dict, asked: str, pass_rate: float, filter: Filter) -> dict:
+    """What drop_semantic knows of a sample: its text, quality and difficulty."""
+    named = {kind: s["values"].get(name, (None, None))[0]
+             for kind, name in (("quality", filter.quality), ("difficulty", filter.difficulty)) if name}
+    return {"text": f"{asked}\n{s['completion']}", "quality": s["score"], "difficulty": 1 - pass_rate} | named
+
+
+def drop_semantic(stage: Stage, rows: list[dict], kept_whole: set[str], load: Callable[[], Embedder],
+                  rules: Rules, drops: Drops) -> list[dict]:
+    """Drops SFT rows whose embedding is within filter.semantic of a better row of their cluster. Rows of the sources
+    and ready data in `kept_whole` are not compared: they keep near duplicates."""
+    compared = [i for i, row in enumerate(rows) if row["source"] not in kept_whole]
+    mine = [rows[i] for i in compared]
+    stage.counts["semantic_compared"] = len(mine)
+    if len(mine) < 2:
+        return rows
+    embedder = load()
+    with stage.console.progress(f"{stage.name}: embedding", len(mine), unit="rows") as bar:
+        embeddings = embedder.embed([row["text"] for row in mine], lambda n: bar.advance(n, 0))
+    order = ranked([row.get("quality") for row in mine], [row.get("difficulty") for row in mine])
+    gone = set()
+    for i, j, cosine in semantic_duplicates(embeddings, rules.filter.semantic, order, rules.seed):
+        gone.add(compared[i])
+        drops.add("semantic_duplicate", prompt_id=mine[i]["prompt_id"], sample_index=mine[i]["sample_index"],
+                  source=mine[i]["source"], detail=f"{mine[i]['row_id']}: {cosine:.3f} like {mine[j]['row_id']}")
+    return [row for i, row in enumerate(rows) if i not in gone]
 
 
 def solved(prompt_id: str, samples: list[dict]) -> dict:
