@@ -211,21 +211,6 @@ class Train(Section):
     snapshots: NotNegative = Field(0, le=1000, description="intermediate weights to keep for merge, evenly spaced")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
                              description="decay of an exponential moving average of the weights; 0 is off")
-
-
-class Checked(Train):
-    """Training whose completions are checked on the way."""
-
-    eval_steps: NotNegative = Field(50, description="steps between greedy completions of a few validation prompts by "
-                                    "the weights in training; if they run away, the stage ends with the weights of the "
-                                    "last good check. 0 is off, as are stages of fewer steps")
-    eval_prompts: Positive = Field(16, description="validation prompts of these checks")
-    max_cut_rise: Share = Field(0.25, description="a check fails if the share of completions cut by length is this "
-                                "much above that of the start weights and of the data")
-    max_length_ratio: float = Field(2.0, ge=1.0, description="a check fails if completions are this many times as long "
-                                    "as those of the start weights and of the data")
-    max_kl: PositiveFloat | None = Field(None, description="a check fails if the KL of the start weights to the "
-                                         "current ones is above this, in nats per token. Default: no limit")
     bema: bool = Field(False, description="instead of ema_decay: a bias-corrected average (BEMA), EMA + alpha (weights "
                        "- start), for which an fp32 copy of the start stays in memory")
     bema_bias_power: float = Field(0.2, ge=0.0, le=100.0, description="after t steps alpha is (bema_lag + t) to this "
@@ -242,6 +227,21 @@ class Checked(Train):
             if not self.bema and getattr(self, key) != Train.model_fields[key].default:
                 raise ValueError(f"{key} is read with bema=true only; leave it out, or set bema=true")
         return self
+
+
+class Checked(Train):
+    """Training whose completions are checked on the way."""
+
+    eval_steps: NotNegative = Field(50, description="steps between greedy completions of a few validation prompts by "
+                                    "the weights in training; if they run away, the stage ends with the weights of the "
+                                    "last good check. 0 is off, as are stages of fewer steps")
+    eval_prompts: Positive = Field(16, description="validation prompts of these checks")
+    max_cut_rise: Share = Field(0.25, description="a check fails if the share of completions cut by length is this "
+                                "much above that of the start weights and of the data")
+    max_length_ratio: float = Field(2.0, ge=1.0, description="a check fails if completions are this many times as long "
+                                    "as those of the start weights and of the data")
+    max_kl: PositiveFloat | None = Field(None, description="a check fails if the KL of the start weights to the "
+                                         "current ones is above this, in nats per token. Default: no limit")
 
 
 class Sft(Checked):
