@@ -72,15 +72,17 @@ def generate(job):
 
 
 def generate_batch(job):
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model, prompts = load(job)
+    cache = ContinuousBatchingConfig(max_memory_percent=0.1)  # its default takes nearly all memory for the cache
     repeated = [ids for ids in prompts for _ in range(job["k"])]
 
     def run(new):
         config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new,
                                   eos_token_id=-1, pad_token_id=0)
-        found = model.generate_batch(inputs=repeated, generation_config=config, progress_bar=False)
+        found = model.generate_batch(inputs=repeated, generation_config=config, progress_bar=False,
+                                     continuous_batching_config=cache)
         if len(found) != len(repeated):
             raise RuntimeError(f"{len(found)} of {len(repeated)} requests were answered")
         return sum(len(one.generated_tokens) for one in found.values())
