@@ -64,8 +64,8 @@ class Job:
 
             setattr(owner, attribute, wrapped)
 
-        def enters(_, final, name, *rest):
-            self.stage, self.draws = name, 0
+        def enters(_, stage, *rest):
+            self.stage, self.draws = stage.name, 0
             self.point("begins")
 
         def leaves(*args):

@@ -57,7 +57,7 @@ def select_of(folder: Path, n: int = 12, seed: int = 0, vocab: int = 90, **colum
                                "rejected_score": 0.0, "margin": None, "chosen_mask": [True] * len(chosen),
                                "rejected_mask": [True] * len(rejected),
                                "chosen_template": [False] * (len(chosen) - 1) + [len(chosen) > 1],
-                               "rejected_template": [False] * (len(rejected) - 1) + [len(rejected) > 1]})
+                               "rejected_template": [False] * (len(rejected) - 1) + [len(rejected) > 1]} | columns)
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / "sft.parquet", pa.Table.from_pylist(sft))
     write_table(folder / "pairs.parquet", pa.Table.from_pylist(pairs))
