@@ -176,7 +176,7 @@ class Run:
         if section.feedback == "errors":
             if scores is None:
                 raise UserError(f"{name}: revise.feedback=errors needs the scores of the samples; pass scores")
-            config |= {"score": r.score.only("correct_by", "correct_at"), "judging": self._weights}
+            config |= {"score": r.score.only("correct_by", "correct_at"), "judging": weights_of(r.sources)}
             inputs["scores"] = scores
         return self._stage(name, revise, "samples", config, inputs, all_ranks=True)
 
