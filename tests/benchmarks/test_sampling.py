@@ -8,6 +8,7 @@ import pytest
 from benchmarks import docs, measure, sampling
 
 
+@pytest.mark.slow
 def test_a_run_keeps_each_contender_s_numbers_or_its_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "rates", lambda device, names: {"copy": 1e10} | dict.fromkeys(names, 1e11))

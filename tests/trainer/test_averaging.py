@@ -210,6 +210,7 @@ def test_integers_that_all_folders_share_are_kept(tiny_model, tmp_path):
     assert torch.equal(weights_of(tmp_path / "out")["steps"], torch.tensor(7))
 
 
+@pytest.mark.slow
 def test_one_tensor_is_in_memory_at_a_time(tiny_model, tmp_path):
     alive, most = weakref.WeakSet(), 0
 

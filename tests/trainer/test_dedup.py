@@ -124,6 +124,7 @@ def test_work_grows_with_the_texts_and_not_with_their_pairs(name, monkeypatch):
         assert sum(compared) <= 5 * n
 
 
+@pytest.mark.slow
 def test_a_template_seen_in_a_sample_is_a_template_of_all():
     """Above 2,000 texts, common shingles are counted in a sample of them."""
     draw = random.Random(1)

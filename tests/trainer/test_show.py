@@ -168,7 +168,7 @@ def spoil(node, draw):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_damage_to_a_file_of_a_run_is_told_in_one_line(finished, data):
     """`show`, the report and `compare` work with whatever is left, or say what is wrong."""
     files = sorted([*finished.rglob("*.json"), finished / "metrics.jsonl", finished / "config.yaml"])

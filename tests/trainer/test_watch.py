@@ -173,10 +173,10 @@ def test_in_a_browser_it_keeps_up_and_keeps_what_the_user_did(tmp_path):
         note(run, 31, "round-01/sample")
         browser.wait("document.querySelector('.live').textContent.includes('31/40')")
         make_run(tmp_path / "more")
-        for stage in ("sample", "score"):  # two more stages are done
+        for stage in ("sample", "score", "select"):  # three more stages are done
             (run / "round-01").mkdir(exist_ok=True)
             (tmp_path / "more" / "round-01" / stage).rename(run / "round-01" / stage)
-        browser.wait("document.querySelectorAll('.chip.done').length === 12")
+        browser.wait("document.querySelectorAll('.chip.done').length === 15")
         assert browser.run("return document.querySelector('#sampled input').value") == "What is 12"
         shown, total = browser.text("#sampled [data-shown]").removesuffix(" shown").split(" of ")
         assert int(total) == 120 > int(before.split(" of ")[1].removesuffix(" shown")) and 0 < int(shown) < 60
