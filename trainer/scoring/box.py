@@ -260,11 +260,20 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
         raise OSError(ctypes.get_errno(), f"mount {target}: {os.strerror(ctypes.get_errno())}")
 
 
+def mount_point(read: list[str]) -> str:
+    """A folder that a file system can be mounted over without hiding any of `read`. Raises OSError."""
+    kept = [p for path in read for p in (path, os.path.realpath(path))]
+    for folder in (tempfile.gettempdir(), "/mnt", "/media", "/srv", "/opt", "/run"):
+        if os.path.isdir(folder) and not any(f"{p}/".startswith(f"{folder}/") for p in kept):
+            return folder
+    raise OSError("every folder that its file system could be built in holds this Python")
+
+
 def build_root(read: list[str]) -> None:
     """Makes a file system of `read`, devices and an empty working folder the root. Raises OSError."""
     bind, recursive, private, remount, read_only, no_suid, no_dev = 4096, 16384, 1 << 18, 32, 1, 2, 4
     mount("none", "/", None, recursive | private)
-    top = tempfile.gettempdir()
+    top = mount_point(read)
     mount("box", top, "tmpfs", no_suid | no_dev, "size=1m,mode=755")
     for path in [*read, *DEVICES]:
         if not os.path.exists(path):
