@@ -266,6 +266,7 @@ HOSTILE = ["\\boxed{" * 5000, "{" * 20000, "<answer>" * 3000, "answer is " * 300
 @pytest.mark.parametrize("completion", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_completions_neither_crash_nor_hang(completion):
     entry = {"metadata": {"source_dataset": "chain_sum"}}
+    score("reasoning_gym", "4", "4", entry)  # loading the library is not what is measured
     began = time.process_time()
     for verifier, args, metadata in (("number", {}, {}), ("exact", {}, {}), ("choice", {"choices": CHOICES}, {}),
                                      ("reasoning_gym", {}, entry)):
