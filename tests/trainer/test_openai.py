@@ -425,7 +425,7 @@ def test_a_run_with_a_server_killed_in_the_middle_asks_nothing_twice(server, tin
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = [json.loads(line) for line in (
-        tmp_path / "runs/tiny/round-00/sample.partial/work/answers-000.jsonl").read_text().splitlines()]
+        tmp_path / "runs/tiny/round-00/sample.partial" / "work" / "answers-000.jsonl").read_text().splitlines()]
     assert len(done) == 30
     server.go, before = True, len(server.requests)
     os.environ["THE_KEY"] = "sk-secret"

@@ -271,10 +271,7 @@ def test_hostile_completions_neither_crash_nor_hang(completion):
     for verifier, args, metadata in (("number", {}, {}), ("exact", {}, {}), ("choice", {"choices": CHOICES}, {}),
                                      ("reasoning_gym", {}, entry)):
         assert 0 <= score(verifier, completion, "4", metadata, **args) <= 1
-    taken, began = time.process_time() - began, time.process_time()
-    for _ in range(2_000_000):  # what this processor does meanwhile, slowed down by its neighbors as much
-        pass
-    assert taken < max(2, 60 * (time.process_time() - began))
+    assert time.process_time() - began < 2
 
 
 @settings(max_examples=300, deadline=2000)
