@@ -16,7 +16,7 @@ try:
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
     from strop.trainer.errors import UserError, clean, is_out_of_memory
-    from strop.trainer.run import stopping
+    from strop.trainer.run import nodes, stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -61,13 +61,17 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         time.sleep(0 if first else 2)  # rank 0 most likely prints the same error, and torchrun then ends this process
-        if isinstance(e, UserError | OSError):
+        elsewhere = None if isinstance(e, UserError) else nodes.cause()
+        if elsewhere:
+            text = elsewhere
+        elif isinstance(e, UserError | OSError):
             text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
             text = text if isinstance(e, UserError) else clean(text)
         else:
             print(*map(clean, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
             cause = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
             text = f"{cause} (traceback above); completed stages are kept, and the same command resumes"
+        nodes.tell(text)
         print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
     return 0

@@ -13,6 +13,7 @@ from strop.trainer.models.folders import Base, find_base
 from strop.trainer.models.hub import find_data
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
+from strop.trainer.run import nodes
 from strop.trainer.run.console import PROGRESS, Console
 from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import open_metrics
@@ -84,6 +85,8 @@ def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = No
     store = Store(run_dir, world, console)
     store.lock()
     try:
+        if nodes.several():
+            store.check_shared()
         outside = world.share(_outside(recipe, console) if world.first else None)
         console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   "
                      f"base {outside[0].name}")
@@ -96,6 +99,7 @@ def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = No
         if world.first:
             write_report(run_dir)
         world.barrier()
+        nodes.leave()
     finally:
         console.note = None
         store.unlock()

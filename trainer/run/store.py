@@ -121,6 +121,22 @@ class Store:
         remove(self.run_dir.glob(".*.tmp"))
         check_file_types(self.run_dir)
 
+    def check_shared(self) -> None:
+        """Raises UserError on every rank if a node does not see the run directory of rank 0."""
+        token, seen = self.world.share(os.urandom(8).hex()), self.run_dir / ".seen.tmp"
+        if self.world.first:
+            write_atomic(seen, lambda p: p.write_text(token))
+        self.world.barrier()
+        until = time.monotonic() + 10  # a network file system may show new files late
+        while not (found := seen.is_file() and seen.read_text() == token) and time.monotonic() < until:
+            time.sleep(0.2)
+        blind = [host for host in self.world.gather("" if found else os.uname().nodename) if host]
+        if self.world.first:
+            seen.unlink(missing_ok=True)
+        if blind:
+            raise UserError(f"output_dir={self.run_dir.parent}: {', '.join(sorted(set(blind)))} does not see the run "
+                            "directory of rank 0; name a folder on storage that all nodes share")
+
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()

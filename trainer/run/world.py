@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from strop.kernels.layers import available
 from strop.trainer.errors import UserError
+from strop.trainer.run import nodes
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's `value` (a small picklable Python value), by rank."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def sum_(self, tensors: list[torch.Tensor]) -> None:
         """Sums every tensor over the ranks, in place."""
@@ -125,6 +133,7 @@ def join(device: str, threads: int) -> World:
     if size > 1:
         # ranks wait at a barrier for as long as a stage that only rank 0 runs takes
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=7))
+        nodes.watch(rank)
         if rank:
             delay_tracebacks()
     return World(rank, size, where)
