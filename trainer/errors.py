@@ -1,4 +1,7 @@
-"""The error that a user's mistake raises, and a test for running out of memory."""
+"""The error that a user's mistake raises, a test for running out of memory, and the program's last line."""
+
+import sys
+import traceback
 
 
 def clean(text: str) -> str:
@@ -23,3 +26,15 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+
+
+def explained(error: Exception) -> str:
+    """The line that the program ends with. Of what is neither a user's mistake nor the system's the traceback is printed
+    before."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return clean(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    print(*map(clean, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
+    cause = "out of memory" if is_out_of_memory(error) else "a bug in Strop or in a library"
+    return f"{cause} (traceback above); completed stages are kept, and the same command resumes"

@@ -7,7 +7,6 @@ if __name__ == "__main__" and not sys.flags.safe_path:  # a json.py beside a rec
     del sys.path[0]
 
 import time
-import traceback
 
 try:
     from strop.trainer.environment import check_process, prepare_environment
@@ -15,7 +14,7 @@ try:
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.config import to_yaml
-    from strop.trainer.errors import UserError, clean, is_out_of_memory
+    from strop.trainer.errors import UserError, explained
     from strop.trainer.run import nodes, stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -61,16 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         time.sleep(0 if first else 2)  # rank 0 most likely prints the same error, and torchrun then ends this process
-        elsewhere = None if isinstance(e, UserError) else nodes.cause()
-        if elsewhere:
-            text = elsewhere
-        elif isinstance(e, UserError | OSError):
-            text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
-            text = text if isinstance(e, UserError) else clean(text)
-        else:
-            print(*map(clean, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
-            cause = "out of memory" if is_out_of_memory(e) else "a bug in Strop or in a library"
-            text = f"{cause} (traceback above); completed stages are kept, and the same command resumes"
+        text = (None if isinstance(e, UserError) else nodes.cause()) or explained(e)
         nodes.tell(text)
         print("error: " + text.replace("\n", "\nerror: "), file=sys.stderr, flush=True)
         return 1
