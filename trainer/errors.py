@@ -29,8 +29,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explained(error: Exception) -> str:
-    """The line that the program ends with. Of what is neither a user's mistake nor the system's the traceback is printed
-    before."""
+    """The line that the program ends with. For what is neither a user's mistake nor the system's, the traceback is
+    printed before it."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
