@@ -2,7 +2,9 @@
 
 import copy
 import difflib
+import itertools
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from strop.trainer.config import RECIPES, Recipe
+from strop.trainer.config import Recipe
 from strop.trainer.engines import engine_of, sections_of, tag_of
 from strop.trainer.errors import UserError
+from strop.trainer.method_recipes import RECIPES, has_key, recipe_class
 from strop.trainer.reports.commands import VERBS, run_verb
 
 SECRET = re.compile(r"(api|access|private|secret|auth|ssh|account|signing|encryption)[\W_]*keys?(?![a-z])"
@@ -24,9 +27,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 USAGE = """\
 usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
 {verbs}
-Runs rounds of rejection sampling, SFT and DPO. Without arguments it runs the recipe quickstart.
+Runs a post-training method: rounds of sampling, scoring and training. Without arguments it runs the recipe quickstart.
 
-  RECIPE      a recipe that ships with Strop: {recipes}
+  RECIPE      a recipe that ships with Strop, see below
   FILE.yaml   a recipe of your own
   key=value   overrides a key, e.g. sample.k=16 dpo.beta=0.2 merge.members='[sft, dpo]' data.sources.0.size=500
   --plan      print the resolved recipe and what each stage would do; start nothing
@@ -37,6 +40,10 @@ The same command resumes a run that stopped; changing a key re-runs what depends
 Each of the other commands has its own --help, e.g. `strop show --help`.
 In a checkout, `torchrun trainer/main.py` is `strop`; two processes: torchrun --nproc-per-node=2 trainer/main.py ...
 
+Recipes:
+{recipes}
+Methods, one of which a recipe names as `method`:
+{methods}
 Keys, with type, default and meaning:
 """
 
@@ -236,9 +243,14 @@ def load_recipe(recipe: str | Path | dict | Recipe = "quickstart", overrides: di
 def check(read: _Read) -> Recipe:
     """Validates. Raises UserError with a line for each mistake: where, key=value, what is wrong, the nearest name."""
     refuse_secrets(read.data, (), read.lines)
-    method = read.data.get("method", "llama3")
+    method = read.data.get("method", "rounds")
+    if isinstance(method, str) and method not in RECIPES:
+        near = difflib.get_close_matches(method, RECIPES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? there are" if near else "there are"
+        raise UserError(f"{read.lines.get(('method',), 'recipe')}: method={shown(method)}: no such method; {hint} "
+                        f"{', '.join(RECIPES)}")
     try:
-        return RECIPES.get(method if isinstance(method, str) else "", Recipe).model_validate(read.data)
+        return recipe_class(read.data).model_validate(read.data)
     except ValidationError as e:
         raise UserError(*dict.fromkeys(_explain(error, read) for error in e.errors()[:20])) from e
 
@@ -291,6 +303,8 @@ def _explain(error: dict, read: _Read) -> str:
         if theirs := [_spoken(s) for s in engines if path[-1] in s.model_fields]:
             mine = _spoken(_sections_at(path[:-1], read.data)[0])
             hint = f"{mine} has no such key, {' or '.join(theirs)} has; remove one of them"
+        elif others := [f"method={method}" for method, recipe in RECIPES.items() if has_key(recipe, path)]:
+            hint = f"method={read.data.get('method', 'rounds')} has no such key, {' or '.join(others)} has"
         return f"{where}: {key}={shown(at)}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{where}: {key} is missing; {fields_meaning(path, read.data)}"
@@ -314,7 +328,7 @@ def _spoken(section: type[BaseModel]) -> str:
 def _sections_at(path: list, data: Any = None, every: bool = False) -> list[type[BaseModel]]:
     """The section at a path, in a list of one; empty if there is none. data: the recipe's, which says which engine's
     section it is where there are several. every: the sections of all engines."""
-    sections = [next((recipe for recipe in RECIPES.values() if path and path[0] in recipe.model_fields), Recipe)]
+    sections = [recipe_class(data) if isinstance(data, dict) else Recipe]
     for i, part in enumerate(path):
         if not isinstance(part, int):
             fields = sections[0].model_fields if sections else {}
@@ -359,7 +373,10 @@ def type_name(annotation) -> str:
 def help_text() -> str:
     """Usage and every key."""
     verbs = "".join(f"       {verb.usage:<32} {verb.purpose}\n" for verb in VERBS.values())
-    lines = [USAGE.format(recipes=", ".join(shipped_recipes()), verbs=verbs)]
+    recipes = "".join(f"  {name:<12}{about(SHIPPED / f'{name}.yaml')}\n" for name in shipped_recipes())
+    methods = "".join(f"  {method:<12}{recipe.model_fields['method'].description}\n"
+                      for method, recipe in RECIPES.items())
+    lines = [USAGE.format(recipes=recipes, methods=methods, verbs=verbs)]
 
     def field(name: str, info, prefix: str) -> None:
         inner, key = sections_of(info.annotation), prefix + name
@@ -391,12 +408,42 @@ def help_text() -> str:
 
     for name, info in Recipe.model_fields.items():
         field(name, info, "")
-    for method, recipe in RECIPES.items():
-        for name in recipe.model_fields.keys() - Recipe.model_fields.keys():
-            lines.append(f"\n{name}: {recipe.model_fields[name].description}; only with method={method}")
-            for key, info in recipe.model_fields[name].annotation.model_fields.items():
-                field(key, info, f"{name}.")
+    sections = {id(annotation): name for name, info in Recipe.model_fields.items()
+                for annotation in (info.annotation, *sections_of(info.annotation))}
+    shown = set()
+    for method, recipe in list(RECIPES.items())[1:]:
+        lines.append(f"\nmethod={method}: {recipe.model_fields['method'].description}")
+        defaults = [f"{key}={show(value)}" for key, value in recipe.DEFAULTS.items()]
+        lines += wrap(f"without {', '.join(recipe.UNREAD)}", 6)
+        lines += wrap(f"other defaults: {' '.join(defaults)}", 6) if defaults else []
+        for name, info in recipe.model_fields.items():
+            if name in Recipe.model_fields:
+                continue
+            inner = sections_of(info.annotation)
+            like = sections.get(id(info.annotation)) or sections.get(id(inner[0].__base__))
+            if (name, id(info.annotation)) in shown:
+                lines.append(f"  {name}: as above")
+            elif like:
+                lines.append(f"  {name}: {info.description}; keys as in {like}")
+                own = inner[0].model_fields if info.annotation is inner[0] else {}
+                for key, one in own.items():
+                    if key in inner[0].__annotations__:
+                        field(key, one, f"{name}.")
+            else:
+                field(name, info, "")
+            shown.add((name, id(info.annotation)))
     return "\n".join(lines)
+
+
+def wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 120, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2),
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def about(path: Path) -> str:
+    """The first sentence of a shipped recipe's comment."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return re.split(r"(?<=[A-Za-z)])[.:] ", " ".join(line.strip("# ") for line in comment))[0].rstrip(".")
 
 
 def show(value) -> str:

@@ -5,10 +5,10 @@ sections, and the hash of what a stage receives is its key: a field that cannot 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from strop.trainer.engines import AnyEvaluate, AnySample, Evaluate, OpenAI, Sample, SampleModels
 from strop.trainer.scorers import Code, Judge, Rule, Scorer  # noqa: F401 - imported from here
@@ -112,6 +112,10 @@ class ReadyData(Section):
     near_duplicates: bool = Field(True, description="drop rows that nearly repeat earlier ones of this file")
     ignore_columns: list[str] = Field([], description="columns that are not to be read; any other one that has no "
                                       "meaning here is an error")
+
+    def used_in(self, round: int, so_far: bool = False) -> bool:
+        """Whether a round uses it, with so_far also if an earlier round did."""
+        return self.rounds == "all" or any(r == round or (so_far and r < round) for r in self.rounds)
 
 
 class Data(Section):
@@ -281,7 +285,7 @@ class Dpo(Checked):
 
 
 class Reward(Train):
-    enabled: Literal[True] = Field(True, description="always; the method is this stage")
+    enabled: Literal[True] = Field(True, description="always")
     lr: PositiveFloat = Field(1e-5, description="peak learning rate")
     pairs: Literal["selected", "all"] = Field(
         "selected", description="of sampled completions: the pairs that select makes, or every pair of a prompt's "
@@ -364,7 +368,8 @@ class Recipe(Section):
     """All keys of a run; see `strop --help` for their meanings."""
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run")
-    method: Literal["llama3"] = Field("llama3", description="the post-training method: a function in trainer/methods")
+    method: Literal["rounds"] = Field("rounds", description="rounds of rejection sampling, SFT, DPO and an average "
+                                      "of weights")
     output_dir: Annotated[FilePath, AfterValidator(lambda path: str(Path(path).expanduser()))] = Field(
         "runs", json_schema_extra=UNKEYED, description="folder that holds run directories")
     seed: NotNegative = Field(0, description="seed of data order and sampling")
@@ -457,29 +462,9 @@ class Recipe(Section):
         written = [self.seed_source.model_copy(update={"name": w.name, "share": w.share})] if w.enabled else []
         return [*self.data.sources, *written]
 
-
-class RewardRecipe(Recipe):
-    """The keys of method reward: those of Recipe but for stages that it does not have, and reward."""
-
-    method: Literal["reward"] = Field("reward", description="trains a reward model: a function in trainer/methods")
-    rounds: Literal[1] = Field(1, description="always one round of sample, score, select and reward")
-    reward: Reward = Field(Reward(), description="training the reward model")
-
-    UNREAD: ClassVar = ("sft", "dpo", "merge", "evaluate", "write_prompts")
-
-    @model_validator(mode="after")
-    def only_what_is_read(self):
-        for key in self.UNREAD:
-            if key in self.model_fields_set:
-                raise ValueError(f"{key} is not read by method reward; leave it out")
-        return self
-
-    @model_serializer(mode="wrap")
-    def without_unread(self, handler):
-        return {key: value for key, value in handler(self).items() if key not in self.UNREAD}
-
-
-RECIPES: dict[str, type[Recipe]] = {"llama3": Recipe, "reward": RewardRecipe}  # the keys of each method
+    def key(self) -> dict:
+        # method rounds once had the name llama3: runs of that time stay up to date
+        return super().key() | ({"method": "llama3"} if self.method == "rounds" else {})
 
 
 def to_yaml(recipe: Recipe) -> str:

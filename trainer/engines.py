@@ -252,6 +252,10 @@ class ReviseOpenAI(Revising, OpenAI):
     pass
 
 
+AnyRevise = Annotated[Annotated[Revise, Tag("in_process")] | Annotated[ReviseVllm, Tag("vllm")]
+                      | Annotated[ReviseOpenAI, Tag("openai")], Discriminator(engine_of)]
+
+
 class Evaluating(Section):
     max_new_tokens: Positive = Field(64, description="most tokens of a completion")
     bootstrap: Positive = Field(10_000, le=1_000_000, json_schema_extra=UNKEYED,

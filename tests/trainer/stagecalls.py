@@ -51,7 +51,7 @@ def select(stage, recipe, *, model, **inputs):
     select_stage.select(stage, select=recipe.select, score=recipe.score, weights=weights_of(recipe),
                         filter=recipe.filter, data=recipe.data, model=recipe.model, sources=sources_of(recipe),
                         seed=recipe.seed, tokenizer=model,
-                        files={kind: {d.name: d.path for d in getattr(recipe.data, kind)}
+                        files={kind: {d.name: d.path for d in getattr(recipe.data, kind) if d.used_in(inputs["round"])}
                                for kind in ("sft", "preferences")}, **inputs)
 
 

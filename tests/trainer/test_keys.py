@@ -11,9 +11,10 @@ from conftest import CHATML, write_recipe
 from test_reward import reward_folder
 
 from strop.trainer.cli import load_recipe
-from strop.trainer.config import RECIPES, Recipe, Section
-from strop.trainer.engines import sections_of, tag_of
+from strop.trainer.config import Recipe, Section
+from strop.trainer.engines import Revise, sections_of, tag_of
 from strop.trainer.main import main
+from strop.trainer.method_recipes import RECIPES, has_key
 from strop.trainer.methods.running import planned
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
@@ -289,13 +290,33 @@ def fields(section: type[Section], prefix: str = "", every: bool = False):
 
 
 def test_every_key_has_its_entry():
-    keys = {key for recipe in RECIPES.values() for key in fields(recipe)}
+    keys = {key for recipe in RECIPES.values() for key in fields(recipe)
+            if has_key(recipe, [part for part in key.split(".") if part != "N"])}
+    keys -= {key for key in keys for section, like in LIKE.items() if key.replace(f"{section}.", f"{like}.", 1) in keys
+             and key.startswith(f"{section}.")}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
     unsaid = keys - TABLE.keys() - REWARD.keys()
-    known = {"method", "sample.engine", "evaluate.engine", "write_prompts.engine", "reward.enabled",
+    known = OTHER_METHODS | {"method", "sample.engine", "evaluate.engine", "write_prompts.engine", "reward.enabled",
              "data.sources.N.scorers.N.judge.models.N.engine"}
     assert unsaid == known, "say which stages these make stale"
     assert TABLE.keys() | REWARD.keys() <= keys, "these keys are no longer there"
+
+
+# sections of other methods that are those of another one, with the keys below besides
+LIKE = {"annotate": "sample", "code": "sft", "rpo": "dpo"}
+# keys of other methods, which test_methods.py changes
+OTHER_METHODS = {"average.reward.N.lr", "average.reward.N.seed", "average.sft.N.lr", "average.sft.N.seed",
+                 "average.dpo.N.lr", "average.dpo.N.seed", "safety.sources", "safety.preferences", "safety.threshold",
+                 "code.sources", "code.replay", *(f"revise.{key}" for key in Revise.model_fields)}
+
+
+def test_sections_that_are_like_others_count_like_them():
+    for recipe in RECIPES.values():
+        for section, like in LIKE.items():
+            for one in sections_of(recipe.model_fields[section].annotation) if section in recipe.model_fields else ():
+                other = next(s for s in sections_of(Recipe.model_fields[like].annotation) if issubclass(one, s))
+                assert all(one.model_fields[key].json_schema_extra == info.json_schema_extra
+                           for key, info in other.model_fields.items())
 
 
 SERVER = {"engine": "openai", "base_url": "http://localhost:1/v1", "model": "m"}

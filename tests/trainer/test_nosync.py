@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
-from strop.trainer.config import RewardRecipe
+from strop.trainer.method_recipes import RewardRecipe
 from strop.trainer.run.world import World
 from strop.trainer.training import rewards
 from strop.trainer.training.local import Engine, add_lora

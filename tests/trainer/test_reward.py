@@ -382,4 +382,4 @@ def test_other_classifiers_are_refused_as_reward_models(tiny_model, tmp_path):
     model.save_pretrained(tmp_path / "three")
     with pytest.raises(UserError, match="3 outputs"):
         check_reward_model(tmp_path / "three")
-    assert recipe_of().method == "llama3"
+    assert recipe_of().method == "rounds"

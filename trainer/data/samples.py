@@ -31,10 +31,12 @@ class Judging(NamedTuple):
     weights: dict[str, dict[str, float]]
     by: str | None  # the scorer whose value is the score; None: the sum by weight
     correct_by: str | None  # likewise of the verdict
-    correct_at: float
+    correct_at: float | None  # None: nothing says what is correct
 
     def __call__(self, source: str, values: dict[str, tuple[float | None, str | None]], stopped: bool) -> dict:
         """`score`, None if a scorer that it needs failed, and `correct`. values: scorer -> (value, error)."""
+        if self.correct_at is None:
+            return {"score": self._sum(source, values, self.by), "correct": None}
         against = self._sum(source, values, self.correct_by)
         return {"score": self._sum(source, values, self.by),
                 "correct": stopped and against is not None and against >= self.correct_at}

@@ -1,46 +1,50 @@
-"""The post-training loop of Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 4.1), one round after another."""
+"""Llama 3's post-training (Dubey et al. 2024, arXiv 2407.21783, section 4). docs/methods.md sets it beside the
+paper."""
 
-from strop.trainer.config import Recipe
+from strop.trainer.method_recipes import Llama3Recipe
 from strop.trainer.methods.run import Run
 from strop.trainer.run.artifacts import Artifact
 
 
-def llama3(run: Run, recipe: Recipe) -> Artifact:
+def llama3(run: Run, recipe: Llama3Recipe) -> Artifact:
     """Runs recipe.rounds rounds and returns the published model, a folder that plain transformers loads.
 
-    A round samples K completions per prompt from the promoted weights, scores them, selects the best for SFT and
-    best-worst pairs for preference training, fine-tunes, runs DPO against the SFT weights, averages weights, and
-    promotes the candidate with the best validation pass rate. Without data.sources it trains on ready data alone.
+    A round collects preferences on answers of the best weights so far, trains a reward model on all preferences and
+    SFT on the best of K completions by that model, both from the start weights, and DPO on the newest preferences from
+    the SFT weights. Each of the three is an average over runs. The best candidate on the validation split goes on.
     """
-    weights, history = run.start, []
-    asked = prompts = run.prompts() if recipe.data.sources else None
-    if prompts:
-        run.evaluate(recipe.evaluate, prompts, {"base": weights}, name="baseline")
+    prompts, weights, annotated, groups, drawn = run.prompts(), run.start, [], [], []
+    run.evaluate(recipe.evaluate, prompts, {"base": weights}, name="baseline")
     for _ in run.rounds(recipe.rounds):
-        if prompts:
-            if recipe.write_prompts.enabled:
-                asked = run.write_prompts(recipe.write_prompts, weights, asked)
-            samples = run.sample(recipe.sample, weights, asked)
-            history.append((samples, run.score(recipe.score, samples, asked)))
-        selected = run.select(recipe.select, asked, history)
+        annotated.append(annotate(run, recipe, weights, prompts))
+        everything = run.select(recipe.select, prompts, annotated, name="preferences", without="sft", so_far=True)
+        newest = run.select(recipe.select, prompts, annotated[-1:], name="newest", without="sft")
+        groups.append((annotated[-1][0], newest))
+        reward = run.average("reward", [run.reward(section, everything, run.start, groups, **how)
+                                        for section, how in recipe.runs("reward")])
 
-        candidates, trained = {"start": weights}, {}
-        policy = weights if recipe.sft.start == "previous" else run.start
-        if recipe.sft.enabled:
-            trained["sft"] = run.sft(recipe.sft, selected, policy, prompts)
-            policy = candidates["sft"] = trained["sft"].model
-        if recipe.dpo.enabled:
-            pairs = selected
-            if recipe.dpo.pairs == "policy" and prompts and policy is not weights:
-                samples = run.sample(recipe.sample, policy, asked, name="dpo-sample")
-                scores = run.score(recipe.score, samples, asked, name="dpo-score")
-                pairs = run.select(recipe.select, asked, [(samples, scores)], name="dpo-select")
-            reference = {"sft": policy, "base": run.start, "previous": weights}[recipe.dpo.reference]
-            trained["dpo"] = run.prefer(recipe.dpo, pairs, policy, reference, prompts)
-            candidates["dpo"] = trained["dpo"].model
-        candidates["merge"] = run.merge(recipe.merge, weights, trained).model
+        samples = run.sample(recipe.sample, weights, prompts)
+        rewards = run.score(recipe.score, samples, prompts, name="rewards", models={"reward": reward.model})
+        drawn.append((samples, rewards))
+        best = run.select(recipe.select, prompts, drawn, name="best", rewards=["reward"], without="pairs")
+        sft = run.average("sft", [run.sft(section, best, run.start, prompts, **how)
+                                  for section, how in recipe.runs("sft")])
 
-        if prompts:
-            run.evaluate(recipe.evaluate, prompts, candidates)
+        dpo = run.average("dpo", [run.prefer(section, newest, sft.model, sft.model, prompts, **how)
+                                  for section, how in recipe.runs("dpo")])
+        candidates = {"start": weights, "sft": sft.model, "dpo": dpo.model}
+        run.evaluate(recipe.evaluate, prompts, candidates)
         weights = run.promote(recipe.merge, candidates)
     return run.publish(weights)
+
+
+def annotate(run: Run, recipe: Llama3Recipe, weights: Artifact, prompts: Artifact) -> tuple[Artifact, Artifact]:
+    """(answers, scores): a few answers to each prompt and, with recipe.revise, edits of those that pairs chose."""
+    answers = run.sample(recipe.annotate, weights, prompts, name="answers")
+    scores = run.score(recipe.score, answers, prompts, name="annotations")
+    if recipe.revise is None:
+        return answers, scores
+    chosen = run.select(recipe.select, prompts, [(answers, scores)], name="chosen", without="sft")
+    edits = run.revise(recipe.revise, weights, answers, prompts, scores, name="edits", chosen=chosen)
+    edited = run.gather({"drawn": answers, "edited": edits}, "edited")
+    return edited, run.score(recipe.score, edited, prompts, name="edited-annotations")

@@ -1,6 +1,6 @@
 """A reward model of pairs: ready-made ones, and pairs of completions that the start weights write."""
 
-from strop.trainer.config import RewardRecipe
+from strop.trainer.method_recipes import RewardRecipe
 from strop.trainer.methods.run import Run
 from strop.trainer.run.artifacts import Artifact
 

@@ -1,6 +1,8 @@
 """The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
 from strop.trainer.config import (
     Dpo,
@@ -20,6 +22,7 @@ from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
 from strop.trainer.engines import LocalWriter, OpenAI, Revising, SampleModels, Sampling, Writer
 from strop.trainer.errors import UserError
+from strop.trainer.method_recipes import Safety
 from strop.trainer.models.embedder import find_embedder
 from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
@@ -31,7 +34,7 @@ from strop.trainer.run.store import Store
 from strop.trainer.scoring.base import check_scorer
 from strop.trainer.scoring.table import models_of
 from strop.trainer.stages.evaluate import held_out
-from strop.trainer.stages.merge import merge
+from strop.trainer.stages.merge import average, merge
 from strop.trainer.stages.preference import check_loss, dpo
 from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
@@ -45,6 +48,7 @@ from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 from strop.trainer.stages.write_prompts import write_prompts
 
+BY_REWARD = {"by": None, "sft_min_score": None, "pass_rate_min": 0.0, "pass_rate_max": 1.0}  # select without verdicts
 # keys of dpo that the reference table depends on
 PAIR_ROWS = ("max_tokens", "max_length", "mask_template_tokens", "epochs", "batch_size")
 
@@ -80,8 +84,9 @@ class Run:
         self._about_base = {"base_model": base.name, "license": base.license, "base_from_gguf": base.from_gguf,
                             "base_hash": self.start.hash, "revision": base.revision, "revisions": commits}
         store.about = {"name": recipe.name, "method": recipe.method, "base": self._about_base}
-        if recipe.dpo.enabled:
-            check_loss(recipe.dpo)
+        for key, dpo_section in (("dpo", recipe.dpo), ("rpo", getattr(recipe, "rpo", None))):
+            if dpo_section and dpo_section.enabled:
+                check_loss(dpo_section, key)
         for scorer in () if store.planning or not store.world.first else self._distinct_scorers():
             check_scorer(scorer, Path(scorer.python.rpartition(":")[0]) if scorer.python else None)
 
@@ -164,9 +169,10 @@ class Run:
         return self.gather(made, name)
 
     def revise(self, section: Revising, weights: Artifact, samples: Artifact, prompts: Artifact,
-               scores: Artifact | None = None, name: str = "revise") -> Artifact:
+               scores: Artifact | None = None, name: str = "revise", chosen: Artifact | None = None) -> Artifact:
         """Revisions of samples by `weights`, or by the server that the section names, as samples of the same prompts
-        under other numbers. scores: of the samples, with section.feedback=errors."""
+        under other numbers. scores: of the samples, with section.feedback=errors. chosen: a selection; only what its
+        pairs chose is revised."""
         r = self.recipe
         config = {"revise": section, "model": self._loading, "compute": self._numbers, "seed": r.seed}
         inputs = {"round": self.round, "weights": weights, "prompts": prompts, "sample": samples,
@@ -178,7 +184,9 @@ class Run:
                 raise UserError(f"{name}: revise.feedback=errors needs the scores of the samples; pass scores")
             config |= {"score": r.score.only("correct_by", "correct_at"), "judging": weights_of(r.sources)}
             inputs["scores"] = scores
-        return self._stage(name, revise, "samples", config, inputs, all_ranks=True)
+        if chosen is not None:
+            inputs["selection"] = chosen
+        return self._stage(name, revise, "revisions", config, inputs, all_ranks=True)
 
     def gather(self, samples: dict[str, Artifact], name: str) -> Artifact:
         """Several artifacts of samples as one, e.g. samples and their revisions, to be scored and paired together."""
@@ -216,8 +224,7 @@ class Run:
         """(scorers and columns of each source, with dtype and device if one is a model; the files and folders that
         scorers name)"""
         files = {c.python.rpartition(":")[0] for s in sources for c in s.scoring if c.python}
-        config = {"scorers": {s.name: s.scoring for s in sources},
-                  "columns": {s.name: [s.prompt_column, s.answer_column, s.prompt_template] for s in sources}}
+        config = {"scorers": {s.name: s.scoring for s in sources}, "columns": columns_of(sources)}
         found = {file: external(file) for file in sorted(files)}
         for scorer in (c for s in sources for c in s.scoring):
             for name in models_of(scorer):
@@ -237,59 +244,94 @@ class Run:
     def _templates(self) -> dict[str, dict]:
         return {s.name: {"prompt_template": s.prompt_template, "templated": s.templated} for s in self.recipe.sources}
 
-    def score(self, section: Score, samples: Artifact, prompts: Artifact, name: str = "score") -> Artifact:
-        """The values of every completion by every scorer of its source."""
-        config, files = self._scoring(self.recipe.sources)
-        return self._stage(name, score, "scores", config | {"score": section.only("max_errors", "workers")},
+    def score(self, section: Score, samples: Artifact, prompts: Artifact, name: str = "score",
+              models: dict[str, Artifact] | None = None, safety: Safety | None = None) -> Artifact:
+        """The values of every completion by every scorer of its source, or by `models` alone: reward models that this
+        run trained, by name. safety: of models `helpfulness` and `safety`, which of the two makes a value `reward`."""
+        config, files = self._scoring(self.recipe.sources) if models is None else self._rewarding(models)
+        config |= {"score": section.only("max_errors", "workers")}
+        config |= {"safety": safety.only("sources", "threshold")} if safety else {}
+        return self._stage(name, score, "scores" if models is None else "rewards", config,
                            {"prompts": prompts, "sample": samples, "files": files}, all_ranks=True)
 
+    def _rewarding(self, models: dict[str, Artifact]) -> tuple[dict, dict]:
+        """As _scoring, of reward models that this run trained."""
+        scorers = [Scorer(name=name, reward_model=name) for name in models]
+        return {"scorers": {s.name: scorers for s in self.recipe.sources}, "compute": self._numbers,
+                "columns": columns_of(self.recipe.sources)}, dict(models)
+
     def select(self, section: Select, prompts: Artifact | None, history: list[tuple[Artifact, Artifact]],
-               name: str = "select") -> Artifact:
-        """SFT rows and pairs from the (samples, scores) of all rounds so far and this round's ready data."""
+               name: str = "select", *, rewards: Collection[str] = (), without: Literal["sft", "pairs"] | None = None,
+               so_far: bool = False, only: dict[str, float] | None = None) -> Artifact:
+        """SFT rows and pairs from the (samples, scores) of all rounds so far and this round's ready data.
+
+        rewards: the scores are those of reward models of this run, which gave values of these names; then the best
+        completions by `reward` become SFT rows, whatever their score, and none is correct or wrong. without: rows that
+        are not made. so_far: ready data of earlier rounds too, and all of history. only: names of the sources and ready
+        data whose rows are made, each with a factor of the rows' weights."""
         r = self.recipe
         config = {"select": section, "score": r.score, "weights": weights_of(r.sources), "filter": r.filter,
                   "data": r.data.only("sft", "preferences", "max_bad_rows"),
                   "sources": self._templates, "model": self._loading, "seed": r.seed}
-        ready = {kind: {d.name: self._rows(d.path) for d in entries if d.rounds == "all" or self.round in d.rounds}
-                 for kind, entries in (("sft", r.data.sft), ("preferences", r.data.preferences))}
-        inputs = {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start, "files": ready}
+        if so_far:
+            config["select"] = section.model_copy(update={"accumulate": True})
+        if rewards:
+            config |= {"select": section.model_copy(update=BY_REWARD), "score": None,
+                       "weights": {s.name: dict.fromkeys(rewards, 0.0) | {"reward": 1.0} for s in r.sources}}
+        config |= ({"without": without} if without else {}) | ({"only": only} if only else {})
+        ready = {"sft": r.data.sft if without != "sft" else [],
+                 "preferences": r.data.preferences if without != "pairs" else []}
+        files = {kind: {d.name: self._rows(d.path) for d in entries
+                        if d.used_in(self.round, so_far) and (only is None or d.name in only)}
+                 for kind, entries in ready.items()}
+        inputs = {"round": self.round, "prompts": prompts, "history": history, "tokenizer": self.start, "files": files}
         if r.filter.semantic:
             config["compute"] = self._numbers
             inputs["embedder"] = external(find_embedder(r.filter.embedder), is_loaded)
-        return self._stage(name, select, "selection", config, inputs)
+        return self._stage(name, select, "best" if rewards else "selection", config, inputs)
 
-    def _training(self, **sections) -> dict:
+    def _training(self, seed: int | None = None, **sections) -> dict:
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
-                           "log": self.recipe.log, "seed": self.recipe.seed}
+                           "log": self.recipe.log, "seed": self.recipe.seed if seed is None else seed}
 
     def sft(self, section: Sft, selected: Artifact, start: Artifact, prompts: Artifact | None = None,
-            name: str = "sft") -> Artifact:
-        """`start` fine-tuned on the selected completions; its weights are `.model`. prompts: for the checks."""
+            name: str = "sft", seed: int | None = None) -> Artifact:
+        """`start` fine-tuned on the selected completions; its weights are `.model`. prompts: for the checks. seed:
+        instead of the recipe's."""
         inputs = {"select": selected, "start": start, "prompts": prompts if section.eval_steps else None}
-        return self._stage(name, sft, "training", self._training(sft=section, evaluate=self._checks), inputs,
+        return self._stage(name, sft, "training", self._training(seed, sft=section, evaluate=self._checks), inputs,
                            title="SFT", all_ranks=True)
 
     def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
-               prompts: Artifact | None = None, name: str = "dpo") -> Artifact:
+               prompts: Artifact | None = None, name: str = "dpo", seed: int | None = None) -> Artifact:
         """`policy` trained on the selected pairs against the log-probs of `reference_weights`. prompts: for the
-        checks."""
+        checks. seed: instead of the recipe's."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
-                  "seed": self.recipe.seed}
+                  "seed": self.recipe.seed if seed is None else seed}
         table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
                   "same_weights": reference_weights.hash == policy.hash, "policy_hash": policy.hash,
                   "prompts": prompts if section.eval_steps else None}
-        return self._stage(name, dpo, "training", self._training(dpo=section, evaluate=self._checks), inputs,
-                           title="DPO", all_ranks=True)
+        return self._stage(name, dpo, "training", self._training(seed, dpo=section, evaluate=self._checks), inputs,
+                           title="RPO" if section.loss == "rpo" else "DPO", all_ranks=True)
 
     def reward(self, section: Reward, selected: Artifact, start: Artifact,
-               history: list[tuple[Artifact, Artifact]] = (), name: str = "reward") -> Artifact:
+               history: list[tuple[Artifact, Artifact]] = (), name: str = "reward",
+               seed: int | None = None) -> Artifact:
         """A reward model from `start`, a causal LM or a reward model, trained on the selected pairs; its weights are
-        `.model`. history: (samples, selection) of rounds, whose completions section.pairs=all ranks."""
+        `.model`. history: (samples, selection) of rounds, whose completions section.pairs=all ranks. seed: of the
+        order of the data; which pairs are held out stays the recipe's."""
         inputs = {"select": selected, "start": start, "history": list(history) if section.pairs == "all" else []}
-        return self._stage(name, reward, "reward", self._training(reward=section), inputs, title="reward model",
-                           all_ranks=True)
+        config = self._training(reward=section) | ({} if seed is None else {"order": seed})
+        return self._stage(name, reward, "reward", config, inputs, title="reward model", all_ranks=True)
+
+    def average(self, name: str, runs: list[Artifact]) -> Artifact:
+        """The uniform average of the last weights of several trainings from one start, at `.model`; of one training
+        its own artifact."""
+        if len(runs) == 1:
+            return runs[0]
+        return self._stage(name, average, "weights", {}, {"runs": [run.model for run in runs]})
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
         """The average of checkpoints of `trained` and `start`, as the section says."""
@@ -378,6 +420,11 @@ class Run:
         final = self._stage("final", publish, "model", config, {"weights": weights, "promotions": self.promotions})
         self.store.verify(final)
         return final
+
+
+def columns_of(sources: list[Source]) -> dict[str, list[str]]:
+    """Source -> its columns, see base.Columns."""
+    return {s.name: [s.prompt_column, s.answer_column, s.prompt_template] for s in sources}
 
 
 def weights_of(sources: list[Source]) -> dict[str, dict[str, float]]:

@@ -61,7 +61,8 @@ def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[B
     not of this run, by path. What this run resolved before stays at its commit."""
     pins = read_run(Path(recipe.output_dir) / recipe.name).plan.get("base", {}).get("revisions", {})
     base = find_base(recipe.model, console, download, pins.get(recipe.model.path))
-    writers = [*getattr(recipe.sample, "models", ()), *([recipe.write_prompts] if recipe.write_prompts.enabled else [])]
+    writers = [*getattr(recipe.sample, "models", ()), *getattr(getattr(recipe, "annotate", None), "models", ()),
+               *([recipe.write_prompts] if recipe.write_prompts.enabled else [])]
     paths = {w.path for w in writers if getattr(w, "path", None) is not None}
     others = {path: find_base(Model(path=path), console, download) for path in sorted(paths)}
     return base, find_data(recipe.data, console, download, pins), others
@@ -73,7 +74,7 @@ def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = No
     """Locks the recipe's run directory and yields a Run, for your own methods:
 
         with strop.open_run("mine.yaml") as run:
-            weights = strop.methods.llama3(run, run.recipe)
+            weights = strop.methods.rounds(run, run.recipe)
 
     Completed stages are kept, and the same code resumes. Raises UserError as train does."""
     prepare_environment()

@@ -11,9 +11,9 @@ from strop.trainer.run.tables import read_table
 ABSENT = "-"
 IGNORED = ("name", "output_dir")
 MEASURES = ("evaluate.max_new_tokens", "score.", "data.sources")  # keys that change how pass rates are measured
-KINDS = {"samples": "sampling", "writer": "sampling", "training": "training", "log-probs": "training",
-         "held-out": "evaluation",
-         "evaluation": "evaluation"}
+KINDS = {"samples": "sampling", "writer": "sampling", "revisions": "sampling", "training": "training",
+         "log-probs": "training",
+         "reward": "training", "held-out": "evaluation", "evaluation": "evaluation"}
 
 
 def compare(console, *arguments: str) -> None:

@@ -6,8 +6,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from strop.trainer.config import Recipe
 from strop.trainer.errors import UserError
+from strop.trainer.method_recipes import recipe_of
 from strop.trainer.reports.card import card_info, model_card
 from strop.trainer.reports.reading import RunRecord, find_run, read_run
 from strop.trainer.reports.rewards import reward_card
@@ -65,8 +65,8 @@ def promoted(run: RunRecord) -> tuple[str, str]:
     published = run.of_kind("model")
     if run.finished and published:
         return published[-1]["stage"], ""
-    if rewards := run.of_kind("reward"):
-        return rewards[-1]["stage"], "model/"
+    if run.reward_model:
+        return run.reward_model, "model/"
     for promotion in reversed(run.promotions):
         stage, _, folder = (promotion["weights"] or "").rpartition("/")
         if stage in run.manifests:
@@ -77,10 +77,10 @@ def promoted(run: RunRecord) -> tuple[str, str]:
 
 def card_of(run: RunRecord) -> str:
     """The model card of an unfinished run, or of a reward model."""
-    if rewards := run.of_kind("reward"):
-        measured = read_json(run.dir / rewards[-1]["stage"] / "reward.json")
+    if run.reward_model:
+        measured = read_json(run.dir / run.reward_model / "reward.json")
         return reward_card(run.start, run.plan.get("base", {}), measured)
-    recipe = Recipe.model_validate(run.config)
+    recipe = recipe_of(run.config)
     about = card_info(recipe, run, run.results(), run.promotions)
     return model_card({"base_model": recipe.model.path} | run.plan.get("base", {}) | about)
 

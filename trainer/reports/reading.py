@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import yaml
 
-from strop.trainer.config import Recipe, Section
+from strop.trainer.config import Section
 from strop.trainer.errors import UserError
+from strop.trainer.method_recipes import recipe_class
 from strop.trainer.reports.statistics import round_results
 from strop.trainer.run.artifacts import Artifact, content_hash, read_manifest
 from strop.trainer.run.console import PROGRESS
@@ -107,13 +108,19 @@ class RunRecord:
         return None
 
     @property
+    def reward_model(self) -> str | None:
+        """The stage of the reward model that the run is for; None if it is for another model, or not done."""
+        last = self.stages[-1:]
+        return last[0]["stage"] if last and last[0]["kind"] == "reward" and self.is_done(last[0]) else None
+
+    @property
     def model(self) -> Path | None:
         """The published model folder, a trained reward model, or the newest promoted weights; None before there is
         one."""
         if published := self.of_kind("model"):
             return self.dir / published[-1]["stage"]
-        if rewards := self.of_kind("reward"):
-            return self.dir / rewards[-1]["stage"] / "model"
+        if self.reward_model:
+            return self.dir / self.reward_model / "model"
         return next((self.dir / p["weights"] for p in reversed(self.promotions) if p["weights"]), None)
 
     def results(self) -> list[dict]:
@@ -172,7 +179,7 @@ def read_run(run_dir: Path) -> RunRecord:
         try:
             config = yaml.safe_load(run.config_text)
             config = config if isinstance(config, dict) else {}
-            sections = {k for k, f in Recipe.model_fields.items() if isinstance(f.default, Section)}
+            sections = {k for k, f in recipe_class(config).model_fields.items() if isinstance(f.default, Section)}
             wrong = [k for k in sections & config.keys() if not isinstance(config[k], dict)]
             run.problems += [f"config.yaml: {k} is not a section of a recipe" for k in sorted(wrong)]
             run.config = {k: v for k, v in config.items() if k not in wrong}

@@ -35,6 +35,14 @@ def merge(stage: Stage, *, merge: Merge, start: Path, trained: dict[str, Path]) 
     combine(folders, start, target, formula, merge.interpolate < 1 or merge.method in ("warp", "task_arithmetic"))
 
 
+def average(stage: Stage, *, runs: list[Path]) -> None:
+    """Writes model/: the uniform average of model folders of one architecture, causal LMs or reward models, with the
+    tokenizer of the first one (model soups, arXiv 2203.05482)."""
+    combine(runs, runs[0], stage.dir / "model", lambda base, tensors: linear(tensors, [1 / len(runs)] * len(runs)),
+            uses_start=False)
+    stage.counts["checkpoints"] = len(runs)
+
+
 def members_of(section: Merge, start: Path, trained: dict[str, Path]) -> tuple[list[Path], list[float]]:
     """The folders that the method combines, and the weight of each: of averages they sum to 1."""
     if not trained:

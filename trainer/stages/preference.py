@@ -89,15 +89,16 @@ def mixed_writers(stage: Stage, path: Path, used: set[str]) -> int:
     return mixed
 
 
-def check_loss(section: Dpo) -> None:
-    """Raises UserError, before anything runs, if the loss and its parameters do not go together."""
+def check_loss(section: Dpo, key: str = "dpo") -> None:
+    """Raises UserError, before anything runs, if the loss and its parameters do not go together. key: of the section
+    in the recipe."""
     try:
         preference_loss(torch.zeros(2), torch.zeros(2), segments=torch.arange(2), num_segments=2,
                         loss_type=section.loss, beta=section.beta, label_smoothing=section.label_smoothing,
                         nll_weight=section.nll_weight,
                         reward_margin=torch.ones(1) if section.loss == "rpo" else None)
     except ValueError as e:
-        raise UserError(f"dpo.loss={section.loss}: {e}") from e
+        raise UserError(f"{key}.loss={section.loss}: {e}") from e
 
 
 def step_zero(logp: torch.Tensor, ref: torch.Tensor, dtype: torch.dtype, name: str) -> float:

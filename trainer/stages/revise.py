@@ -37,13 +37,14 @@ SLACK = 64  # tokens of headers around the turns of a critique
 
 def revise(stage: Stage, *, revise: Revising, model: Part, compute: Part, seed: int, round: int, weights: Path,
            prompts: Path, sample: Path, student: Path, writer_hash: str | None = None, scores: Path | None = None,
-           score: Score | None = None, judging: dict | None = None) -> None:
+           score: Score | None = None, judging: dict | None = None, selection: Path | None = None) -> None:
     """Writes shard-00000.parquet, ... and drops.parquet, in the schema of samples with where each row comes from.
 
     A revision's sample_index follows those of all completions: theirs plus the largest, plus one. weights: the model
     that writes. student: the folder whose tokens are wanted. scores, score and judging (weights of scorers): with
-    revise.feedback=errors, whose feedback on a completion that is not correct is the detail of its scores. Runs on
-    every rank and resumes by shard. Raises UserError if no revision can be used.
+    revise.feedback=errors, whose feedback on a completion that is not correct is the detail of its scores. selection:
+    only what its pairs chose is revised. Runs on every rank and resumes by shard. Raises UserError if no revision can
+    be used.
     """
     folder, student_folder = ModelFolder(weights, model), ModelFolder(student, model)
     tokenizer = student_folder.tokenizer()
@@ -52,7 +53,8 @@ def revise(stage: Stage, *, revise: Revising, model: Part, compute: Part, seed: 
         sample, scores, {i: row["source"] for i, row in asked.items()},
         Judging(judging, None, score.correct_by, score.correct_at), prompts)
     offset = 1 + max(s["sample_index"] for s in samples)
-    tasks = chosen(samples, revise, {} if scores is None else details(scores), seed)
+    said = {} if scores is None else details(scores)
+    tasks = chosen(samples if selection is None else in_pairs(samples, selection), revise, said, seed)
     if not tasks and stage.world.first:
         stage.console.warn(f"{stage.name}: no completion is to be revised")
     context = student_folder.context_length()
@@ -171,6 +173,13 @@ def chosen(samples: list[dict], section: Revising, said: dict[tuple, str], seed:
             taken[s["prompt_id"]] += 1
             found.append(s | {"feedback": feedback})
     return found
+
+
+def in_pairs(samples: list[dict], selection: Path) -> list[dict]:
+    """The samples that pairs of the selection chose."""
+    pairs = read_table(selection / "pairs.parquet", ["prompt_id", "chosen_tokens"]).to_pylist()
+    wanted = {(row["prompt_id"], tuple(row["chosen_tokens"])) for row in pairs}
+    return [s for s in samples if (s["prompt_id"], tuple(s["completion_tokens"])) in wanted]
 
 
 def details(scores: Path) -> dict[tuple, str]:

@@ -32,12 +32,13 @@ HELD_OUT = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt
 
 
 def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
-           start: Path, history: list[tuple[Path, Path]]) -> None:
+           start: Path, history: list[tuple[Path, Path]], order: int | None = None) -> None:
     """Trains a reward model from the weights `start`, a causal LM or a reward model; writes model/, snapshots/, ema/,
     held_out.parquet and reward.json.
 
-    compute: the recipe's dtype and attention. history: the (sample, select) folders with reward.pairs=all. Raises
-    UserError if no pair is left to train on."""
+    compute: the recipe's dtype and attention. history: the (sample, select) folders with reward.pairs=all. seed: of the
+    score head and of what is held out; order: of the data's order, by default seed. Raises UserError if no pair is left
+    to train on."""
     folder = ModelFolder(start, model)
     rows = load_ranked(stage, reward, folder.context_length(), select, history)
     rows, held = split(rows, reward.held_out, seed)
@@ -45,7 +46,7 @@ def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Pa
         raise UserError(f"{select / 'pairs.parquet'}: no pair is left to train a reward model on, and {len(held)} are "
                         f"held out (reward.held_out={reward.held_out}); see drops.parquet there and in {stage.dir}")
     examples = [row.example for row in rows]
-    plan = plan_steps(examples, reward.epochs, reward.batch_size, seed)
+    plan = plan_steps(examples, reward.epochs, reward.batch_size, seed if order is None else order)
     engine = Engine(folder, reward, stage, len(plan), compute=compute, lora=lora, seed=seed, reward=True)
     set_padding(engine, folder, [*rows, *held], stage)
     rewarder = Rewarder(engine.model, packs(engine.model, stage.console))

@@ -1,5 +1,6 @@
 """Score: every sample, by every scorer of its source, in long form."""
 
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,8 +17,9 @@ KEY = {"prompt_id": pa.string(), "sample_index": pa.int32()}
 
 
 def score(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], columns: dict[str, list[str]], prompts: Path,
-          sample: Path, files: dict[str, Path], compute: Part | None = None) -> None:
+          sample: Path, files: dict[str, Path], compute: Part | None = None, safety: Part | None = None) -> None:
     """Writes scores.parquet. scorers: of each source; columns: see base.Columns; files: those that scorers name.
+    safety: adds the value `reward`, see piecewise.
 
     Runs on every rank and resumes by shard. Raises UserError if a sample's prompt is not among the prompts, or if
     scorers fail more than score.max_errors times."""
@@ -35,10 +37,31 @@ def score(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], colum
 
     table = score_rows(stage, samples, KEY, to_item, scorers, files, score, compute)
     if stage.world.first:
+        if safety:
+            sources = {row["prompt_id"]: row["source"] for row in samples}
+            table = pa.Table.from_pylist(piecewise(table.to_pylist(), sources, safety), schema=table.schema)
         write_table(stage.dir / "scores.parquet", table)
         keep_verdicts(stage, table, scorers, prompt=0)
         stage.counts |= {"completions": len(samples)} | means(table) | {
             "cut_share": sum(row["finish"] != "stop" for row in samples) / len(samples)}
+
+
+def piecewise(rows: list[dict], sources: dict[str, str], safety: Part) -> list[dict]:
+    """The rows of the scorers `helpfulness` and `safety`, each completion's followed by one of `reward` (Llama 2,
+    2307.09288, section 3.2.3): the value of safety if its prompt is of safety.sources or if sigmoid(safety) is below
+    safety.threshold, else that of helpfulness. sources: of the prompts."""
+    found = []
+    for both in zip(rows[::2], rows[1::2], strict=True):  # a completion's rows follow each other
+        values = {row["scorer"]: row for row in both}
+        error = next((row["error"] for row in both if row["error"]), None)
+        about = sources[both[0]["prompt_id"]] in safety.sources
+        unsafe = not error and 1 / (1 + math.exp(-max(values["safety"]["value"], -700.0))) < safety.threshold
+        counts = values["safety" if about or unsafe else "helpfulness"]
+        why = "the prompt is about safety" if about else f"sigmoid of safety {'below' if unsafe else 'at least'} " \
+                                                         f"{safety.threshold:g}"
+        found += [*both, counts | {"scorer": "reward", "value": None if error else counts["value"], "error": error,
+                                   "detail": f"{counts['scorer']}: {why}"}]
+    return found
 
 
 def means(table: pa.Table) -> dict[str, float]:

@@ -48,39 +48,43 @@ DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("r
 
 
 class Rules(NamedTuple):
-    """The sections select and filter, the seed of random ties, and what makes a score of values."""
+    """The sections select and filter, the seed of random ties, what makes a score of values, and which rows are not
+    made."""
 
     select: Select
     filter: Filter
     seed: int
     judging: Judging
+    without: str | None = None
 
 
-def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dict[str, float]], filter: Filter,
+def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[str, dict[str, float]], filter: Filter,
            data: Part, model: Part, sources: dict[str, dict], seed: int, round: int, prompts: Path | None,
            history: list[tuple[Path, Path]], tokenizer: Path, files: dict[str, dict[str, Path]],
-           embedder: Path | None = None, compute: Part | None = None) -> None:
+           embedder: Path | None = None, compute: Part | None = None, without: str | None = None,
+           only: dict[str, float] | None = None) -> None:
     """Writes sft.parquet, pairs.parquet, judged.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
 
     history: the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the newest is
     used. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
-    max_bad_rows; files: the rows of those two, by key and name. sources: name -> prompt_template and templated.
-    weights: source -> scorer -> its weight in the score. embedder and compute (the recipe's dtype): with
-    filter.semantic. Raises UserError if nothing is left.
+    max_bad_rows; files: the rows of those that are used, by key and name. sources: name -> prompt_template and
+    templated. weights: source -> scorer -> its weight in the score. score: None if nothing says what is correct.
+    embedder and compute (the recipe's dtype): with filter.semantic. without: "sft" or "pairs", which are not made of
+    samples. only: the sources whose rows are made, each with a factor of their weights and of those of ready data; by
+    default all. Raises UserError if nothing is left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
     stops = stop_ids(tokenizer, folder.path)
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
-    judging = Judging(weights, select.by, score.correct_by, score.correct_at)
-    sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed, judging)
+    judging = Judging(weights, select.by, *((score.correct_by, score.correct_at) if score else (None, None)))
+    sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed, judging, without)
     pool = _pool(prompts, history, round, judging)
     asked = _asked(prompts) if embedder and history else {}
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
     for prompt_id, samples in pool.items():
-        counted = [s for s in samples if select.accumulate or s["round"] == round]
-        if counted:
-            source = samples[0]["source"]
+        counted, source = [s for s in samples if select.accumulate or s["round"] == round], samples[0]["source"]
+        if counted and (only is None or source in only):
             best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             for s in best:
                 sft_rows.append(_sft_row(s, source))
@@ -89,16 +93,17 @@ def select(stage: Stage, *, select: Select, score: Score, weights: dict[str, dic
             pair_rows += [_pair_row(c, r, source, stops, judging) for c, r in pairs]
     now = [s for samples in pool.values() for s in samples if s["round"] == round]
     if now:
-        stage.counts |= {"prompts": len({s["prompt_id"] for s in now}),
-                         "solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
+        stage.counts["prompts"] = len({s["prompt_id"] for s in now})
+    if now and score:
+        stage.counts |= {"solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
                          "pass_rate": sum(s["correct"] for s in now) / len(now)}
     held = held_out_of(prompts, filter.decontaminate, sources) if prompts and (data.sft or data.preferences) else None
-    for ready in (d for d in data.sft if d.rounds == "all" or round in d.rounds):
-        ready = ready.model_copy(update={"path": files["sft"][ready.name]})
-        sft_rows += ready_sft(tokenizer, ready, filter, held, drops, quarantine)
-    for ready in (d for d in data.preferences if d.rounds == "all" or round in d.rounds):
-        ready = ready.model_copy(update={"path": files["preferences"][ready.name]})
-        pair_rows += ready_pairs(tokenizer, ready, filter, held, drops, quarantine)
+    for kind, rows, read in (("sft", sft_rows, ready_sft), ("preferences", pair_rows, ready_pairs)):
+        for ready in (d for d in getattr(data, kind) if d.name in files[kind]):
+            ready = ready.model_copy(update={"path": files[kind][ready.name]})
+            rows += read(tokenizer, ready, filter, held, drops, quarantine)
+    for row in [*sft_rows, *pair_rows] if only else ():
+        row["weight"] *= only[row["source"]]
     if embedder:
         kept_whole = {name for name, how in sources.items() if how["templated"]}
         kept_whole |= {ready.name for ready in data.sft if not ready.near_duplicates}
@@ -141,11 +146,12 @@ def _asked(prompts: Path) -> dict[str, str]:
             for row in read_table(prompts / "prompts.parquet", ["prompt_id", "messages"]).to_pylist()}
 
 
-def _rank(s: dict, asked: str, pass_rate: float, filter: Filter) -> dict:
+def _rank(s: dict, asked: str, pass_rate: float | None, filter: Filter) -> dict:
     """What drop_semantic knows of a sample: its text, quality and difficulty."""
     named = {kind: s["values"].get(name, (None, None))[0]
-             for kind, name in (("quality", filter.quality), ("difficulty", filter.difficulty)) if name}
-    return {"text": f"{asked}\n{s['completion']}", "quality": s["score"], "difficulty": 1 - pass_rate} | named
+             for kind, name in (("quality", filter.quality), ("difficulty", filter.difficulty))
+             if name in s["values"]}
+    return {"text": f"{asked}\n{s['completion']}", "quality": s["score"], "difficulty": 1 - (pass_rate or 0.0)} | named
 
 
 def drop_semantic(stage: Stage, rows: list[dict], kept_whole: set[str], load: Callable[[], Embedder],
@@ -173,20 +179,24 @@ def solved(prompt_id: str, samples: list[dict]) -> dict:
     """A row of difficulty.parquet: correct samples of a prompt by round, and its pass rate over all rounds."""
     rounds = sorted({s["round"] for s in samples})
     drawn = [[s["correct"] for s in samples if s["round"] == r] for r in rounds]
+    if samples[0]["correct"] is None:
+        return {"prompt_id": prompt_id, "source": samples[0]["source"], "rounds": rounds,
+                "samples": [len(d) for d in drawn], "correct": None, "pass_rate": None}
     return {"prompt_id": prompt_id, "source": samples[0]["source"], "rounds": rounds,
             "samples": [len(d) for d in drawn], "correct": [sum(d) for d in drawn],
             "pass_rate": sum(map(sum, drawn)) / len(samples)}
 
 
-def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rules: Rules,
+def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float | None, rules: Rules,
          drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]]]:
     """One prompt's samples for SFT, and its pairs (chosen, rejected).
 
-    pass_rate: of the prompt over all rounds so far. SFT takes the best of all `samples`; the two sides of a pair come
-    from the same round. Samples in neither are dropped with the first reason that applies.
+    pass_rate: of the prompt over all rounds so far, None if nothing says what is correct. SFT takes the best of all
+    `samples`; the two sides of a pair come from the same round. Samples in neither are dropped with the first reason
+    that applies.
     """
     ids = {"prompt_id": prompt_id, "source": source}
-    if not rules.select.pass_rate_min <= pass_rate <= rules.select.pass_rate_max:
+    if pass_rate is not None and not rules.select.pass_rate_min <= pass_rate <= rules.select.pass_rate_max:
         for s in samples:
             drops.add("pass_rate", **ids, sample_index=s["sample_index"],
                       detail=f"{_origin(s)}: {pass_rate:.3f} over all rounds")
@@ -199,11 +209,13 @@ def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float, rul
     if not samples:
         return [], []
     best = _best(samples, rules, fates)
-    if not best:
+    if rules.without == "sft":
+        fates, best = {_id(s): fates.get(_id(s), "not_best") for s in samples}, []
+    elif not best:
         top = max(s["score"] for s in samples)
         drops.add("unsolved", **ids, detail=f"best score {top:g} of {len(samples)} samples")
     pairs: dict[tuple, tuple[dict, dict]] = {}  # by tokens
-    for r in sorted({s["round"] for s in samples}):
+    for r in sorted({s["round"] for s in samples}) if rules.without != "pairs" else ():
         found, reason, detail = _pairs([s for s in samples if s["round"] == r], rules)
         if not found:
             drops.add(reason, **ids, detail=f"round-{r:02}: no pair, {detail}")
@@ -280,13 +292,14 @@ def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], 
 
 
 def _tie(s: dict, rules: Rules) -> tuple:
-    """Sort key of samples with equal scores; earlier rounds first."""
+    """Sort key of samples with equal scores: a revision before what it may revise, then earlier rounds first."""
+    drawn = not s.get("revised_from")
     if rules.select.tie_break == "shortest":
-        return len(s["completion_tokens"]), s["round"], s["sample_index"]
+        return drawn, len(s["completion_tokens"]), s["round"], s["sample_index"]
     if rules.select.tie_break == "first":
-        return s["round"], s["sample_index"]
+        return drawn, s["round"], s["sample_index"]
     text = f"{rules.seed}:tie:{s['prompt_id']}:{s['round']}:{s['sample_index']}"
-    return (hashlib.blake2b(text.encode(), digest_size=16).digest(),)
+    return drawn, hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _id(s: dict) -> tuple[int, int]:

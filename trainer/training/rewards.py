@@ -73,12 +73,13 @@ def load_ranked(stage: Stage, section: Reward | Part, context: int, select: Path
 
 
 def ranked_samples(sample: Path, select: Path, drops: Drops) -> list[Ranked]:
-    """A group per prompt of its scored samples that differ, best first."""
+    """A group per prompt of its scored samples that differ, best first: with every pair of different scores, and with
+    (revision, what it revises) where these are equal (edited > chosen > rejected, Llama 3, section 4.1.2)."""
     judged = {(r["prompt_id"], r["sample_index"]): r["score"]
               for r in read_table(select / "judged.parquet").to_pylist()}
     sources = {r["prompt_id"]: r["source"] for r in read_table(select / "difficulty.parquet").to_pylist()}
     by_prompt: dict[str, dict[tuple, tuple]] = defaultdict(dict)
-    prompts, found = {}, []
+    prompts, found, revised = {}, [], {}  # revised: (prompt_id, sample_index) -> the sample_index that it revises
     for row in read_samples(sample):
         score = judged.get((row["prompt_id"], row["sample_index"]))
         ids = {name: row[name] for name in ("prompt_id", "sample_index")} | {"source": sources[row["prompt_id"]]}
@@ -88,10 +89,14 @@ def ranked_samples(sample: Path, select: Path, drops: Drops) -> list[Ranked]:
         elif by_prompt[row["prompt_id"]].setdefault(tokens, (score, row["sample_index"]))[1] != row["sample_index"]:
             drops.add("duplicate", **ids)
         prompts[row["prompt_id"]] = row["prompt_tokens"]
+        if row.get("revised_from"):
+            revised[row["prompt_id"], row["sample_index"]] = row["revised_from"]["sample_index"]
     for prompt_id, samples in by_prompt.items():
-        ranked = sorted(samples.items(), key=lambda item: (-item[1][0], item[1][1]))
-        scores = [score for _, (score, _) in ranked]
-        pairs = [(i, j, scores[i] - scores[j]) for i, j in combinations(range(len(ranked)), 2) if scores[i] > scores[j]]
+        ranked = sorted(samples.items(), key=lambda item: (-item[1][0], (prompt_id, item[1][1]) not in revised,
+                                                           item[1][1]))
+        scores, index = [score for _, (score, _) in ranked], [number for _, (_, number) in ranked]
+        pairs = [(i, j, scores[i] - scores[j]) for i, j in combinations(range(len(ranked)), 2)
+                 if scores[i] > scores[j] or revised.get((prompt_id, index[i])) == index[j]]
         if not pairs:
             drops.add("tie", prompt_id=prompt_id, source=sources[prompt_id],
                       detail=f"{len(ranked)} different completions with equal scores")

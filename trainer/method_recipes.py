@@ -1,0 +1,262 @@
+"""The recipes of the methods beside `rounds`: the keys that a method adds, its defaults, and the keys it does not have.
+
+`RECIPES` has the class of each method. A default that differs from that of `rounds` is in DEFAULTS.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_serializer, model_validator
+
+from strop.trainer.config import Dpo, Recipe, Reward, Sft, Train
+from strop.trainer.engines import AnyRevise, AnySample, Sample, sections_of
+from strop.trainer.section import UNKEYED, NotNegative, PositiveFloat, Section, Share
+
+MERGING = ("merge.method", "merge.members", "merge.weights", "merge.t", "merge.interpolate")  # those of a round
+
+
+class MethodRecipe(Recipe):
+    """A recipe whose method has other defaults, keys and stages than `rounds`."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+    UNREAD: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_the_method(cls, data):
+        if not isinstance(data, dict):
+            return data
+        method = cls.model_fields["method"].default
+        for key in cls.UNREAD:
+            if _below(data, key):
+                others = [name for name, recipe in RECIPES.items() if has_key(recipe, key.split("."))]
+                raise ValueError(f"{key} is not read by method {method}; leave it out, or set method="
+                                 f"{' or method='.join(others)}")
+        data = dict(data)
+        for key, value in cls.DEFAULTS.items():
+            section, _, name = key.rpartition(".")
+            if not section:
+                data.setdefault(name, value)
+            elif isinstance(data.setdefault(section, {}), dict):
+                data[section] = {name: value} | data[section]
+        return data
+
+    @model_serializer(mode="wrap")
+    def without_unread(self, handler):
+        found = handler(self)
+        for key in self.UNREAD:
+            section, _, name = key.rpartition(".")
+            (found.get(section, {}) if section else found).pop(name, None)
+        return found
+
+
+def _below(data: dict, key: str) -> bool:
+    """Whether a tree has the dotted key."""
+    for part in key.split("."):
+        if not isinstance(data, dict) or part not in data:
+            return False
+        data = data[part]
+    return True
+
+
+class PromptedRecipe(MethodRecipe):
+    """A method that samples, so that ready data alone is not enough."""
+
+    @model_validator(mode="after")
+    def has_prompts(self):
+        if not self.data.sources:
+            raise ValueError(f"data.sources is empty, but method={self.method} samples completions of prompts: name at "
+                             "least one source")
+        return self
+
+    def _check_names(self, key: str, names: list[str], *known: list) -> None:
+        there = [entry.name for entries in known for entry in entries]
+        if unknown := next((name for name in names if name not in there), None):
+            raise ValueError(f"{key} names {unknown}; there are {', '.join(there)}")
+
+
+class RewardRecipe(MethodRecipe):
+    method: Literal["reward"] = Field("reward", description="a reward model, of ready-made pairs or of scored "
+                                      "completions of the start weights")
+    rounds: Literal[1] = Field(1, description="always one round of sample, score, select and reward")
+    reward: Reward = Field(Reward(), description="training the reward model")
+
+    UNREAD = ("sft", "dpo", "merge", "evaluate", "write_prompts")
+
+
+class Variant(Section):
+    lr: PositiveFloat | None = Field(None, description="peak learning rate of this run. Default: the stage's")
+    seed: NotNegative | None = Field(None, description="seed of this run's order of the data. Default: the recipe's")
+
+
+class Average(Section):
+    reward: list[Variant] = Field([Variant(), Variant(seed=1)], min_length=1, max_length=100,
+                                  description="runs of the reward model's training")
+    sft: list[Variant] = Field([Variant(), Variant(seed=1)], min_length=1, max_length=100, description="runs of SFT")
+    dpo: list[Variant] = Field([Variant(), Variant(seed=1)], min_length=1, max_length=100, description="runs of DPO")
+
+
+class AnnotatedRecipe(PromptedRecipe):
+    """A method in which the scorers of data.sources annotate a few answers, and a reward model learns from that."""
+
+    annotate: AnySample = Field(Sample(k=2), description="answers to each prompt that the scorers of data.sources "
+                                "compare, as annotators do")
+    reward: Reward = Field(Reward(), description="training the reward model")
+
+    @model_validator(mode="after")
+    def has_pairs(self):
+        if self.annotate.k < 2:
+            raise ValueError(f"annotate.k={self.annotate.k}: a comparison takes 2 answers to a prompt; raise it")
+        return self
+
+
+class Llama3Recipe(AnnotatedRecipe):
+    method: Literal["llama3"] = Field("llama3", description="Llama 3 (2407.21783, section 4): reward model and SFT "
+                                      "from the start weights in every round, best of K by the reward model, DPO on "
+                                      "the newest pairs")
+    average: Average = Field(Average(), description="runs of each training stage, whose weights are averaged; [{}] is "
+                             "one run, without an average")
+    revise: AnyRevise | None = Field(None, description="edits of the chosen answers, ranked above them unless the "
+                                     "scorers say that they are worse. Default: none")
+
+    DEFAULTS: ClassVar = {"rounds": 6, "annotate.k": 2, "sample.k": 10, "reward.pairs": "all", "dpo.lr": 1e-5,
+                          "dpo.nll_weight": 0.2}
+    UNREAD = ("write_prompts", "reward.margin", "sft.enabled", "sft.start", "dpo.enabled", "dpo.reference", "dpo.pairs",
+              *MERGING)
+
+    def runs(self, stage: str) -> list[tuple[Train, dict[str, Any]]]:
+        """(section, name and seed) of each run of reward, sft or dpo."""
+        section, variants = getattr(self, stage), getattr(self.average, stage)
+        return [(section if variant.lr is None else section.model_copy(update={"lr": variant.lr}),
+                 {"name": stage if len(variants) == 1 else f"{stage}-{i}", "seed": variant.seed})
+                for i, variant in enumerate(variants)]
+
+
+class Safety(Section):
+    sources: list[str] = Field([], description="names of the data.sources whose prompts are about safety")
+    preferences: list[str] = Field([], description="names of the data.preferences whose pairs are about safety")
+    threshold: Share = Field(0.15, description="sigmoid of the safety reward below which an answer counts by it, "
+                             "whatever its prompt is about")
+
+
+class Llama2Recipe(AnnotatedRecipe):
+    method: Literal["llama2"] = Field("llama2", description="Llama 2 (2307.09288, section 3): two reward models with "
+                                      "margins, SFT on each prompt's best answer of all rounds")
+    safety: Safety = Field(Safety(), description="what the second reward model learns and decides")
+
+    DEFAULTS: ClassVar = {
+        "rounds": 5, "annotate.k": 2, "sample.k": 10, "reward.margin": 1.0, "reward.min_lr_ratio": 0.1,
+        "reward.warmup_ratio": 0.03, "reward.batch_size": 512, "reward.centering": 0.01, "sft.lr": 2e-5,
+        "sft.weight_decay": 0.1, "sft.batch_size": 64, "sft.epochs": 2, "merge.promote": "last"}
+    UNREAD = ("write_prompts", "dpo", "reward.pairs", "select.accumulate", "sft.enabled", "sft.start", *MERGING)
+
+    @model_validator(mode="after")
+    def has_both_kinds(self):
+        self._check_names("safety.sources", self.safety.sources, self.data.sources)
+        self._check_names("safety.preferences", self.safety.preferences, self.data.preferences)
+        about = {True: 0, False: 0}
+        for entries, names in ((self.data.sources, self.safety.sources),
+                               (self.data.preferences, self.safety.preferences)):
+            for entry in entries:
+                about[entry.name in names] += 1
+        if not all(about.values()):
+            missing = "safety" if about[False] else "helpfulness"
+            raise ValueError(f"safety.sources={self.safety.sources} and safety.preferences={self.safety.preferences} "
+                             f"leave no data about {missing}, which a reward model of its own learns")
+        return self
+
+    @property
+    def about(self) -> dict[str, list[str]]:
+        """{reward model: names of the sources and ready-made pairs it learns from}"""
+        safe = [*self.safety.sources, *self.safety.preferences]
+        names = [entry.name for entry in (*self.data.sources, *self.data.preferences)]
+        return {"helpfulness": [name for name in names if name not in safe], "safety": safe}
+
+
+class CodeSft(Sft):
+    sources: list[str] = Field([], json_schema_extra=UNKEYED, description="names of the data.sources and data.sft that "
+                               "this stage learns from")  # these two decide what is selected, which counts
+    replay: Share = Field(0.02, json_schema_extra=UNKEYED,
+                          description="share of these rows that the general stage sees again")
+
+
+class Rpo(Dpo):
+    loss: Literal["rpo"] = Field("rpo", description="always: aims at the difference in score")
+
+
+class NemotronRecipe(PromptedRecipe):
+    method: Literal["nemotron"] = Field("nemotron", description="Nemotron-4 340B (2406.11704, section 3): SFT on code, "
+                                        "then on the rest, DPO, and rounds of RPO")
+    code: CodeSft = Field(CodeSft(), description="the first SFT stage; sft is the second one")
+    rpo: Rpo = Field(Rpo(), description="reward-aware preference optimization, from and against the weights so far")
+
+    DEFAULTS: ClassVar = {
+        "rounds": 5, "merge.promote": "last", "code.lr": 3e-7, "code.schedule": "constant", "code.batch_size": 128,
+        "sft.lr": 3e-7, "sft.batch_size": 128, "sft.epochs": 3, "dpo.lr": 3e-7, "dpo.schedule": "constant",
+        "dpo.batch_size": 256, "dpo.beta": 1e-3, "dpo.nll_weight": 1e-4, "dpo.nll_normalization": "sequence_sum",
+        "dpo.mask_template_tokens": False, "rpo.lr": 3e-7, "rpo.schedule": "constant", "rpo.batch_size": 256,
+        "rpo.beta": 5e-3, "rpo.nll_weight": 1e-5, "rpo.nll_normalization": "sequence_sum",
+        "rpo.mask_template_tokens": False}
+    UNREAD = ("code.start", "sft.enabled", "sft.start", "dpo.enabled", "dpo.reference", "dpo.pairs", "rpo.enabled",
+              "rpo.reference", "rpo.pairs", *MERGING)
+
+    @model_validator(mode="after")
+    def has_code(self):
+        self._check_names("code.sources", self.code.sources, self.data.sources, self.data.sft)
+        if self.code.enabled and not self.code.sources:
+            raise ValueError("code.sources is empty: name the data.sources and data.sft about code, or set "
+                             "code.enabled=false")
+        if self.rounds < 3:
+            raise ValueError(f"rounds={self.rounds}: round 0 is SFT, round 1 DPO, and RPO takes those after it; set 3 "
+                             "or more")
+        for kind, entries, unread in (("sft", self.data.sft, range(1, self.rounds)),
+                                      ("preferences", self.data.preferences, range(1))):
+            for i, entry in enumerate(entries):
+                if entry.rounds != "all" and (wrong := [r for r in entry.rounds if r in unread]):
+                    raise ValueError(f"data.{kind}.{i}.rounds={entry.rounds}: round {wrong[0]} of method nemotron "
+                                     f"trains on no {'SFT rows' if kind == 'sft' else 'pairs'}; leave it out")
+        return self
+
+    @property
+    def code_mix(self) -> dict[str, float]:
+        """{source or ready data: factor of its rows' weights} of the first SFT stage."""
+        return dict.fromkeys(self.code.sources, 1.0)
+
+    @property
+    def general_mix(self) -> dict[str, float]:
+        """As code_mix, of the second stage, or of the only one."""
+        mix = {entry.name: 1.0 for entry in (*self.sources, *self.data.sft)}
+        if self.code.enabled:
+            mix |= dict.fromkeys(self.code.sources, self.code.replay)
+        return {name: factor for name, factor in mix.items() if factor}
+
+
+RECIPES: dict[str, type[Recipe]] = {"rounds": Recipe, "reward": RewardRecipe, "llama3": Llama3Recipe,
+                                    "llama2": Llama2Recipe, "nemotron": NemotronRecipe}  # the keys of each method
+
+
+def recipe_class(data: dict) -> type[Recipe]:
+    """The class of a recipe's data by its method; that of `rounds` if there is no such method."""
+    method = data.get("method", "rounds")
+    return RECIPES.get(method if isinstance(method, str) else "", Recipe)
+
+
+def recipe_of(config: dict) -> Recipe:
+    """The recipe of a run from its config.yaml."""
+    if config.get("method") == "llama3" and "annotate" not in config:  # method rounds once had the name llama3
+        config = config | {"method": "rounds"}
+    return recipe_class(config).model_validate(config)
+
+
+def has_key(recipe: type[Recipe], key: list) -> bool:
+    """Whether a method has the key, given by its parts: names, and places in lists."""
+    names = [part for part in key if not isinstance(part, int)]
+    unread = getattr(recipe, "UNREAD", ())
+    if any(".".join(names[:n]) in unread for n in range(1, len(names) + 1)):
+        return False
+    sections = [recipe]
+    for name in names:
+        found = [section.model_fields[name] for section in sections if name in section.model_fields]
+        if not found:
+            return False
+        sections = [inner for field in found for inner in sections_of(field.annotation)]
+    return True
