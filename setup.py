@@ -153,6 +153,6 @@ if __name__ == "__main__":
         package_data={"strop.trainer": ["recipes/*.yaml"], "strop.trainer.reports": ["templates/*"]},
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildCsrc},
-        # a wheel with the library serves every Python from 3.11 on
-        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+        # a wheel with the library serves every Python from 3.11 on; libraries are compiled side by side
+        options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": True}},
     )

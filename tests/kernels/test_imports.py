@@ -1,8 +1,10 @@
 """The folder `kernels` must not shadow Hugging Face's package of that name, even from the repository root."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -21,12 +23,46 @@ def __getattr__(name):
 """
 
 
-def _python(code: str, *paths: Path) -> str:
-    """Run code from the repository root with the root first on sys.path, as `python -c` does, then `paths`."""
-    code = f"import sys; sys.path[1:1] = {[str(p) for p in paths]!r}; assert sys.path[0] == ''\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+# Run from the repository root, with the root first on sys.path, as `python -c` does. Only PyTorch is loaded before: it
+# takes seconds, and knows neither of the two. A line of stdin is [code, more paths], its answer [status, output].
+SERVER = """
+import json, os, sys, tempfile, traceback
+import torch
+for line in sys.stdin:
+    code, paths = json.loads(line)
+    with tempfile.TemporaryFile() as out:
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(out.fileno(), 1)
+            sys.path[1:1] = paths
+            status = 1
+            try:
+                assert sys.path[0] == "" and not {"transformers", "strop.kernels", "kernels"} & set(sys.modules)
+                exec(code, {})
+                status = 0
+            except BaseException:
+                traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+            os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        out.seek(0)
+        print(json.dumps([status, out.read().decode()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def python():
+    """python(code, *paths) runs code in a process of its own and returns what it printed."""
+    with subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, stdin=PIPE, stdout=PIPE, text=True) as server:
+
+        def run(code: str, *paths: Path) -> str:
+            print(json.dumps([code, [str(p) for p in paths]]), file=server.stdin, flush=True)
+            status, out = json.loads(server.stdout.readline())
+            assert status == 0, out[-3000:]
+            return out
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.fixture
@@ -48,23 +84,23 @@ USE = "from transformers.models.llama import modeling_llama; from transformers.u
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_without_the_package(order: str):
-    out = _python(f"{order}\n{USE}import strop.kernels as k; print(is_kernels_available(), k.PackedGroups.__module__)")
+def test_without_the_package(order: str, python):
+    out = python(f"{order}\n{USE}import strop.kernels as k; print(is_kernels_available(), k.PackedGroups.__module__)")
     assert out.split() == ["False", "strop.kernels.layout"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_with_the_package(order: str, installed_kernels: Path):
+def test_with_the_package(order: str, installed_kernels: Path, python):
     code = f"{order}\n{USE}import kernels; print(is_kernels_available(), kernels.__file__)"
-    available, file = _python(code, installed_kernels).split()
+    available, file = python(code, installed_kernels).split()
     assert available == "True"
     assert Path(file).is_relative_to(installed_kernels)
 
 
-def test_the_bare_name_offers_nothing():
-    out = _python("import kernels\nprint(hasattr(kernels, 'PackedGroups'), hasattr(kernels, '__version__'))")
+def test_the_bare_name_offers_nothing(python):
+    out = python("import kernels\nprint(hasattr(kernels, 'PackedGroups'), hasattr(kernels, '__version__'))")
     assert out.split() == ["False", "False"]
 
 
-def test_importing_the_ops_does_not_import_transformers():
-    assert _python("import sys, strop.kernels\nprint('transformers' in sys.modules)").strip() == "False"
+def test_importing_the_ops_does_not_import_transformers(python):
+    assert python("import sys, strop.kernels\nprint('transformers' in sys.modules)").strip() == "False"

@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).parent / "triton_cases.py"
+CASES = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "triton_attention_cases.py")]
 
 
 def test_kernels_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:]

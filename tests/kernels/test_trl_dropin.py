@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import character_tokenizer
+from forked import in_a_fork
 
 pytest.importorskip("trl")
 import transformers as hf
@@ -395,21 +396,18 @@ def test_a_head_that_does_more_than_its_config_says_is_refused(tokenizer, tmp_pa
 
 
 def test_tf32_in_either_of_pytorchs_settings_is_known():
-    code = """
-import torch
-from strop.kernels.integrations.trl import _rounding
-for api in ("legacy", "new"):
-    if api == "legacy":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    else:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
-    assert _rounding(torch.device("cuda"), torch.float32) == 0.01, api
-    assert _rounding(torch.device("cpu"), torch.float32) == 1e-4
-torch.backends.cuda.matmul.fp32_precision = "ieee"
-assert _rounding(torch.device("cuda"), torch.float32) == 1e-4
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    def check():
+        for api in ("legacy", "new"):
+            if api == "legacy":
+                torch.backends.cuda.matmul.allow_tf32 = True
+            else:
+                torch.backends.cuda.matmul.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
+            assert ours._rounding(torch.device("cuda"), torch.float32) == 0.01, api
+            assert ours._rounding(torch.device("cpu"), torch.float32) == 1e-4
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert ours._rounding(torch.device("cuda"), torch.float32) == 1e-4
+
+    in_a_fork(check)
 
 
 def trainer_like(*, fsdp=False, stage=None, vision=False, **parallel):

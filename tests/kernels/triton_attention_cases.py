@@ -1,4 +1,4 @@
-"""Attention kernels under Triton's interpreter; test_attention_triton.py runs this file with TRITON_INTERPRET=1."""
+"""Attention kernels under Triton's interpreter; test_triton.py runs this file with TRITON_INTERPRET=1."""
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 import json
 import string
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def tiny_run(tiny_model, tmp_path_factory):
     assert main([str(write_recipe(folder, tiny_model)), "rounds=1", "sft.snapshots=1", "sft.ema_decay=0.5"]) == 0
     torch.set_num_threads(threads)
     return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """A process that has all libraries loaded and forks runs of the program."""
+    from killing import Launcher
+
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture
+def strop(launcher, tmp_path):
+    """strop(*arguments, ranks=0, env=None): the program in a process of its own, with `ranks` as under torchrun. A
+    subprocess.CompletedProcess."""
+    return partial(launcher.run, tmp_path)
 
 
 def write_recipe(folder, model):

@@ -1,10 +1,13 @@
-"""Runs of the program that die at precise places, started from a process that has all libraries loaded.
+"""Runs of the program in processes of their own, forked from one that has all libraries loaded: they start at once,
+and they can be made to die at precise places.
 
-`python killing.py` reads one job a line from stdin (JSON: argv, log, run_dir, ranks, fired, only) and forks for each.
-The fork is a job of its own: a process group, with several `ranks` an agent and its workers as torchrun has them. Named
-points are put around what the program does. A job with a `fired` file SIGKILLs its whole group at the first point whose
-name matches `only` and is not in the file, and notes it there; so the same job, started again and again, dies at every
-point once and then finishes. The answers are {"pid": ...} once it has begun and {"status": ...} once it has ended.
+`python killing.py` reads one job a line from stdin (JSON: argv, log, errors, env, run_dir, ranks, fired, only) and
+forks for each. The fork is a job of its own: a process group, with several `ranks` an agent and its workers as torchrun
+has them. `log` gets its output, and its errors too without a file `errors`; `env` is added to its environment. With a
+`run_dir`, named points are put around what the program does. A job with a `fired` file SIGKILLs its whole group at the
+first point whose name matches `only` and is not in the file, and notes it there; so the same job, started again and
+again, dies at every point once and then finishes. The answers are {"pid": ...} once it has begun and {"status": ...}
+once it has ended.
 """
 
 import contextlib
@@ -102,15 +105,19 @@ def child(task: dict) -> None:
     """Runs the program and never returns."""
     from strop.trainer.main import main
 
-    job = Job(task)
-    job.install()
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    if "run_dir" in task:
+        Job(task).install()
     code = 70
     try:
         code = main(task["argv"])
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = 120  # as Python itself ends
     os._exit(code)
 
 
@@ -151,31 +158,47 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
-            log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            for stream, path in ((1, task["log"]), (2, task.get("errors", task["log"]))):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.environ |= task.get("env", {})
             agent(task) if task.get("ranks") else child(task)
         print(json.dumps({"pid": pid}), file=out, flush=True)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), file=out, flush=True)
 
 
-class Server:
+class Launcher:
     """The process that forks the jobs, one at a time."""
 
     def __init__(self):
+        self.running: int | None = None
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"})
 
     def start(self, **task) -> int:
         """The job's process id, which is also that of its group."""
+        if self.running is not None:  # of a test that failed
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.running, signal.SIGKILL)
+            self.wait()
         print(json.dumps(task), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())["pid"]
+        self.running = json.loads(self.process.stdout.readline())["pid"]
+        return self.running
 
     def wait(self) -> int:
         """The exit code of the job, or minus the signal that ended it."""
-        return json.loads(self.process.stdout.readline())["status"]
+        status = json.loads(self.process.stdout.readline())["status"]
+        self.running = None
+        return status
+
+    def run(self, folder: Path, *arguments, ranks: int = 0, env: dict | None = None) -> subprocess.CompletedProcess:
+        """The program from start to end; `folder` is where its output is kept."""
+        argv, files = [*map(str, arguments)], [folder / "stdout", folder / "stderr"]
+        for file in files:
+            file.unlink(missing_ok=True)
+        self.start(argv=argv, log=str(files[0]), errors=str(files[1]), ranks=ranks, env=env or {})
+        return subprocess.CompletedProcess(argv, self.wait(), *(file.read_text() for file in files))
 
     def close(self) -> None:
         self.process.stdin.close()

@@ -126,11 +126,11 @@ def test_an_attempt_is_refused(box, what, secret, tmp_path):
     victim.write_text("as it was")
     before = victim.stat()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.1)
+        server.setblocking(False)  # who connected while the program ran is in the queue
         places = {"port": server.getsockname()[1], "pid": os.getpid(), "home": str(secret), "victim": str(victim),
                   "folder": str(tmp_path), "x86": X86, "first": 3}
         done = run(box, TRY + ATTEMPTS[what].format(**places))
-        with pytest.raises(OSError):
+        with pytest.raises(BlockingIOError):
             server.accept()
     text = said(done)
     assert "refused" in text and "GOT" not in text and "do-not-read-me" not in text, text
@@ -168,12 +168,13 @@ BOMBS = {
     "recursion": "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
     "descriptors": "x = []\nwhile True: x.append(open('/dev/null'))",
 }
+ENDLESS = ("forks", "output by descriptor", "time", "time in C", "sleep", "ignored signals")  # the clock ends them
 
 
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_bomb_ends_alone(box, what):
     began = time.perf_counter()
-    done = run(box, BOMBS[what], QUICK._replace(seconds=1.5))
+    done = run(box, BOMBS[what], QUICK._replace(seconds=0.8 if what in ENDLESS else 1.5))
     assert done.code != 0 and time.perf_counter() - began < 8, done
     assert len(done.stdout) <= QUICK.output and len(done.stderr) <= QUICK.output
     assert run(box, "print(2)").stdout == b"2\n"

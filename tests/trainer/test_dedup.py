@@ -1,6 +1,7 @@
 """Near duplicates: the same verdicts as comparing every pair, without comparing every pair."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -17,18 +18,23 @@ def shingles(text):
     return [{(k, part[i:i + 5]) for i in range(len(part) - 4)} for k, part in enumerate(parts)]
 
 
+def jaccard(a, b):
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)
+
+
 def by_every_pair(texts, threshold):
     """The definition, in plain Python."""
     known = [shingles(text) for text in texts]
     surveyed = [set().union(*parts) for parts in known[::max(1, len(texts) // 2000)]]
     least = max(0.05 * len(surveyed), 5)
-    common = {s for s in set().union(*surveyed) if sum(s in own for own in surveyed) > least} if texts else set()
+    common = {s for s, n in Counter(s for own in surveyed for s in own).items() if n > least}
     rare, kept, found = [set().union(*parts) - common for parts in known], [], []
     for i in range(len(texts)):
         for j in kept:
-            if not rare[i] or not rare[j] or len(rare[i] & rare[j]) / len(rare[i] | rare[j]) < threshold:
+            if not rare[i] or not rare[j] or jaccard(rare[i], rare[j]) < threshold:
                 continue
-            alike = min(len(a & b) / len(a | b) for a, b in zip(known[i], known[j], strict=True))
+            alike = min(jaccard(a, b) for a, b in zip(known[i], known[j], strict=True))
             if alike >= threshold and same_symbols("\n".join(texts[i]), "\n".join(texts[j])):
                 found.append((i, j, alike))
                 break

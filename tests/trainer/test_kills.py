@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from killing import Server
 
 from strop.trainer.run.artifacts import list_files
 from strop.trainer.run.files import read_json
@@ -19,13 +18,6 @@ from strop.trainer.run.metrics import read_metrics
 
 REPO = Path(__file__).parents[2]
 TIMES = {"final/README.md", "final/results.json"}  # the card tells how long the stages took
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server()
-    yield server
-    server.close()
 
 
 @pytest.fixture
@@ -41,11 +33,11 @@ def job(recipe: Path, name: str, *arguments, **keys) -> dict:
             "run_dir": str(recipe.parent / "runs" / name)} | keys
 
 
-def finish(server, task: dict, times: int = 1) -> int:
+def finish(launcher, task: dict, times: int = 1) -> int:
     """Starts the job until it is not killed any more; how often it was."""
     for killed in range(1000):
-        server.start(**task)
-        if (status := server.wait()) != -signal.SIGKILL:
+        launcher.start(**task)
+        if (status := launcher.wait()) != -signal.SIGKILL:
             assert status == 0, Path(task["log"]).read_text()[-3000:]
             return killed
     raise AssertionError(f"killed for ever: {Path(task['log']).read_text()[-3000:]}")
@@ -84,11 +76,11 @@ SOME = "|".join((
 
 @pytest.mark.parametrize("points, least", [
     pytest.param(SOME, 24, id="some"), pytest.param("", 200, id="all", marks=pytest.mark.slow)])
-def test_killed_at_every_point_it_ends_with_the_same_bits(server, recipe, points, least):
+def test_killed_at_every_point_it_ends_with_the_same_bits(launcher, recipe, points, least):
     runs, fired = recipe.parent / "runs", recipe.with_name("fired")
-    finish(server, job(recipe, "whole", "rounds=1"))
+    finish(launcher, job(recipe, "whole", "rounds=1"))
     fired.touch()
-    killed = finish(server, job(recipe, "killed", "rounds=1", fired=str(fired), only=points))
+    killed = finish(launcher, job(recipe, "killed", "rounds=1", fired=str(fired), only=points))
     seen = fired.read_text()
     assert killed == len(seen.splitlines()) >= least, seen
     for stage in ("prompts", "baseline-held-out", "baseline", "final", *(f"round-00/{s}" for s in (
@@ -101,58 +93,58 @@ def test_killed_at_every_point_it_ends_with_the_same_bits(server, recipe, points
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(server, recipe, ranks):
+def test_killed_at_random_moments_it_ends_with_the_same_bits(launcher, recipe, ranks):
     runs, draw = recipe.parent / "runs", random.Random(ranks)
     started = time.monotonic()
-    server.start(**job(recipe, "whole", ranks=ranks))
-    assert server.wait() == 0, recipe.with_name("whole.log").read_text()[-3000:]
+    launcher.start(**job(recipe, "whole", ranks=ranks))
+    assert launcher.wait() == 0, recipe.with_name("whole.log").read_text()[-3000:]
     seconds, killed, n = time.monotonic() - started, 0, 0
     while killed < 36:
         n += 1
         task = job(recipe, f"killed-{n}", ranks=ranks)
         for _ in range(12):
-            pid = server.start(**task)
+            pid = launcher.start(**task)
             time.sleep(draw.uniform(0.02, seconds / 4))
             with contextlib.suppress(ProcessLookupError):  # it was quicker
                 os.killpg(pid, signal.SIGKILL)
-            if (status := server.wait()) == 0:
+            if (status := launcher.wait()) == 0:
                 break
             assert status == -signal.SIGKILL, Path(task["log"]).read_text()[-3000:]
             killed += 1
-        finish(server, task)
+        finish(launcher, task)
         same_end(runs / "whole", runs / f"killed-{n}")
     print(f"{killed} kills in {n} runs of {seconds:.1f} s")
 
 
-def test_two_ranks_killed_together_go_on_and_no_orphan_writes(server, recipe):
+def test_two_ranks_killed_together_go_on_and_no_orphan_writes(launcher, recipe):
     """First the whole job dies inside sampling and inside training; then its agent alone, as a killed torchrun."""
     runs, fired = recipe.parent / "runs", recipe.with_name("fired")
-    finish(server, job(recipe, "whole", "rounds=1", ranks=2))
+    finish(launcher, job(recipe, "whole", "rounds=1", ranks=2))
     fired.touch()
     points = "sample: token 40|sft: step 1 has|dpo: half of .*state.safetensors"
     task = job(recipe, "killed", "rounds=1", ranks=2, fired=str(fired), only=points)
     seen, run = set(), runs / "killed"
     while len(seen) < 3:
-        server.start(**task)
-        assert server.wait() == -signal.SIGKILL, Path(task["log"]).read_text()[-3000:]
+        launcher.start(**task)
+        assert launcher.wait() == -signal.SIGKILL, Path(task["log"]).read_text()[-3000:]
         seen = set(fired.read_text().splitlines())
-    agent = server.start(**task | {"only": "nothing"})
+    agent = launcher.start(**task | {"only": "nothing"})
     workers = wait_for(lambda: children_of(agent), lambda found: len(found) == 2)
     wait_for(lambda: (run / "round-00/dpo").exists(), bool)
     os.kill(agent, signal.SIGKILL)
-    assert server.wait() == -signal.SIGKILL
+    assert launcher.wait() == -signal.SIGKILL
     wait_for(lambda: [pid for pid in workers if is_alive(pid)], lambda alive: not alive)
     assert not (run / "final").exists()  # what an orphan would have gone on to
-    finish(server, job(recipe, "killed", "rounds=1", ranks=2))
+    finish(launcher, job(recipe, "killed", "rounds=1", ranks=2))
     same_end(runs / "whole", run)
 
 
 @pytest.mark.parametrize("argument, said", [("data.test=500", "leave nothing to train on"),
                                             ("sft.max_length=3", "no row is left to train on")])
-def test_of_two_ranks_one_says_what_is_wrong(server, recipe, argument, said):
+def test_of_two_ranks_one_says_what_is_wrong(launcher, recipe, argument, said):
     task = job(recipe, "wrong", argument, ranks=2)
-    server.start(**task)
-    assert server.wait() == 1
+    launcher.start(**task)
+    assert launcher.wait() == 1
     text = Path(task["log"]).read_text()
     assert text.count("error: ") == 1 and said in text and "Traceback" not in text, text[-3000:]
 

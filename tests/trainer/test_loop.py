@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from conftest import write_recipe
 from training import largest_difference
 
 from strop.trainer.main import main
@@ -17,64 +19,73 @@ from strop.trainer.run.tables import read_table, write_table
 REPO = Path(__file__).parents[2]
 
 
-def strop(recipe, *arguments, ranks=0):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks else []
-    command = [sys.executable, *torchrun, str(REPO / "trainer" / "main.py"), str(recipe), *arguments]
-    return subprocess.run(command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          timeout=300)
+@pytest.fixture(scope="module")
+def two_rounds(launcher, tiny_model, tmp_path_factory):
+    """(recipe, what a plan printed before, the finished run of two rounds); not to be changed."""
+    folder = tmp_path_factory.mktemp("two")
+    recipe = write_recipe(folder, tiny_model)
+    recipe.write_text(recipe.read_text().replace("lr: 1.0e-3", "lr: 3.0e-3"))
+    planned = launcher.run(folder, recipe, "--plan")
+    assert planned.returncode == 0 and not (folder / "runs").exists(), planned.stderr
+    done = launcher.run(folder, recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return recipe, planned.stdout, done.stdout
 
 
-def test_two_rounds_resume_and_recompute(tiny_recipe, tmp_path):
-    run = tmp_path / "runs" / "tiny"
-    planned = strop(tiny_recipe, "--plan")
-    assert planned.returncode == 0 and not run.exists(), planned.stderr
-    assert planned.stdout.count("to run") == 22
-    first = strop(tiny_recipe)
-    assert first.returncode == 0, first.stdout + first.stderr
+def test_two_rounds_resume_and_recompute(strop, two_rounds):
+    recipe, planned, first = two_rounds
+    run = recipe.parent / "runs" / "tiny"
+    assert planned.count("to run") == 22
     for stage in ("prompts", "baseline-held-out", "baseline", "final", *(f"round-0{r}/{s}" for r in (0, 1) for s in (
             "sample", "score", "select", "sft", "reference", "dpo", "merge", "held-out", "evaluate"))):
         assert (run / stage / "manifest.json").exists(), stage
     assert (run / "report.html").exists() and (run / "metrics.jsonl").exists() and (run / "config.yaml").exists()
-    assert "round-01: promoted" in first.stdout and "gain over base" in first.stdout
+    assert "round-01: promoted" in first and "gain over base" in first
     assert not list(run.rglob("work")) and not list(run.rglob("*.partial"))
 
-    again = strop(tiny_recipe)
+    again = strop(recipe)
     assert again.returncode == 0 and again.stdout.count(": up to date\n") == 22
 
-    changed = strop(tiny_recipe, "dpo.beta=0.3", "--plan")
+    changed = strop(recipe, "dpo.beta=0.3", "--plan")
     assert "dpo.beta: 0.1 -> 0.3" in changed.stdout
     lines = {w[0]: w[1] for w in (line.split() for line in changed.stdout.splitlines()) if len(w) > 1}
     assert lines["round-00/sft"] == "done" and lines["round-00/dpo"] == lines["round-01/sample"] == "stale"
 
 
-@pytest.mark.parametrize("pairs", ["policy", "round"])
-def test_who_wrote_the_pairs(tiny_recipe, tmp_path, pairs):
+def writers(run):
+    """(its folder, manifests of its stages) of each round."""
+    for name in ("round-00", "round-01"):
+        yield run / name, {stage: read_json(run / name / stage / "manifest.json") for stage in ("sample", "sft", "dpo")}
+
+
+def test_pairs_of_the_policy_are_what_dpo_starts_from(strop, two_rounds, tmp_path):
     """With pairs=policy DPO learns from completions of the weights that it starts from, in every round."""
-    done = strop(tiny_recipe, f"dpo.pairs={pairs}", "sft.lr=3e-3")
+    shutil.copytree(two_rounds[0].parent / "runs", tmp_path, dirs_exist_ok=True)  # what is up to date is not run again
+    done = strop(two_rounds[0], "dpo.pairs=policy", f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    for round_ in (tmp_path / "runs" / "tiny" / "round-00", tmp_path / "runs" / "tiny" / "round-01"):
-        found = {name: read_json(round_ / name / "manifest.json") for name in ("sample", "sft", "dpo")}
+    for round_, found in writers(tmp_path / "tiny"):
         counts, inputs = found["dpo"]["counts"], found["dpo"]["inputs"]
-        assert (round_ / "dpo-sample").exists() == (pairs == "policy")
-        if pairs == "policy":
-            drawn = read_json(round_ / "dpo-sample" / "manifest.json")["inputs"]
-            assert drawn["weights"] == inputs["policy"] != found["sample"]["inputs"]["weights"]
-            assert counts["off_policy_share"] == 0 and abs(counts["writer_log_ratio"]) < 1e-3
-            rows = [read_table(f).to_pylist() for f in round_.glob("*sample/shard-*.parquet")]
-            assert {r["writer_hash"] for shard in rows for r in shard} == {
-                drawn["weights"], found["sample"]["inputs"]["weights"]}
-            origins = read_table(round_ / "dpo-select" / "pairs.parquet")["origin"].to_pylist()
-            assert set(origins) == {round_.name}
-        else:
-            assert counts["off_policy_share"] == 1 and abs(counts["writer_log_ratio"]) > 1e-3
+        drawn = read_json(round_ / "dpo-sample" / "manifest.json")["inputs"]
+        assert drawn["weights"] == inputs["policy"] != found["sample"]["inputs"]["weights"]
+        assert counts["off_policy_share"] == 0 and abs(counts["writer_log_ratio"]) < 1e-3
+        rows = [read_table(f).to_pylist() for f in round_.glob("*sample/shard-*.parquet")]
+        assert {r["writer_hash"] for shard in rows for r in shard} == {
+            drawn["weights"], found["sample"]["inputs"]["weights"]}
+        origins = read_table(round_ / "dpo-select" / "pairs.parquet")["origin"].to_pylist()
+        assert set(origins) == {round_.name}
 
 
-def test_final_folder_is_plain_transformers(tiny_recipe, tmp_path):
+def test_pairs_of_the_round_are_not_the_policys(two_rounds):
+    for round_, found in writers(two_rounds[0].parent / "runs" / "tiny"):
+        counts = found["dpo"]["counts"]
+        assert not (round_ / "dpo-sample").exists()
+        assert counts["off_policy_share"] == 1 and abs(counts["writer_log_ratio"]) > 1e-3
+
+
+def test_final_folder_is_plain_transformers(two_rounds):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    done = strop(tiny_recipe, "rounds=1")
-    assert done.returncode == 0, done.stderr
-    final = tmp_path / "runs" / "tiny" / "final"
+    final = two_rounds[0].parent / "runs" / "tiny" / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "say 1"}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)
@@ -83,11 +94,12 @@ def test_final_folder_is_plain_transformers(tiny_recipe, tmp_path):
     assert read_json(final / "results.json")["promotions"][0]["candidates"]["start"] == ["baseline", "base"]
 
 
-def test_two_ranks_do_what_one_does(tiny_recipe, tmp_path):
-    one = strop(tiny_recipe, "rounds=1", "name=one")
-    two = strop(tiny_recipe, "rounds=1", "name=two", ranks=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    a, b = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
+def test_two_ranks_do_what_one_does(two_rounds, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(REPO / "trainer" / "main.py")]
+    two = subprocess.run([*command, str(two_rounds[0]), "rounds=1", f"output_dir={tmp_path}"], text=True,
+                         capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert two.returncode == 0, two.stdout + two.stderr
+    a, b = two_rounds[0].parent / "runs" / "tiny", tmp_path / "tiny"
     for table in ("prompts/prompts", "round-00/score/scores", "round-00/select/sft", "round-00/select/pairs",
                   "baseline/results", "round-00/sample/shard-00003"):
         assert read_table(a / f"{table}.parquet").equals(read_table(b / f"{table}.parquet")), table
@@ -101,13 +113,13 @@ def test_two_ranks_do_what_one_does(tiny_recipe, tmp_path):
     ("data.sources.0.path=gone.jsonl", "gone.jsonl: no such file"),
     ("sft.max_length=3", "sft.parquet: no row is left to train on"),
 ])
-def test_a_users_mistake_is_a_line_and_no_traceback(tiny_recipe, argument, message):
+def test_a_users_mistake_is_a_line_and_no_traceback(strop, tiny_recipe, argument, message):
     done = strop(tiny_recipe, argument, "rounds=1")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
 
 
-def test_a_job_of_ones_own(tiny_model, tmp_path):
+def test_a_job_of_ones_own(strop, tiny_model, tmp_path):
     """Two sources with their own verifiers and shares, ready data in TRL's columns, LoRA, an average, in one recipe."""
     pytest.importorskip("peft")
     write_table(tmp_path / "choice.parquet", pa.table({
@@ -163,7 +175,7 @@ evaluate: {{max_new_tokens: 8, bootstrap: 100}}
     assert 0 < largest_difference(run / "final", tiny_model) < moved
 
 
-def test_ready_data_alone_needs_no_prompts(tiny_model, tmp_path):
+def test_ready_data_alone_needs_no_prompts(strop, tiny_model, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": f"one or two, {i}? ", "chosen": "two", "rejected": "one"}) + "\n" for i in range(6)))
     (tmp_path / "only.yaml").write_text(f"""\
@@ -187,7 +199,8 @@ def test_a_later_round_without_pairs_keeps_the_weights(tiny_recipe, tmp_path, ca
     text = tiny_recipe.read_text().replace('"[0-9]"', '"(?:)"')
     ready = f"  preferences: [{{name: mine, path: {tmp_path / 'pairs.jsonl'}, rounds: [0]}}]\nsample:"
     tiny_recipe.write_text(text.replace("sample:", ready))
-    arguments = [str(tiny_recipe), "select.accumulate=false", "sample.max_new_tokens=60"]
+    few = ["sample.prompts=8", "sample.k=4", "sample.max_new_tokens=60"]
+    arguments = [str(tiny_recipe), "select.accumulate=false", *few]
     assert main(arguments) == 0
     shown, run = capsys.readouterr().out, tmp_path / "runs" / "tiny"
     assert shown.count("round-01/dpo: the weights stay as they are: ") == 1 and "round-00/dpo: the w" not in shown

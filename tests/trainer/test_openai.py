@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -399,7 +397,7 @@ def test_evaluation_counts_cut_and_empty_answers_as_wrong(server, prompts, tiny_
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_with_a_server_killed_in_the_middle_asks_nothing_twice(server, tiny_model, tmp_path):
+def test_a_run_with_a_server_killed_in_the_middle_asks_nothing_twice(server, launcher, tiny_model, tmp_path):
     path = write_recipe(tmp_path, tiny_model)
     ready, asked = threading.Event(), []
 
@@ -416,14 +414,11 @@ def test_a_run_with_a_server_killed_in_the_middle_asks_nothing_twice(server, tin
                                     f"sample: {{prompts: 12, k: 4, shard_prompts: 6, engine: openai, concurrency: 2, "
                                     f"base_url: {server.url}, model: the-model, key_env: THE_KEY}}")
     path.write_text(text.replace("rounds: 2", "rounds: 1").replace("pattern: \"[0-9]\"", "pattern: \"7\""))
-    command = [sys.executable, "-m", "strop.trainer.main", str(path)]
-    environment = os.environ | {"THE_KEY": "sk-secret", "OMP_NUM_THREADS": "1"}
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    pid = launcher.start(argv=[str(path)], log=str(tmp_path / "log"), env={"THE_KEY": "sk-secret"})
     assert ready.wait(120), (tmp_path / "log").read_text()
     time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    launcher.wait()
     done = [json.loads(line) for line in (
         tmp_path / "runs/tiny/round-00/sample.partial" / "work" / "answers-000.jsonl").read_text().splitlines()]
     assert len(done) == 30

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import make_run, plan_of
+from runs import Size, make_run, plan_of
 from test_watch import at_work, note
 
 from strop.trainer.errors import UserError
@@ -167,11 +167,16 @@ def spoil(node, draw):
     return draw(JSON)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "small", size=Size(test=6, validation=3, train=4, k=2, steps=4))
+
+
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_any_damage_to_a_file_of_a_run_is_told_in_one_line(finished, data):
+def test_any_damage_to_a_file_of_a_run_is_told_in_one_line(small, data):
     """`show`, the report and `compare` work with whatever is left, or say what is wrong."""
-    files = sorted([*finished.rglob("*.json"), finished / "metrics.jsonl", finished / "config.yaml"])
+    files = sorted([*small.rglob("*.json"), small / "metrics.jsonl", small / "config.yaml"])
     path = data.draw(st.sampled_from(files))
     before = path.read_bytes()
     try:
@@ -182,8 +187,8 @@ def test_any_damage_to_a_file_of_a_run_is_told_in_one_line(finished, data):
             path.write_text("\n".join(lines))
         else:
             path.write_text(json.dumps(spoil(yaml.safe_load(before), data.draw)))
-        for look in (lambda: shown(finished), lambda: write_report(finished),
-                     lambda: compare(Console(file=io.StringIO(), plain=True), *[str(finished)] * 2)):
+        for look in (lambda: shown(small), lambda: write_report(small),
+                     lambda: compare(Console(file=io.StringIO(), plain=True), *[str(small)] * 2)):
             with suppress(UserError):
                 look()
     finally:

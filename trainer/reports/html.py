@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import time
+from functools import cache
 from pathlib import Path
 from statistics import median_high
 
@@ -68,6 +69,7 @@ class Refresh:
         self.not_before = self.clock() + REST * (self.clock() - started)
 
 
+@cache
 def templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)

@@ -4,7 +4,9 @@ import difflib
 import fcntl
 import os
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -169,6 +171,9 @@ def load_run(run: str | Path) -> RunRecord:
     return read_run(find_run(run))
 
 
+_parsed = lru_cache(maxsize=4)(yaml.safe_load)  # a run at work is read after each stage
+
+
 def read_run(run_dir: Path) -> RunRecord:
     """Reads a run directory; damaged parts end up in `problems`."""
     run = RunRecord(run_dir)
@@ -177,7 +182,7 @@ def read_run(run_dir: Path) -> RunRecord:
     if (run_dir / "config.yaml").exists():
         run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
         try:
-            config = yaml.safe_load(run.config_text)
+            config = deepcopy(_parsed(run.config_text))
             config = config if isinstance(config, dict) else {}
             sections = {k for k, f in recipe_class(config).model_fields.items() if isinstance(f.default, Section)}
             wrong = [k for k in sections & config.keys() if not isinstance(config[k], dict)]

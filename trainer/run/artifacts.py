@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from strop.trainer.errors import UserError
@@ -98,6 +98,7 @@ def check_file(path: Path, entry: dict, remedy: str) -> None:
         raise UserError(f"{path}: damaged, its content does not match its hash; {remedy}")
 
 
+@cache
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
