@@ -164,7 +164,8 @@ def cut_gguf(source: Path, target: Path, vocabulary: int = 4096) -> None:
 
 
 def test_run_needs_only_what_its_lock_names(tmp_path):
-    """The recipe smoke, cut down, from the GGUF to the report, while everything else that is installed is hidden."""
+    """The recipe smoke, cut down, from the GGUF to the report on two ranks, while everything else that is installed is
+    hidden."""
     allowed, provided = {*locked("run"), "strop"}, owners()
     modules = sorted(module for module, names in provided.items() if not names & allowed)
     names = sorted(set().union(*provided.values()) - allowed)
@@ -181,11 +182,12 @@ def test_run_needs_only_what_its_lock_names(tmp_path):
         "evaluate.kl_prompts=1", "evaluate.bootstrap=10", f"data.sft=[{{name: sft, path: {tmp_path}/sft.jsonl}}]",
         f"data.preferences=[{{name: pairs, path: {tmp_path}/pairs.jsonl}}]",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "trainer/main.py", "smoke", *small]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "trainer/main.py", "smoke", *small]
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "converting" in done.stdout and (tmp_path / "runs/smoke/report.html").exists()
+    assert json.loads((tmp_path / "runs/smoke/round-00/sample/manifest.json").read_text())["ranks"] == 2
     loaded = {argv[0]: found for argv, found in (json.loads(p.read_text()) for p in tmp_path.glob("loaded-*.json"))}
     worker = next(found for program, found in loaded.items() if program.endswith("trainer/main.py"))
     assert {"torch", "transformers", "accelerate", "gguf", "reasoning_gym", "strop"} <= set(worker)

@@ -11,6 +11,7 @@ once it has ended.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -152,6 +153,8 @@ def serve() -> None:
                  "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
                  "transformers.models.auto.tokenization_auto"):
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # shared with the forks: none of them looks for garbage in it
     out = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         task = json.loads(line)

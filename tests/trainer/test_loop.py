@@ -1,10 +1,6 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -15,8 +11,6 @@ from training import largest_difference
 from strop.trainer.main import main
 from strop.trainer.run.files import read_json
 from strop.trainer.run.tables import read_table, write_table
-
-REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +88,9 @@ def test_final_folder_is_plain_transformers(two_rounds):
     assert read_json(final / "results.json")["promotions"][0]["candidates"]["start"] == ["baseline", "base"]
 
 
-def test_two_ranks_do_what_one_does(two_rounds, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(REPO / "trainer" / "main.py")]
-    two = subprocess.run([*command, str(two_rounds[0]), "rounds=1", f"output_dir={tmp_path}"], text=True,
-                         capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+def test_two_ranks_do_what_one_does(strop, two_rounds, tmp_path):
+    """test_locks.py has two ranks under torchrun itself."""
+    two = strop(two_rounds[0], "rounds=1", f"output_dir={tmp_path}", ranks=2)
     assert two.returncode == 0, two.stdout + two.stderr
     a, b = two_rounds[0].parent / "runs" / "tiny", tmp_path / "tiny"
     for table in ("prompts/prompts", "round-00/score/scores", "round-00/select/sft", "round-00/select/pairs",
