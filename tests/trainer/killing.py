@@ -1,13 +1,13 @@
 """Runs of the program in processes of their own, forked from one that has all libraries loaded: they start at once,
 and they can be made to die at precise places.
 
-`python killing.py` reads one job a line from stdin (JSON: argv, log, errors, env, run_dir, ranks, fired, only) and
-forks for each. The fork is a job of its own: a process group, with several `ranks` an agent and its workers as torchrun
-has them. `log` gets its output, and its errors too without a file `errors`; `env` is added to its environment. With a
-`run_dir`, named points are put around what the program does. A job with a `fired` file SIGKILLs its whole group at the
-first point whose name matches `only` and is not in the file, and notes it there; so the same job, started again and
-again, dies at every point once and then finishes. The answers are {"pid": ...} once it has begun and {"status": ...}
-once it has ended.
+`python killing.py` reads one job a line from stdin (JSON: argv, log, errors, env, code, run_dir, ranks, fired, only)
+and forks for each. The fork is a job of its own: a process group, with several `ranks` an agent and its workers as
+torchrun has them. `log` gets its output, and its errors too without a file `errors`; `env` is added to its environment;
+`code` is executed before it begins. With a `run_dir`, named points are put around what the program does. A job with a
+`fired` file SIGKILLs its whole group at the first point whose name matches `only` and is not in the file, and notes it
+there; so the same job, started again and again, dies at every point once and then finishes. The answers are
+{"pid": ...} once it has begun and {"status": ...} once it has ended.
 """
 
 import contextlib
@@ -107,6 +107,7 @@ def child(task: dict) -> None:
     from strop.trainer.main import main
 
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    exec(task.get("code", ""), {})
     if "run_dir" in task:
         Job(task).install()
     code = 70

@@ -248,7 +248,7 @@ def test_the_verbs_revise_score_and_select_and_do_so_once(tiny_recipe):
     made = []
     for critique, name in (("C {feedback}", "tiny"), ("C {feedback}", "tiny"), ("D {feedback}", "tiny"),
                            ("C {feedback}", "other")):
-        with open_run(tiny_recipe, {"name": name}) as run:
+        with open_run(tiny_recipe, {"name": name, "sample.prompts": 8, "sample.k": 4}) as run:
             made.append(method(run, critique))
     hashes = [[artifact.hash for artifact in found] for found in made]
     assert hashes[0] == hashes[1] == hashes[3] and hashes[2][0] == hashes[0][0] and hashes[2][1] != hashes[0][1]

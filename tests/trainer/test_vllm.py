@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -164,34 +163,32 @@ def test_an_interpreter_without_vllm_or_none_at_all(tiny_model, prompts, tmp_pat
             sample(make_stage(tmp_path / "out"), recipe(python=python), round=0, model=tiny_model, prompts=prompts)
 
 
-def test_nothing_outlives_a_killed_run(fake, tiny_model, tmp_path):
+def test_nothing_outlives_a_killed_run(fake, launcher, tiny_model, tmp_path):
     """The trainer is killed while vLLM samples: the worker and what it started are gone."""
     path = write_recipe(tmp_path, tiny_model)
     fake(sample="hang")
     text = path.read_text().replace("batch_size: 32}", "engine: vllm}").replace("rounds: 2", "rounds: 1")
     path.write_text(text)
-    code = """
-import json, sys
+    code = f"""
+import json
 from pathlib import Path
-from strop.trainer.main import main
 from strop.trainer.sampling import vllm
 own = vllm.own_logprobs
 def noted(*args):
     found = own(*args)
-    Path(sys.argv[2]).write_text(json.dumps({str(tokens): logp for tokens, logp in found}))
+    Path({str(tmp_path / "logprobs.json")!r}).write_text(json.dumps({{str(tokens): logp for tokens, logp in found}}))
     return found
 vllm.own_logprobs = noted
-sys.exit(main([sys.argv[1]]))
 """
-    process = subprocess.Popen([sys.executable, "-c", code, str(path), str(tmp_path / "logprobs.json")],
-                               stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    pid = launcher.start(argv=[str(path)], code=code, log=str(tmp_path / "log"),
+                         env={name: os.environ[name] for name in ("FAKE_VLLM", "PYTHONPATH")})
     end = time.monotonic() + 120
     while time.monotonic() < end and not ((tmp_path / "calls").exists() and calls(tmp_path, "sample")):
         time.sleep(0.1)
     pids = children(tmp_path)
     assert len(set(pids)) == 2 and all(map(is_alive, pids))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    launcher.wait()
     assert gone(pids)
 
 

@@ -86,7 +86,7 @@ def test_a_committee_over_two_rounds(tiny_model, stranger, teacher, tmp_path, ca
     models = [{"name": "now", "share": 3, "batch_size": 32}, {"name": "first", "weights": "round-00"},
               {"name": "base", "weights": "start"}, {"name": "other", "path": str(stranger)},
               {"name": "teacher", "engine": "openai", "base_url": teacher.url, "model": "the-model", "share": 2}]
-    path = committee(tmp_path, tiny_model, models)
+    path = committee(tmp_path, tiny_model, models, prompts=12)
     assert main([path]) == 0
     printed, run = capsys.readouterr().out, tmp_path / "runs/tiny"
     for r, names in ((0, ("now", "base", "other", "teacher")), (1, ("now", "first", "base", "other", "teacher"))):
@@ -94,17 +94,17 @@ def test_a_committee_over_two_rounds(tiny_model, stranger, teacher, tmp_path, ca
         rows = rows_of(folder / "sample")
         assert {p.name for p in folder.glob("sample-*")} == {f"sample-{name}" for name in names}
         drawn = Counter(row["writer"] for row in rows)
-        assert drawn["now"] == 24 * (4 if r == 0 else 3) and drawn["base"] == 24 and drawn["teacher"] == 48
+        assert drawn["now"] == 12 * (4 if r == 0 else 3) and drawn["base"] == 12 and drawn["teacher"] == 24
         dropped = [d for name in names for d in read_table(folder / f"sample-{name}/drops.parquet").to_pylist()]
         ids = Counter((row["prompt_id"], row["sample_index"]) for row in [*rows, *dropped])
-        assert len(ids) == 24 * 8 and set(ids.values()) == {1}
+        assert len(ids) == 12 * 8 and set(ids.values()) == {1}
         hashes = {row["writer"]: row["writer_hash"] for row in rows}
         assert hashes["teacher"] is None and len(set(hashes.values())) == len(names) - 1  # now is base, then first
         assert len({tuple(row["prompt_tokens"]) for row in rows if row["prompt_id"] == rows[0]["prompt_id"]}) == 1
     promoted = read_json(run / "promotions.json")[0]["hash"]
     assert hashes["now"] == hashes["first"] == promoted
     asked = len(teacher.requests)
-    assert asked == 2 * 24 * 2
+    assert asked == 2 * 12 * 2
     pairs = read_table(run / "round-01/select/pairs.parquet").to_pylist()
     mixed = sum(p["chosen_writer"] != p["rejected_writer"] for p in pairs)
     assert mixed and read_json(run / "round-01/dpo/manifest.json")["counts"]["mixed_writer_pairs"] == mixed
