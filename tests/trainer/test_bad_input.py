@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import write_recipe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,9 +35,15 @@ ERRORS = TRAINER.parent / "docs" / "errors.md"
 class Place:
     """A recipe of one round that would run, its prompts, ready data and model, each to be spoilt."""
 
-    def __init__(self, recipe: Path, model: Path):
-        self.recipe, self.dir, self.shared = recipe, recipe.parent, model
+    def __init__(self, recipe: Path, model: Path, finished: Path):
+        self.recipe, self.dir, self.shared, self.finished = recipe, recipe.parent, model, finished
         self.run, self.prompts = self.dir / "runs" / "tiny", self.dir / "prompts.jsonl"
+
+    def finish(self) -> None:
+        """What a run of the recipe leaves, with the recipe of the run that is copied for it."""
+        shutil.copytree(self.finished / "runs" / "tiny", self.run)
+        text = (self.finished / "tiny.yaml").read_text()
+        self.recipe.write_text(text.replace(str(self.finished / "runs"), str(self.dir / "runs")))
 
     def edit(self, old: str, new: str) -> None:
         text = self.recipe.read_text()
@@ -154,7 +161,7 @@ def flip(path: Path) -> None:
 
 def after_a_run(place: Place, damage, again: str) -> None:
     """Damages a file of a finished run from which the folder `again` has to be made."""
-    assert main([str(place.recipe), "rounds=1"]) == 0
+    place.finish()
     damage(place.run)
     shutil.rmtree(place.run / again)
     shutil.rmtree(place.run / "final", ignore_errors=True)
@@ -165,7 +172,7 @@ def damaged(file: str, again: str, damage=flip):
 
 
 def damaged_at_last(place: Place) -> None:
-    assert main([str(place.recipe), "rounds=1"]) == 0
+    place.finish()
     flip(place.run / "final/model.safetensors")
 
 
@@ -351,10 +358,18 @@ def run(place: Place, arguments: list[str] | None, capfd) -> tuple[int, list[str
     return code, [line for line in text.splitlines() if line.startswith("error: ")], text
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A folder with a recipe and its finished run; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([str(write_recipe(folder, tiny_model)), "rounds=1"]) == 0
+    return folder
+
+
 @pytest.fixture
-def place(tiny_recipe, tiny_model, monkeypatch, tmp_path):
+def place(tiny_recipe, tiny_model, finished, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = Place(tiny_recipe, tiny_model)
+    place = Place(tiny_recipe, tiny_model, finished)
     place.patch = monkeypatch
     return place
 
@@ -456,7 +471,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch_and_a_resume_point_of_finite
 
 def test_what_is_damaged_is_made_again_with_the_same_bits(place, capfd):
     """The remedies of the errors work, and a damaged shard of an unfinished stage is never used."""
-    assert main([str(place.recipe), "rounds=1"]) == 0
+    place.finish()
     whole = (place.run / "final/model.safetensors").read_bytes()
     flip(place.run / "round-00/sft/model/model.safetensors")
     for folder in ("round-00/dpo", "round-00/merge", "final"):

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def scorers():
     try:
         made = {kind: CodeScorer(Tests(kind, "tests", "entry" if kind == "asserts" else None, None, "solution", [],
-                                       "p"), Limits(seconds=3.0), 1) for kind in ("asserts", "pytest", "stdio")}
+                                       "p"), Limits(seconds=10.0 if kind == "pytest" else 3.0), 1)
+                for kind in ("asserts", "pytest", "stdio")}
     except UserError as e:
         pytest.skip(str(e))
     yield made
@@ -103,8 +104,14 @@ FAKES = {  # what a program without a right answer tries
 }
 
 
-@pytest.mark.parametrize("kind", ["asserts", "pytest", "stdio"])
-@pytest.mark.parametrize("what", FAKES)
+# what attacks pytest itself, the end of its process or the way of its verdicts; a start of pytest takes a second
+OF_PYTEST = ("sys.exit(0)", "os._exit(0)", "the marker of success", "verdicts to every descriptor", "patched pytest",
+             "frames above", "files beside", "an exit handler", "a skip", "closing the channel")
+
+
+@pytest.mark.parametrize("kind,what", [
+    pytest.param(kind, what, marks=[pytest.mark.slow] if kind == "pytest" and what not in OF_PYTEST else [])
+    for what in FAKES for kind in ("asserts", "pytest", "stdio")])
 def test_a_verdict_cannot_be_faked(scorers, kind, what):
     tests = {"asserts": ["assert add(1, 2) == 3", "assert 5 < add(2, 2) + 4 < 9"], "pytest": FILE,
              "stdio": PAIRS}[kind]
