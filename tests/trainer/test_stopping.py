@@ -8,7 +8,8 @@ import pytest
 
 # a stage is in the middle once this file holds this text
 AFTER = {"sample": ("round-00/sample.partial/shard-00001.parquet", ""), "sft": ("metrics.jsonl", '"round-00/sft"')}
-KEYS = ("rounds=1", "sample.shard_prompts=1", "sft.epochs=40", "sft.checkpoint_steps=1000")
+KEYS = {"sample": ("rounds=1", "sample.shard_prompts=2"),
+        "sft": ("rounds=1", "sft.epochs=20", "sft.checkpoint_steps=1000")}
 
 
 def stop_when(pid, path, text, number):
@@ -22,7 +23,7 @@ def stop_when(pid, path, text, number):
 @pytest.mark.parametrize("stage, number", [("sample", signal.SIGTERM), ("sft", signal.SIGINT)])
 def test_a_signal_stops_at_a_safe_point_and_the_run_resumes(launcher, strop, tiny_recipe, tmp_path, stage, number):
     run_dir, out, err = tmp_path / "runs" / "tiny", tmp_path / "out", tmp_path / "err"
-    pid = launcher.start(argv=[str(tiny_recipe), *KEYS], log=str(out), errors=str(err))
+    pid = launcher.start(argv=[str(tiny_recipe), *KEYS[stage]], log=str(out), errors=str(err))
     file, text = AFTER[stage]
     stop_when(pid, run_dir / file, text, number)
     assert launcher.wait() == 128 + number
@@ -32,7 +33,7 @@ def test_a_signal_stops_at_a_safe_point_and_the_run_resumes(launcher, strop, tin
     if stage == "sft":
         (kept,) = (run_dir / "round-00/sft.partial/work").glob("step-*")
         assert int(kept.name[5:]) >= 1  # saved because it stopped: the next resume point was far
-    again = strop(tiny_recipe, *KEYS)
+    again = strop(tiny_recipe, *KEYS[stage])
     assert again.returncode == 0, again.stderr
     assert ("resumed at step" if stage == "sft" else "completions) done before") in again.stdout
 
