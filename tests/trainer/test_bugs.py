@@ -20,7 +20,7 @@ def fails_with(error: Exception):
     return fail
 
 
-@pytest.mark.parametrize("fails, shown, said", [
+FAILURES = [
     (lengths_differ, "ValueError: zip() argument 2 is longer than argument 1", "a bug in Strop or in a library"),
     (fails_with(ValueError("no such thing")), "ValueError: no such thing", "a bug in Strop or in a library"),
     (fails_with(KeyError("row_id")), "KeyError: 'row_id'", "a bug in Strop or in a library"),
@@ -30,23 +30,30 @@ def fails_with(error: Exception):
     (fails_with(UserError("data.jsonl:3: answer: mend it")), None, "data.jsonl:3: answer: mend it"),
     (fails_with(FileNotFoundError(errno.ENOENT, "No such file or directory", "data.jsonl")), None,
      "data.jsonl: No such file or directory"),
-], ids=["zip", "ValueError", "KeyError", "assert", "device memory", "host memory", "UserError", "OSError"])
-def test_a_bug_keeps_its_traceback_and_says_what_is_safe(tiny_recipe, tmp_path, capfd, fails, shown, said):
-    run_dir, command = tmp_path / "runs/tiny", [str(tiny_recipe), "rounds=1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.score.score_rows", fails)
-        code = main(command)
-    text = capfd.readouterr().err
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(errors) == 1, text
-    if shown is None:
-        assert "Traceback" not in text and errors == [f"error: {said}"]
-    else:
-        assert "Traceback (most recent call last)" in text and shown in text and "stages/score.py" in text
-        assert errors == [f"error: {said} (traceback above); completed stages are kept, and the same command resumes"]
-    assert text.endswith(errors[0] + "\n")
-    kept = {p: p.read_bytes() for p in run_dir.rglob("manifest.json")}
-    assert {p.parent.name for p in kept} == {"prompts", "baseline-held-out", "baseline", "sample"}
+]
+
+
+def test_a_bug_keeps_its_traceback_and_says_what_is_safe(tiny_recipe, tmp_path, capfd):
+    """One after the other in the same run, which goes on from what the one before has left."""
+    run_dir, command, kept = tmp_path / "runs/tiny", [str(tiny_recipe), "rounds=1"], {}
+    for fails, shown, said in FAILURES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("strop.trainer.stages.score.score_rows", fails)
+            code = main(command)
+        text = capfd.readouterr().err
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert code == 1 and len(errors) == 1, text
+        if shown is None:
+            assert "Traceback" not in text and errors == [f"error: {said}"]
+        else:
+            assert "Traceback (most recent call last)" in text and shown in text and "stages/score.py" in text
+            assert errors == [
+                f"error: {said} (traceback above); completed stages are kept, and the same command resumes"]
+        assert text.endswith(errors[0] + "\n")
+        found = {p: p.read_bytes() for p in run_dir.rglob("manifest.json")}
+        assert {p.parent.name for p in found} == {"prompts", "baseline-held-out", "baseline", "sample"}
+        kept = kept or found
+        assert found == kept, said
     assert main(command) == 0
     assert all(p.read_bytes() == before for p, before in kept.items()) and (run_dir / "final").exists()
 
