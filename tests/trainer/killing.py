@@ -182,10 +182,7 @@ class Launcher:
 
     def start(self, **task) -> int:
         """The job's process id, which is also that of its group."""
-        if self.running is not None:  # of a test that failed
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.running, signal.SIGKILL)
-            self.wait()
+        self._end()
         print(json.dumps(task), file=self.process.stdin, flush=True)
         self.running = json.loads(self.process.stdout.readline())["pid"]
         return self.running
@@ -204,7 +201,15 @@ class Launcher:
         self.start(argv=argv, log=str(files[0]), errors=str(files[1]), ranks=ranks, env=env or {})
         return subprocess.CompletedProcess(argv, self.wait(), *(file.read_text() for file in files))
 
+    def _end(self) -> None:
+        """Ends the job that a failed test has left."""
+        if self.running is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.running, signal.SIGKILL)
+            self.wait()
+
     def close(self) -> None:
+        self._end()
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
