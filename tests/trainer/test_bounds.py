@@ -51,6 +51,7 @@ def test_a_chat_template_has_bounds(name, monkeypatch):
 
 IN_A_NEW_PROCESS = """
 from strop.trainer.errors import UserError
+from strop.trainer.run.bounds import bounded
 try:
     with bounded("the block", gibibytes=0.25):
         bytearray(1 << 29)
