@@ -175,6 +175,7 @@ def test_ready_data_alone_needs_no_prompts(strop, tiny_model, tmp_path):
 output_dir: {tmp_path / 'runs'}
 dtype: float32
 rounds: 1
+threads: 1
 model: {{path: {tiny_model}}}
 data: {{preferences: [{{name: pairs, path: {tmp_path / 'pairs.jsonl'}}}]}}
 sft: {{enabled: false}}
