@@ -34,6 +34,10 @@ ANCHORS = {
     "sppo_hard": (50.0, -10.0, 10.0, {}),
     "sigmoid_norm": (math.log(2), -0.25, 0.25, {"beta": 5.0, "lengths": torch.tensor([10, 10])}),
     "rpo": (0.1109, -0.0231, 0.0231, {"reward_margin": torch.ones(1)}),
+    "rpo policy first": (0.1201, -0.025, 0.025, {"reward_margin": torch.ones(1), "rpo_divergence": "policy_first"}),
+    "rpo squared": (1.0, -0.2, 0.2, {"reward_margin": torch.ones(1), "rpo_divergence": "squared"}),
+    "kto one by one": (0.5, -0.0125, 0.0125, {"desirable": torch.tensor([True, False])}),  # a mean over completions
+    "bco_pair one by one": (math.log(2), -0.025, 0.025, {"desirable": torch.tensor([True, False])}),
 }
 
 
@@ -232,11 +236,39 @@ def test_plackett_luce_at_zero_and_against_its_formula(k: int):
         torch.testing.assert_close(plackett_luce_loss(policy, ref, **options), pairs)
 
 
+def by_hand(ratios: list[list[float]], ranks: list[list[int]]) -> float:
+    """The loss of each prompt's log-ratios, from its definition."""
+    return sum(math.log(sum(math.exp(b) for j, b in enumerate(row) if j == i or rank[j] > rank[i])) - row[i]
+               for row, rank in zip(ratios, ranks, strict=True) for i in range(len(row))) / len(ratios)
+
+
+def test_plackett_luce_of_unequal_numbers_and_with_ties():
+    counts, ranks = [2, 4, 3], [[0, 1], [0, 0, 1, 1], [0, 1, 2]]
+    ratio = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    rows = [row.tolist() for row in ratio.detach().split(counts)]
+    flat = [r for row in ranks for r in row]
+    options = {"completions": counts, "beta": 1.0}
+    tied = plackett_luce_loss(ratio, ranks=flat, **options)
+    assert tied.item() == pytest.approx(by_hand(rows, ranks))
+    untied = plackett_luce_loss(ratio, **options)
+    assert untied.item() == pytest.approx(by_hand(rows, [list(range(n)) for n in counts])) != pytest.approx(tied.item())
+    apart = sum(plackett_luce_loss(part, completions=len(part), ranks=rank, beta=1.0)
+                for part, rank in zip(ratio.split(counts), ranks, strict=True)) / 3
+    torch.testing.assert_close(tied, apart)
+    assert torch.autograd.gradcheck(lambda r: plackett_luce_loss(r, ranks=flat, **options), ratio)
+    # completions of equal rank, as all that are below, are pushed alike
+    even = plackett_luce_loss(torch.zeros(4, dtype=torch.float64, requires_grad=True), completions=4, ranks=[0, 0, 1, 1])
+    assert even.item() == pytest.approx(2 * math.log(3))
+    for bad in ([0, 1, 0, 0], [0, 1, 2]):
+        with pytest.raises(ValueError, match="ranks"):
+            plackett_luce_loss(torch.zeros(4), completions=4, ranks=bad)
+
+
 def test_plackett_luce_is_finite_far_out_and_refuses_what_is_no_ranking():
     logp = torch.tensor([-4e4, 0.0, 4e4], requires_grad=True)
     loss = plackett_luce_loss(logp, completions=3, beta=1.0)
     assert loss.item() == pytest.approx(8e4 + 4e4) and torch.autograd.grad(loss, logp)[0].isfinite().all()
-    for options in ({"completions": 2}, {"completions": 1}, {"completions": 3, "beta": 0.0},
+    for options in ({"completions": 2}, {"completions": 1}, {"completions": [2]}, {"completions": [1, 2]}, {"completions": 3, "beta": 0.0},
                     {"completions": 3, "segments": torch.arange(3)}, {"completions": 3, "ref_logp": torch.zeros(2)}):
         with pytest.raises(ValueError, match=r"rankings|beta|num_segments|shape"):
             plackett_luce_loss(logp, **options)
