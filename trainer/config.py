@@ -123,7 +123,9 @@ class Data(Section):
     validation: Positive = Field(100, description="prompts of the validation split (promotion decides on it)")
     test: Positive = Field(200, description="prompts of the test split (only reports see it)")
     sft: list[ReadyData] = Field([], description="ready SFT data: messages, or prompt + completion")
-    preferences: list[ReadyData] = Field([], description="ready preference data: prompt + chosen + rejected")
+    preferences: list[ReadyData] = Field([], description="ready preference data: prompt + chosen + rejected; for "
+                                         "dpo.loss=kto and bco also prompt + completion + label (true if it is "
+                                         "desirable), for listwise also prompt + completions + scores, or ranks from 1")
     max_bad_rows: NotNegative = Field(0,
                                       description="malformed rows per file that are quarantined and counted; more "
                                       "stop the run")
@@ -252,22 +254,33 @@ class Sft(Checked):
     start: Literal["base", "previous"] = Field("base", description="weights that each round's SFT starts from")
 
 
+# what the losses learn from: pairs, labels of single completions, or lists of a prompt's scored completions
+ROWS = {"kto": "labels", "bco": "labels", "listwise": "lists"}
+OF_LOSSES = {"rpo_eta": ("rpo",), "rpo_divergence": ("rpo",),  # keys that only these losses read
+             "desirable_weight": ("kto", "bco"), "undesirable_weight": ("kto", "bco")}
+OF_PAIRS = ("label_smoothing", "nll_weight", "nll_normalization")
+
+
 class Dpo(Checked):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     loss: Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "dpop", "exo_pair", "nca_pair", "apo_zero",
-                  "apo_down", "discopop", "sppo_hard", "rpo"] = Field(
-        "sigmoid", description="preference loss; rpo (Nemotron-4) aims at the difference in score, or the column "
-        "margin of ready data")
+                  "apo_down", "discopop", "sppo_hard", "rpo", "kto", "bco", "listwise"] = Field(
+        "sigmoid", description="preference loss, of pairs but for the last three. rpo (Nemotron-4) aims at the "
+        "difference in score, or the column margin of ready data; kto and bco learn from single completions, correct "
+        "or not, or ready ones with a label; listwise (Plackett-Luce) from all scored completions of a prompt")
     rpo_eta: Weight = Field(1.0, description="rpo: scale of the difference in score")
     rpo_divergence: Literal["target_first", "policy_first", "squared"] = Field(
         "target_first", description="rpo: KL(target || policy), KL(policy || target), or their squared difference")
+    desirable_weight: Weight = Field(1.0, description="kto and bco: weight of the loss of correct completions")
+    undesirable_weight: Weight = Field(1.0, description="and of the others; weight times number should be about equal")
     beta: Weight = Field(0.1, description="weight of the KL penalty to the reference")
     label_smoothing: float = Field(0.0, ge=0.0, lt=0.5, description="assumed share of flipped labels")
     nll_weight: float = Field(0.0, ge=0.0, le=1e6, description="weight of the chosen completions' NLL (Llama 3: 0.2)")
     nll_normalization: Literal["batch_tokens", "sequence_mean", "sequence_sum"] = Field(
         "batch_tokens", description="how the NLL is averaged")
-    mask_template_tokens: bool = Field(True,
-                                       description="exclude header and end-of-turn tokens from the loss (Llama 3)")
+    mask_template_tokens: bool | None = Field(None, description="exclude header and end-of-turn tokens from the loss "
+                                              "(Llama 3). Default: true for losses of pairs, else false, since those "
+                                              "have no NLL that teaches to stop")
     reference: Literal["sft", "base", "previous"] = Field("sft",
                                                           description="weights that give the reference log-probs")
     max_kl: PositiveFloat | None = Field(1.0, description="a check fails if the KL of the start weights to the "
@@ -277,11 +290,24 @@ class Dpo(Checked):
                                               "that DPO starts from and pair those completions")
 
     @model_validator(mode="after")
-    def of_rpo(self):
-        for key in ("rpo_eta", "rpo_divergence"):
-            if self.loss != "rpo" and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} is read with loss=rpo only; leave it out, or set loss=rpo")
+    def of_its_loss(self):
+        for key, losses in OF_LOSSES.items():
+            if self.loss not in losses and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is read with loss={' or '.join(losses)} only; leave it out, or set "
+                                 f"loss={losses[0]}")
+        for key in OF_PAIRS if self.rows != "pairs" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is not read by loss={self.loss}; leave it out")
+        if self.loss == "kto" and self.batch_size == 1:
+            raise ValueError("batch_size=1, but loss=kto compares the completions of a step; raise it")
+        if self.mask_template_tokens is None:
+            self.mask_template_tokens = self.rows == "pairs"
         return self
+
+    @property
+    def rows(self) -> str:
+        """What select makes for the loss: pairs, labels or lists."""
+        return ROWS.get(self.loss, "pairs") if self.enabled else "pairs"
 
 
 class Reward(Train):
@@ -419,6 +445,10 @@ class Recipe(Section):
         if self.dpo.enabled and self.dpo.pairs == "policy" and (served or isinstance(self.sample, SampleModels)):
             raise ValueError("dpo.pairs=policy samples the weights that DPO starts from, but sample names other "
                              "writers; set dpo.pairs=round")
+        for key in ("pair_margin", "pair_margin_unit", "pairs_per_prompt") if self.dpo.rows != "pairs" else ():
+            if getattr(self.select, key) != Select.model_fields[key].default:
+                raise ValueError(f"select.{key} is not read with dpo.loss={self.dpo.loss}, which makes no pairs; leave "
+                                 "it out")
         last = "dpo" if self.dpo.enabled else "sft"  # the last stage that trains
         if self.merge.method == "ema" and not (getattr(self, last).ema_decay or getattr(self, last).bema):
             raise ValueError(f"merge.method=ema takes the average that {last} keeps; set {last}.ema_decay above 0, or "

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from strop.trainer.config import Dpo, Recipe, Reward, Sft, Train
-from strop.trainer.engines import AnyRevise, AnySample, Sample, sections_of
+from strop.trainer.engines import AnyRevise, AnySample, Revise, Sample, SampleModels, sections_of
 from strop.trainer.section import UNKEYED, NotNegative, PositiveFloat, Section, Share
 
 MERGING = ("merge.method", "merge.members", "merge.weights", "merge.t", "merge.interpolate")  # those of a round
@@ -68,6 +68,11 @@ class PromptedRecipe(MethodRecipe):
                              "least one source")
         return self
 
+    def _needs_pairs(self) -> None:
+        if self.dpo.rows != "pairs":
+            raise ValueError(f"dpo.loss={self.dpo.loss} needs no pairs, but other stages of method {self.method} learn "
+                             "from those that are selected; set a loss of pairs")
+
     def _check_names(self, key: str, names: list[str], *known: list) -> None:
         there = [entry.name for entries in known for entry in entries]
         if unknown := next((name for name in names if name not in there), None):
@@ -106,6 +111,7 @@ class AnnotatedRecipe(PromptedRecipe):
     def has_pairs(self):
         if self.annotate.k < 2:
             raise ValueError(f"annotate.k={self.annotate.k}: a comparison takes 2 answers to a prompt; raise it")
+        self._needs_pairs()
         return self
 
 
@@ -201,6 +207,7 @@ class NemotronRecipe(PromptedRecipe):
 
     @model_validator(mode="after")
     def has_code(self):
+        self._needs_pairs()
         self._check_names("code.sources", self.code.sources, self.data.sources, self.data.sft)
         if self.code.enabled and not self.code.sources:
             raise ValueError("code.sources is empty: name the data.sources and data.sft about code, or set "
@@ -230,8 +237,55 @@ class NemotronRecipe(PromptedRecipe):
         return {name: factor for name, factor in mix.items() if factor}
 
 
+class ConstitutionalRecipe(PromptedRecipe):
+    method: Literal["constitutional"] = Field("constitutional", description="Constitutional AI (2212.08073): SFT on "
+                                              "revised answers, then DPO on pairs that a model judges")
+    rounds: Literal[1] = Field(1, description="always one")
+    revise: AnyRevise = Field(Revise(), description="critiques and revisions of the start weights' answers by the "
+                              "principles of a constitution")
+
+    DEFAULTS: ClassVar = {"revise.times": 4}
+    UNREAD = ("merge", "write_prompts", "sft.enabled", "sft.start", "dpo.enabled", "dpo.pairs", "select.accumulate",
+              "revise.feedback")
+
+    @model_validator(mode="after")
+    def samples_its_weights(self):
+        if isinstance(self.sample, SampleModels) or "{weights}" not in getattr(self.sample, "model", "{weights}"):
+            raise ValueError("method=constitutional samples its own weights, but sample names other writers; use "
+                             "sample.engine in_process or vllm")
+        return self
+
+
+class SelfDistillRecipe(PromptedRecipe):
+    method: Literal["self_distill"] = Field("self_distill", description="rounds of SFT and DPO on the model's own "
+                                            "corrections of what it got wrong")
+    revise: AnyRevise = Field(Revise(), description="corrections of completions that are not correct, by what their "
+                              "scorers said")
+
+    DEFAULTS: ClassVar = {"revise.feedback": "errors", "revise.per_prompt": 4}
+    UNREAD = ("write_prompts", "dpo.pairs", "revise.principles", "revise.times")
+
+    @model_validator(mode="after")
+    def by_errors(self):
+        if self.revise.feedback != "errors":
+            raise ValueError("revise.feedback=principles: method self_distill corrects errors; leave it out, or set "
+                             "method=constitutional")
+        return self
+
+
+class BestOfNRecipe(PromptedRecipe):
+    method: Literal["best_of_n"] = Field("best_of_n", description="scored samples of the start weights and nothing "
+                                         "trained; strop best-of shows what the best of n is worth")
+    rounds: Literal[1] = Field(1, description="always one")
+
+    DEFAULTS: ClassVar = {"sample.k": 32}
+    UNREAD = ("sft", "dpo", "merge", "evaluate", "write_prompts", "select.accumulate")
+
+
 RECIPES: dict[str, type[Recipe]] = {"rounds": Recipe, "reward": RewardRecipe, "llama3": Llama3Recipe,
-                                    "llama2": Llama2Recipe, "nemotron": NemotronRecipe}  # the keys of each method
+                                    "llama2": Llama2Recipe, "nemotron": NemotronRecipe,
+                                    "constitutional": ConstitutionalRecipe, "self_distill": SelfDistillRecipe,
+                                    "best_of_n": BestOfNRecipe}  # the keys of each method
 
 
 def recipe_class(data: dict) -> type[Recipe]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .segment_sum import segment_sum
+from .segment_sum import sequence_sums
 
 
 def plackett_luce_loss(
@@ -35,36 +35,35 @@ def plackett_luce_loss(
     if ref_logp is not None:
         ratio = ratio - ref_logp.detach().to(dtype)
     if segments is not None:
-        if num_segments is None or segments.shape != policy_logp.shape:
+        if num_segments is None:
             raise ValueError("segments needs num_segments and one id for each token log-prob")
-        edges = torch.arange(num_segments + 1, dtype=segments.dtype, device=segments.device)
-        ratio = segment_sum(ratio, torch.searchsorted(segments, edges))
+        ratio = sequence_sums(ratio, segments, num_segments)
     sums = ratio.shape[0] if ratio.dim() == 1 else 0
     counts = [completions] * (sums // max(1, completions)) if isinstance(completions, int) else list(completions)
     if not sums or sum(counts) != sums or min(counts) < 2:
         raise ValueError(f"{list(ratio.shape)} completions are not rankings of {completions}, which must be 2 or more")
-    place, compared = _layout(counts, ranks)
-    if ratio.is_cuda:
-        place, compared = (t.pin_memory().to(ratio.device, non_blocking=True) for t in (place, compared))
+    layout = torch.tensor(_layout(counts, ranks))
+    layout = layout.pin_memory() if ratio.is_cuda else layout
+    place, rank = layout.to(ratio.device, non_blocking=True).unbind(0)
     reward = torch.cat([beta * ratio, ratio.new_zeros(1)]).index_select(0, place.flatten()).view(place.shape)
-    rest = torch.where(compared, reward[:, None, :], -torch.inf).logsumexp(2)
+    # of [prompt, i, j]: whether j is i or ranked below i; padding is compared with itself alone, and so adds nothing
+    below = (rank[:, None, :] > rank[:, :, None]) & (rank >= 0)[:, :, None]
+    below = below | torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)
+    rest = torch.where(below, reward[:, None, :], -torch.inf).logsumexp(2)
     return (rest - reward).sum() / (len(counts) if denominator is None else denominator)
 
 
-def _layout(counts: list[int], ranks: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """On the host: place [G, K] int64 of each prompt's completions, K the most of any; and compared [G, K, K] bool:
-    whether j is i or ranked below i. A prompt with fewer is padded with place S, which is compared with itself alone
-    and so adds nothing."""
-    count, longest, total = torch.tensor(counts), max(counts), sum(counts)
-    inner = torch.arange(longest).expand(len(counts), longest)
-    there = inner < count[:, None]
-    place = torch.where(there, inner + (count.cumsum(0) - count)[:, None], total)
-    rank = inner
-    if ranks is not None:
-        if len(ranks) != total:
-            raise ValueError(f"{len(ranks)} ranks for {total} completions")
-        rank = torch.tensor([*ranks, 0])[place]
-        if bool(((rank.diff(dim=1) < 0) & there[:, 1:]).any()):
-            raise ValueError("ranks must ascend among the completions of a prompt")
-    below = (rank[:, None, :] > rank[:, :, None]) & there[:, None, :] & there[:, :, None]
-    return place, below | torch.eye(longest, dtype=torch.bool)
+def _layout(counts: list[int], ranks: Sequence[int] | None) -> list[list[list[int]]]:
+    """Two tables [G][K], K the most completions of a prompt: the place of each completion among all of them, and its
+    rank. Padded with place S, the number of all, and rank -1."""
+    total, longest, first, places, given = sum(counts), max(counts), 0, [], []
+    if ranks is not None and len(ranks) != total:
+        raise ValueError(f"{len(ranks)} ranks for {total} completions")
+    for count in counts:
+        mine = list(range(count) if ranks is None else ranks[first:first + count])
+        if mine != sorted(mine) or mine[0] < 0:
+            raise ValueError("ranks must ascend from 0 or more among the completions of a prompt")
+        places.append([*range(first, first + count), *[total] * (longest - count)])
+        given.append([*mine, *[-1] * (longest - count)])
+        first += count
+    return [places, given]

@@ -57,3 +57,13 @@ segment_sum.register_autograd(_autograd, setup_context=_setup)
 def segment_of_token(offsets: Tensor, tokens: int) -> Tensor:
     """[M] int64 completion of each token."""
     return torch.searchsorted(offsets, torch.arange(tokens, device=offsets.device), right=True) - 1
+
+
+def sequence_sums(values: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """[num_segments] sums of values [M] by their ascending segment ids [M], as PackedGroups.target_segment.
+
+    Differentiable in values, without a host synchronization. Raises ValueError on other shapes."""
+    if segments.shape != values.shape:
+        raise ValueError("segments needs num_segments and one id for each token log-prob")
+    edges = torch.arange(num_segments + 1, dtype=segments.dtype, device=segments.device)
+    return segment_sum(values, torch.searchsorted(segments, edges))

@@ -257,8 +257,10 @@ def test_plackett_luce_of_unequal_numbers_and_with_ties():
     torch.testing.assert_close(tied, apart)
     assert torch.autograd.gradcheck(lambda r: plackett_luce_loss(r, ranks=flat, **options), ratio)
     # completions of equal rank, as all that are below, are pushed alike
-    even = plackett_luce_loss(torch.zeros(4, dtype=torch.float64, requires_grad=True), completions=4, ranks=[0, 0, 1, 1])
+    zeros = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    even = plackett_luce_loss(zeros, completions=4, ranks=[0, 0, 1, 1], beta=0.3)
     assert even.item() == pytest.approx(2 * math.log(3))
+    assert torch.autograd.grad(even, zeros)[0].tolist() == pytest.approx([-0.2, -0.2, 0.2, 0.2])
     for bad in ([0, 1, 0, 0], [0, 1, 2]):
         with pytest.raises(ValueError, match="ranks"):
             plackett_luce_loss(torch.zeros(4), completions=4, ranks=bad)
@@ -268,7 +270,8 @@ def test_plackett_luce_is_finite_far_out_and_refuses_what_is_no_ranking():
     logp = torch.tensor([-4e4, 0.0, 4e4], requires_grad=True)
     loss = plackett_luce_loss(logp, completions=3, beta=1.0)
     assert loss.item() == pytest.approx(8e4 + 4e4) and torch.autograd.grad(loss, logp)[0].isfinite().all()
-    for options in ({"completions": 2}, {"completions": 1}, {"completions": [2]}, {"completions": [1, 2]}, {"completions": 3, "beta": 0.0},
+    for options in ({"completions": 2}, {"completions": 1}, {"completions": [2]}, {"completions": [1, 2]},
+                    {"completions": 3, "beta": 0.0},
                     {"completions": 3, "segments": torch.arange(3)}, {"completions": 3, "ref_logp": torch.zeros(2)}):
         with pytest.raises(ValueError, match=r"rankings|beta|num_segments|shape"):
             plackett_luce_loss(logp, **options)

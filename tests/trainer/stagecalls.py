@@ -50,13 +50,14 @@ def sources_of(recipe):
 def select(stage, recipe, *, model, **inputs):
     select_stage.select(stage, select=recipe.select, score=recipe.score, weights=weights_of(recipe),
                         filter=recipe.filter, data=recipe.data, model=recipe.model, sources=sources_of(recipe),
-                        seed=recipe.seed, tokenizer=model,
+                        seed=recipe.seed, tokenizer=model, rows=recipe.dpo.rows,
                         files={kind: {d.name: d.path for d in getattr(recipe.data, kind) if d.used_in(inputs["round"])}
                                for kind in ("sft", "preferences")}, **inputs)
 
 
 def rules(recipe):
-    return select_stage.Rules(recipe.select, recipe.filter, recipe.seed, judging(recipe))
+    return select_stage.Rules(recipe.select, recipe.filter, recipe.seed, judging(recipe),
+                              rows=recipe.dpo.rows)
 
 
 def judging(recipe):
@@ -81,7 +82,8 @@ def reward(stage, recipe, **inputs):
 
 def reference(stage, recipe, *, select, model):
     reference_stage.reference(stage, dpo=recipe.dpo, model=recipe.model, compute=recipe, seed=recipe.seed,
-                              select=select, weights=model)
+                              select=select, weights=model, rows=recipe.dpo.rows,
+                              mismatches=recipe.dpo.loss == "kto")
 
 
 def merge(stage, recipe, *, start, sft, dpo):

@@ -160,6 +160,8 @@ TABLE = {
     "sft.start": ("base", SFT),
     "dpo.enabled": (False, {"merge", "final"}),
     "dpo.loss": ("ipo", DPO),
+    "dpo.desirable_weight": (Also(2.0, {"dpo.loss": "kto"}), {"select"} | PAIRS),  # other rows, and their reference
+    "dpo.undesirable_weight": (Also(2.0, {"dpo.loss": "bco"}), {"select"} | PAIRS),
     "dpo.rpo_eta": (Also(2.0, {"dpo.loss": "rpo"}), DPO),
     "dpo.rpo_divergence": (Also("squared", {"dpo.loss": "rpo"}), DPO),
     "dpo.beta": (0.2, DPO),

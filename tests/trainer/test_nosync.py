@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from stagecalls import dpo, reference, reward, sft
+from test_rated import rated_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
@@ -126,6 +127,11 @@ def device(request, monkeypatch, tiny_model):
             tensors = rewards.pair_tensors(rows, torch.device("cpu"))
         return tuple(map(moved, tensors))
 
+    def onto(_, *columns):
+        with unset_fake_temporarily():
+            tensors = [torch.tensor(column) for column in columns]
+        return tuple(map(moved, tensors))
+
     def of(table, examples, indices, _):
         return torch.zeros(sum(examples[i].predicted() for i in indices), device=where)
 
@@ -141,7 +147,8 @@ def device(request, monkeypatch, tiny_model):
 
     for module, name, value in (
             ("models.loading.ModelFolder", "load", load), ("training.local", "add_lora", with_adapters),
-            ("training.loop", "collate", collate), ("training.loop", "peak_flops", lambda *_: 1.0),
+            ("training.loop", "collate", collate), ("training.rated", "collate", collate),
+            ("training.rated", "onto", onto), ("training.loop", "peak_flops", lambda *_: 1.0),
             ("stages.preference", "probe", lambda *_: True), ("stages.sft", "probe", lambda *_: True),
             ("training.pairs.ReferenceTable", "of", of), ("training.pairs.ReferenceTable", "__init__", lambda *_: None),
             ("stages.reward", "packs", lambda *_: True), ("stages.reward", "set_padding", lambda *_: None),
@@ -168,6 +175,7 @@ def device(request, monkeypatch, tiny_model):
         steps, step = [], Engine.step
         monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
         inputs = {"select": select_of(folder / "select", 12)}
+        rated_of(folder / "select", 6)
         inputs |= {"start": tiny_model} if stage in (sft, reward) else {"policy": tiny_model, "reference": folder,
                                                               "same_weights": False}
         is_lora.extend([True] * recipe.lora.rank)
@@ -183,7 +191,8 @@ KEYS = {"batch_size": 4, "max_tokens": 48, "ema_decay": 0.9}
 INTERVAL = (3, "cpu()")  # what a run of an interval of three steps comes to: it fetches the metrics, nothing before
 
 
-@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}, {"nll_weight": 0.2, "loss": "ipo"}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}, {"nll_weight": 0.2, "loss": "ipo"}, {
+    "loss": "kto"}, {"loss": "bco"}, {"loss": "listwise"}], ids=str)
 def test_dpo_steps_wait_for_nothing(device, tmp_path, keys):
     recipe = recipe_of(dtype="bfloat16", dpo=KEYS | keys, log={"interval": 3})
     assert device.run(dpo, tmp_path, recipe) == INTERVAL

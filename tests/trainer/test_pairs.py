@@ -90,14 +90,15 @@ def test_distance_from_the_policy_is_counted(tmp_path, tiny_model):
         writer = ["mine", "mine", "another"][i % 3]
         sides = {}
         for side in ("chosen", "rejected"):
-            logp = sum(found[side]) + (0.1 * len(found[side]) if writer == "another" else 0.0)
+            own = found["logps"][side == "rejected"]
+            logp = sum(own) + (0.1 * len(own) if writer == "another" else 0.0)
             sides |= {f"{side}_writer_hash": writer, f"{side}_logp": logp}
         return sides
 
     change(select, by_writer)
     counts = run(tmp_path, "dpo", tiny_model).counts
     assert counts["off_policy_share"] == pytest.approx(1 / 3)
-    tokens = {r: len(x["chosen"]) + len(x["rejected"]) for r, x in log_probs.items()}
+    tokens = {r: sum(map(len, x["logps"])) for r, x in log_probs.items()}
     far = sum(n for r, n in tokens.items() if int(r[1:]) % 3 == 2)
     assert counts["writer_log_ratio"] == pytest.approx(0.1 * far / sum(tokens.values()), abs=1e-5)
     change(select, lambda row: {"chosen_logp": None, "rejected_logp": None, "chosen_writer_hash": None})

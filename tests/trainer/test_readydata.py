@@ -7,7 +7,7 @@ import pytest
 
 from strop.trainer.config import Filter, ReadyData
 from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt, encode_text
-from strop.trainer.data.ready import ready_pairs, ready_sft
+from strop.trainer.data.ready import check_ready, ready_pairs, ready_rated, ready_sft
 from strop.trainer.data.rows import Quarantine
 from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops
@@ -172,3 +172,98 @@ def test_pairs_that_teach_nothing_are_dropped(tmp_path, tokenizer, row, reason):
 def test_malformed_pairs(tmp_path, tokenizer, row, match):
     with pytest.raises(UserError, match=match):
         read(tmp_path, tokenizer, [row], ready_pairs)
+
+
+# ---- labels and lists
+
+def labels(*args):
+    return ready_rated(*args[:2], "labels", *args[2:])
+
+
+def lists(*args):
+    return ready_rated(*args[:2], "lists", *args[2:])
+
+
+def test_labeled_completions_in_trls_columns(tmp_path, tokenizer):
+    rows = [{"prompt": "the sky is", "completion": " blue", "label": True},
+            {"prompt": QUESTION, "completion": says("5"), "label": False},
+            {"prompt": QUESTION, "completion": says("5"), "label": 0},  # the same as the one before
+            {"chosen": QUESTION + says("4"), "rejected": QUESTION + says("22")},
+            {"prompt": QUESTION, "completion": says("no no no no no no no no"), "label": False}]  # bad, as labeled
+    found, drops = read(tmp_path, tokenizer, rows, labels, weight=0.5)
+    assert [(r["row_id"], r["desirable"], r["score"]) for r in found] == [
+        ("mine/1/0", True, 1), ("mine/2/0", False, 0), ("mine/4/0", True, 1), ("mine/4/1", False, 0),
+        ("mine/5/0", False, 0)]
+    assert [d["reason"] for d in drops] == ["duplicate"] and {r["weight"] for r in found} == {0.5}
+    encoded = encode_completion(tokenizer, QUESTION, says("5"))
+    assert found[1]["prompt_tokens"] == encode_prompt(tokenizer, QUESTION)
+    assert (found[1]["completion_tokens"], found[1]["loss_mask"], found[1]["template"]) == (
+        encoded.tokens, encoded.loss_mask, encoded.template_mask)
+
+
+def test_completions_of_other_labels_are_no_near_duplicates(tmp_path, tokenizer):
+    long = "the quick brown fox jumps over the lazy dog and runs away through the field"
+    rows = [{"prompt": long, "completion": long + end, "label": label}
+            for end, label in (("", True), ("s", True), ("es", False))]
+    found, drops = read(tmp_path, tokenizer, rows, labels)
+    assert [r["row_id"] for r in found] == ["mine/1/0", "mine/3/0"]
+    assert [d["reason"] for d in drops] == ["near_duplicate"]
+
+
+def test_lists_come_best_first_by_scores_or_ranks(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "completions": ["x", "y", "z"], "scores": [0.5, 2, 0.5]},
+            {"prompt": QUESTION, "completions": [says("5"), says("4")], "ranks": [2, 1]},
+            {"prompt": "b", "completions": ["x", "y"], "scores": [1, 1]},
+            {"prompt": "c", "completions": ["x", " "], "scores": [1, 0]}]
+    found, drops = read(tmp_path, tokenizer, rows, lists)
+    first = [r for r in found if r["list_id"] == "mine/1"]
+    decoded = [(tokenizer.decode(r["completion_tokens"])[0], r["score"]) for r in first]
+    assert decoded == [("y", 2), ("x", 0.5), ("z", 0.5)]
+    second = [r for r in found if r["list_id"] == "mine/2"]
+    assert [r["score"] for r in second] == [-1, -2] and all(r["desirable"] is None for r in found)
+    assert second[0]["completion_tokens"] == encode_completion(tokenizer, QUESTION, says("4")).tokens
+    assert [d["reason"] for d in drops] == ["tie", "empty"] and len(found) == 5
+
+
+@pytest.mark.parametrize("make, row, match", [
+    (labels, {"prompt": "a", "completion": "b"}, "column 'label' must hold true"),
+    (labels, {"prompt": "a", "completion": "b", "label": "yes"}, "column 'label' must hold true"),
+    (labels, {"prompt": "a", "label": True}, "column 'completion' is missing"),
+    (labels, {"prompt": "a", "completion": "b", "label": True, "score": 3}, "column 'score' is not read"),
+    (lists, {"prompt": "a", "completions": ["b", "c"]}, "give one of the columns 'scores' and 'ranks'"),
+    (lists, {"prompt": "a", "completions": ["b", "c"], "scores": [1]}, "lists of the same length"),
+    (lists, {"prompt": "a", "completions": "b", "scores": [1]}, "lists of the same length"),
+    (lists, {"prompt": "a", "completions": ["b", "c"], "scores": [1, None]}, "must hold finite numbers"),
+    (lists, {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2], "ranks": [1, 2]}, "give one of the columns"),
+    (lists, {"prompt": "a", "completions": ["b", says("c")], "scores": [1, 2]}, "must hold"),
+    (lists, {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2], "margin": 1}, "column 'margin' is not read")])
+def test_malformed_ratings(tmp_path, tokenizer, make, row, match):
+    with pytest.raises(UserError, match=match):
+        read(tmp_path, tokenizer, [row], make)
+
+
+KINDS = {"pairs": {"prompt": "a", "chosen": "b", "rejected": "c"}, "labels": {
+    "prompt": "a", "completion": "b", "label": True}, "lists": {"prompt": "a", "completions": ["b"], "scores": [1]}}
+
+
+@pytest.mark.parametrize("rows, who, kind, words", [
+    ("pairs", "dpo.loss=sigmoid", "labels", "has the columns completion, label, prompt, but dpo.loss=sigmoid learns "
+     "from prompt, chosen and rejected; give such data, or set dpo.loss=kto or bco"),
+    ("pairs", "method reward", "lists", "but method reward learns from prompt, chosen and rejected; give such data$"),
+    ("labels", "dpo.loss=bco", "lists", "but dpo.loss=bco learns from prompt, completion and label, or pairs; give "
+     "such data, or set dpo.loss=listwise"),
+    ("lists", "dpo.loss=listwise", "labels", "set dpo.loss=kto or bco"),
+    ("pairs", "dpo.loss=rpo", "pairs", "has no column margin"),
+    ("labels", "dpo.loss=kto", "pairs", ""), ("lists", "dpo.loss=listwise", "pairs", ""),
+    ("labels", "dpo.loss=kto", "labels", ""), ("lists", "dpo.loss=listwise", "lists", ""),
+    ("pairs", "dpo.loss=ipo", "pairs", "")])
+def test_a_kind_of_data_that_the_loss_cannot_use_is_one_line(tmp_path, rows, who, kind, words):
+    path = tmp_path / "data.jsonl"
+    path.write_text("not a row\n" + json.dumps(KINDS[kind]) + "\n")
+    data = ReadyData(name="mine", path=str(path))
+    if words:
+        with pytest.raises(UserError, match=words) as e:
+            check_ready(data, rows, who)
+        assert str(path) in str(e.value) and "data.preferences mine" in str(e.value)
+    else:
+        check_ready(data, rows, who)

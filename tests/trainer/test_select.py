@@ -26,18 +26,18 @@ def model(tmp_path_factory):
     return folder
 
 
-def recipe_of(rounds=3, data=None, seed=0, filters=None, **keys):
+def recipe_of(rounds=3, data=None, seed=0, filters=None, loss="sigmoid", **keys):
     data = {"sources": [{"name": "s", "path": "x", "verifier": "exact"}],
             "sft": [{"name": "x", "path": "x", "rounds": []}]} | (data or {})
     return Recipe.model_validate({"rounds": rounds, "seed": seed, "data": data, "filter": filters or {},
-                                  "select": keys})
+                                  "dpo": {"loss": loss}, "select": keys})
 
 
-def run(tmp_path, model, *rounds, data=None, name="select", turned=False, seed=0, filters=None, **keys):
+def run(tmp_path, model, *rounds, data=None, name="select", turned=False, seed=0, filters=None, loss="sigmoid", **keys):
     """(sft rows, pairs, drops, stage) of a select over rounds of {prompt: [(text, score[, finish])]}."""
     stage = stage_in(tmp_path / name, "round-00/select")
     ids = sorted({p for r in rounds for p in r})
-    select(stage, recipe_of(data=data, seed=seed, filters=filters, **keys), round=max(0, len(rounds) - 1),
+    select(stage, recipe_of(data=data, seed=seed, filters=filters, loss=loss, **keys), round=max(0, len(rounds) - 1),
            prompts=prompts_of(tmp_path / f"{name}-prompts", ids) if rounds else None, model=model,
            history=[round_of(tmp_path / f"{name}-{i}", r, turned) for i, r in enumerate(rounds)])
     return *(read_table(stage.dir / f"{t}.parquet").to_pylist() for t in ("sft", "pairs", "drops")), stage
@@ -247,25 +247,88 @@ SAMPLE = st.tuples(st.sampled_from(["a", "bb", "ccc", "", "dd"]), st.sampled_fro
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(SAMPLE, min_size=1, max_size=8), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 3),
-       st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["shortest", "first", "random"]))
-def test_every_sample_is_used_or_dropped_and_pairs_are_sound(rounds, per_prompt, pair_count, cut, margin, tie):
-    recipe = recipe_of(sft_per_prompt=per_prompt, pairs_per_prompt=pair_count, sft_cut=cut, pair_margin=margin,
-                       tie_break=tie)
+       st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["shortest", "first", "random"]),
+       st.sampled_from(["sigmoid", "kto", "listwise"]))
+def test_every_sample_is_used_or_dropped_and_pairs_are_sound(rounds, per_prompt, pair_count, cut, margin, tie, loss):
+    of_pairs = {"pairs_per_prompt": pair_count, "pair_margin": margin} if loss == "sigmoid" else {}
+    recipe = recipe_of(sft_per_prompt=per_prompt, sft_cut=cut, tie_break=tie, loss=loss, **of_pairs)
     samples = [{"prompt_id": "p", "sample_index": i, "round": r, "completion": t, "score": s, "finish": f,
                 "completion_tokens": [*map(ord, t), *[2] * (f == "stop")], "correct": s == 1 and f == "stop"}
                for r, drawn in enumerate(rounds) for i, (t, s, f) in enumerate(drawn)]
     drops = Drops(None)
     drops.add = lambda reason, **row: drops.rows.append({"reason": reason} | row)
-    found, pairs = pick("p", "s", samples, 0.5, rules(recipe), drops)
-    used = [(s["round"], s["sample_index"]) for s in [*found, *(s for pair in pairs for s in pair)]]
+    found, pairs, rated = pick("p", "s", samples, 0.5, rules(recipe), drops)
+    used = [(s["round"], s["sample_index"]) for s in [*found, *rated, *(s for pair in pairs for s in pair)]]
     dropped = [(int(d["detail"][6:8]), d["sample_index"]) for d in drops.rows if d.get("sample_index") is not None]
     assert set(used) | set(dropped) == {(s["round"], s["sample_index"]) for s in samples}
     assert not set(used) & set(dropped) and len(set(dropped)) == len(dropped)
     assert len({tuple(s["completion_tokens"]) for s in found}) == len(found) <= per_prompt
+    assert not (pairs if rated or loss != "sigmoid" else rated)
+    lists = {r: [s for s in rated if s["round"] == r] for r in range(len(rounds))}
+    for mine in lists.values() if loss == "listwise" else [rated]:
+        assert len({tuple(s["completion_tokens"]) for s in mine}) == len(mine)
+        assert all(s["completion"].strip() for s in mine)
+        if loss == "listwise" and mine:
+            assert [s["score"] for s in mine] == sorted((s["score"] for s in mine), reverse=True)
+            assert mine[0]["score"] > mine[-1]["score"]
+    if loss == "kto":
+        assert {tuple(s["completion_tokens"]) for s in rated} == {
+            tuple(s["completion_tokens"]) for s in samples if s["completion"]}
     for chosen, rejected in pairs:
         assert chosen["score"] - rejected["score"] >= margin and chosen["score"] > rejected["score"]
         assert chosen["finish"] == "stop" and chosen["round"] == rejected["round"]
         assert chosen["completion_tokens"] != rejected["completion_tokens"]
+
+
+# ---- losses that need no pairs
+
+def test_completions_are_labeled_by_what_is_correct_and_listed_by_score(tmp_path, model):
+    rounds = ({"p": [("good", 1), ("bad", 0), ("fair", 0.6), ("bad", 0), ("", 0)], "q": [("a", 1), ("b", 1)],
+               "r": [("never ending", 1, "length")]}, {"p": [("good", 1), ("new", 0.2)]})
+    _, pairs, drops, stage = run(tmp_path, model, *rounds, loss="kto")
+    rows = read_table(stage.dir / "rated.parquet").to_pylist()
+    assert not pairs and stage.counts["rated"] == len(rows) == 7 and "pairs" not in stage.counts
+    assert {(r["origin"], r["prompt_id"], text(r["completion_tokens"]), r["desirable"]) for r in rows} == {
+        ("round-00", "p", "good", True), ("round-00", "p", "bad", False), ("round-00", "p", "fair", False),
+        ("round-01", "p", "new", False), ("round-00", "q", "a", True), ("round-00", "q", "b", True),
+        ("round-00", "r", "never ending", False)}
+    good = next(r for r in rows if r["row_id"] == "round-00/p/0")
+    assert len(good["template"]) == 5 and all(good["loss_mask"]) and (good["score"], good["sample_index"]) == (1, 0)
+    gone = {(d["prompt_id"], d["sample_index"], d["reason"]) for d in drops}
+    assert gone >= {("p", 3, "duplicate"), ("p", 4, "empty")}
+    _, pairs, drops, stage = run(tmp_path, model, *rounds, loss="listwise", name="lists")
+    rows = read_table(stage.dir / "rated.parquet").to_pylist()
+    assert [(r["list_id"], text(r["completion_tokens"]), r["score"]) for r in rows] == [
+        ("round-00/p", "good", 1), ("round-00/p", "fair", 0.6), ("round-00/p", "bad", 0), ("round-01/p", "good", 1),
+        ("round-01/p", "new", 0.2)] and not pairs
+    assert {d["prompt_id"] for d in drops if d["reason"] == "tie"} == {"q", "r"}
+
+
+def test_a_correct_completion_that_fails_the_filters_is_not_desired(tmp_path, model):
+    _, _, drops, stage = run(tmp_path, model, {"p": [("good", 1), ("longer", 1), ("worse!", 0)]}, loss="bco",
+                             filters={"max_tokens": 5})
+    rows = read_table(stage.dir / "rated.parquet").to_pylist()
+    assert [text(r["completion_tokens"]) for r in rows] == ["good", "worse!"]
+    assert [(d["sample_index"], d["reason"]) for d in drops] == [(1, "too_long")]
+
+
+def test_ready_data_of_every_kind_goes_where_the_loss_reads_it(tmp_path, model):
+    rows = {"pairs": {"prompt": "a", "chosen": "b", "rejected": "c"}, "labels": {
+        "prompt": "d", "completion": "e", "label": False}, "lists": {
+        "prompt": "f", "completions": ["g", "h", "i"], "ranks": [3, 1, 2]}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    for loss, kinds in (("kto", ("pairs", "labels")), ("listwise", ("pairs", "lists"))):
+        data = {"preferences": [{"name": n, "path": str(tmp_path / f"{n}.jsonl"), "weight": 2.0} for n in kinds]}
+        _, pairs, _, stage = run(tmp_path, model, data=data, loss=loss, name=loss)
+        found = read_table(stage.dir / "rated.parquet").to_pylist()
+        assert not pairs and {r["weight"] for r in found} == {2.0}
+        read = tokenizer_of("chatml").decode
+        assert [(r["row_id"], read(r["completion_tokens"])[0], r["desirable"] if loss == "kto" else r["score"])
+                for r in found] == ([("pairs/1/0", "b", True), ("pairs/1/1", "c", False), ("labels/1/0", "e", False)]
+                                    if loss == "kto" else
+                                    [("pairs/1/0", "b", 1), ("pairs/1/1", "c", 0), ("lists/1/0", "h", -1),
+                                     ("lists/1/1", "i", -2), ("lists/1/2", "g", -3)])
 
 
 # ---- scores of several scorers, in units of their own

@@ -22,6 +22,9 @@ from strop.trainer.data.rows import Quarantine, kind, read_rows
 from strop.trainer.errors import UserError
 from strop.trainer.run.tables import Drops
 
+WANTED = {"pairs": "prompt, chosen and rejected", "labels": "prompt, completion and label, or pairs",
+          "lists": "prompt, completions and scores or ranks, or pairs"}
+
 
 class Unfit(Exception):
     """A well-formed row that cannot be trained on; args are (reason, detail)."""
@@ -29,8 +32,9 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Ready:
-    """An encoded row. completions: one for SFT, or chosen and rejected; user_text: the user's turns; replies: the last
-    assistant message of each completion; margin: how much better chosen is, if the row says."""
+    """An encoded row. completions: one for SFT, chosen and rejected, or several that are rated, best first; user_text:
+    the user's turns; replies: the last assistant message of each completion; margin: how much better chosen is, if the
+    row says; scores: of rated completions, of labeled ones 1 for a desirable one and 0."""
 
     where: str
     n: int
@@ -39,6 +43,12 @@ class Ready:
     user_text: str
     replies: tuple[str, ...]
     margin: float | None = None
+    scores: tuple[float, ...] = ()
+
+    @property
+    def learned(self) -> Encoded | None:
+        """The completion that is worth learning; None if the only one is undesirable."""
+        return None if self.scores == (0.0,) else self.completions[0]
 
 
 def ready_sft(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
@@ -75,6 +85,42 @@ def ready_pairs(tokenizer, data: ReadyData, filters: Filter, held: HeldOut | Non
     return rows
 
 
+def ready_rated(tokenizer, data: ReadyData, rows: str, filters: Filter, held: HeldOut | None, drops: Drops,
+                quarantine: Quarantine) -> list[dict]:
+    """Rows of rated.parquet, one per completion. rows: labels, from `prompt` + `completion` + `label`; or lists, from
+    `prompt` + `completions` + `scores` or `ranks`, where 1 is best. Rows of preference pairs are either: chosen is
+    desirable and the best.
+
+    Drops rows as `ready_sft` does. Quality filters look at desirable completions and the best of a list. Raises
+    UserError as `ready_sft` does.
+    """
+    found = []
+    for row in _ready(_labeled_row if rows == "labels" else _list_row, tokenizer, data, filters, held, drops,
+                      quarantine):
+        for i, (completion, score) in enumerate(zip(row.completions, row.scores, strict=True)):
+            found.append({"row_id": f"{data.name}/{row.n}/{i}", "list_id": f"{data.name}/{row.n}", "source": data.name,
+                          "prompt_tokens": row.prompt, "completion_tokens": completion.tokens,
+                          "loss_mask": completion.loss_mask, "template": completion.template_mask, "score": score,
+                          "desirable": score > 0 if rows == "labels" else None, "weight": data.weight,
+                          "origin": data.name})
+    return found
+
+
+def check_ready(data: ReadyData, rows: str, who: str) -> None:
+    """Raises UserError if the columns of the first row are not what `who` ("dpo.loss=kto", ...) learns from (pairs,
+    labels or lists), or lack the margin that rpo needs. Malformed rows are left to the stage that reads them."""
+    columns = next((row.data for row in read_rows(data.path) if row.data is not None), {})
+    there = {c for c, value in columns.items() if value is not None and c not in data.ignore_columns}
+    found = {"labels": "label" in there, "lists": "completions" in there, "pairs": {"chosen", "rejected"} <= there}
+    if any(found.values()) and not found[rows] and not found["pairs"]:
+        other = f", or set dpo.loss={'kto or bco' if found['labels'] else 'listwise'}" * who.startswith("dpo.loss")
+        raise UserError(f"{data.path}: data.preferences {data.name} has the columns {', '.join(sorted(there))}, but "
+                        f"{who} learns from {WANTED[rows]}; give such data{other}")
+    if who == "dpo.loss=rpo" and found["pairs"] and "margin" not in there:
+        raise UserError(f"{data.path}: data.preferences {data.name} has no column margin (how much better chosen is), "
+                        "which dpo.loss=rpo needs; add it, or set another dpo.loss")
+
+
 def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: HeldOut | None, drops: Drops,
            quarantine: Quarantine) -> list[Ready]:
     """The rows of a file that can be trained on; the others are dropped with the first reason that applies."""
@@ -94,17 +140,24 @@ def _ready(encode: Callable, tokenizer, data: ReadyData, filters: Filter, held: 
     if not data.near_duplicates or not filters.near_duplicates:
         return fit
     gone = set()
-    for i, j, similarity in near_duplicates([(row.user_text, *row.replies) for row in fit], filters.near_duplicates):
-        gone.add(i)
-        drops.add("near_duplicate", source=data.name, detail=f"{fit[i].where}: {similarity:.2f} like {fit[j].where}")
-    return [row for i, row in enumerate(fit) if i not in gone]
+    for scores in dict.fromkeys(row.scores if len(row.scores) == 1 else () for row in fit):  # labels are apart
+        like = [row for row in fit if (row.scores if len(row.scores) == 1 else ()) == scores]
+        texts = [(row.user_text, "\n\n".join(row.replies)) if row.scores else (row.user_text, *row.replies)
+                 for row in like]
+        for i, j, similarity in near_duplicates(texts, filters.near_duplicates):
+            gone.add(like[i].n)
+            drops.add("near_duplicate", source=data.name,
+                      detail=f"{like[i].where}: {similarity:.2f} like {like[j].where}")
+    return [row for row in fit if row.n not in gone]
 
 
 def _unfit(row: Ready, filters: Filter, held: HeldOut | None) -> tuple[str, str]:
     """(reason, detail) why the row must be dropped, or empty strings."""
     if held is not None and (found := held.match(row.user_text)):
         return "contaminated", f"shares {found[1]!r} with held-out prompt {found[0]}"
-    learned = row.completions[0]
+    learned = row.learned
+    if learned is None:
+        return "", ""
     reason, detail = unfit_tokens([t for t, on in zip(learned.tokens, learned.loss_mask, strict=True) if on], filters)
     if reason:
         return reason, detail
@@ -139,7 +192,11 @@ def _sft_row(tokenizer, row: dict, name: str) -> tuple[list[int], tuple[Encoded]
         _not_empty(messages, "messages")
         prompt, learned = chat.encode_conversation(tokenizer, messages, **kwargs)
         return prompt, (learned,), _user_text(messages), (_last(messages),)
-    prompt, completion = _columns(row, ("prompt", "completion"), "messages, or prompt and completion", name)
+    return _completion_row(tokenizer, row, name, "messages, or prompt and completion")
+
+
+def _completion_row(tokenizer, row: dict, name: str, wanted: str) -> tuple[list[int], tuple[Encoded], str, tuple[str]]:
+    prompt, completion = _columns(row, ("prompt", "completion"), wanted, name)
     if isinstance(prompt, str):
         if not completion.strip():
             raise Unfit("empty", "completion is empty")
@@ -176,6 +233,37 @@ def _pair_row(tokenizer, row: dict,
     if one.tokens == other.tokens:
         raise Unfit("identical", "chosen equals rejected")
     return ids, (one, other), user_text, replies, margin
+
+
+def _labeled_row(tokenizer, row: dict, name: str) -> tuple:
+    if row.get("chosen") is not None:
+        return *_pair_row(tokenizer, row, name)[:4], None, (1.0, 0.0)
+    label = row.get("label")
+    if not isinstance(label, bool) and label not in (0, 1):
+        raise UserError(f"column 'label' must hold true (desirable) or false, is {label!r}"[:200])
+    rest = {column: value for column, value in row.items() if column != "label"}
+    return *_completion_row(tokenizer, rest, name, WANTED["labels"]), None, (float(label),)
+
+
+def _list_row(tokenizer, row: dict, name: str) -> tuple:
+    if row.get("chosen") is not None:
+        return *_pair_row(tokenizer, row, name)[:4], None, (1.0, 0.0)
+    completions, given = row.get("completions"), [c for c in ("scores", "ranks") if row.get(c) is not None]
+    if len(given) != 1:
+        raise UserError(f"give one of the columns 'scores' and 'ranks' (there are: {', '.join(row)})"[:200])
+    values = row[given[0]]
+    if not isinstance(completions, list) or not isinstance(values, list) or len(values) != len(completions):
+        raise UserError(f"columns 'completions' and {given[0]!r} must hold lists of the same length")
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
+        raise UserError(f"column {given[0]!r} must hold finite numbers, is {values!r}"[:200])
+    if len(set(values)) < 2:
+        raise Unfit("tie", f"{len(values)} completions with equal {given[0]}")
+    scores = [float(v if given[0] == "scores" else -v) for v in values]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    rest = {column: value for column, value in row.items() if column not in ("completions", *given)}
+    found = [_completion_row(tokenizer, rest | {"completion": completions[i]}, name, WANTED["lists"]) for i in order]
+    return (found[0][0], tuple(one[1][0] for one in found), found[0][2], tuple(one[3][0] for one in found), None,
+            tuple(scores[i] for i in order))
 
 
 def _margin(row: dict) -> float | None:

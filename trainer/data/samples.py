@@ -75,10 +75,7 @@ def read_scored(sample: Path, score: Path, sources: dict[str, str], judging: Jud
     values = read_values(read_table(score / "scores.parquet"), ("prompt_id", "sample_index"))
     missing = []
     for row in rows:
-        row["source"], row["values"] = sources.get(row["prompt_id"]), values.get(_key(row), {})
-        if row["source"] is None:
-            raise UserError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
-                             "delete the folder to re-run the stage")
+        row["source"], row["values"] = _source(row, sources, sample, prompts), values.get(_key(row), {})
         if row["values"].keys() != judging.weights[row["source"]].keys():
             missing.append(row)
     extra = len(values.keys() - {_key(row) for row in rows})
@@ -89,6 +86,22 @@ def read_scored(sample: Path, score: Path, sources: dict[str, str], judging: Jud
     for row in rows:
         row |= judging(row["source"], row["values"], row["finish"] == "stop")
     return rows
+
+
+def read_unscored(sample: Path, sources: dict[str, str], prompts: Path) -> list[dict]:
+    """As read_scored, of samples that nothing scores: all that stopped by themselves are as good, and correct."""
+    rows = read_samples(sample)
+    for row in rows:
+        row |= {"source": _source(row, sources, sample, prompts), "values": {}, "score": 1.0,
+                "correct": row["finish"] == "stop"}
+    return rows
+
+
+def _source(row: dict, sources: dict[str, str], sample: Path, prompts: Path) -> str:
+    if (source := sources.get(row["prompt_id"])) is None:
+        raise UserError(f"{sample}: prompt {row['prompt_id']} is not among the training prompts of {prompts}; "
+                        "delete the folder to re-run the stage")
+    return source
 
 
 def _key(row: dict) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from strop.trainer.config import (
     Source,
     Writing,
 )
+from strop.trainer.data.ready import check_ready
 from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
 from strop.trainer.engines import LocalWriter, OpenAI, Revising, SampleModels, Sampling, Writer
@@ -87,6 +88,10 @@ class Run:
         for key, dpo_section in (("dpo", recipe.dpo), ("rpo", getattr(recipe, "rpo", None))):
             if dpo_section and dpo_section.enabled:
                 check_loss(dpo_section, key)
+        who = f"method {recipe.method}" if "dpo" in getattr(recipe, "UNREAD", ()) else f"dpo.loss={recipe.dpo.loss}"
+        for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
+            if (file := self._rows(ready.path).path).exists():
+                check_ready(ready.model_copy(update={"path": file}), recipe.dpo.rows, who)
         for scorer in () if store.planning or not store.world.first else self._distinct_scorers():
             check_scorer(scorer, Path(scorer.python.rpartition(":")[0]) if scorer.python else None)
 
@@ -260,15 +265,17 @@ class Run:
         return {"scorers": {s.name: scorers for s in self.recipe.sources}, "compute": self._numbers,
                 "columns": columns_of(self.recipe.sources)}, dict(models)
 
-    def select(self, section: Select, prompts: Artifact | None, history: list[tuple[Artifact, Artifact]],
+    def select(self, section: Select, prompts: Artifact | None, history: list[tuple[Artifact, Artifact | None]],
                name: str = "select", *, rewards: Collection[str] = (), without: Literal["sft", "pairs"] | None = None,
-               so_far: bool = False, only: dict[str, float] | None = None) -> Artifact:
-        """SFT rows and pairs from the (samples, scores) of all rounds so far and this round's ready data.
+               so_far: bool = False, only: dict[str, float] | None = None, corrections: bool = False) -> Artifact:
+        """SFT rows, and pairs or what else the preference loss learns from, of the (samples, scores) of all rounds so
+        far and this round's ready data. Samples with None for scores are as good as each other.
 
         rewards: the scores are those of reward models of this run, which gave values of these names; then the best
         completions by `reward` become SFT rows, whatever their score, and none is correct or wrong. without: rows that
         are not made. so_far: ready data of earlier rounds too, and all of history. only: names of the sources and ready
-        data whose rows are made, each with a factor of the rows' weights."""
+        data whose rows are made, each with a factor of the rows' weights. corrections: pair correct revisions with the
+        completions that they revise, not the best with the worst."""
         r = self.recipe
         config = {"select": section, "score": r.score, "weights": weights_of(r.sources), "filter": r.filter,
                   "data": r.data.only("sft", "preferences", "max_bad_rows"),
@@ -279,6 +286,8 @@ class Run:
             config |= {"select": section.model_copy(update=BY_REWARD), "score": None,
                        "weights": {s.name: dict.fromkeys(rewards, 0.0) | {"reward": 1.0} for s in r.sources}}
         config |= ({"without": without} if without else {}) | ({"only": only} if only else {})
+        config |= {"rows": r.dpo.rows} if r.dpo.rows != "pairs" else {}
+        config |= {"corrections": True} if corrections else {}
         ready = {"sft": r.data.sft if without != "sft" else [],
                  "preferences": r.data.preferences if without != "pairs" else []}
         files = {kind: {d.name: self._rows(d.path) for d in entries
@@ -304,10 +313,11 @@ class Run:
 
     def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
                prompts: Artifact | None = None, name: str = "dpo", seed: int | None = None) -> Artifact:
-        """`policy` trained on the selected pairs against the log-probs of `reference_weights`. prompts: for the
-        checks. seed: instead of the recipe's."""
+        """`policy` trained on the selected pairs, or what else section.loss learns from, against the log-probs of
+        `reference_weights`. prompts: for the checks. seed: instead of the recipe's."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
-                  "seed": self.recipe.seed if seed is None else seed}
+                  "seed": self.recipe.seed if seed is None else seed, "rows": section.rows,
+                  "mismatches": section.loss == "kto"}
         table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,

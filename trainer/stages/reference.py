@@ -1,4 +1,5 @@
-"""The reference's per-token log-probs of every pair, computed once, so that DPO keeps no second model in memory."""
+"""The reference's per-token log-probs of what DPO trains on, computed once, so that it keeps no second model in
+memory."""
 
 from pathlib import Path
 
@@ -9,33 +10,43 @@ from strop.trainer.config import Part
 from strop.trainer.models.loading import DTYPES, ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
+from strop.trainer.run.world import World
 from strop.trainer.training.batch import Example, collate, microbatches, plan_steps
-from strop.trainer.training.flops import sizes_of, training_flops
+from strop.trainer.training.flops import Sizes, sizes_of, training_flops
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.pairs import load_pairs
 from strop.trainer.training.probe import probe
+from strop.trainer.training.rated import limit_of, load_rated, mismatched
 
 CHUNK = 64  # microbatches per file: the unit of resume
-SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()), ("chosen", pa.list_(pa.float32())),
-                    ("rejected", pa.list_(pa.float32()))])
+SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()),
+                    ("logps", pa.list_(pa.list_(pa.float32())))])
 
 
 @torch.no_grad()
-def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int, select: Path,
-              weights: Path) -> None:
-    """Writes reference.parquet: per pair the fp32 log-probs of its loss tokens under `weights`, with a fingerprint of
-    its tokens and masks.
+def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int, select: Path, weights: Path,
+              rows: str = "pairs", mismatches: bool = False) -> None:
+    """Writes reference.parquet: of each pair, labeled completion or list (`rows`) the fp32 log-probs of its loss tokens
+    under `weights`, with a fingerprint of its tokens and masks. mismatches: also of KTO's mismatched completions.
 
-    Pairs run in the microbatches in which DPO sees them first, so that equal weights give equal bits on the same number
+    They run in the microbatches in which DPO sees them first, so that equal weights give equal bits on the same number
     of ranks and the same machine, also in bf16.
     """
     world, folder = stage.world, ModelFolder(weights, model)
-    pairs = load_pairs(stage, select / "pairs.parquet", dpo, folder.context_length(), record=False)
+    context = folder.context_length()
+    if rows == "pairs":
+        pairs = load_pairs(stage, select / "pairs.parquet", dpo, context, record=False)
+    else:
+        pairs = load_rated(stage, select / "rated.parquet", dpo, rows, context, record=False)
     loaded = folder.load(DTYPES[compute.dtype], world.device, backend=compute.attention)
     sizes = sizes_of(loaded)
-    costs = [training_flops(sizes, pair) for pair in pairs]
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
-    mine = first_looks(pairs, plan, costs, dpo.max_tokens, world.size)[world.rank]
+    mine = looks(pairs, plan, sizes, dpo.max_tokens, world)
+    if mismatches:
+        others, steps = mismatched(pairs, plan, min(limit_of(dpo, context), dpo.max_tokens))
+        theirs = looks(others, steps, sizes, dpo.max_tokens, world)
+        mine += [([len(pairs) + i for i in indices], positions) for indices, positions in theirs]
+        pairs = [*pairs, *others]
     todo = [mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)]
     parts = [stage.work / f"part-{world.size}-{world.rank}-{i:05}.parquet" for i in range(len(todo))]
     if not all(p.exists() for p in parts):
@@ -50,7 +61,13 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
         table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         assert table.num_rows == len(pairs), (table.num_rows, len(pairs))
         write_table(stage.dir / "reference.parquet", table.sort_by("row_id"))
-        stage.counts |= {"pairs": len(pairs), "tokens": sum(p.tokens for p in pairs)}
+        stage.counts |= {"pairs" if rows == "pairs" else "rows": len(pairs), "tokens": sum(p.tokens for p in pairs)}
+
+
+def looks(pairs: list[Example], plan: list[list[int]], sizes: Sizes, budget: int,
+          world: World) -> list[tuple[list[int], list[int]]]:
+    """This rank's microbatches of first_looks."""
+    return first_looks(pairs, plan, [training_flops(sizes, pair) for pair in pairs], budget, world.size)[world.rank]
 
 
 def first_looks(pairs: list[Example], plan: list[list[int]], costs: list[int], budget: int,
@@ -79,8 +96,8 @@ def score_chunk(scorer: Scorer, pairs: list[Example], chunk: list[tuple[list[int
         logp = scorer(groups).cpu()
         for j in positions:
             pair = pairs[indices[j]]
-            chosen, rejected = (logp[a:b].tolist() for a, b in groups.target_bounds[2 * j:2 * j + 2])
-            rows.append({"row_id": pair.row_id, "fingerprint": pair.fingerprint(), "chosen": chosen,
-                         "rejected": rejected})
+            own = [logp[a:b].tolist() for (a, b), g in zip(groups.target_bounds, groups.completion_group, strict=True)
+                   if g == j]
+            rows.append({"row_id": pair.row_id, "fingerprint": pair.fingerprint(), "logps": own})
         bar.advance(1, tokens=groups.num_tokens)
     return pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -1,7 +1,7 @@
 """Select: best of K to SFT, best and worst of K to pairs, plus ready data; the rest is dropped with a reason.
 
-Every sample ends up in sft.parquet, pairs.parquet or drops.parquet; difficulty.parquet has each prompt's pass rate by
-round.
+Every sample ends up in sft.parquet, pairs.parquet (rated.parquet for losses that need no pairs) or drops.parquet;
+difficulty.parquet has each prompt's pass rate by round.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from strop.trainer.config import Filter, Part, Score, Select
 from strop.trainer.data.chat import stop_ids
 from strop.trainer.data.contamination import held_out_of
 from strop.trainer.data.quality import unfit_tokens
-from strop.trainer.data.ready import ready_pairs, ready_sft
+from strop.trainer.data.ready import ready_pairs, ready_rated, ready_sft
 from strop.trainer.data.rows import Quarantine
-from strop.trainer.data.samples import Judging, read_scored
+from strop.trainer.data.samples import Judging, read_scored, read_unscored
 from strop.trainer.data.semantic import ranked, semantic_duplicates
 from strop.trainer.errors import UserError
 from strop.trainer.models.embedder import Embedder
@@ -40,6 +40,11 @@ PAIRS = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt_id
                    ("origin", pa.string()), ("chosen_writer", pa.string()), ("rejected_writer", pa.string()),
                    ("chosen_writer_hash", pa.string()), ("rejected_writer_hash", pa.string()),
                    ("chosen_logp", pa.float64()), ("rejected_logp", pa.float64())])
+RATED = pa.schema([("row_id", pa.string()), ("list_id", pa.string()), ("source", pa.string()),
+                   ("prompt_id", pa.string()), ("sample_index", pa.int32()), ("prompt_tokens", TOKENS),
+                   ("completion_tokens", TOKENS), ("loss_mask", MASK), ("template", MASK), ("score", pa.float64()),
+                   ("desirable", pa.bool_()), ("weight", pa.float64()), ("origin", pa.string()),
+                   ("writer", pa.string()), ("writer_hash", pa.string()), ("logp", pa.float64())])
 JUDGED = pa.schema([("prompt_id", pa.string()), ("sample_index", pa.int32()), ("score", pa.float64()),
                     ("correct", pa.bool_())])
 COUNTS = pa.list_(pa.int32())
@@ -48,49 +53,58 @@ DIFFICULTY = pa.schema([("prompt_id", pa.string()), ("source", pa.string()), ("r
 
 
 class Rules(NamedTuple):
-    """The sections select and filter, the seed of random ties, what makes a score of values, and which rows are not
-    made."""
+    """The sections select and filter, the seed of random ties, what makes a score of values, which rows are not made,
+    what the preference loss learns from (pairs, labels or lists), and whether pairs are of revisions and what they
+    revise."""
 
     select: Select
     filter: Filter
     seed: int
     judging: Judging
     without: str | None = None
+    rows: str = "pairs"
+    corrections: bool = False
 
 
 def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[str, dict[str, float]], filter: Filter,
            data: Part, model: Part, sources: dict[str, dict], seed: int, round: int, prompts: Path | None,
-           history: list[tuple[Path, Path]], tokenizer: Path, files: dict[str, dict[str, Path]],
+           history: list[tuple[Path, Path | None]], tokenizer: Path, files: dict[str, dict[str, Path]],
            embedder: Path | None = None, compute: Part | None = None, without: str | None = None,
-           only: dict[str, float] | None = None) -> None:
-    """Writes sft.parquet, pairs.parquet, judged.parquet, difficulty.parquet, drops.parquet and quarantine.jsonl.
+           only: dict[str, float] | None = None, rows: str = "pairs", corrections: bool = False) -> None:
+    """Writes sft.parquet, pairs.parquet, rated.parquet, judged.parquet, difficulty.parquet, drops.parquet and
+    quarantine.jsonl.
 
-    history: the (sample, score) folders of rounds 0..round, oldest first; without select.accumulate only the newest is
+    history: the (sample, score) folders of rounds 0..round, oldest first, or (sample, None) where nothing scores the
+    samples and all that stopped by themselves are as good; without select.accumulate only the newest is
     used. tokenizer: the model folder whose tokenizer encodes ready data. data: its keys sft, preferences and
     max_bad_rows; files: the rows of those that are used, by key and name. sources: name -> prompt_template and
     templated. weights: source -> scorer -> its weight in the score. score: None if nothing says what is correct.
     embedder and compute (the recipe's dtype): with filter.semantic. without: "sft" or "pairs", which are not made of
     samples. only: the sources whose rows are made, each with a factor of their weights and of those of ready data; by
-    default all. Raises UserError if nothing is left.
+    default all. rows: what the preference loss learns from, pairs, or labels or lists of rated.parquet; the other table
+    stays empty. corrections: pair correct revisions with the completions that they revise, not the best with the worst.
+    Raises UserError if nothing is left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
     stops = stop_ids(tokenizer, folder.path)
     drops, quarantine = Drops(stage), Quarantine(data.max_bad_rows)
     judging = Judging(weights, select.by, *((score.correct_by, score.correct_at) if score else (None, None)))
-    sft_rows, pair_rows, rules = [], [], Rules(select, filter, seed, judging, without)
+    sft_rows, pair_rows, rated_rows = [], [], []
+    rules = Rules(select, filter, seed, judging, without, rows, corrections)
     pool = _pool(prompts, history, round, judging)
     asked = _asked(prompts) if embedder and history else {}
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
     for prompt_id, samples in pool.items():
         counted, source = [s for s in samples if select.accumulate or s["round"] == round], samples[0]["source"]
         if counted and (only is None or source in only):
-            best, pairs = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
+            best, pairs, rated = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             for s in best:
                 sft_rows.append(_sft_row(s, source))
                 if embedder:
                     sft_rows[-1] |= _rank(s, asked[prompt_id], difficulty[prompt_id]["pass_rate"], filter)
             pair_rows += [_pair_row(c, r, source, stops, judging) for c, r in pairs]
+            rated_rows += [_rated_row(s, source, stops) for s in rated]
     now = [s for samples in pool.values() for s in samples if s["round"] == round]
     if now:
         stage.counts["prompts"] = len({s["prompt_id"] for s in now})
@@ -98,11 +112,15 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
         stage.counts |= {"solved_prompts": len({s["prompt_id"] for s in now if s["correct"]}),
                          "pass_rate": sum(s["correct"] for s in now) / len(now)}
     held = held_out_of(prompts, filter.decontaminate, sources) if prompts and (data.sft or data.preferences) else None
-    for kind, rows, read in (("sft", sft_rows, ready_sft), ("preferences", pair_rows, ready_pairs)):
+    def rated_of(*how):
+        return ready_rated(*how[:2], rows, *how[2:])
+
+    of_preferences = (pair_rows, ready_pairs) if rows == "pairs" else (rated_rows, rated_of)
+    for kind, found, read in (("sft", sft_rows, ready_sft), ("preferences", *of_preferences)):
         for ready in (d for d in getattr(data, kind) if d.name in files[kind]):
             ready = ready.model_copy(update={"path": files[kind][ready.name]})
-            rows += read(tokenizer, ready, filter, held, drops, quarantine)
-    for row in [*sft_rows, *pair_rows] if only else ():
+            found += read(tokenizer, ready, filter, held, drops, quarantine)
+    for row in [*sft_rows, *pair_rows, *rated_rows] if only else ():
         row["weight"] *= only[row["source"]]
     if embedder:
         kept_whole = {name for name, how in sources.items() if how["templated"]}
@@ -111,15 +129,17 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
             embedder, DTYPES[compute.dtype], stage.world.device), rules, drops)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
+    write_table(stage.dir / "rated.parquet", pa.Table.from_pylist(rated_rows, schema=RATED))
     write_table(stage.dir / "difficulty.parquet", pa.Table.from_pylist(list(difficulty.values()), schema=DIFFICULTY))
     write_table(stage.dir / "judged.parquet", pa.Table.from_pylist(now, schema=JUDGED))
-    stage.counts |= {"sft_rows": len(sft_rows), "pairs": len(pair_rows)}
+    stage.counts |= {"sft_rows": len(sft_rows)} | (
+        {"pairs": len(pair_rows)} if rows == "pairs" else {"rated": len(rated_rows)})
     decided = Counter(row["decided_by"] for row in pair_rows if row["decided_by"])
     if len({name for mine in weights.values() for name in mine}) > 1:
         stage.counts |= {f"decided/{name}": n for name, n in sorted(decided.items())}
     drops.write()
     quarantine.write(stage)
-    if not sft_rows and not pair_rows:
+    if not sft_rows and not pair_rows and not rated_rows:
         reasons = ", ".join(f"{k.removeprefix('dropped/')} {v}" for k, v in stage.counts.items() if "dropped/" in k)
         stage.nothing_to_learn(f"{stage.name}: nothing survives selection (dropped: {reasons or 'nothing'}); raise "
                                "sample.k or sample.prompts, give easier prompts, or lower select.sft_min_score and "
@@ -135,7 +155,8 @@ def _pool(prompts: Path | None, history: list, newest: int, judging: Judging) ->
     sources = {row["prompt_id"]: row["source"] for row in table.to_pylist() if row["split"] == "train"}
     pool = defaultdict(list)
     for r, (sample, scored) in enumerate(history, start=newest + 1 - len(history)):
-        for row in read_scored(sample, scored, sources, judging, prompts):
+        for row in (read_unscored(sample, sources, prompts) if scored is None
+                    else read_scored(sample, scored, sources, judging, prompts)):
             pool[row["prompt_id"]].append(row | {"round": r})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
 
@@ -188,26 +209,26 @@ def solved(prompt_id: str, samples: list[dict]) -> dict:
 
 
 def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float | None, rules: Rules,
-         drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]]]:
-    """One prompt's samples for SFT, and its pairs (chosen, rejected).
+         drops: Drops) -> tuple[list[dict], list[tuple[dict, dict]], list[dict]]:
+    """One prompt's samples for SFT, its pairs (chosen, rejected), and those for losses that need no pairs.
 
     pass_rate: of the prompt over all rounds so far, None if nothing says what is correct. SFT takes the best of all
-    `samples`; the two sides of a pair come from the same round. Samples in neither are dropped with the first reason
-    that applies.
+    `samples`; the two sides of a pair, or the samples of a list, come from the same round. Samples in none are dropped
+    with the first reason that applies.
     """
     ids = {"prompt_id": prompt_id, "source": source}
     if pass_rate is not None and not rules.select.pass_rate_min <= pass_rate <= rules.select.pass_rate_max:
         for s in samples:
             drops.add("pass_rate", **ids, sample_index=s["sample_index"],
                       detail=f"{_origin(s)}: {pass_rate:.3f} over all rounds")
-        return [], []
+        return [], [], []
     fates: dict[tuple[int, int], str] = {}
     unscored, samples = [s for s in samples if s["score"] is None], [s for s in samples if s["score"] is not None]
     for s in unscored:
         error = next((error for _, error in s["values"].values() if error), "no scorer applies to it")
         drops.add("unscored", **ids, sample_index=s["sample_index"], detail=f"{_origin(s)}: {error}")
     if not samples:
-        return [], []
+        return [], [], []
     best = _best(samples, rules, fates)
     if rules.without == "sft":
         fates, best = {_id(s): fates.get(_id(s), "not_best") for s in samples}, []
@@ -215,19 +236,32 @@ def pick(prompt_id: str, source: str, samples: list[dict], pass_rate: float | No
         top = max(s["score"] for s in samples)
         drops.add("unsolved", **ids, detail=f"best score {top:g} of {len(samples)} samples")
     pairs: dict[tuple, tuple[dict, dict]] = {}  # by tokens
+    rated: list[dict] = []
+    learned: set[tuple] = set()  # labeled completions, by tokens
     for r in sorted({s["round"] for s in samples}) if rules.without != "pairs" else ():
-        found, reason, detail = _pairs([s for s in samples if s["round"] == r], rules)
+        mine = [s for s in samples if s["round"] == r]
+        if rules.rows != "pairs":
+            kept = _rated(mine, rules)
+            if rules.rows == "labels":
+                kept = [s for s in kept if tuple(s["completion_tokens"]) not in learned]
+                learned |= {tuple(s["completion_tokens"]) for s in kept}
+            elif len({s["score"] for s in kept}) < 2:
+                drops.add("tie", **ids, detail=f"round-{r:02}: no list, {len(kept)} completions have no two scores")
+                continue
+            rated += kept
+            continue
+        found, reason, detail = _pairs(mine, rules)
         if not found:
             drops.add(reason, **ids, detail=f"round-{r:02}: no pair, {detail}")
         for pair in found:
             if pairs.setdefault(tuple(tuple(s["completion_tokens"]) for s in pair), pair) is not pair:
                 drops.add("duplicate", **ids, detail=f"{_origin(pair[0])}: same pair as in an earlier round")
-    used = {_id(s) for s in best} | {_id(s) for pair in pairs.values() for s in pair}
+    used = {_id(s) for s in [*best, *rated]} | {_id(s) for pair in pairs.values() for s in pair}
     for s in samples:
         if _id(s) not in used:
             drops.add(fates[_id(s)], **ids, sample_index=s["sample_index"],
                       detail=f"{_origin(s)}: score {s['score']:g}, {s['finish']}")
-    return best, list(pairs.values())
+    return best, list(pairs.values()), rated
 
 
 def _best(samples: list[dict], rules: Rules, fates: dict) -> list[dict]:
@@ -277,6 +311,8 @@ def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], 
         margin *= pstdev(s["score"] for s in samples)
     if gap < margin:
         return [], "margin", f"best minus worst is {gap:g}, less than {margin:g}"
+    if rules.corrections:
+        return _corrected(samples, margin, rules)
     reasons = [unfit_tokens(s["completion_tokens"], rules.filter)[0] for s in chosen]
     pairs: list[tuple[dict, dict]] = []
     for best in (s for s, reason in zip(chosen, reasons, strict=True) if not reason):
@@ -289,6 +325,29 @@ def _pairs(samples: list[dict], rules: Rules) -> tuple[list[tuple[dict, dict]], 
     if not pairs:  # the best sample has a partner, so it did not pass the filters
         return [], reasons[0], "no completion that passes the filters is enough better"
     return pairs, "", ""
+
+
+def _corrected(samples: list[dict], margin: float, rules: Rules) -> tuple[list[tuple[dict, dict]], str, str]:
+    """As _pairs: correct revisions that pass the filters, each with the completion that it revises, if that is not
+    correct and its score is `margin` lower."""
+    drawn, pairs = {s["sample_index"]: s for s in samples if not s.get("revised_from")}, []
+    for s in sorted((s for s in samples if s.get("revised_from")), key=lambda s: (-s["score"], *_tie(s, rules))):
+        first = drawn.get(s["revised_from"]["sample_index"])
+        if (first and s["correct"] and not first["correct"] and 0 < s["score"] - first["score"] >= margin
+                and first["completion"].strip() and not unfit_tokens(s["completion_tokens"], rules.filter)[0]):
+            pairs.append((s, first))
+    if not pairs:
+        return [], "uncorrected", "no revision corrects the completion that it revises"
+    return pairs[:rules.select.pairs_per_prompt], "", ""
+
+
+def _rated(samples: list[dict], rules: Rules) -> list[dict]:
+    """The distinct samples of one round, best first; correct ones must pass the filters."""
+    distinct: dict[tuple, dict] = {}
+    for s in sorted(samples, key=lambda s: (-s["score"], *_tie(s, rules))):
+        if s["completion"].strip() and not (s["correct"] and unfit_tokens(s["completion_tokens"], rules.filter)[0]):
+            distinct.setdefault(tuple(s["completion_tokens"]), s)
+    return list(distinct.values())
 
 
 def _tie(s: dict, rules: Rules) -> tuple:
@@ -315,6 +374,15 @@ def _sft_row(s: dict, source: str) -> dict:
             "prompt_id": s["prompt_id"], "sample_index": s["sample_index"], "prompt_tokens": s["prompt_tokens"],
             "completion_tokens": s["completion_tokens"], "loss_mask": [True] * len(s["completion_tokens"]),
             "score": s["score"], "origin": _origin(s), "writer": s.get("writer")}
+
+
+def _rated_row(s: dict, source: str, stops: set[int]) -> dict:
+    tokens, name = s["completion_tokens"], f"{_origin(s)}/{s['prompt_id']}"
+    return {"row_id": f"{name}/{s['sample_index']}", "list_id": name, "source": source, "weight": 1.0,
+            "loss_mask": [True] * len(tokens), "template": [t in stops for t in tokens], "desirable": s["correct"],
+            "origin": _origin(s)} | {k: s.get(k) for k in (
+                "prompt_id", "sample_index", "prompt_tokens", "completion_tokens", "score", "writer", "writer_hash",
+                "logp")}
 
 
 def _pair_row(chosen: dict, rejected: dict, source: str, stops: set[int], judging: Judging) -> dict:

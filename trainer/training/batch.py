@@ -108,6 +108,18 @@ def pack_evenly(lengths: list[int], budget: int) -> list[list[int]]:
     return bins
 
 
+def ends_first(lengths: list[int], room: int) -> list[int]:
+    """Indices, ascending, of ranked completions that fit into `room` tokens: the best, the worst, the second best and
+    so on."""
+    left, kept, best = list(range(len(lengths))), [], True
+    while left:
+        i = left.pop(0 if best else -1)
+        if lengths[i] <= room:
+            kept.append(i)
+            room, best = room - lengths[i], not best
+    return sorted(kept)
+
+
 def share_out(costs: list[float], ranks: int) -> list[list[int]]:
     """Indices of `costs` for each rank: greedy, the heaviest first to the least loaded rank."""
     shares: list[list[int]] = [[] for _ in range(ranks)]

@@ -66,6 +66,7 @@ class Engine:
         self.ema = [m.detach().clone() for m in self.masters] if averages else None
         self.start = [m.detach().clone() for m in self.masters] if section.bema else None
         self.step_index = 0
+        self.extra: dict[str, torch.Tensor] = {}  # what a loss keeps from step to step, part of the checkpoints
         self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, stored in the checkpoint
 
     @property
@@ -123,6 +124,7 @@ class Engine:
                 tensors[f"{key}/{name}"] = value
         for name, value in zip(self.names, self.ema or [], strict=self.ema is not None):
             tensors[f"ema/{name}"] = value
+        tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
         for folder in (work.parent / "snapshots").glob("step-*"):
             if not any(name.startswith(f"snapshots/{folder.name}/") for name in self.kept):
                 self.kept |= {f"snapshots/{folder.name}/{n}": entry for n, entry in list_files(folder).items()}
@@ -162,6 +164,7 @@ class Engine:
             self.weights.optimizer.state[master] = {k: tensors[f"{k}/{name}"] for k in keys}
         if self.ema is not None:
             self.ema = [tensors[f"ema/{name}"] for name in self.names]
+        self.extra = {name: tensors[f"extra/{name}"] for name in self.extra}
         self.weights.copy(self.masters)
         self.step_index = state["step"]
         self.world.barrier()  # rank 0 must not replace a checkpoint that another rank still reads

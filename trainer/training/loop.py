@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -18,11 +19,11 @@ from strop.trainer.training.local import Engine, learning_rate
 
 @dataclass
 class Step:
-    """Arguments of a microbatch's loss: its rows and the counts of the global step."""
+    """Arguments of a microbatch's loss: its rows, and the counts and the like of the global step."""
 
     index: int
     rows: list[int]
-    totals: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
 
 
 def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]], totals, loss,
@@ -30,9 +31,9 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     """Runs the steps of `plan`: resumes, logs every `interval` steps, writes checkpoints and snapshots. Returns the
     number of steps run, which are fewer than planned if the guard stopped them.
 
-    totals(rows) -> dict of counts over a global step. loss(groups, step) -> (scalar, fp32 vector of sums in the order
-    of `names`) of a microbatch, normalized by the step's totals, so that the sum over microbatches and ranks is the
-    step's loss. finish(sums [names] on the host) -> the values to log.
+    totals(rows) -> dict of counts over a global step, and of what else its losses share. loss(groups, step) -> (scalar,
+    fp32 vector of sums in the order of `names`) of a microbatch, normalized by the step's totals, so that the sum over
+    microbatches and ranks is the step's loss. finish(sums [names] on the host) -> the values to log.
     """
     section, world, work = engine.section, engine.world, stage.work
     if engine.resume(work):

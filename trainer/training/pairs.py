@@ -1,6 +1,8 @@
 """Preference pairs as examples, and their reference log-probs."""
 
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +14,14 @@ from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.training.batch import Example
 
 SIDES = ("chosen", "rejected")
+
+
+class Origin(NamedTuple):
+    """Where a completion comes from. logp: under its writer; None if unknown."""
+
+    writer: str | None
+    writer_hash: str | None
+    logp: float | None
 
 
 def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool) -> list[Example]:
@@ -52,24 +62,28 @@ def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, reco
     return examples
 
 
-def off_policy(path: Path, examples: list[Example], table: "ReferenceTable", policy: str | None) -> dict[str, float]:
-    """How far the pairs are from the policy, over the examples of pairs.parquet.
+def origins_of(path: Path, examples: list[Example]) -> list[tuple[Origin, ...]]:
+    """Of the completions of each example of pairs.parquet."""
+    found = {row["row_id"]: tuple(Origin(*(row.get(f"{side}_{name}") for name in Origin._fields)) for side in SIDES)
+             for row in read_table(path).to_pylist()}
+    return [found[example.row_id] for example in examples]
 
-    off_policy_share: pairs with a side that weights of another hash than `policy` wrote, ready data included.
+
+def off_policy(origins: list[tuple[Origin, ...]], examples: list[Example], table: "ReferenceTable",
+               policy: str | None) -> dict[str, float]:
+    """How far the examples are from the policy.
+
+    off_policy_share: those with a completion that weights of another hash than `policy` wrote, ready data included.
     writer_log_ratio: mean per token of log p(writer) - log p(reference), an estimate of KL(writer || reference) from
-    the log-probs that were stored in sampling; left out if no side has any.
+    the log-probs that were stored in sampling; left out if no completion has any.
     """
-    used, others, difference, tokens = {e.row_id for e in examples}, 0, 0.0, 0
-    for row in read_table(path).to_pylist():
-        if row["row_id"] not in used:
-            continue
-        others += any(policy is None or row.get(f"{side}_writer_hash") != policy for side in SIDES)
-        for side in SIDES:
-            logp = row.get(f"{side}_logp")
-            if logp is not None:
-                reference = table.rows[row["row_id"]][side]
-                difference, tokens = difference + logp - sum(reference), tokens + len(reference)
-    found = {"off_policy_share": others / len(used)} if used else {}
+    others, difference, tokens = 0, 0.0, 0
+    for example, written in zip(examples, origins, strict=True):
+        others += any(policy is None or origin.writer_hash != policy for origin in written)
+        for origin, logps in zip(written, table.rows[example.row_id]["logps"], strict=True):
+            if origin.logp is not None:
+                difference, tokens = difference + origin.logp - sum(logps), tokens + len(logps)
+    found = {"off_policy_share": others / len(examples)} if examples else {}
     return found | ({"writer_log_ratio": difference / tokens} if tokens else {})
 
 
@@ -104,8 +118,8 @@ class ReferenceTable:
         for i in indices:
             row = self.rows.get(examples[i].row_id)
             if row is None or row["fingerprint"] != examples[i].fingerprint():
-                raise UserError(f"{self.path}: pair {examples[i].row_id} is missing or has other tokens or masks; "
+                raise UserError(f"{self.path}: row {examples[i].row_id} is missing or has other tokens or masks; "
                                  "delete its folder to re-run the stage")
-            values += row["chosen"] + row["rejected"]
+            values += chain.from_iterable(row["logps"])
         tensor = torch.tensor(values, dtype=torch.float32)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -15,7 +15,7 @@ from strop.trainer.config import Part, Reward
 from strop.trainer.data.samples import read_samples
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
-from strop.trainer.training.batch import Example
+from strop.trainer.training.batch import Example, ends_first
 from strop.trainer.training.pairs import reward_margin
 
 REWARD_METRICS = ("loss", "accuracy", "margin", "mean_reward", "groups")  # sums; the last one counts
@@ -117,17 +117,12 @@ def fit(row: Ranked, limit: int, budget: int) -> Ranked | None:
     with the best and the worst ones that fit; None if no pair is left."""
     group = row.example.group
     left = [i for i, c in enumerate(group.completions) if len(group.prompt) + len(c) <= limit]
-    kept, room, best = [], budget - len(group.prompt), True
-    while left:
-        i = left.pop(0 if best else -1)
-        if len(group.completions[i]) <= room:
-            kept.append(i)
-            room, best = room - len(group.completions[i]), not best
-    at = {old: new for new, old in enumerate(sorted(kept))}
+    kept = [left[j] for j in ends_first([len(group.completions[i]) for i in left], budget - len(group.prompt))]
+    at = {old: new for new, old in enumerate(kept)}
     pairs = [(at[i], at[j], margin) for i, j, margin in row.pairs if i in at and j in at]
     if not pairs:
         return None
-    used = scored_group(group.prompt, [group.completions[i] for i in sorted(kept)])
+    used = scored_group(group.prompt, [group.completions[i] for i in kept])
     return replace(row, example=replace(row.example, group=used), pairs=pairs)
 
 
