@@ -150,7 +150,7 @@ if __name__ == "__main__":
     setup(
         packages=list(PACKAGE_DIR),
         package_dir=PACKAGE_DIR,
-        package_data={"strop.trainer": ["recipes/*.yaml"], "strop.trainer.reports": ["templates/*"]},
+        package_data={"strop.trainer": ["recipes/*.yaml", "recipes/*.jsonl"], "strop.trainer.reports": ["templates/*"]},
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildCsrc},
         # a wheel with the library serves every Python from 3.11 on; libraries are compiled side by side

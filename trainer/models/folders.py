@@ -69,10 +69,13 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
 
 def packaged_rows(path: str) -> Path:
     """The file of rows that package:NAME/FILE names in an installed Python package, unpacked into the cache if it is
-    gzipped. Raises UserError if there is none."""
+    gzipped; package:strop/FILE is one of a shipped recipe. Raises UserError if there is none."""
     name, _, inner = path.partition("/")
-    spec = find_package(name, "data.sources: path")
-    file = Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else "") / inner
+    if name == "package:strop":
+        file = Path(__file__).parents[1] / "recipes" / inner
+    else:
+        spec = find_package(name, "data.sources: path")
+        file = Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else "") / inner
     if not inner or not file.is_file():
         raise UserError(f"data.sources: path={path}: the package has no file {inner or '(none is named)'}; write "
                         "package:NAME/FILE")

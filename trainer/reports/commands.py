@@ -21,6 +21,8 @@ VERBS = {
     "show": Verb("strop show RUN", "state, lineage and next step of a run, in the terminal", 1, 1),
     "watch": Verb("strop watch RUN [--port N]", "a live page of a run, served to this machine only", 1, 1),
     "compare": Verb("strop compare RUN RUN ...", "recipes, paired pass rates and cost side by side", 2, None),
+    "best-of": Verb("strop best-of RUN", "what the best of n samples is worth, n up to the K that a run stored", 1, 1,
+                    "strop.trainer.reports.best_of:best_of"),
     "export": Verb("strop export RUN DIR", "the promoted model with its card and its parents' license", 2, 2),
     "try": Verb("strop try SCORER DATA [key=value ...]", "scores of the first rows of a file, before any run", 2, None,
                 "strop.trainer.scoring.trying:try_scorer"),
@@ -33,6 +35,7 @@ usage: {usage}
 {more}"""
 RUN = "RUN is a run directory (runs/quickstart) or the name of one under runs/ (quickstart)."
 MORE = {"show": RUN, "watch": f"{RUN}\n--port N listens there instead of 8765. Ctrl-C stops the page, not the run.",
+        "best-of": f"{RUN}\nWrites best_of.svg and best_of.md to the run directory.",
         "export": f"{RUN}\nDIR must not exist yet. File hashes are checked first; the copy is independent of the run.",
         "compare": f"{RUN}\nAll runs are compared with the first RUN.",
         "try": "SCORER is file.py:function or a rule (number, exact, ...). DATA is a file of rows with prompt and\n"
