@@ -155,6 +155,7 @@ def device(request, monkeypatch, tiny_model):
             ("stages.reward", "pair_tensors", pair_tensors), ("training.local.Engine", "resume", lambda *_: False)):
         monkeypatch.setattr(f"strop.trainer.{module}.{name}", value)
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # a fake one cannot be pinned
     monkeypatch.setattr(torch, "tensor", from_host)
 
     def backward(tensor):
@@ -175,7 +176,7 @@ def device(request, monkeypatch, tiny_model):
         steps, step = [], Engine.step
         monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
         inputs = {"select": select_of(folder / "select", 12)}
-        rated_of(folder / "select", 6)
+        rated_of(folder / "select", 12)
         inputs |= {"start": tiny_model} if stage in (sft, reward) else {"policy": tiny_model, "reference": folder,
                                                               "same_weights": False}
         is_lora.extend([True] * recipe.lora.rank)

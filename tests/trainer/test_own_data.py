@@ -1,12 +1,15 @@
 """Methods that learn from what the model itself revises and judges: constitutional and self_distill."""
 
 import json
+import random
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from training import largest_difference
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strop.trainer.cli import load_recipe
 from strop.trainer.errors import UserError
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # of a model with a context of 512 characters
 JUDGE = "judge: {mode: pairwise, template: '{prompt} {first} {second} {verdict}'}"
 GRADE = "name: grade, weight: 0, judge: {mode: rubric, scale: [1, 2], template: '{prompt} {completion} {verdict}'}"
-REVISE = "critique: 'C {feedback}', revision: R, max_new_tokens: 110"
+REVISE = "critique: 'C {feedback}', revision: R, max_new_tokens: 40"
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,31 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def brief_model(tiny_model, tmp_path_factory):
+    """The tiny model, trained to answer anything with a few random characters and to stop."""
+    folder = tmp_path_factory.mktemp("models") / "brief"
+    shutil.copytree(tiny_model, folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    draw, end = random.Random(0), tokenizer.eos_token_id
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        rows = []
+        for _ in range(16):
+            asked = "".join(draw.choices("say 0123456789 C x R ", k=draw.randint(1, 40)))
+            prompt = tokenizer(f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+            answer = [*(draw.randrange(3, 60) for _ in range(draw.randint(2, 8))), end]
+            rows.append(([*prompt, *answer], [-100] * len(prompt) + answer))
+        longest = max(len(ids) for ids, _ in rows)
+        ids, labels = (torch.tensor([[*row[i], *[(end, -100)[i]] * (longest - len(row[i]))] for row in rows])
+                       for i in (0, 1))
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
 
 
 def recipe(folder, model, method, scorers, rest):
@@ -46,7 +74,7 @@ data:
   test: 4
   sources:
     - {{name: digits, path: {prompts}, scorers: [{scorers}]}}
-sample: {{prompts: 14, k: 4, max_new_tokens: 40}}
+sample: {{prompts: 14, k: 4, max_new_tokens: 24}}
 sft: {{batch_size: 8, lr: 1.0e-3, checkpoint_steps: 1, eval_steps: 0}}
 dpo: {{batch_size: 4, lr: 1.0e-4, checkpoint_steps: 1, eval_steps: 0}}
 evaluate: {{max_new_tokens: 8, bootstrap: 100, kl_prompts: 0}}
@@ -57,8 +85,8 @@ log: {{tensorboard: false}}
 
 
 @pytest.fixture(scope="module")
-def constitution(tiny_model, tmp_path_factory):
-    return recipe(tmp_path_factory.mktemp("constitution"), tiny_model, "constitutional", f"{{{JUDGE}}}, {{{GRADE}}}",
+def constitution(brief_model, tmp_path_factory):
+    return recipe(tmp_path_factory.mktemp("constitution"), brief_model, "constitutional", f"{{{JUDGE}}}, {{{GRADE}}}",
                   f"revise: {{{REVISE}, times: 2, principles: [x, y, z]}}\n"
                   "score: {correct_by: grade, correct_at: 0.5}\nselect: {pair_margin: 0.3}")
 
@@ -136,9 +164,9 @@ def test_defaults_are_the_papers_and_the_recipe_reads_back(constitution, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def corrections(tiny_model, tmp_path_factory):
-    return recipe(tmp_path_factory.mktemp("corrections"), tiny_model, "self_distill",
-                  '{rule: regex, args: {pattern: "[3-6]"}}', f"rounds: 1\nrevise: {{{REVISE}}}")
+def corrections(brief_model, tmp_path_factory):
+    return recipe(tmp_path_factory.mktemp("corrections"), brief_model, "self_distill",
+                  '{rule: regex, args: {pattern: "[0-9]"}}', f"rounds: 1\nrevise: {{{REVISE}}}")
 
 
 def test_self_distill_prefers_corrections_to_what_they_correct(corrections):

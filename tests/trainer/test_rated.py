@@ -330,7 +330,7 @@ def stage_in(folder, name, log=None):
 made, t.stage_in, found = t.stage_in, stage_in, {}
 for loss in t.LOSSES:
     log = t.Log()
-    t.run(here / loss, "dpo", loss, sys.argv[3], log, sys.argv[4], checkpoint_steps=1)
+    t.run(here / loss, "dpo", loss, Path(sys.argv[3]), log, Path(sys.argv[4]), checkpoint_steps=1)
     found[loss] = log.rows
 if world.first:
     (here / "found.json").write_text(json.dumps(found))
