@@ -56,6 +56,7 @@ def run(tmp_path, name, loss, model, log=None, ref=None, **keys):
     select = rated_of(tmp_path / "select")
     table, stage = stage_in(tmp_path / f"{name}-reference", "reference"), stage_in(tmp_path / name, "dpo", log)
     reference(table, recipe, select=select, model=ref or model)
+    table.world.barrier()
     dpo(stage, recipe, select=select, policy=model, reference=table.dir, same_weights=ref is None, policy_hash="mine")
     return stage
 
