@@ -49,18 +49,19 @@ def recipe(folder: Path, model: Path, method: str, **keys) -> dict:
     sources = [{"name": name, "path": str(files[name]), "verifier": "regex", "verifier_args": {"pattern": "[0-9a-f]"}}
                for name in ("digits", "letters")]
     ready = [{"name": name, "path": str(files[name]), "rounds": [r]} for r, name in enumerate(("first", "later"))]
-    drawn = {"prompts": 12, "k": 4, "max_new_tokens": 24, "shard_prompts": 12}
+    drawn = {"prompts": 14, "k": 4, "max_new_tokens": 24, "shard_prompts": 14}
     return {"name": method, "method": method, "output_dir": str(folder / "runs"), "dtype": "float32", "threads": 1,
             "model": {"path": str(model)}, "sample": drawn, "evaluate": {"max_new_tokens": 4, "bootstrap": 50,
                                                                           "kl_prompts": 1},
             "data": {"validation": 4, "test": 4, "sources": sources, "preferences": ready}, "sft": {**TRAINING},
-            "dpo": {**TRAINING}, "select": {"pair_margin": 0.1}, "log": {"tensorboard": False}} | keys
+            "dpo": {**TRAINING}, "select": {"pair_margin": 0.1, "pairs_per_prompt": 2},
+            "filter": {"max_repetition": 1.0}, "log": {"tensorboard": False}} | keys
 
 
 def annotated(folder: Path, model: Path, method: str, **keys) -> dict:
     reward = {k: v for k, v in TRAINING.items() if k != "eval_steps"}
     return recipe(folder, model, method, rounds=2, reward=reward,
-                  annotate={"prompts": 12, "k": 4, "max_new_tokens": 24}, **keys)
+                  annotate={"prompts": 14, "k": 4, "max_new_tokens": 24}, **keys)
 
 
 def recipes(folder: Path, model: Path) -> dict[str, dict]:
@@ -73,7 +74,7 @@ def recipes(folder: Path, model: Path) -> dict[str, dict]:
 
 # where each run dies once: in a training stage's second step, each time in another stage
 KILLED = {"llama3": ("round-00/reward-1", "round-00/sft-0", "round-01/dpo-1"),
-          "llama2": ("round-00/safety", "round-01/sft"), "nemotron": ("round-00/code", "round-02/rpo")}
+          "llama2": ("round-01/safety", "round-01/sft"), "nemotron": ("round-00/code", "round-02/rpo")}
 
 
 def run_to_the_end(data: dict, dies_in: tuple = ()):
@@ -219,13 +220,13 @@ def test_best_of_k_is_the_reward_models_argmax(runs):
     stopped = {(r["prompt_id"], r["sample_index"]) for r in run.table("round-00/sample").to_pylist()
                if r["finish"] == "stop" and r["completion"].strip()}
     rows = [r for r in run.table("round-00/best", "sft").to_pylist() if r["prompt_id"]]
-    assert rows and len(values) == 48
+    assert rows and len(values) == 56
     for row in rows:
         mine = {i: value for (prompt_id, i), value in values.items()
                 if prompt_id == row["prompt_id"] and (prompt_id, i) in stopped}
         assert row["score"] == max(mine.values()) == mine[row["sample_index"]]
     assert not len(run.table("round-00/best", "pairs"))
-    assert run.table("round-00/best", "judged")["correct"].null_count == 48  # a reward is no verdict
+    assert run.table("round-00/best", "judged")["correct"].null_count == 56  # a reward is no verdict
 
 
 def test_runs_are_averaged(runs):
