@@ -2,12 +2,15 @@
 one method are refused in another."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 import yaml
+from conftest import SPECIAL
+from safetensors.torch import load_file, save_file
 from test_keys import own_reasons
 from test_kills import TIMES, contents
 from training import stage_in, weights_of
@@ -29,7 +32,7 @@ from strop.trainer.training.local import Engine
 from strop.trainer.training.rewards import ranked_samples
 
 TRAINING = {"batch_size": 2, "checkpoint_steps": 1, "lr": 1e-3, "eval_steps": 0}
-REVISE = {"critique": "C {feedback}", "revision": "R", "principles": ["x"], "max_new_tokens": 120}
+REVISE = {"critique": "C {feedback}", "revision": "R", "principles": ["x"], "max_new_tokens": 60}
 
 
 def recipe(folder: Path, model: Path, method: str, **keys) -> dict:
@@ -46,18 +49,19 @@ def recipe(folder: Path, model: Path, method: str, **keys) -> dict:
     sources = [{"name": name, "path": str(files[name]), "verifier": "regex", "verifier_args": {"pattern": "[0-9a-f]"}}
                for name in ("digits", "letters")]
     ready = [{"name": name, "path": str(files[name]), "rounds": [r]} for r, name in enumerate(("first", "later"))]
-    drawn = {"prompts": 12, "k": 4, "max_new_tokens": 48, "shard_prompts": 12}
+    drawn = {"prompts": 14, "k": 4, "max_new_tokens": 24, "shard_prompts": 14}
     return {"name": method, "method": method, "output_dir": str(folder / "runs"), "dtype": "float32", "threads": 1,
             "model": {"path": str(model)}, "sample": drawn, "evaluate": {"max_new_tokens": 4, "bootstrap": 50,
                                                                           "kl_prompts": 1},
             "data": {"validation": 4, "test": 4, "sources": sources, "preferences": ready}, "sft": {**TRAINING},
-            "dpo": {**TRAINING}, "select": {"pair_margin": 0.1}, "log": {"tensorboard": False}} | keys
+            "dpo": {**TRAINING}, "select": {"pair_margin": 0.1, "pairs_per_prompt": 2},
+            "filter": {"max_repetition": 1.0}, "log": {"tensorboard": False}} | keys
 
 
 def annotated(folder: Path, model: Path, method: str, **keys) -> dict:
     reward = {k: v for k, v in TRAINING.items() if k != "eval_steps"}
     return recipe(folder, model, method, rounds=2, reward=reward,
-                  annotate={"prompts": 12, "k": 4, "max_new_tokens": 48}, **keys)
+                  annotate={"prompts": 14, "k": 4, "max_new_tokens": 24}, **keys)
 
 
 def recipes(folder: Path, model: Path) -> dict[str, dict]:
@@ -70,7 +74,7 @@ def recipes(folder: Path, model: Path) -> dict[str, dict]:
 
 # where each run dies once: in a training stage's second step, each time in another stage
 KILLED = {"llama3": ("round-00/reward-1", "round-00/sft-0", "round-01/dpo-1"),
-          "llama2": ("round-00/safety", "round-01/sft"), "nemotron": ("round-00/code", "round-02/rpo")}
+          "llama2": ("round-01/safety", "round-01/sft"), "nemotron": ("round-00/code", "round-02/rpo")}
 
 
 def run_to_the_end(data: dict, dies_in: tuple = ()):
@@ -103,10 +107,21 @@ def run_to_the_end(data: dict, dies_in: tuple = ()):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model, tmp_path_factory):
+def model(tiny_model, tmp_path_factory):
+    """The tiny model, which often stops."""
+    folder = tmp_path_factory.mktemp("stops") / "tiny"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][SPECIAL.index("<|im_end|>")] *= 3  # the head is tied to it
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(model, tmp_path_factory):
     """{method: the record of a finished run that was killed on the way}; not to be changed."""
     folder = tmp_path_factory.mktemp("methods")
-    return {method: run_to_the_end(data, KILLED[method]) for method, data in recipes(folder, tiny_model).items()}
+    return {method: run_to_the_end(data, KILLED[method]) for method, data in recipes(folder, model).items()}
 
 
 # method -> key that only it has -> (another value, the stages that are stale by themselves)
@@ -150,9 +165,9 @@ def inputs_of(run) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("method", KILLED)
-def test_it_is_planned_as_it_runs_and_a_killed_run_ends_with_the_same_bits(method, runs, tiny_model, tmp_path):
+def test_it_is_planned_as_it_runs_and_a_killed_run_ends_with_the_same_bits(method, runs, model, tmp_path):
     run = runs[method]
-    data = recipes(tmp_path, tiny_model)[method]
+    data = recipes(tmp_path, model)[method]
     planned = plan(data)
     assert {s["state"] for s in planned} == {"to run"}
     assert [(s["stage"], s["kind"]) for s in planned] == [(s["stage"], s["kind"]) for s in run.stages]
@@ -205,13 +220,13 @@ def test_best_of_k_is_the_reward_models_argmax(runs):
     stopped = {(r["prompt_id"], r["sample_index"]) for r in run.table("round-00/sample").to_pylist()
                if r["finish"] == "stop" and r["completion"].strip()}
     rows = [r for r in run.table("round-00/best", "sft").to_pylist() if r["prompt_id"]]
-    assert rows and len(values) == 48
+    assert rows and len(values) == 56
     for row in rows:
         mine = {i: value for (prompt_id, i), value in values.items()
                 if prompt_id == row["prompt_id"] and (prompt_id, i) in stopped}
         assert row["score"] == max(mine.values()) == mine[row["sample_index"]]
     assert not len(run.table("round-00/best", "pairs"))
-    assert run.table("round-00/best", "judged")["correct"].null_count == 48  # a reward is no verdict
+    assert run.table("round-00/best", "judged")["correct"].null_count == 56  # a reward is no verdict
 
 
 def test_runs_are_averaged(runs):
