@@ -31,8 +31,8 @@ from strop.trainer.stages.score import piecewise
 from strop.trainer.training.local import Engine
 from strop.trainer.training.rewards import ranked_samples
 
-TRAINING = {"batch_size": 2, "checkpoint_steps": 1, "lr": 1e-3, "eval_steps": 0}
-REVISE = {"critique": "C {feedback}", "revision": "R", "principles": ["x"], "max_new_tokens": 60}
+TRAINING = {"batch_size": 4, "lr": 1e-3, "eval_steps": 0}
+REVISE = {"critique": "C {feedback}", "revision": "R", "principles": ["x"], "max_new_tokens": 40}
 
 
 def recipe(folder: Path, model: Path, method: str, **keys) -> dict:
@@ -46,22 +46,24 @@ def recipe(folder: Path, model: Path, method: str, **keys) -> dict:
     }.items():
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = [{"name": name, "path": str(files[name]), "verifier": "regex", "verifier_args": {"pattern": "[0-9a-f]"}}
+    sources = [{"name": name, "path": str(files[name]), "verifier": "regex", "verifier_args": {"pattern": "[0-9a-f]"},
+                "templated": True}
                for name in ("digits", "letters")]
     ready = [{"name": name, "path": str(files[name]), "rounds": [r]} for r, name in enumerate(("first", "later"))]
-    drawn = {"prompts": 14, "k": 4, "max_new_tokens": 24, "shard_prompts": 14}
+    drawn = {"prompts": 12, "k": 4, "max_new_tokens": 16, "shard_prompts": 12}
     return {"name": method, "method": method, "output_dir": str(folder / "runs"), "dtype": "float32", "threads": 1,
             "model": {"path": str(model)}, "sample": drawn, "evaluate": {"max_new_tokens": 4, "bootstrap": 50,
-                                                                          "kl_prompts": 1},
-            "data": {"validation": 4, "test": 4, "sources": sources, "preferences": ready}, "sft": {**TRAINING},
+                                                                          "kl_prompts": 0},
+            "data": {"validation": 2, "test": 2, "sources": sources, "preferences": ready}, "sft": {**TRAINING},
             "dpo": {**TRAINING}, "select": {"pair_margin": 0.1, "pairs_per_prompt": 2},
-            "filter": {"max_repetition": 1.0}, "log": {"tensorboard": False}} | keys
+            "filter": {"max_repetition": 1.0}, "log": {"tensorboard": False},
+            "merge": {"max_cut_rise": 1.0}} | keys
 
 
 def annotated(folder: Path, model: Path, method: str, **keys) -> dict:
     reward = {k: v for k, v in TRAINING.items() if k != "eval_steps"}
     return recipe(folder, model, method, rounds=2, reward=reward,
-                  annotate={"prompts": 14, "k": 4, "max_new_tokens": 24}, **keys)
+                  annotate={"prompts": 12, "k": 4, "max_new_tokens": 16}, **keys)
 
 
 def recipes(folder: Path, model: Path) -> dict[str, dict]:
@@ -72,18 +74,18 @@ def recipes(folder: Path, model: Path) -> dict[str, dict]:
     return {"llama3": annotated(folder, model, "llama3", revise=REVISE), "llama2": llama2, "nemotron": nemotron}
 
 
-# where each run dies once: in a training stage's second step, each time in another stage
+# the training stages after whose first step each run dies once
 KILLED = {"llama3": ("round-00/reward-1", "round-00/sft-0", "round-01/dpo-1"),
           "llama2": ("round-01/safety", "round-01/sft"), "nemotron": ("round-00/code", "round-02/rpo")}
 
 
 def run_to_the_end(data: dict, dies_in: tuple = ()):
-    """The record of a run that is killed in the second step of each of these stages and goes on."""
+    """The record of a run that is killed after the first step of each of these stages and goes on."""
     threads, step, left = torch.get_num_threads(), Engine.step, list(dies_in)
 
     def dying(engine):
         norm = step(engine)
-        if left and engine.stage_name == left[0] and engine.step_index == 2:
+        if left and engine.stage_name == left[0] and engine.step_index == 1:
             left.pop(0)
             raise KeyboardInterrupt
         return norm
@@ -112,7 +114,8 @@ def model(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stops") / "tiny"
     shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][SPECIAL.index("<|im_end|>")] *= 3  # the head is tied to it
+    table = weights["model.embed_tokens.weight"]  # the head is tied to it
+    table[SPECIAL.index("<|im_end|>")] = 3 * table[10]  # it was zero: the end of turn is padding too
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -164,7 +167,8 @@ def inputs_of(run) -> dict[str, dict]:
     return {s["stage"]: s["inputs"] for s in run.stages}
 
 
-@pytest.mark.parametrize("method", KILLED)
+@pytest.mark.parametrize("method", ["llama3", *(pytest.param(method, marks=pytest.mark.slow) for method in (
+    "llama2", "nemotron"))])
 def test_it_is_planned_as_it_runs_and_a_killed_run_ends_with_the_same_bits(method, runs, model, tmp_path):
     run = runs[method]
     data = recipes(tmp_path, model)[method]
@@ -220,13 +224,13 @@ def test_best_of_k_is_the_reward_models_argmax(runs):
     stopped = {(r["prompt_id"], r["sample_index"]) for r in run.table("round-00/sample").to_pylist()
                if r["finish"] == "stop" and r["completion"].strip()}
     rows = [r for r in run.table("round-00/best", "sft").to_pylist() if r["prompt_id"]]
-    assert rows and len(values) == 56
+    assert rows and len(values) == 48
     for row in rows:
         mine = {i: value for (prompt_id, i), value in values.items()
                 if prompt_id == row["prompt_id"] and (prompt_id, i) in stopped}
         assert row["score"] == max(mine.values()) == mine[row["sample_index"]]
     assert not len(run.table("round-00/best", "pairs"))
-    assert run.table("round-00/best", "judged")["correct"].null_count == 56  # a reward is no verdict
+    assert run.table("round-00/best", "judged")["correct"].null_count == 48  # a reward is no verdict
 
 
 def test_runs_are_averaged(runs):
