@@ -373,8 +373,8 @@ def type_name(annotation) -> str:
 def help_text() -> str:
     """Usage and every key."""
     verbs = "".join(f"       {verb.usage:<32} {verb.purpose}\n" for verb in VERBS.values())
-    recipes = "".join(f"  {name:<12}{about(SHIPPED / f'{name}.yaml')}\n" for name in shipped_recipes())
-    methods = "".join(f"  {method:<12}{recipe.model_fields['method'].description}\n"
+    recipes = "".join(f"  {name:<15} {about(SHIPPED / f'{name}.yaml')}\n" for name in shipped_recipes())
+    methods = "".join(f"  {method:<15} {recipe.model_fields['method'].description}\n"
                       for method, recipe in RECIPES.items())
     lines = [USAGE.format(recipes=recipes, methods=methods, verbs=verbs)]
 

@@ -404,7 +404,7 @@ def test_help_says_which_methods_there_are():
     text = help_text()
     assert RECIPES.keys() == METHODS.keys()
     for method, cls in RECIPES.items():
-        assert f"\n  {method:<12}{cls.model_fields['method'].description}\n" in text
+        assert f"\n  {method:<15} {cls.model_fields['method'].description}\n" in text
     for key in ("average.sft.N.lr", "safety.threshold", "code.replay", "rpo.loss", "reward.pairs", "revise.times"):
         assert f"\n  {key}  (" in text, key
     assert "dpo.nll_weight=0.2" in text and "annotate: " in text
