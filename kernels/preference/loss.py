@@ -291,7 +291,7 @@ def _unpaired(
     each = weight * torch.where(desirable, wanted(ratio, baseline, o), unwanted(ratio, baseline, o))
     total = each.sum()
     with torch.no_grad():
-        chosen, rejected = desirable.to(ratio.dtype), (~desirable).to(ratio.dtype)
+        chosen, rejected = desirable.to(ratio.dtype), desirable.logical_not().to(ratio.dtype)
         zero, reward = torch.zeros_like(total), o.beta * ratio
         entries = ((reward * chosen).sum(), (reward * rejected).sum(), zero, zero)
         entries += ((policy * chosen).sum(), (policy * rejected).sum(), total, zero)

@@ -216,7 +216,7 @@ def run(tiny_model, tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("keys"), torch.get_num_threads()
     path = write_recipe(folder, tiny_model)
     rows = {"sft": {"prompt": "ab", "completion": "cd"},
-            "preferences": {"prompt": "ab", "chosen": "cd", "rejected": "ef"}}
+            "preferences": {"prompt": "ab", "chosen": "cd", "rejected": "ef", "margin": 1.0}}
     for kind, row in rows.items():
         (folder / f"{kind}.jsonl").write_text(json.dumps(row) + "\n")
         (folder / f"other-{kind}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "gh"}) + "\n")
