@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from strop.trainer.config import Scorer
 from strop.trainer.data.columns import to_messages
 from strop.trainer.data.rows import read_rows
+from strop.trainer.data.sources import dumps
 from strop.trainer.errors import UserError
 from strop.trainer.scoring.base import Compute, Item, Scored, open_scorer
 
@@ -102,7 +104,8 @@ def item_of_row(row, options: dict[str, Any]) -> Item:
     prompt, conversational = data[columns["prompt"]], isinstance(data[columns["prompt"]], list)
     messages = to_messages(prompt, columns["prompt"]) if conversational else [{"role": "user", "content": prompt}]
     answer = None if answer is None else str(answer)
-    rest = {k: v for k, v in data.items() if k not in (columns["prompt"], columns["completion"])}
+    # as a run has them, which keeps columns as JSON
+    rest = json.loads(dumps({k: v for k, v in data.items() if k not in (columns["prompt"], columns["completion"])}))
     return Item(messages, str(completion), answer, {"answer": answer} | rest, conversational, None, row.where)
 
 
