@@ -109,8 +109,8 @@ class Judge(Section):
         if not low < high <= low + 100:
             raise ValueError(f"scale={list(self.scale)}: the best grade must be above the worst, by at most 100")
         if self.mode == "topic" and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)
-                                     or not all(label.strip() for label in self.labels)):
-            raise ValueError("labels: name at least two topics, all different")
+                                     or not all(label.strip() and label.isprintable() for label in self.labels)):
+            raise ValueError("labels: name at least two topics, all different, in a line each")
         names = [model.name for model in self.models]
         if twice := next((n for n in names if names.count(n) > 1), None):
             raise ValueError(f"models: two are named {twice}; give each its own name")
