@@ -153,7 +153,7 @@ def test_a_judge_that_fails_does_not_stop_sampling(world, monkeypatch):
     world.server.plan = real
     _, _, lines = world.run("a")
     assert len(world.written) == 24 and "round-00/sample: up to date" in lines
-    assert set(world.graded.values()) == {1}
+    assert set(world.judged.values()) == {1} and len(world.graded) == 24
 
 
 def test_what_sample_enough_scored_is_not_scored_again(tiny_model, tmp_path):
