@@ -72,11 +72,11 @@ class World:
     def graded(self):
         return Counter(self.log.read_text().splitlines()) if self.log.exists() else Counter()
 
-    def run(self, name, stop=None):
+    def run(self, name, keys=None):
         """The artifacts of sample and score, and what was printed."""
         console = Console(enabled=False)
         console.line = console.warn = (lines := []).append
-        with open_run(self.recipe, {"name": name, "rounds": 1}, console=console) as run:
+        with open_run(self.recipe, {"name": name, "rounds": 1} | (keys or {}), console=console) as run:
             for _ in run.rounds(1):
                 prompts = run.prompts()
                 samples = run.sample(run.recipe.sample, run.start, prompts, score=run.recipe.score)
@@ -179,16 +179,19 @@ def test_what_can_be_scored_ahead():
 def test_functions_of_lists_and_failures_wait(world):
     mine = world.folder / "mine.py"
     mine.write_text(mine.read_text().replace("return len(completion)", "return None if '2' in completion else 1 / 0"))
-    for name, function in (("a", ""), ("b", "\ndef grade(completions):\n    return [len(set(completions))] * "
-                                            "len(completions)\n")):
+    for name, function in (("a", ""), ("b", "\nseen = grade\n\ndef grade(prompts, completions):\n    for pair in "
+                                            "zip(prompts, completions):\n        try:\n            seen(*pair)\n"
+                                            "        except ZeroDivisionError:\n            pass\n"
+                                            "    return [len(set(completions))] * len(completions)\n")):
         with mine.open("a") as f:
             f.write(function)
-        text = world.recipe.read_text().replace("rounds: 2", "rounds: 2\nscore: {max_errors: 99}")
-        world.recipe.write_text(text)
-        _, scores, _ = world.run(name)
+        world.log.unlink(missing_ok=True)
+        _, scores, _ = world.run(name, {"score.max_errors": 99})
         rows = [r for r in read_table(scores.path / "scores.parquet").to_pylist() if r["scorer"] == "grade"]
         assert {r["value"] for r in rows} == ({None} if name == "a" else {24.0})
-        if name == "a":
+        if name == "b":
+            assert set(world.graded.values()) == {1}
+        else:
             failed = {r["error"].split(": ")[1] for r in rows if r["error"]}
             assert failed == {"ZeroDivisionError"} and any(r["error"] is None for r in rows)
 

@@ -42,6 +42,8 @@ class Ahead:
         self.thread = threading.Thread(target=self._run, daemon=True)
         if any(ready.values()):
             self.verdicts = Verdicts(stage, ready, files, score, compute, into=stage.scored, who="-ahead")
+            self.verdicts.scorers = {source: [s for s in mine if s.judge or self.verdicts.live[source, s.name].by_item]
+                                     for source, mine in ready.items()}
             self.thread.start()
 
     def add(self, shard: Path) -> None:
