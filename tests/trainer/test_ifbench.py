@@ -42,7 +42,7 @@ def test_a_row_of_ifbench_is_read_and_an_unknown_id_is_refused_by_name():
     row = {"instruction_id_list": ["count:numbers", "format:no_whitespace"], "kwargs": [{"N": 2.0, "word": None}, {}]}
     assert check_answer("instructions", {}, None, row) is None
     assert verify("instructions", "1,2", None, {}, row) == (0.5, "not followed: count:numbers")
-    assert verify("instructions", "1,2", None, {}, row | {"kwargs": [{"N": 1}, {}]})[0] == 1  # a comma divides no number
+    assert verify("instructions", "1,2", None, {}, row | {"kwargs": [{"N": 1}, {}]})[0] == 1  # one number
     said = check_answer("instructions", {}, None, {"instruction_id_list": ["words:start_verb"]})
     assert "there is no instruction words:start_verb" in said and "count:numbers" in said
 

@@ -16,7 +16,7 @@ from strop.trainer.models.loading import max_positions, read_object
 from strop.trainer.run.files import reason_of
 
 KEY = "filter.embedder"
-TOKENS = 4096  # of a batch
+TOKENS = 16_384  # of a batch
 ENCODED = 4096  # texts that are tokenized at once
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
