@@ -85,7 +85,8 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
     samples. only: the sources whose rows are made, each with a factor of their weights and of those of ready data; by
     default all. rows: what the preference loss learns from, pairs, or labels or lists of rated.parquet; the other table
     stays empty. corrections: pair correct revisions with the completions that they revise, not the best with the worst.
-    topics: with select.topic_share, the scorer of each source that tells the topic. Raises UserError if nothing is left.
+    topics: with select.topic_share, the scorer of each source that tells the topic. Raises UserError if nothing is
+    left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
