@@ -102,6 +102,11 @@ class Source(Section):
         """The scorers, also where the recipe has the short form."""
         return self.scorers or [Scorer(rule=self.verifier or "reasoning_gym", args=self.verifier_args)]
 
+    @property
+    def topic(self) -> str | None:
+        """The name of the scorer that tells the topic, the first one."""
+        return next((scorer.name for scorer in self.scoring if scorer.judge and scorer.judge.mode == "topic"), None)
+
 
 class ReadyData(Section):
     name: str = Field(description="name of the data in tables and reports")
@@ -180,6 +185,11 @@ class Select(Section):
     sft_min_score: float | None = Field(0.99, description="lowest score of a completion for SFT; null is no limit")
     sft_per_prompt: Positive = Field(1, description="most distinct completions per prompt for SFT")
     sft_cut: bool = Field(False, description="use completions cut by length for SFT")
+    values: dict[str, tuple[float | None, float | None]] = Field(
+        {}, description="scorer: lowest and highest value of completions to learn from, null is no limit, e.g. "
+        "{difficulty: [0.5, null]}; sources without the scorer are left alone")
+    topic_share: float = Field(1.0, gt=0.0, le=1.0, description="largest share of a topic in the SFT rows that a topic "
+                               "judge saw; beyond it the worst go, by quality x difficulty")
     pair_margin: float = Field(0.5, ge=0.0, description="smallest difference in score between chosen and rejected")
     pair_margin_unit: Literal["score", "z"] = Field("score", description="unit of pair_margin: the score's own, or "
                                                     "standard deviations of the scores of the prompt's completions")
@@ -191,6 +201,9 @@ class Select(Section):
     def window(self):
         if self.pass_rate_min > self.pass_rate_max:
             raise ValueError(f"pass_rate_min={self.pass_rate_min} is above pass_rate_max={self.pass_rate_max}")
+        for name, (low, high) in self.values.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"values.{name}=[{low:g}, {high:g}]: the lowest value is above the highest")
         return self
 
 
@@ -465,7 +478,22 @@ class Recipe(Section):
             for i, source in enumerate(self.data.sources) if name else ():
                 if name not in (known := [scorer.name for scorer in source.scoring]):
                     raise ValueError(f"{key} names the scorer {name}, but data.sources.{i} has {', '.join(known)}")
+        self._check_judges_of_prompts(named)
         return self
+
+    def _check_judges_of_prompts(self, named: dict[str, str | None]) -> None:
+        scorers = {scorer.name: scorer for source in self.data.sources for scorer in source.scoring}
+        for key, name in named.items():
+            scorer = scorers.get(name)
+            if scorer and scorer.of_prompts and not (key.startswith("filter.") and scorer.judge.mode != "topic"):
+                raise ValueError(f"{key} names {name}, which judges prompts, not completions; name another scorer")
+        for name in self.select.values:
+            if name not in scorers or (scorers[name].judge and scorers[name].judge.mode == "topic"):
+                known = [n for n, s in scorers.items() if not (s.judge and s.judge.mode == "topic")]
+                raise ValueError(f"select.values names {name}, which no source has as a scorer with values; there are "
+                                 f"{', '.join(known)}")
+        if self.select.topic_share < 1 and not any(source.topic for source in self.data.sources):
+            raise ValueError(f"select.topic_share={self.select.topic_share:g} needs a source with a topic judge")
 
     def _check_seeds(self, names: list[str]) -> None:
         w = self.write_prompts

@@ -18,7 +18,7 @@ from strop.trainer.method_recipes import RECIPES, has_key
 from strop.trainer.methods.running import planned
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
-from strop.trainer.scorers import ServedJudge
+from strop.trainer.scorers import ServedJudge, VllmJudge
 
 UPSTREAM = "its inputs are re-run"
 STAGES = ("prompts", "baseline-held-out", "baseline", "sample", "score", "select", "sft", "reference", "dpo", "merge",
@@ -99,6 +99,10 @@ TABLE = {
                      "data.sources.0.scorers.0.judge.mode": mode}), SCORES) for key, value, mode in (
         ("mode", "rubric", "rubric"), ("rubric", "It rhymes.", "rubric"), ("scale", [1, 5], "rubric"),
         ("template", "{prompt} {completion} {verdict}", "rubric"), ("opponents", 2, "pairwise"))},
+    "data.sources.N.scorers.N.judge.labels": (
+        Also(["a", "b"], {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
+                          "data.sources.0.scorers.0.weight": 0.0, "data.sources.0.scorers.0.judge.mode": "topic"}),
+        SCORES | SELECT),
     **{f"data.sources.N.scorers.N.judge.models.N.{key}": (
         Also(value, {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
                      "data.sources.0.scorers.0.judge": {"mode": "rubric", "models": [{key: value}]}}), SCORES)
@@ -150,6 +154,10 @@ TABLE = {
     "select.accumulate": (False, SELECT),
     "select.pass_rate_min": (0.1, SELECT),
     "select.pass_rate_max": (0.9, SELECT),
+    "select.values": ({"grade": [0.0, None]}, SELECT),
+    "select.topic_share": (Also(0.5, {"data.sources.0.scorers.0.python": None, "data.sources.0.scorers.0.name": "grade",
+                                      "data.sources.0.scorers.0.weight": 0.0, "data.sources.0.scorers.0.judge": {
+                                          "mode": "topic", "labels": ["a", "b"]}}), SCORES | SELECT),
     "select.sft_min_score": (0.5, SELECT),
     "select.sft_per_prompt": (2, SELECT),
     "select.sft_cut": (True, SELECT),
@@ -371,6 +379,13 @@ def test_a_key_of_a_judge_on_a_server_counts_if_it_can_change_verdicts():
     for name in keys.keys() - refused:
         value, counts = keys[name]
         assert (ServedJudge(**SERVER).key() != ServedJudge(**SERVER | {name: value}).key()) == counts, name
+
+
+def test_a_key_of_a_judge_on_vllm_counts_if_it_can_change_verdicts():
+    keys = ENGINES["vllm"][1] | {"max_tokens": (2, True), "name": ("j", True), "path": ("elsewhere", True)}
+    assert VllmJudge.model_fields.keys() - keys.keys() == {"engine"}
+    for name, (value, counts) in keys.items():
+        assert (VllmJudge().key() != VllmJudge(**{name: value}).key()) == counts, name
 
 
 @pytest.mark.parametrize("key", TABLE)

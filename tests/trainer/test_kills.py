@@ -1,6 +1,7 @@
 """SIGKILL to the whole job at named places and at random moments: the same command goes on, to the same bits."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -11,10 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
+from training import largest_difference
 
 from strop.trainer.run.artifacts import list_files
 from strop.trainer.run.files import read_json
 from strop.trainer.run.metrics import read_metrics
+from strop.trainer.run.tables import read_table
 
 REPO = Path(__file__).parents[2]
 TIMES = {"final/README.md", "final/results.json"}  # the card tells how long the stages took
@@ -137,6 +141,39 @@ def test_two_ranks_killed_together_go_on_and_no_orphan_writes(launcher, recipe):
     assert not (run / "final").exists()  # what an orphan would have gone on to
     finish(launcher, job(recipe, "killed", "rounds=1", ranks=2))
     same_end(runs / "whole", run)
+
+
+@pytest.mark.slow
+def test_a_reward_model_killed_at_every_point_and_of_two_ranks_is_the_same(launcher, tiny_recipe):
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    rows = [{"prompt": f"say {i}", "chosen": f"{i}", "rejected": f"not {i + 1}", "margin": i % 3} for i in range(30)]
+    pairs = tiny_recipe.with_name("pairs.jsonl")
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for key in ("sft", "dpo", "evaluate", "rounds"):
+        del recipe[key]
+    recipe |= {"method": "reward", "reward": {"pairs": "all", "margin": 1.0, "centering": 0.01, "batch_size": 8,
+                                              "label_smoothing": 0.1, "lr": 1e-3, "checkpoint_steps": 1}}
+    recipe["data"]["preferences"] = [{"name": "pairs", "path": str(pairs), "near_duplicates": False}]
+    tiny_recipe.write_text(yaml.safe_dump(recipe))
+    runs, fired = tiny_recipe.parent / "runs", tiny_recipe.with_name("fired")
+    finish(launcher, job(tiny_recipe, "whole"))
+    fired.touch()
+    killed = finish(launcher, job(tiny_recipe, "killed", fired=str(fired), only="reward: "))
+    assert killed > 40 and "step 1 has its gradients" in fired.read_text()
+    assert contents(runs / "whole") == contents(runs / "killed")
+    fired.write_text("")
+    task = job(tiny_recipe, "two", ranks=2, fired=str(fired), only="reward: step 2 has|reward: half of .*state")
+    while len(fired.read_text().splitlines()) < 2:
+        launcher.start(**task)
+        assert launcher.wait() == -signal.SIGKILL, Path(task["log"]).read_text()[-3000:]
+    finish(launcher, task)
+    one, two = (runs / name / "round-00/reward" for name in ("whole", "two"))
+    assert largest_difference(one / "model", two / "model") < 1e-5
+    held = [read_table(folder / "held_out.parquet").to_pylist() for folder in (one, two)]
+    assert len(held[0]) > 10
+    for a, b in zip(*held, strict=True):
+        assert a | {"chosen": 0, "rejected": 0} == b | {"chosen": 0, "rejected": 0}
+        assert (a["chosen"], a["rejected"]) == pytest.approx((b["chosen"], b["rejected"]), abs=1e-4)
 
 
 @pytest.mark.parametrize("argument, said", [("data.test=500", "leave nothing to train on"),

@@ -126,6 +126,20 @@ def test_an_embedding_is_the_mean_of_hidden_states_whatever_the_batch(bert):
     assert embedder.embed([]).shape == (0, 16)
 
 
+def test_equal_texts_are_computed_once_and_batches_have_one_length(bert, monkeypatch):
+    embedder = Embedder(bert, torch.float32, CPU)
+    texts = ["ab", "abcd", "ab", "a" * 23 + "x", "cd", "a" * 23 + "y", "ab", "b" * 30 + "x", "b" * 30 + "y"]
+    shapes, real, seen = [], embedder.model.forward, []
+    embedder.model.forward = lambda **batch: shapes.append(tuple(batch["input_ids"].shape)) or real(**batch)
+    whole = embedder.embed(texts, seen.append)
+    assert sum(seen) == len(texts) and sum(n for n, _ in shapes) == 6  # the last two are equal where they are cut
+    assert torch.equal(whole[0], whole[2]) and torch.equal(whole[7], whole[8]) and not torch.equal(whole[0], whole[4])
+    monkeypatch.setattr("strop.trainer.models.embedder.TOKENS", 24)
+    shapes.clear()
+    torch.testing.assert_close(embedder.embed(texts), whole, atol=2e-3, rtol=0)
+    assert max(n * length for n, length in shapes) <= 24 and len(shapes) == 5
+
+
 def test_pooling_is_as_the_folder_says(bert, tmp_path):
     copy = Path(shutil.copytree(bert, tmp_path / "cls"))
     pooling = copy / "1_Pooling" / "config.json"

@@ -1,12 +1,17 @@
 """Python functions of the user as scorers: their forms, their limits, and what an error says."""
 
+import datetime
 import json
 import math
 import os
 import re
 import time
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from faultserver import FaultServer
 
 from strop.trainer.errors import UserError
 from strop.trainer.main import main
@@ -196,6 +201,32 @@ def test_a_run_learns_from_a_rule_and_a_function_together(tiny_recipe, tmp_path,
     assert plan["round-00/sample"] == plan["baseline-held-out"] == plan["prompts"] == "done"
     assert main([str(tiny_recipe), "rounds=1"]) == 0
     assert (run / "round-00/sample/manifest.json").read_bytes() == sampled
+
+
+def test_try_gives_columns_as_a_run_does(tmp_path, monkeypatch, capfd):
+    """Dates, decimals and bytes of Parquet are text in a run's metadata."""
+    monkeypatch.chdir(tmp_path)
+    table = {"prompt": ["a"], "completion": ["b"], "day": [datetime.date(2020, 1, 2)], "price": [Decimal("1.50")],
+             "raw": [b"x"], "map": pa.array([[(1, "y")]], pa.map_(pa.int64(), pa.string()))}
+    pq.write_table(pa.table(table), "data.parquet")
+    (tmp_path / "mine.py").write_text("def grade(row):\n    return {'score': 1, 'said': [row['day'], row['price'], "
+                                      "row['raw'], row['map']['1']]}\n")
+    assert main(["try", "mine.py:grade", "data.parquet"]) == 0
+    assert '["2020-01-02", "1.50", "b\'x\'", "y"]' in capfd.readouterr().out
+
+
+def test_try_asks_judges(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    server = FaultServer(lambda n, body: "[[7]]")
+    judge = {"mode": "rubric", "models": [{"engine": "openai", "base_url": server.url, "model": "m"}]}
+    assert main(["try", f"judge={json.dumps(judge)}", "data.jsonl"]) == 0
+    assert "0.666667" in capfd.readouterr().out and len(server.requests) == 1
+    server.close()
+    for models, words in (([{}], "without path the judge is a run's start weights"),
+                          ([{"path": "nowhere"}], "path=nowhere: no such folder")):
+        assert main(["try", f"judge={json.dumps(judge | {'models': models})}", "data.jsonl"]) == 1
+        assert words in capfd.readouterr().err
 
 
 def test_try_shows_scores(tmp_path, monkeypatch, capfd):

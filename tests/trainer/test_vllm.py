@@ -15,7 +15,8 @@ from conftest import write_recipe
 from stagecalls import measure, sample
 from test_sample import make_stage, prompt_row
 
-from strop.trainer.config import Model, Recipe
+from strop.trainer.config import Judge, Model, Recipe
+from strop.trainer.data.chat import encode_completion
 from strop.trainer.engines import SampleVllm
 from strop.trainer.errors import UserError
 from strop.trainer.main import main
@@ -25,6 +26,8 @@ from strop.trainer.run.console import Console
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
 from strop.trainer.sampling import vllm
+from strop.trainer.scoring.base import Compute, Item
+from strop.trainer.scoring.judge import open_judge
 from strop.trainer.stages.prompts import SCHEMA
 
 FAKE = Path(__file__).parent / "fake_vllm"
@@ -216,6 +219,49 @@ def test_replicas_share_the_gpus(monkeypatch, ranks, gpus, size, devices, number
             assert vllm.placement(world, section, "sample") == expected
 
 
+def judges(folder, tiny_model, *configs, world=None):
+    stage = make_stage(folder)
+    stage.world = world or stage.world
+    compute = Compute(torch.device("cpu"), torch.float32, {"": tiny_model}, stage.work, stage=stage, engines={})
+    return [open_judge(Judge.model_validate({"models": [{"engine": "vllm"}]} | config), compute) for config in configs]
+
+
+def test_a_judge_asks_for_the_log_probs_of_its_labels(fake, tiny_model, tmp_path):
+    """Two scorers share an engine; a resumed stage starts none for what it knows."""
+    tokenizer = ModelFolder(tiny_model).tokenizer()
+    configs = {"mode": "rubric", "scale": [9, 11]}, {"mode": "pairwise", "template": "{prompt}{first}{second}{verdict}"}
+    items = [Item([{"role": "user", "content": "say"}], text, None, {}) for text in ("aa", "b")]
+    rubric, pairs = judges(tmp_path / "out", tiny_model, *configs)
+    found = rubric.score(items, lambda n: None)
+    pairs.score(items, lambda n: None)
+    rubric.close()
+    pairs.close()
+    sums = [sum(-(t % 13) / 13 for t in encode_completion(tokenizer, items[0].messages, [
+        {"role": "assistant", "content": label}]).tokens) for label in ("9", "10", "11")]
+    shares = torch.tensor(sums).softmax(0).tolist()
+    assert found[0].value == found[1].value == pytest.approx(shares[1] / 2 + shares[2])
+    (load,) = calls(tmp_path, "load")
+    assert load["load"]["max_model_len"] == 512  # the model's context is below max_tokens
+    assert [c["logprobs"] for c in calls(tmp_path, "logprobs")] == [2, 2 * 3, 2 * 2] and gone(children(tmp_path), 1)
+    again, _ = judges(tmp_path / "out", tiny_model, *configs)
+    assert again.score(items, lambda n: None) == found and len(calls(tmp_path, "load")) == 1
+
+
+def test_what_a_judge_on_vllm_refuses(fake, tiny_model, tmp_path):
+    (short,) = judges(tmp_path / "out", tiny_model, {"mode": "rubric", "models": [{"engine": "vllm", "max_tokens": 9}]})
+    items = [Item([{"role": "user", "content": "say"}], "aa", None, {})]
+    assert short.score(items, lambda n: None)[0].value is None and not (tmp_path / "calls").exists()
+    (judge,) = judges(tmp_path / "two", tiny_model, {"mode": "rubric", "models": [
+        {"engine": "vllm", "tensor_parallel_size": 2}]}, world=World(0, 2))
+    with pytest.raises(UserError, match=r"the judge start\.tensor_parallel_size=2: with several ranks"):
+        judge.score(items, lambda n: None)
+    fake(shift=0.02)
+    (other,) = judges(tmp_path / "other", tiny_model, {"mode": "rubric"})
+    with pytest.raises(UserError, match="differ from those of the weights"):
+        other.score(items, lambda n: None)
+    assert gone(children(tmp_path), 2)
+
+
 def test_devices_that_the_user_chose_and_too_few(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     world = World(0, 1, torch.device("cuda", 0))
@@ -251,6 +297,16 @@ def test_the_real_one(tiny_model, tmp_path, monkeypatch, capsys):
         assert r["logp"] == pytest.approx(own, abs=0.01)
         assert (r["completion_tokens"][-1] == stop) == (r["finish"] == "stop")
         assert r["finish"] == "stop" or len(r["completion_tokens"]) == 24
+    compute = Compute(torch.device("cpu"), torch.float32, {"": base}, tmp_path, stage=make_stage(tmp_path / "judge"),
+                      engines={})
+    items = [Item([{"role": "user", "content": "Name a color."}], text, None, {}) for text in ("Red.", "I will not.")]
+    asked = {"engine": "vllm", "python": str(REAL), "engine_args": {"enforce_eager": True}, "max_tokens": 1024}
+    grades = []
+    for models in ([asked], [{}]):
+        panel = open_judge(Judge.model_validate({"mode": "rubric", "models": models}), compute)
+        grades.append([s.value for s in panel.score(items, lambda n: None)])
+        panel.close()
+    assert grades[0] == pytest.approx(grades[1], abs=5e-3) and grades[0][0] != grades[0][1]
     trained, real = run / "round-00/sft/model", vllm.own_logprobs
     monkeypatch.setattr(vllm, "own_logprobs", lambda folder, *args: real(ModelFolder(trained), *args))
     other = recipe(python=str(REAL), engine_args={"enforce_eager": True}, prompts=6)

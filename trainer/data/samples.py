@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from strop.trainer.errors import UserError
 from strop.trainer.run.tables import read_table
@@ -66,13 +67,19 @@ def read_values(table: pa.Table, key: tuple[str, ...]) -> dict[tuple, dict[str, 
     return found
 
 
-def read_scored(sample: Path, score: Path, sources: dict[str, str], judging: Judging, prompts: Path) -> list[dict]:
-    """The samples with their `source`, `values`, `score` and `correct`. sources: of each training prompt of `prompts`.
+def read_scored(sample: Path, score: Path, sources: dict[str, str], judging: Judging, prompts: Path,
+                topics: dict[str, str | None] | None = None) -> list[dict]:
+    """The samples with their `source`, `values`, `score` and `correct`, and `topic` if there are topics. sources: of
+    each training prompt of `prompts`; topics: the scorer of each source that tells the topic.
 
     Raises UserError unless every sample is of such a prompt and has the values of its source's scorers, and nothing
     else has any."""
     rows = read_samples(sample)
-    values = read_values(read_table(score / "scores.parquet"), ("prompt_id", "sample_index"))
+    table = read_table(score / "scores.parquet")
+    values, told = read_values(table, ("prompt_id", "sample_index")), {}
+    if names := set((topics or {}).values()) - {None}:
+        told = {(*_key(row), row["scorer"]): row["detail"] for row in table.filter(pc.field("scorer").isin(names))
+                .select(["prompt_id", "sample_index", "scorer", "detail"]).to_pylist()}
     missing = []
     for row in rows:
         row["source"], row["values"] = _source(row, sources, sample, prompts), values.get(_key(row), {})
@@ -85,6 +92,8 @@ def read_scored(sample: Path, score: Path, sources: dict[str, str], judging: Jud
                         "no sample; delete the folder to re-run the stage")
     for row in rows:
         row |= judging(row["source"], row["values"], row["finish"] == "stop")
+        if topics:
+            row["topic"] = told.get((*_key(row), topics.get(row["source"])))
     return rows
 
 

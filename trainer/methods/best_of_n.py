@@ -10,6 +10,6 @@ def best_of_n(run: Run, recipe: BestOfNRecipe) -> Artifact:
     the best of K imitates."""
     prompts = run.prompts()
     for _ in run.rounds(recipe.rounds):
-        samples = run.sample(recipe.sample, run.start, prompts)
+        samples = run.sample(recipe.sample, run.start, prompts, score=recipe.score)
         selected = run.select(recipe.select, prompts, [(samples, run.score(recipe.score, samples, prompts))])
     return selected

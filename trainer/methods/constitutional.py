@@ -23,7 +23,7 @@ def constitutional(run: Run, recipe: ConstitutionalRecipe) -> Artifact:
         tuned = run.sft(recipe.sft, run.select(recipe.select, prompts, [(revised, None)], name="revised"), run.start,
                         prompts).model
 
-        samples = run.sample(recipe.sample, tuned, prompts)
+        samples = run.sample(recipe.sample, tuned, prompts, score=recipe.score)
         scores = run.score(recipe.score, samples, prompts)
         pairs = run.select(recipe.select, prompts, [(samples, scores)])
         reference = {"sft": tuned, "base": run.start, "previous": run.start}[recipe.dpo.reference]

@@ -16,7 +16,7 @@ def llama2(run: Run, recipe: Llama2Recipe) -> Artifact:
     prompts, weights, annotated, drawn = run.prompts(), run.start, [], []
     run.evaluate(recipe.evaluate, prompts, {"base": weights}, name="baseline")
     for _ in run.rounds(recipe.rounds):
-        answers = run.sample(recipe.annotate, weights, prompts, name="answers")
+        answers = run.sample(recipe.annotate, weights, prompts, name="answers", score=recipe.score)
         annotated.append((answers, run.score(recipe.score, answers, prompts, name="annotations")))
         models = {}
         for kind, names in recipe.about.items():

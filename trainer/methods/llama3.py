@@ -40,7 +40,7 @@ def llama3(run: Run, recipe: Llama3Recipe) -> Artifact:
 
 def annotate(run: Run, recipe: Llama3Recipe, weights: Artifact, prompts: Artifact) -> tuple[Artifact, Artifact]:
     """(answers, scores): a few answers to each prompt and, with recipe.revise, edits of those that pairs chose."""
-    answers = run.sample(recipe.annotate, weights, prompts, name="answers")
+    answers = run.sample(recipe.annotate, weights, prompts, name="answers", score=recipe.score)
     scores = run.score(recipe.score, answers, prompts, name="annotations")
     if recipe.revise is None:
         return answers, scores

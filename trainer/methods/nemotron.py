@@ -18,7 +18,7 @@ def nemotron(run: Run, recipe: NemotronRecipe) -> Artifact:
     if recipe.write_prompts.enabled:
         asked = run.write_prompts(recipe.write_prompts, weights, prompts)
     for n in run.rounds(recipe.rounds):
-        samples = run.sample(recipe.sample, weights, asked)
+        samples = run.sample(recipe.sample, weights, asked, score=recipe.score)
         history.append((samples, run.score(recipe.score, samples, asked)))
         candidates = {"start": weights}
         if n == 0:

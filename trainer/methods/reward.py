@@ -15,7 +15,7 @@ def reward(run: Run, recipe: RewardRecipe) -> Artifact:
     for _ in run.rounds(recipe.rounds):
         samples, history = None, []
         if prompts:
-            samples = run.sample(recipe.sample, run.start, prompts)
+            samples = run.sample(recipe.sample, run.start, prompts, score=recipe.score)
             history = [(samples, run.score(recipe.score, samples, prompts))]
         selected = run.select(recipe.select, prompts, history)
         trained = run.reward(recipe.reward, selected, run.start, [(samples, selected)] if samples else [])

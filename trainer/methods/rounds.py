@@ -20,7 +20,7 @@ def rounds(run: Run, recipe: Recipe) -> Artifact:
         if prompts:
             if recipe.write_prompts.enabled:
                 asked = run.write_prompts(recipe.write_prompts, weights, asked)
-            samples = run.sample(recipe.sample, weights, asked)
+            samples = run.sample(recipe.sample, weights, asked, score=recipe.score)
             history.append((samples, run.score(recipe.score, samples, asked)))
         selected = run.select(recipe.select, asked, history)
 
@@ -32,7 +32,7 @@ def rounds(run: Run, recipe: Recipe) -> Artifact:
         if recipe.dpo.enabled:
             pairs = selected
             if recipe.dpo.pairs == "policy" and prompts and policy is not weights:
-                samples = run.sample(recipe.sample, policy, asked, name="dpo-sample")
+                samples = run.sample(recipe.sample, policy, asked, name="dpo-sample", score=recipe.score)
                 scores = run.score(recipe.score, samples, asked, name="dpo-score")
                 pairs = run.select(recipe.select, asked, [(samples, scores)], name="dpo-select")
             reference = {"sft": policy, "base": run.start, "previous": weights}[recipe.dpo.reference]

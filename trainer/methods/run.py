@@ -1,6 +1,8 @@
 """The API of methods: verbs that run a stage or return its cached artifact, and the promotion of weights."""
 
+import shutil
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,7 @@ from strop.trainer.reports.statistics import merits
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
 from strop.trainer.run.files import hash_json, read_json, write_json
 from strop.trainer.run.store import Store
+from strop.trainer.scoring.ahead import Ahead
 from strop.trainer.scoring.base import check_scorer
 from strop.trainer.scoring.table import models_of
 from strop.trainer.stages.evaluate import held_out
@@ -73,6 +76,7 @@ class Run:
         for entry in (*recipe.data.sources, *recipe.data.sft, *recipe.data.preferences):
             self._rows(entry.path)
         self.round: int | None = None
+        self._parts: dict[Path, list[Artifact]] = {}  # folder of samples -> what gather made them of
         self.measured: dict[str, tuple[Artifact, str]] = {}  # weights' hash -> (evaluation, candidate in it)
         self.promotions: list[dict] = []
         self.promoted: list[Artifact] = []  # by round
@@ -150,14 +154,16 @@ class Run:
         check_unchanged(self._files[path])
         return self._files[path]
 
-    def sample(self, section: Sampling, weights: Artifact, prompts: Artifact, name: str = "sample") -> Artifact:
+    def sample(self, section: Sampling, weights: Artifact, prompts: Artifact, name: str = "sample",
+               score: Score | None = None) -> Artifact:
         """K completions of prompts by `weights`, or by the writers that the section lists. These are this round's
-        prompts, or with another name than sample another draw of the training prompts.
+        prompts, or with another name than sample another draw of the training prompts. score: for samples that are
+        then scored with this section; scoring begins while they are drawn.
 
         With several writers each is a stage of its own, so that a change of one asks no other again."""
         seed = self.recipe.seed if name == "sample" else int(hash_json([self.recipe.seed, name])[:15], 16)
         if not isinstance(section, SampleModels):
-            return self._write(name, section, section, weights, prompts, seed, "samples")
+            return self._write(name, section, section, weights, prompts, seed, "samples", score)
         there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
         there = {name: pair for name, pair in there.items() if pair[1] is not None}
         if not there:
@@ -169,7 +175,7 @@ class Run:
         made, first = {}, 0
         for n, (writer, folder) in there.items():
             made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
-                                  seed, "writer", first=first, k=share[n])
+                                  seed, "writer", score, first=first, k=share[n])
             first += share[n]
         return self.gather(made, name)
 
@@ -195,7 +201,9 @@ class Run:
 
     def gather(self, samples: dict[str, Artifact], name: str) -> Artifact:
         """Several artifacts of samples as one, e.g. samples and their revisions, to be scored and paired together."""
-        return self._stage(name, gather, "samples", {}, {"writers": samples})
+        made = self._stage(name, gather, "samples", {}, {"writers": samples})
+        self._parts[made.path] = list(samples.values())
+        return made
 
     def _weights_of(self, writer: Writer, current: Artifact) -> Artifact | None:
         """The weights of a writer in this round; None if there are none yet."""
@@ -207,7 +215,7 @@ class Run:
         return named.get(writer.weights)
 
     def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, seed: int, kind: str,
-               **share) -> Artifact:
+               score: Score | None, **share) -> Artifact:
         r = self.recipe
         config = {"sample": section, "shares": {s.name: s.share for s in r.sources}, "seed": seed,
                   "model": self._loading, "compute": self._numbers, **share}
@@ -223,7 +231,12 @@ class Run:
         elif getattr(writer, "path", None) is not None:
             config["own"] = Model().only("chat_template", "trust_remote_code")
             inputs["student"] = self.start
-        return self._stage(name, sample, kind, config, inputs, all_ranks=True)
+        ahead = None
+        if score is not None and not self.store.planning:
+            scoring, scored_by = self._scoring(r.sources)
+            ahead = partial(Ahead, whole=not share, files={file: a.path for file, a in scored_by.items()}, score=score,
+                            prompts=prompts.path, **scoring)
+        return self._stage(name, sample, kind, config, inputs, all_ranks=True, ahead=ahead)
 
     def _scoring(self, sources: list[Source]) -> tuple[dict, dict]:
         """(scorers and columns of each source, with dtype and device if one is a model; the files and folders that
@@ -256,8 +269,12 @@ class Run:
         config, files = self._scoring(self.recipe.sources) if models is None else self._rewarding(models)
         config |= {"score": section.only("max_errors", "workers")}
         config |= {"safety": safety.only("sources", "threshold")} if safety else {}
-        return self._stage(name, score, "scores" if models is None else "rewards", config,
+        made = self._stage(name, score, "scores" if models is None else "rewards", config,
                            {"prompts": prompts, "sample": samples, "files": files}, all_ranks=True)
+        if not self.store.planning and self.store.world.first:
+            for part in (samples, *self._parts.get(samples.path, ())):
+                shutil.rmtree(part.path.with_name(f"{part.path.name}.scored"), ignore_errors=True)
+        return made
 
     def _rewarding(self, models: dict[str, Artifact]) -> tuple[dict, dict]:
         """As _scoring, of reward models that this run trained."""
@@ -297,6 +314,8 @@ class Run:
         if r.filter.semantic:
             config["compute"] = self._numbers
             inputs["embedder"] = external(find_embedder(r.filter.embedder), is_loaded)
+        if section.topic_share < 1:
+            config["topics"] = {s.name: s.topic for s in r.sources}
         return self._stage(name, select, "best" if rewards else "selection", config, inputs)
 
     def _training(self, seed: int | None = None, **sections) -> dict:
@@ -357,7 +376,9 @@ class Run:
         written = self._stage("held-out" if name == "evaluate" else f"{name}-held-out", held_out, "held-out",
                               {"evaluate": section, "model": self._loading, "compute": self._numbers},
                               {"prompts": prompts, "candidates": fresh} | start, all_ranks=True)
-        sources = self.recipe.data.sources  # written prompts are not held out
+        # written prompts are not held out, and what is said of prompts does not tell candidates apart
+        sources = [s.model_copy(update={"scorers": [c for c in s.scorers if not c.of_prompts]})
+                   for s in self.recipe.data.sources]
         config, files = self._scoring(sources)
         config |= {"score": self.recipe.score, "weights": weights_of(sources)}
         done = self._stage(name, evaluate, "evaluation", config,

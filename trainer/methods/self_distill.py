@@ -17,7 +17,7 @@ def self_distill(run: Run, recipe: SelfDistillRecipe) -> Artifact:
     prompts = run.prompts()
     run.evaluate(recipe.evaluate, prompts, {"base": weights}, name="baseline")
     for _ in run.rounds(recipe.rounds):
-        drawn = run.sample(recipe.sample, weights, prompts, name="draft")
+        drawn = run.sample(recipe.sample, weights, prompts, name="draft", score=recipe.score)
         scores = run.score(recipe.score, drawn, prompts, name="draft-score")
         corrected = run.revise(recipe.revise, weights, drawn, prompts, scores)
         samples = run.gather({"drawn": drawn, "corrected": corrected}, "sample")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from strop.trainer.errors import UserError
 from strop.trainer.models.folders import find_package
@@ -15,7 +16,8 @@ from strop.trainer.models.loading import max_positions, read_object
 from strop.trainer.run.files import reason_of
 
 KEY = "filter.embedder"
-TOKENS = 16_384  # of a batch, padding included
+TOKENS = 16_384  # of a batch
+ENCODED = 4096  # texts that are tokenized at once
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
@@ -60,28 +62,31 @@ class Embedder:
         most = read_object(folder / "sentence_bert_config.json").get("max_seq_length")
         self.length = min(most or 512, max_positions(self.model.config))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def embed(self, texts: Sequence[str], advance: Callable[[int], None] = lambda n: None) -> Tensor:
-        """[texts, width] float16 on the CPU. Texts are cut at the model's length; advance(texts) is called as it goes.
-        """
-        ids = self.tokenizer(list(texts), truncation=True, max_length=self.length)["input_ids"] if texts else []
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found = torch.empty(len(ids), self.width, dtype=torch.float16)
-        at = 0
-        while at < len(order):
-            size = 1
-            while at + size < len(order) and len(ids[order[at + size]]) * (size + 1) <= TOKENS:
-                size += 1
-            mine = order[at:at + size]
-            rows = [torch.tensor(ids[i] or [0]) for i in mine]
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)
-            batch = pad_sequence(rows, batch_first=True).to(self.device)
-            hidden = self.model(input_ids=batch, attention_mask=mask).last_hidden_state.float()
-            if self.pooling == "cls":
-                vectors = hidden[:, 0]
-            else:
-                vectors = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-            found[torch.tensor(mine)] = torch.nn.functional.normalize(vectors, dim=1).half().cpu()
-            at += size
-            advance(size)
+        """[texts, width] float16 on the CPU. Texts are cut at the model's length, equal ones are computed once;
+        advance(texts) is called as it goes.
+
+        A batch has rows of one length, so that nothing is padded or masked."""
+        rows = self.tokens(texts)
+        first: dict[bytes, int] = {}
+        same = torch.tensor([first.setdefault(row.tobytes(), i) for i, row in enumerate(rows)], dtype=torch.int64)
+        advance(len(rows) - len(first))
+        found = torch.empty(len(rows), self.width, dtype=torch.float16)
+        for length, group in groupby(sorted(first.values(), key=lambda i: len(rows[i])), lambda i: len(rows[i])):
+            group = list(group)
+            for mine in (group[a:a + max(1, TOKENS // length)] for a in range(0, len(group), max(1, TOKENS // length))):
+                batch = torch.from_numpy(np.stack([rows[i] for i in mine])).to(self.device, torch.int64)
+                hidden = self.model(input_ids=batch).last_hidden_state
+                vectors = hidden[:, 0].float() if self.pooling == "cls" else hidden.mean(1, dtype=torch.float32)
+                found[torch.tensor(mine)] = torch.nn.functional.normalize(vectors, dim=1).half().cpu()
+                advance(len(mine))
+        return found[same]
+
+    def tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text, int32, cut at the model's length; at least one."""
+        found = []
+        for at in range(0, len(texts), ENCODED):
+            part = self.tokenizer(list(texts[at:at + ENCODED]), truncation=True, max_length=self.length)["input_ids"]
+            found += [np.array(ids or [0], np.int32) for ids in part]
         return found

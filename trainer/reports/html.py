@@ -124,6 +124,7 @@ def settled(run: RunRecord) -> dict:
         "change_charts": change_charts(results, kl),
         "judges": run.attempt("judges", judge_rows, run, default=[]),
         "rewards": run.attempt("reward models", reward_rows, run, default=[]),
+        "by_source": run.attempt("sources.json", source_rows, run, default=[]),
         "scorers": run.attempt("scores", scorer_table, run, results, default=[]),
         "sampling": sampling, "writers": run.attempt("writers", writer_rows, run, default=[]),
         "solved_chart": Markup(solved_chart(sampling)), "stages": stage_rows(run),
@@ -202,6 +203,13 @@ def judge_rows(run: RunRecord) -> list[tuple[str, dict]]:
     """(stage, judge.json) of the stages that judges scored."""
     files = [(s["stage"], run.dir / s["stage"] / "judge.json") for s in run.stages if run.is_done(s)]
     return [(stage, read_json(file)) for stage, file in files if file.exists()]
+
+
+def source_rows(run: RunRecord) -> list[dict]:
+    """A row per stage that scored, source and scorer: n, and mean and std or the shares of topics."""
+    files = [(s["stage"], run.dir / s["stage"] / "sources.json") for s in run.of_kind("scores")]
+    return [{"stage": stage, "source": source, "scorer": name} | about for stage, file in files if file.exists()
+            for source, scorers in read_json(file).items() for name, about in scorers.items()]
 
 
 def sources_of(results: list[dict]) -> list[str]:

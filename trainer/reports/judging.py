@@ -44,12 +44,13 @@ def rate(n: int, of: int) -> dict:
 
 
 def between(one: list[dict], other: list[dict]) -> dict:
-    """How often two judges give the same verdict on a pair, and the correlation of their grades."""
+    """How often two judges give the same verdict on a pair or topic, and the correlation of their grades."""
     verdicts = [{(r["prompt"], r["first"], r["second"]): r["verdict"] for r in rows if r["verdict"] is not None}
                 for rows in (one, other)]
     common = sorted(verdicts[0].keys() & verdicts[1].keys(), key=str)
-    pairs = [tuple(v[key] for v in verdicts) for key in common if key[2] is not None]
-    grades = np.array([[float(v[key]) for v in verdicts] for key in common if key[2] is None]).reshape(-1, 2)
+    both = [tuple(v[key] for v in verdicts) for key in common]
+    pairs = [one for one in both if any(verdict[:1].isalpha() for verdict in one)]
+    grades = np.array([[float(v) for v in one] for one in both if one not in pairs]).reshape(-1, 2)
     found = {"same": rate(sum(a == b for a, b in pairs), len(pairs))} if pairs else {}
     if len(grades) > 1 and all(grades.std(0) > 0):
         found["correlation"] = float(np.corrcoef(grades.T)[0, 1])

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +59,12 @@ class Stage:
     metrics: Any
     round: int | None = None
     counts: dict[str, float] = field(default_factory=dict)
+    ahead: Callable | None = None  # see Store.stage
+
+    @property
+    def scored(self) -> Path:
+        """Folder beside the artifact for values of its samples, until they are scored; see trainer/scoring/ahead.py."""
+        return self.dir.with_name(self.dir.name.removesuffix(".partial") + ".scored")
 
     @property
     def work(self) -> Path:
@@ -144,12 +151,13 @@ class Store:
             self._lock = None
 
     def stage(self, name: str, function, *, config: dict, inputs: dict, kind: str, title: str = "",
-              round: int | None = None, all_ranks: bool = False) -> Artifact:
+              round: int | None = None, all_ranks: bool = False, ahead: Callable | None = None) -> Artifact:
         """The artifact of stage `name`: cached if it is up to date, else `function(stage, **config, **inputs)` runs.
 
         config: sections, parts of sections and plain values, which are hashed into the stage's key. inputs: artifacts
         (also in dicts and lists), passed to the function as paths, and plain values. all_ranks: every rank calls the
-        function, else only rank 0. kind, title and round describe the stage in plan.json.
+        function, else only rank 0. kind, title and round describe the stage in plan.json. ahead(stage, idle) opens
+        what scores its samples as they come, on which no artifact depends.
         """
         key_config, hashes = json.loads(json.dumps(key_of(config))), _walk(inputs, lambda a: a.hash)
         final, key = self.run_dir / name, hash_json({"stage": name, "config": key_config, "inputs": hashes})
@@ -168,7 +176,8 @@ class Store:
                                   f"kept in {self.run_dir / 'stale'}")
             self.verify(inputs)
             self._note(entry | {"state": "running"})
-            stage = Stage(name, final.parent / f"{final.name}.partial", self.world, self.console, self.metrics, round)
+            stage = Stage(name, final.parent / f"{final.name}.partial", self.world, self.console, self.metrics, round,
+                          ahead=ahead)
             self._run(stage, key, function, config, inputs, all_ranks,
                       {"kind": kind, "config": key_config, "inputs": hashes})
         elif self.world.first:

@@ -52,11 +52,13 @@ def fitting(tokenizer, rows: list[dict], room: int, drops: Drops, detail: str = 
 
 
 def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ...], schema: pa.Schema,
-               load: Callable[[], Writer], to_table: Callable, lane: tuple[int, int] | None = None) -> None:
+               load: Callable[[], Writer], to_table: Callable, lane: tuple[int, int] | None = None,
+               on_done: Callable[[Path], None] = lambda path: None) -> None:
     """Writes the file of every shard that is not done; with `lane` (i, n), this rank does shards i, i + n, ...
 
     load() returns what writes; it is called at most once, and closed.
     to_table(writer, rows, on_progress, drops) -> a table of `schema`; what is not in it must be dropped.
+    on_done(path) is called with this rank's shards as they are done, at first with those that were.
     """
     first, step = lane or (stage.world.rank, stage.world.size)
     mine = shards[first::step]
@@ -65,6 +67,9 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
     done = total - sum(len(shard.ids) for shard in todo)
     if done:
         stage.console.line(f"{label}: {len(mine) - len(todo)} of {len(mine)} shards ({done} completions) done before")
+    for shard in mine:
+        if shard not in todo:
+            on_done(shard.path)
     if todo:
         with closing(load()) as writer, stage.console.progress(label, total, done=done) as bar:
             for shard in todo:
@@ -73,6 +78,7 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
                 if drops.rows:
                     write_table(shard.drops, pa.Table.from_pylist(drops.rows, schema=DROPS))
                 write_table(shard.path, table)
+                on_done(shard.path)
                 stopping.point()
     stage.world.barrier()
 

@@ -1,24 +1,27 @@
-"""vLLM as a Sampler: an engine per replica in a process group of its own, started for one set of weights."""
+"""vLLM for samples and for judges: an engine per replica in a process group of its own, started for one set of
+weights."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from strop.trainer.engines import Vllm
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
+from strop.trainer.run.store import Stage
 from strop.trainer.run.world import World
 from strop.trainer.sampling.base import Completion, Settings
 
@@ -32,44 +35,46 @@ TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.1}
 PATIENCE = 20.0  # seconds for an engine to end by itself
 
 
-class VllmSampler:
-    """Replicas of one model. Raises UserError if vLLM does not start, or if its log-probs are not those of the weights.
+class Replicas:
+    """Engines of one model. Raises UserError if vLLM does not start, or if its log-probs are not those of the weights.
 
-    longest: most tokens of a prompt and its completion."""
+    key: the section's place in the recipe. prompts: token ids for the check, the first few. longest: most tokens of a
+    prompt and what follows it."""
 
-    def __init__(self, job: Job, rows: list[dict], longest: int, dtype: torch.dtype):
-        self.key, self.section, self.name = job.key, job.section, job.stage.name
-        world = job.stage.world
-        room = min(LONGEST_CHECKED, job.weights.context_length() - CHECKED_TOKENS - 1)
-        expected = own_logprobs(job.weights, dtype, world.device, [row["tokens"][:room] for row in rows[:CHECKED]])
+    def __init__(self, stage: Stage, section: Vllm, key: str, weights: ModelFolder, prompts: Sequence[Sequence[int]],
+                 longest: int, dtype: torch.dtype, seed: int = 0):
+        self.key, self.section, self.name = key, section, stage.name
+        world = stage.world
+        room = min(LONGEST_CHECKED, weights.context_length() - CHECKED_TOKENS - 1)
+        expected = own_logprobs(weights, dtype, world.device, [list(prompt[:room]) for prompt in prompts[:CHECKED]])
         longest = max(longest, *(len(tokens) + 1 for tokens, _ in expected))
-        load = {"model": str(job.weights.path.resolve()), "dtype": str(dtype).removeprefix("torch."),
+        load = {"model": str(weights.path.resolve()), "dtype": str(dtype).removeprefix("torch."),
                 "skip_tokenizer_init": True, "generation_config": "vllm", "enable_prefix_caching": True,
-                "max_model_len": longest, "trust_remote_code": job.weights.options.trust_remote_code,
+                "max_model_len": longest, "trust_remote_code": weights.options.trust_remote_code,
                 "tensor_parallel_size": self.section.tensor_parallel_size, "disable_log_stats": True,
                 "gpu_memory_utilization": self.section.memory or (0.85 if world.device.type == "cuda" else 0.3)}
         self.replicas: list[Replica] = []
         started = time.monotonic()
         try:
             for i, devices in enumerate(placement(world, self.section, self.key)):
-                seed = (job.settings.seed + 7919 * (world.rank * 1024 + i)) % (1 << 31)
-                log = job.stage.work / f"vllm-{world.rank:03}-{i:03}.log"
+                own = {"seed": (seed + 7919 * (world.rank * 1024 + i)) % (1 << 31)}
+                log = stage.work / f"vllm-{world.rank:03}-{i:03}-{re.sub('[^A-Za-z0-9]+', '-', key)}.log"
                 replica = Replica(self.section.python or sys.executable, devices, log, self.key, self.section)
                 self.replicas.append(replica)
-                replica.send(load=load | {"seed": seed} | self.section.engine_args)
+                replica.send(load=load | own | self.section.engine_args)
             versions = [replica.receive()["ready"] for replica in self.replicas]
             gap = self._check(expected, dtype)
         except BaseException:
             self.close()
             raise
-        job.stage.console.line(f"{job.stage.name}: vLLM {versions[0]}, {len(versions)} replica(s), ready after "
-                               f"{time.monotonic() - started:.0f} s; its log-probs are within {gap:.1g} of ours")
+        stage.console.line(f"{stage.name}: vLLM {versions[0]}, {len(versions)} replica(s), ready after "
+                           f"{time.monotonic() - started:.0f} s; its log-probs are within {gap:.1g} of ours")
 
     def _check(self, expected: list[tuple[list[int], list[float]]], dtype: torch.dtype) -> float:
         """Largest mean difference of a replica's log-probs per token from ours."""
         worst = 0.0
         for replica in self.replicas:
-            replica.send(logprobs=[tokens for tokens, _ in expected])
+            replica.send(logprobs=[tokens for tokens, _ in expected], last=[len(ours) for _, ours in expected])
             found = replica.receive()["done"]
             gaps = [abs(a - b) for theirs, (_, ours) in zip(found, expected, strict=True)
                     for a, b in zip(theirs, ours, strict=True)]
@@ -82,20 +87,20 @@ class VllmSampler:
             worst = max(worst, mean)
         return worst
 
-    def sample(self, prompts: Sequence[Sequence[int]], n: int, settings: Settings, *, ids, first=0, on_progress=None):
-        how = {"n": n, "max_tokens": settings.max_new_tokens, "temperature": settings.temperature,
-               "top_p": settings.top_p, "top_k": settings.top_k, "stop_token_ids": sorted(settings.stop_ids)}
-        shares = [list(range(len(prompts)))[i::len(self.replicas)] for i in range(len(self.replicas))]
+    def each(self, n: int, question: Callable[[list[int]], dict]) -> Iterator[tuple[int, Any]]:
+        """(place, answer) of n parts of a question that the replicas share; question(places) -> what one is asked."""
+        shares = [list(range(n))[i::len(self.replicas)] for i in range(len(self.replicas))]
         busy = [(replica, share) for replica, share in zip(self.replicas, shares, strict=True) if share]
         for replica, share in busy:
-            replica.send(sample=[list(prompts[i]) for i in share], how=how)
-        done: list[list[Completion]] = [[] for _ in prompts]
+            replica.send(**question(share))
         for replica, share in busy:
-            for i, drawn in zip(share, replica.receive()["done"], strict=True):
-                done[i] = [Completion(tokens, logp, finish) for tokens, logp, finish in drawn]
-                if on_progress:
-                    on_progress(len(drawn), sum(len(c.tokens) for c in done[i]))
-        return done
+            yield from zip(share, replica.receive()["done"], strict=True)
+
+    def logprobs(self, rows: Sequence[Sequence[int]], last: Sequence[int]) -> list[list[float]]:
+        """The log-probs of the last tokens of each row, so many as `last` says."""
+        found = dict(self.each(len(rows), lambda share: {"logprobs": [list(rows[i]) for i in share],
+                                                         "last": [last[i] for i in share]}))
+        return [found[i] for i in range(len(rows))]
 
     def close(self) -> None:
         """Returns once all processes are gone."""
@@ -103,6 +108,29 @@ class VllmSampler:
             replica.end_input()
         for replica in self.replicas:
             replica.close()
+
+
+class VllmSampler:
+    """Replicas of the weights that write; see Replicas."""
+
+    def __init__(self, job: Job, rows: list[dict], longest: int, dtype: torch.dtype):
+        prompts = [row["tokens"] for row in rows[:CHECKED]]
+        self.replicas = Replicas(job.stage, job.section, job.key, job.weights, prompts, longest, dtype,
+                                 job.settings.seed)
+
+    def sample(self, prompts: Sequence[Sequence[int]], n: int, settings: Settings, *, ids, first=0, on_progress=None):
+        how = {"n": n, "max_tokens": settings.max_new_tokens, "temperature": settings.temperature,
+               "top_p": settings.top_p, "top_k": settings.top_k, "stop_token_ids": sorted(settings.stop_ids)}
+        done: list[list[Completion]] = [[] for _ in prompts]
+        for i, drawn in self.replicas.each(len(prompts), lambda share: {"sample": [list(prompts[i]) for i in share],
+                                                                        "how": how}):
+            done[i] = [Completion(tokens, logp, finish) for tokens, logp, finish in drawn]
+            if on_progress:
+                on_progress(len(drawn), sum(len(c.tokens) for c in done[i]))
+        return done
+
+    def close(self) -> None:
+        self.replicas.close()
 
 
 class Replica:

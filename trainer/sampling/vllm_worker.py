@@ -3,7 +3,7 @@ so it imports nothing of Strop. `vllm.py` beside it is the other side.
 
     {"load": {arguments of vllm.LLM}}                     -> {"ready": version}
     {"sample": [token ids, ...], "how": {...}}            -> {"done": [[[token ids], logp, finish], ...] per prompt}
-    {"logprobs": [token ids, ...]}                        -> {"done": [log-prob of each token after the first, ...]}
+    {"logprobs": [token ids, ...], "last": [n, ...]}      -> {"done": [log-probs of the last n tokens, ...]}
 
 An answer may be {"error": kind, "detail": text} instead.
 """
@@ -84,7 +84,7 @@ def main():
             elif "sample" in ask:
                 say(done=sample(vllm, llm, ask["sample"], ask["how"]))
             else:
-                say(done=logprobs(vllm, llm, ask["logprobs"]))
+                say(done=logprobs(vllm, llm, ask["logprobs"], ask["last"]))
         except Exception as e:
             return fails(e)
 
@@ -105,11 +105,11 @@ def sample(vllm, llm, prompts, how):
     return rows
 
 
-def logprobs(vllm, llm, sequences):
+def logprobs(vllm, llm, sequences, last):
     params = vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     found = llm.generate([{"prompt_token_ids": ids} for ids in sequences], params, use_tqdm=False)
-    return [[at[token].logprob for at, token in zip(request.prompt_logprobs[1:], ids[1:], strict=True)]
-            for request, ids in zip(found, sequences, strict=True)]
+    return [[at[token].logprob for at, token in zip(request.prompt_logprobs[-n:], ids[-n:], strict=True)]
+            for request, ids, n in zip(found, sequences, last, strict=True)]
 
 
 if __name__ == "__main__":

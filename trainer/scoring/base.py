@@ -59,19 +59,26 @@ class Scored(NamedTuple):
 
 class Compute(NamedTuple):
     """Where and in which torch dtype a scorer that is a model computes, the folders of models by the recipe's name for
-    them, and the stage's folder for what must not be computed twice."""
+    them, and the stage's folder for what must not be computed twice. rank: names this rank's file there; beside:
+    folders with what other stages computed; stage: for what starts engines, which are in `engines`."""
 
     device: Any
     dtype: Any
     files: dict[str, Path]
     work: Path | None = None
-    rank: int = 0
+    rank: int | str = 0
     ranks: int = 1
+    beside: tuple[Path, ...] = ()
+    stage: Any = None
+    engines: dict[str, Any] | None = None
 
 
 class Scorer(Protocol):
     """Maps completions to values. `score` is called with completions of whole prompts, several at a time, and calls
-    advance(n) as it goes; it raises UserError only for mistakes in the recipe, never for a completion."""
+    advance(n) as it goes; it raises UserError only for mistakes in the recipe, never for a completion. by_item: whether
+    a value depends on its item alone, to the bit, not on the others of the call."""
+
+    by_item: bool
 
     def score(self, items: list[Item], advance: Callable[[int], None]) -> list[Scored]: ...
 

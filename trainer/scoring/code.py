@@ -39,6 +39,8 @@ class Tests(NamedTuple):
 class CodeScorer:
     """Runs programs, `workers` at a time; see base.Scorer. Raises UserError if no sandbox can be made."""
 
+    by_item = True
+
     def __init__(self, tests: Tests, limits: Limits, workers: int):
         self.tests, self.limits = tests, limits
         pairs = [(Box(), Box()) for _ in range(workers)]  # for a program and its tests

@@ -1,5 +1,6 @@
 """Instructions whose following can be checked, as IFEval has them (Zhou et al. 2023, arXiv 2311.07911): the columns
-instruction_id_list and kwargs of its data name them. Plus detectable_format:json_schema with `schema`.
+instruction_id_list and kwargs of its data name them, and IFBench (ifbench.py). Plus detectable_format:json_schema with
+`schema`.
 
 The language of a text is checked only by language:response_language, which needs the package langdetect.
 """
@@ -8,25 +9,10 @@ import importlib.util
 import json
 import re
 
-NAMES = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|Inc|Ltd|Co|No|Fig|approx|U\.S|U\.K|a\.m|p\.m"
-                   r"|Ph\.D|[A-Z])\.$")
+from strop.trainer.scoring.ifbench import IFBENCH
+from strop.trainer.scoring.prose import sentences
+
 CHANGED = ("```json", "```Json", "```JSON", "```")
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences end with . ! ? (also in quotes) before white space, unless the dot belongs to an abbreviation."""
-    found, start = [], 0
-    for end in re.finditer(r"""[.!?]+["'”’)\]*_]*(?=\s|$)""", text):
-        after = text[end.end():].lstrip()[:1]
-        dots = end[0].rstrip("\"'”’)]*_")
-        if dots == "." and (NAMES.search(text[start:end.start() + 1]) or after.islower()):
-            continue
-        if set(dots) == {"."} and len(dots) > 1 and after.islower():
-            continue
-        if text[start:end.end()].strip():
-            found.append(text[start:end.end()].strip())
-        start = end.end()
-    return [*found, text[start:].strip()] if text[start:].strip() else found
 
 
 def compared(count: int, relation: str, bound: int) -> bool:
@@ -147,7 +133,11 @@ INSTRUCTIONS = {
     "change_case:english_capital": ((), lambda t, a: t.isupper()),
     "change_case:english_lowercase": ((), lambda t, a: t.islower()),
     "punctuation:no_comma": ((), lambda t, a: "," not in t),
+    **IFBENCH,
 }
+# those that need a package
+PACKAGES = {"language:response_language": "langdetect", "detectable_format:json_schema": "jsonschema",
+            "words:odd_even_syllables": "syllapy"}
 
 
 def given(row: dict) -> list[tuple[str, dict]]:
@@ -165,7 +155,7 @@ def given(row: dict) -> list[tuple[str, dict]]:
         arguments = {k: v for k, v in (arguments or {}).items() if v is not None}
         if missing := [k for k in INSTRUCTIONS[name][0] if k not in arguments]:
             raise ValueError(f"instruction {name} lacks {', '.join(missing)} in column kwargs")
-        package = {"language:response_language": "langdetect", "detectable_format:json_schema": "jsonschema"}.get(name)
+        package = PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(f"instruction {name} needs the package {package}: pip install {package}")
         for pattern in (arguments.get("keyword"), arguments.get("section_spliter"), *arguments.get("keywords", ()),
@@ -174,6 +164,11 @@ def given(row: dict) -> list[tuple[str, dict]]:
                 re.compile(pattern or "")
             except (re.error, TypeError) as e:
                 raise ValueError(f"instruction {name}: {pattern!r} in column kwargs is no regular expression") from e
+        try:
+            if not package:
+                INSTRUCTIONS[name][1]("One is a text. Another one?", arguments)
+        except Exception as e:
+            raise ValueError(f"instruction {name}: {arguments} in column kwargs cannot be used ({e})") from e
         found.append((name, arguments))
     return found
 

@@ -25,6 +25,8 @@ BUDGET = 8192  # tokens of a forward pass, unless a single completion has more
 class RewardModelScorer:
     """A reward model's score of each completion; see base.Scorer."""
 
+    by_item = False  # its last bits depend on what is packed together
+
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype):
         check_reward_model(path)
         folder = ModelFolder(path)

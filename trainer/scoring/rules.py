@@ -31,6 +31,8 @@ _child = Child()
 class RuleScorer:
     """A built-in rule; see base.Scorer."""
 
+    by_item = True
+
     def __init__(self, rule: str, args: dict):
         self.rule, self.args = rule, args
 

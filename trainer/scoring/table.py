@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from strop.trainer.run.files import hash_file, hash_json, write_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.sampling.shards import Shard, run_shards
-from strop.trainer.scoring.base import Compute, Item, open_scorer
+from strop.trainer.scoring.base import Compute, Item, Scored, open_scorer
+from strop.trainer.scoring.known import VALUES as KNOWN
+from strop.trainer.scoring.known import Lines, key_of
 from strop.trainer.scoring.verdicts import read_verdicts
 
 VALUES = [("scorer", pa.string()), ("version", pa.string()), ("value", pa.float64()), ("detail", pa.string()),
@@ -29,57 +32,39 @@ SHARD = 256  # completions, about: a prompt's are never divided
 
 
 def score_rows(stage: Stage, rows: list[dict], key: dict[str, pa.DataType], to_item, scorers: dict[str, list[Scorer]],
-               files: dict[str, Path], score: Score, compute: Part | None = None) -> pa.Table:
+               files: dict[str, Path], score: Score, compute: Part | None = None,
+               beside: Sequence[Path] = ()) -> pa.Table:
     """The values of all `rows` by the scorers of their `source`: the columns `key` and VALUES. Every rank calls it, and
     the first one gets the table; the others get what they know of it.
 
     rows: sorted by key, the first column of which groups completions that are scored together. to_item(row) -> Item.
-    compute: dtype and device, where a scorer is a model. Raises UserError at more than score.max_errors failed values.
+    compute: dtype and device, where a scorer is a model. beside: folders with values that Ahead computed. Raises
+    UserError at more than score.max_errors failed values.
     """
     schema = pa.schema([*key.items(), *VALUES])
     dtype = compute.dtype if compute else None
     versions = {(source, scorer.name): version_of(scorer, files, dtype)
                 for source, mine in scorers.items() for scorer in mine}
-    shards, part = [], []
-
-    def cut() -> None:
-        if part:
-            ids = [(*(row[k] for k in key), scorer.name) for row in part for scorer in scorers[row["source"]]]
-            shards.append(Shard(stage.work / f"{len(shards):05}.parquet", list(part), ids))
-            part.clear()
-
-    for _, group in groupby(rows, key=lambda row: row["prompt_id"]):
-        part += group
-        if len(part) >= SHARD:
-            cut()
-    cut()
+    shards = []
+    for part in parts_of(rows):
+        ids = [(*(row[k] for k in key), scorer.name) for row in part for scorer in scorers[row["source"]]]
+        shards.append(Shard(stage.work / f"{len(shards):05}.parquet", part, ids))
     failed: list[str] = []
 
     def to_table(verdicts: Verdicts, part: list[dict], on_progress, drops) -> pa.Table:
         found: dict[int, list[dict]] = {i: [] for i in range(len(part))}
-        for source in dict.fromkeys(row["source"] for row in part):
-            mine = [i for i, row in enumerate(part) if row["source"] == source]
-            items = [to_item(part[i]) for i in mine]
-            first = {}  # equal completions of a prompt are scored once
-            for n, i in enumerate(mine):
-                first.setdefault((part[i]["prompt_id"], items[n].completion), n)
-            same = [first[part[i]["prompt_id"], items[n].completion] for n, i in enumerate(mine)]
-            distinct = sorted(set(same))
-            for scorer in scorers[source]:
-                values = verdicts.live[source, scorer.name].score([items[n] for n in distinct], lambda n: None)
-                by_item = dict(zip(distinct, values, strict=True))
-                for i, n in zip(mine, same, strict=True):
-                    value = by_item[n]
-                    found[i].append({k: part[i][k] for k in key} | {
-                        "scorer": scorer.name, "version": versions[source, scorer.name], "value": value.value,
-                        "detail": value.detail, "error": value.error})
-                failed.extend(f"{scorer.name}: {v.error}" for v in values if v.error)
-                refuse(stage, failed, score.max_errors)
-                on_progress(len(mine), 0)
+        for source, name, values, errors in verdicts.of(part, to_item):
+            for i, value in values.items():
+                found[i].append({k: part[i][k] for k in key} | {
+                    "scorer": name, "version": versions[source, name], "value": value.value, "detail": value.detail,
+                    "error": value.error})
+            failed.extend(errors)
+            refuse(stage, failed, score.max_errors)
+            on_progress(len(values), 0)
         return pa.Table.from_pylist([row for i in range(len(part)) for row in found[i]], schema=schema)
 
     run_shards(stage, stage.name, shards, (*key, "scorer"), schema,
-               lambda: Verdicts(stage, scorers, files, score, compute), to_table)
+               lambda: Verdicts(stage, scorers, files, score, compute, beside), to_table)
     done = [shard for i, shard in enumerate(shards) if stage.world.first or i % stage.world.size == stage.world.rank]
     table = pa.concat_tables([schema.empty_table(), *(read_table(shard.path) for shard in done)])
     errors = [f"{name}: {error}" for name, error in zip(table["scorer"].to_pylist(), table["error"].to_pylist(),
@@ -92,25 +77,75 @@ def score_rows(stage: Stage, rows: list[dict], key: dict[str, pa.DataType], to_i
     return table
 
 
+def parts_of(rows: list[dict]) -> Iterator[list[dict]]:
+    """The rows, sorted by prompt, in parts of SHARD or a little more that divide no prompt's."""
+    part: list[dict] = []
+    for _, group in groupby(rows, key=lambda row: row["prompt_id"]):
+        part += group
+        if len(part) >= SHARD:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
 class Verdicts:
-    """The open scorers of all sources; called with a completion of one, {scorer: (value, error)}."""
+    """The open scorers of all sources; called with a completion of one, {scorer: (value, error)}.
+
+    beside: folders with values by content, which are not computed again. into: a folder that gets the values of
+    scorers with `by_item`, and the verdicts of judges, in files that `who` names."""
 
     def __init__(self, stage: Stage, scorers: dict[str, list[Scorer]], files: dict[str, Path], score: Score | Part,
-                 compute: Part | None = None):
-        self.live, self.scorers, opened = {}, scorers, {}
-        where = compute and Compute(stage.world.device, DTYPES[compute.dtype], files, stage.work, stage.world.rank,
-                                    stage.world.size)
+                 compute: Part | None = None, beside: Sequence[Path] = (), into: Path | None = None, who: str = ""):
+        self.live, self.scorers, self.versions, opened = {}, scorers, {}, {}
+        self.into = into and Lines(into, KNOWN, f"{stage.world.rank}{who}")
+        self.known = [*([self.into] if into else []), *(Lines(folder, KNOWN, "") for folder in beside)]
+        where = compute and Compute(stage.world.device, DTYPES[compute.dtype], files, into or stage.work,
+                                    f"{stage.world.rank}{who}", stage.world.size, tuple(beside), stage, {})
         for source, mine in scorers.items():
             for scorer in mine:
-                version = version_of(scorer, files)
+                version = self.versions[source, scorer.name] = version_of(scorer, files)
                 if version not in opened:  # sources share equal scorers
                     opened[version] = open_scorer(scorer, file_of(scorer, files), workers_of(stage, score), where)
                 self.live[source, scorer.name] = opened[version]
 
     def __call__(self, source: str, item: Item) -> dict[str, tuple[float | None, str | None]]:
-        found = {scorer.name: self.live[source, scorer.name].score([item], lambda n: None)[0]
-                 for scorer in self.scorers[source]}
+        found = {scorer.name: self.values(source, scorer.name, [item])[0] for scorer in self.scorers[source]}
         return {name: (scored.value, scored.error) for name, scored in found.items()}
+
+    def values(self, source: str, name: str, items: list[Item]) -> list[Scored]:
+        """A scorer's values; those that are known are not computed, and failures are not kept."""
+        scorer = self.live[source, name]
+        if not self.known:
+            return scorer.score(items, lambda n: None)
+        keys = [key_of(self.versions[source, name], item) for item in items]
+        there = [next((lines.found[key] for lines in self.known if key in lines.found), None) for key in keys]
+        missing = [i for i, record in enumerate(there) if record is None]
+        found = [record and Scored(record["value"], record["detail"]) for record in there]
+        for i, value in zip(missing, scorer.score([items[i] for i in missing], lambda n: None) if missing else (),
+                            strict=True):
+            found[i] = value
+        if missing and self.into and scorer.by_item:
+            self.into.add([{"key": keys[i], "value": found[i].value, "detail": found[i].detail} for i in missing
+                           if not found[i].error])
+        return found
+
+    def of(self, part: list[dict], to_item) -> Iterator[tuple[str, str, dict[int, Scored], list[str]]]:
+        """(source, scorer, the values by place in `part`, its errors) of every source in it and each of its scorers.
+        part: rows sorted by prompt; equal completions of a prompt are scored once. to_item(row) -> Item."""
+        for source in dict.fromkeys(row["source"] for row in part):
+            mine = [i for i, row in enumerate(part) if row["source"] == source]
+            items = [to_item(part[i]) for i in mine]
+            first = {}
+            for n, i in enumerate(mine):
+                first.setdefault((part[i]["prompt_id"], items[n].completion), n)
+            same = [first[part[i]["prompt_id"], items[n].completion] for n, i in enumerate(mine)]
+            distinct = sorted(set(same))
+            for scorer in self.scorers[source]:
+                values = self.values(source, scorer.name, [items[n] for n in distinct])
+                by_item = dict(zip(distinct, values, strict=True))
+                yield (source, scorer.name, {i: by_item[n] for i, n in zip(mine, same, strict=True)},
+                       [f"{scorer.name}: {value.error}" for value in values if value.error])
 
     def close(self) -> None:
         for scorer in set(self.live.values()):
@@ -144,7 +179,7 @@ def file_of(scorer: Scorer, files: dict[str, Path]) -> Path | None:
 def models_of(scorer: Scorer) -> list[str]:
     """The folders of models that a scorer names; empty for the run's start weights."""
     if scorer.judge is not None:
-        return [model.path or "" for model in scorer.judge.models if model.engine == "in_process"]
+        return [model.path or "" for model in scorer.judge.models if model.engine != "openai"]
     return [scorer.reward_model] if scorer.reward_model else []
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 from strop.trainer.config import Scorer
 from strop.trainer.data.columns import to_messages
 from strop.trainer.data.rows import read_rows
+from strop.trainer.data.sources import dumps
 from strop.trainer.errors import UserError
 from strop.trainer.scoring.base import Compute, Item, Scored, open_scorer
 
@@ -52,16 +55,38 @@ def try_scorer(console, named: str, data: str, *overrides: str) -> None:
         file = Path(config.reward_model).expanduser()
         compute = Compute(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32, {})
     items = [item_of_row(row, options) for row in islice(read_rows(data), options["rows"])]
-    scorer = open_scorer(config, file, 1, compute)
-    try:
-        found = scorer.score(items, lambda n: None)
-    finally:
-        scorer.close()
+    with TemporaryDirectory() as scratch:
+        if config.judge:
+            compute = compute_of_judges(config, Path(scratch), console)
+        scorer = open_scorer(config, file, 1, compute)
+        try:
+            found = scorer.score(items, lambda n: None)
+        finally:
+            scorer.close()
     console.table(f"{config.name} on {len(items)} rows of {data}", ["row", "completion", "score", "detail"],
                   [[item.where, short(item.completion), number(scored), short(scored.detail or scored.error or "")]
                    for item, scored in zip(items, found, strict=True)])
     if errors := [scored.error for scored in found if scored.error]:
         raise UserError(f"{len(errors)} of {len(found)} rows failed; the first: {errors[0]}")
+
+
+def compute_of_judges(config: Scorer, scratch: Path, console) -> Compute:
+    """Raises UserError if a judge is the start weights, which only a run has."""
+    import torch
+
+    from strop.trainer.run.store import Stage
+    from strop.trainer.run.world import World
+    from strop.trainer.scoring.table import models_of
+
+    files = {name: Path(name).expanduser() for name in models_of(config)}
+    if "" in files:
+        raise UserError("judge.models: without path the judge is a run's start weights; name a path, or a server")
+    for name, folder in files.items():
+        if not folder.is_dir():
+            raise UserError(f"judge.models: path={name}: no such folder")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage = Stage("try", scratch, World(device=device), console, None)
+    return Compute(device, torch.float32, files, scratch, stage=stage, engines={})
 
 
 def item_of_row(row, options: dict[str, Any]) -> Item:
@@ -79,7 +104,8 @@ def item_of_row(row, options: dict[str, Any]) -> Item:
     prompt, conversational = data[columns["prompt"]], isinstance(data[columns["prompt"]], list)
     messages = to_messages(prompt, columns["prompt"]) if conversational else [{"role": "user", "content": prompt}]
     answer = None if answer is None else str(answer)
-    rest = {k: v for k, v in data.items() if k not in (columns["prompt"], columns["completion"])}
+    # as a run has them, which keeps columns as JSON
+    rest = json.loads(dumps({k: v for k, v in data.items() if k not in (columns["prompt"], columns["completion"])}))
     return Item(messages, str(completion), answer, {"answer": answer} | rest, conversational, None, row.where)
 
 

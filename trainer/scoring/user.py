@@ -45,6 +45,13 @@ class UserScorer:
             self._free.put(worker)
         self._pool = ThreadPoolExecutor(workers)
 
+    @property
+    def by_item(self) -> bool:
+        """Raises UserError as check does."""
+        if "batched" not in (self._workers[0].first or {}):
+            self.check()
+        return not self._workers[0].first["batched"]
+
     def score(self, items: list[Item], advance) -> list[Scored]:
         parts = [items[i:i + BATCH] for i in range(0, len(items), BATCH)]
         found = []

@@ -86,7 +86,7 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
     def text_of(c: Completion) -> str:
         return completion_text(tokenizer, c.tokens) if c.text is None else c.text
 
-    verdicts = Verdicts(stage, scorers, files, score, compute) if sample.enough else None
+    verdicts = Verdicts(stage, scorers, files, score, compute, (), stage.scored) if sample.enough else None
 
     def correct(row: dict, c: Completion) -> bool:
         item = item_of(row, Columns(*columns[row["source"]]), text_of(c), c.tokens, f"prompt {row['prompt_id']}")
@@ -112,9 +112,12 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
                     drops.add("cut" if c.finish == "length" else c.finish, **ids, source=row["source"], detail=detail)
         return pa.Table.from_pylist(made, schema=SCHEMA)
 
-    with closing(verdicts) if verdicts else nullcontext():
+    # on a CPU Strop's sampler and vLLM use all cores
+    idle = isinstance(writer, OpenAI) or stage.world.device.type == "cuda"
+    with (closing(verdicts) if verdicts else nullcontext(),
+          stage.ahead(stage, idle) if stage.ahead else nullcontext() as ahead):
         run_shards(stage, stage.name, shards, ("prompt_id", "sample_index"), SCHEMA, lambda: open_writer(job), to_table,
-                   lane(stage.world, writer))
+                   lane(stage.world, writer), ahead.add if ahead else lambda path: None)
     if stage.world.first:
         collect_drops(shards, drops)
         drops.write()

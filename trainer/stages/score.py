@@ -1,13 +1,16 @@
 """Score: every sample, by every scorer of its source, in long form."""
 
 import math
+from collections import Counter
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pyarrow as pa
 
 from strop.trainer.config import Part, Score, Scorer
 from strop.trainer.data.samples import read_samples
 from strop.trainer.errors import UserError
+from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.scoring.base import Columns, item_of
@@ -35,12 +38,15 @@ def score(stage: Stage, *, score: Score, scorers: dict[str, list[Scorer]], colum
         return item_of(asked[row["prompt_id"]], Columns(*columns[row["source"]]), row["completion"],
                        row["completion_tokens"], f"prompt {row['prompt_id']}, sample {row['sample_index']}")
 
-    table = score_rows(stage, samples, KEY, to_item, scorers, files, score, compute)
+    table = score_rows(stage, samples, KEY, to_item, scorers, files, score, compute,
+                       sorted(sample.parent.glob("*.scored")))  # by Ahead
     if stage.world.first:
         if safety:
             sources = {row["prompt_id"]: row["source"] for row in samples}
             table = pa.Table.from_pylist(piecewise(table.to_pylist(), sources, safety), schema=table.schema)
         write_table(stage.dir / "scores.parquet", table)
+        write_json(stage.dir / "sources.json", by_source(table, {
+            (row["prompt_id"], row["sample_index"]): row["source"] for row in samples}, scorers))
         keep_verdicts(stage, table, scorers, prompt=0)
         stage.counts |= {"completions": len(samples)} | means(table) | {
             "cut_share": sum(row["finish"] != "stop" for row in samples) / len(samples)}
@@ -62,6 +68,21 @@ def piecewise(rows: list[dict], sources: dict[str, str], safety: Part) -> list[d
         found += [*both, counts | {"scorer": "reward", "value": None if error else counts["value"], "error": error,
                                    "detail": f"{counts['scorer']}: {why}"}]
     return found
+
+
+def by_source(table: pa.Table, sources: dict[tuple, str], scorers: dict[str, list[Scorer]]) -> dict:
+    """Source -> scorer -> n, mean and std of its values; of a topic judge n and topics, {label: completions}."""
+    found = {source: {scorer.name: [] for scorer in mine} for source, mine in scorers.items()}
+    topics = {(source, s.name) for source, mine in scorers.items() for s in mine if s.judge and s.judge.mode == "topic"}
+    for row in table.select(["prompt_id", "sample_index", "scorer", "value", "detail"]).to_pylist():
+        source = sources[row["prompt_id"], row["sample_index"]]
+        one = row["detail"] if (source, row["scorer"]) in topics else row["value"]
+        if one is not None:
+            found[source].setdefault(row["scorer"], []).append(one)
+    return {source: {name: {"n": len(mine)} | (
+        {"topics": dict(Counter(mine).most_common())} if (source, name) in topics else
+        {"mean": fmean(mine), "std": pstdev(mine)}) for name, mine in by.items() if mine}
+        for source, by in found.items() if any(by.values())}
 
 
 def means(table: pa.Table) -> dict[str, float]:

@@ -5,6 +5,7 @@ difficulty.parquet has each prompt's pass rate by round.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,8 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
            data: Part, model: Part, sources: dict[str, dict], seed: int, round: int, prompts: Path | None,
            history: list[tuple[Path, Path | None]], tokenizer: Path, files: dict[str, dict[str, Path]],
            embedder: Path | None = None, compute: Part | None = None, without: str | None = None,
-           only: dict[str, float] | None = None, rows: str = "pairs", corrections: bool = False) -> None:
+           only: dict[str, float] | None = None, rows: str = "pairs", corrections: bool = False,
+           topics: dict[str, str | None] | None = None) -> None:
     """Writes sft.parquet, pairs.parquet, rated.parquet, judged.parquet, difficulty.parquet, drops.parquet and
     quarantine.jsonl.
 
@@ -83,7 +85,8 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
     samples. only: the sources whose rows are made, each with a factor of their weights and of those of ready data; by
     default all. rows: what the preference loss learns from, pairs, or labels or lists of rated.parquet; the other table
     stays empty. corrections: pair correct revisions with the completions that they revise, not the best with the worst.
-    Raises UserError if nothing is left.
+    topics: with select.topic_share, the scorer of each source that tells the topic. Raises UserError if nothing is
+    left.
     """
     folder = ModelFolder(tokenizer, model)
     tokenizer = folder.tokenizer()
@@ -92,17 +95,18 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
     judging = Judging(weights, select.by, *((score.correct_by, score.correct_at) if score else (None, None)))
     sft_rows, pair_rows, rated_rows = [], [], []
     rules = Rules(select, filter, seed, judging, without, rows, corrections)
-    pool = _pool(prompts, history, round, judging)
+    pool = _pool(prompts, history, round, judging, topics)
     asked = _asked(prompts) if embedder and history else {}
     difficulty = {prompt_id: solved(prompt_id, samples) for prompt_id, samples in pool.items()}
     for prompt_id, samples in pool.items():
         counted, source = [s for s in samples if select.accumulate or s["round"] == round], samples[0]["source"]
+        counted = within(select.values, counted, drops) if select.values else counted
         if counted and (only is None or source in only):
             best, pairs, rated = pick(prompt_id, source, counted, difficulty[prompt_id]["pass_rate"], rules, drops)
             for s in best:
-                sft_rows.append(_sft_row(s, source))
-                if embedder:
-                    sft_rows[-1] |= _rank(s, asked[prompt_id], difficulty[prompt_id]["pass_rate"], filter)
+                sft_rows.append(_sft_row(s, source) | {"topic": s.get("topic")})
+                if embedder or topics:
+                    sft_rows[-1] |= _rank(s, asked.get(prompt_id, ""), difficulty[prompt_id]["pass_rate"], filter)
             pair_rows += [_pair_row(c, r, source, stops, judging) for c, r in pairs]
             rated_rows += [_rated_row(s, source, stops) for s in rated]
     now = [s for samples in pool.values() for s in samples if s["round"] == round]
@@ -127,6 +131,8 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
         kept_whole |= {ready.name for ready in data.sft if not ready.near_duplicates}
         sft_rows = drop_semantic(stage, sft_rows, kept_whole, lambda: Embedder(
             embedder, DTYPES[compute.dtype], stage.world.device), rules, drops)
+    if topics:
+        sft_rows = limit_topics(sft_rows, select.topic_share, drops)
     write_table(stage.dir / "sft.parquet", pa.Table.from_pylist(sft_rows, schema=SFT))
     write_table(stage.dir / "pairs.parquet", pa.Table.from_pylist(pair_rows, schema=PAIRS))
     write_table(stage.dir / "rated.parquet", pa.Table.from_pylist(rated_rows, schema=RATED))
@@ -146,7 +152,50 @@ def select(stage: Stage, *, select: Select, score: Score | None, weights: dict[s
                                "select.pair_margin")
 
 
-def _pool(prompts: Path | None, history: list, newest: int, judging: Judging) -> dict[str, list[dict]]:
+def within(limits: dict[str, tuple], samples: list[dict], drops: Drops) -> list[dict]:
+    """The samples whose values are within select.values; one that lacks a value is not."""
+    kept = []
+    for s in samples:
+        for name, (low, high) in limits.items():
+            value = s.get("values", {}).get(name, (None, None))[0]
+            if name in s.get("values", {}) and (value is None or (low is not None and value < low)
+                                        or (high is not None and value > high)):
+                drops.add("value", prompt_id=s["prompt_id"], source=s["source"], sample_index=s["sample_index"],
+                          detail=f"{_origin(s)}: {name} " + ("has no value" if value is None else f"{value:g}"))
+                break
+        else:
+            kept.append(s)
+    return kept
+
+
+def limit_topics(rows: list[dict], share: float, drops: Drops) -> list[dict]:
+    """Drops SFT rows until no topic has more than `share` of those with a topic, the worst first, by quality x
+    difficulty. Raises UserError if there are too few topics for that."""
+    told = [i for i, row in enumerate(rows) if row.get("topic") is not None]
+    counts = Counter(rows[i]["topic"] for i in told)
+
+    def holds(most: int) -> bool:
+        return most <= share * sum(min(n, most) for n in counts.values()) + 1e-9
+
+    if not counts:
+        return rows
+    if not holds(1):
+        raise UserError(f"select.topic_share={share:g}: the SFT rows have {len(counts)} topics, so one has at least "
+                        f"{1 / len(counts):.3g} of them; raise it, or give more topics")
+    most = bisect_right(range(1, max(counts.values()) + 1), False, key=lambda n: not holds(n))
+    gone, seen = set(), Counter()
+    for i in (told[i] for i in ranked(*([rows[i].get(name) for i in told] for name in ("quality", "difficulty")))):
+        seen[rows[i]["topic"]] += 1
+        if seen[rows[i]["topic"]] > most:
+            gone.add(i)
+            drops.add("topic", prompt_id=rows[i]["prompt_id"], sample_index=rows[i]["sample_index"],
+                      source=rows[i]["source"],
+                      detail=f"{rows[i]['row_id']}: {rows[i]['topic']} has {counts[rows[i]['topic']]}, {most} kept")
+    return [row for i, row in enumerate(rows) if i not in gone]
+
+
+def _pool(prompts: Path | None, history: list, newest: int, judging: Judging,
+          topics: dict[str, str | None] | None) -> dict[str, list[dict]]:
     """{prompt_id: its samples of all rounds, with `round` and what read_scored adds}, sorted by prompt_id. newest: the
     last round of `history`."""
     if not history:
@@ -156,7 +205,7 @@ def _pool(prompts: Path | None, history: list, newest: int, judging: Judging) ->
     pool = defaultdict(list)
     for r, (sample, scored) in enumerate(history, start=newest + 1 - len(history)):
         for row in (read_unscored(sample, sources, prompts) if scored is None
-                    else read_scored(sample, scored, sources, judging, prompts)):
+                    else read_scored(sample, scored, sources, judging, prompts, topics)):
             pool[row["prompt_id"]].append(row | {"round": r})
     return {prompt_id: pool[prompt_id] for prompt_id in sorted(pool)}
 

@@ -1,6 +1,7 @@
 """As much of vLLM as Strop's worker uses. FAKE_VLLM is a JSON object: logprobs (file with those of the check, by token
-ids), version, load and sample (a fault each: "memory", "raise", "crash", "kill", "hang"), after (samples before the
-fault), child (file that gets the id of a process that it starts) and log (file that gets a line per call)."""
+ids; others are made up), version, load and sample (a fault each: "memory", "raise", "crash", "kill", "hang"), after
+(samples before the fault), child (file that gets the id of a process that it starts) and log (file that gets a line
+per call)."""
 
 import json
 import os
@@ -53,10 +54,12 @@ class LLM:
         assert use_tqdm is False and params.detokenize is False
         prompts = [p["prompt_token_ids"] for p in prompts]
         if hasattr(params, "prompt_logprobs"):
+            note(logprobs=len(prompts), longest=max(map(len, prompts)))
             with open(HOW["logprobs"]) as f:
                 known = json.load(f)
             return [SimpleNamespace(prompt_logprobs=[None] + [
-                {token: SimpleNamespace(logprob=x)} for token, x in zip(ids[1:], known[str(ids)], strict=True)])
+                {token: SimpleNamespace(logprob=x)}
+                for token, x in zip(ids[1:], known.get(str(ids)) or [-(t % 13) / 13 for t in ids[1:]], strict=True)])
                 for ids in prompts]
         note(sample=prompts, how=vars(params))
         if self.samples == HOW.get("after", 0):
