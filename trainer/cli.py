@@ -17,6 +17,7 @@ from strop.trainer.config import Recipe
 from strop.trainer.engines import engine_of, sections_of, tag_of
 from strop.trainer.errors import UserError
 from strop.trainer.method_recipes import RECIPES, has_key, recipe_class
+from strop.trainer.planning.hardware import Hardware, hardware_of
 from strop.trainer.reports.commands import VERBS, run_verb
 
 SECRET = re.compile(r"(api|access|private|secret|auth|ssh|account|signing|encryption)[\W_]*keys?(?![a-z])"
@@ -25,14 +26,16 @@ SECRET = re.compile(r"(api|access|private|secret|auth|ssh|account|signing|encryp
 MOST, DEEPEST, LONGEST = 100_000, 32, 1 << 20  # entries (aliases written out), levels and bytes of a recipe
 SHIPPED = Path(__file__).parent / "recipes"
 USAGE = """\
-usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan] [--debug] [--help]
+usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan [--on HARDWARE]] [--debug] [--help]
 {verbs}
 Runs a post-training method: rounds of sampling, scoring and training. Without arguments it runs the recipe quickstart.
 
   RECIPE      a recipe that ships with Strop, see below
   FILE.yaml   a recipe of your own
   key=value   overrides a key, e.g. sample.k=16 dpo.beta=0.2 merge.members='[sft, dpo]' data.sources.0.size=500
-  --plan      print the resolved recipe and what each stage would do; start nothing
+  --plan      print the resolved recipe, what each stage would do, and the memory, time and disk it needs; start nothing
+  --on        with --plan: needs on other hardware than this machine: devices x memory or GPU, e.g. 8x80GB, 1x24GB,
+              8xH100; 8x8x80GB is 8 nodes of 8, 8x80GB+1000GB names a node's host memory
   --debug     show the traceback of an error
   --help      this text
 
@@ -52,6 +55,7 @@ Keys, with type, default and meaning:
 class Command:
     recipe: Recipe | None = None
     plan: bool = False
+    on: Hardware | None = None  # what the plan is for, if not this machine
     debug: bool = False
     help: bool = False
     verb: str | None = None  # one of VERBS, with its arguments, instead of a recipe
@@ -70,14 +74,16 @@ def parse(argv: list[str]) -> Command:
     """Raises UserError, one mistake a line."""
     if argv[:1] and argv[0] in VERBS:
         return Command(verb=argv[0], arguments=[a for a in argv[1:] if a != "--debug"], debug="--debug" in argv)
-    command, read, overrides = Command(), None, []
-    for argument in argv:
+    command, read, overrides, rest = Command(), None, [], iter(argv)
+    for argument in rest:
         if argument in ("--help", "-h"):
             command.help = True
         elif argument == "--plan":
             command.plan = True
         elif argument == "--debug":
             command.debug = True
+        elif argument.partition("=")[0] == "--on":
+            command.on = hardware_of(argument.partition("=")[2] if "=" in argument else next(rest, ""))
         elif argument.startswith("-"):
             raise UserError(f"{argument.partition('=')[0]}: unknown option; see --help")
         elif "=" in argument:
@@ -88,6 +94,8 @@ def parse(argv: list[str]) -> Command:
             raise UserError(f"{argument}: a second recipe; give one, and override its keys with key=value")
     if command.help:
         return command
+    if command.on and not command.plan:
+        raise UserError("--on: is read with --plan only, a run takes the machine it is started on; add --plan")
     read = read or read_recipe(find_recipe("quickstart"))
     for override in overrides:
         apply_override(read, override)

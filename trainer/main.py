@@ -13,7 +13,6 @@ try:
 
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
-    from strop.trainer.config import to_yaml
     from strop.trainer.errors import UserError, explained
     from strop.trainer.run import nodes, stopping
 except ModuleNotFoundError as e:
@@ -23,16 +22,13 @@ except ModuleNotFoundError as e:
 
 
 def run(command: Command) -> None:
-    from strop.trainer.methods.running import planned, train
+    from strop.trainer.methods.running import show_plan, train
     from strop.trainer.reports.statistics import print_results
     from strop.trainer.run.console import Console
 
     started, console = time.perf_counter(), Console(enabled=os.environ.get("RANK", "0") == "0")
     if command.plan:
-        recipe, store = planned(command.recipe, console)
-        console.line(to_yaml(recipe))
-        console.table(f"plan of {store.run_dir}", ["stage", "state", "why"],
-                      [[s["stage"], s["state"], s["why"]] for s in store.plan])
+        show_plan(command.recipe, console, command.on)
         return
     done = train(command.recipe, console=console)
     print_results(console, done.results())

@@ -7,10 +7,12 @@ from typing import Any
 from strop.trainer.cli import load_recipe
 from strop.trainer.config import Model, Recipe, to_yaml
 from strop.trainer.environment import prepare_environment
-from strop.trainer.methods import METHODS
+from strop.trainer.methods import METHODS, forecast
 from strop.trainer.methods.run import Run
 from strop.trainer.models.folders import Base, find_base
 from strop.trainer.models.hub import find_data
+from strop.trainer.models.loading import DTYPES
+from strop.trainer.planning.hardware import Hardware
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
 from strop.trainer.run import nodes
@@ -46,14 +48,27 @@ def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None) 
     return planned(load_recipe(recipe, overrides), Console(enabled=False))[1].plan
 
 
-def planned(recipe: Recipe, console: Console) -> tuple[Recipe, Store]:
-    """(the recipe with all defaults resolved, a store with the plan of its method)"""
+def planned(recipe: Recipe, console: Console, on: Hardware | None = None) -> tuple[Recipe, Store]:
+    """(the recipe with all defaults resolved, a store with the plan of its method). on: the hardware that it is for, if
+    it is not this machine."""
     prepare_environment()
-    world = join(recipe.device, recipe.threads)
+    world = join("cpu" if on else recipe.device, recipe.threads)
+    if on and recipe.dtype == "auto":
+        recipe = recipe.model_copy(update={"dtype": "bfloat16"})
     recipe = world.settle_dtype(recipe)
     store = Store(Path(recipe.output_dir) / recipe.name, world, console, planning=True)
     METHODS[recipe.method](Run(store, recipe, *_outside(recipe, console, download=False)), recipe)
     return recipe, store
+
+
+def show_plan(recipe: Recipe, console: Console, on: Hardware | None = None) -> None:
+    """Prints the resolved recipe, what each stage would do, and what it needs on this machine or on `on`."""
+    recipe, store = planned(recipe, console, on)
+    console.line(to_yaml(recipe))
+    console.table(f"plan of {store.run_dir}", ["stage", "state", "why"],
+                  [[s["stage"], s["state"], s["why"]] for s in store.plan])
+    if store.world.first:
+        forecast.show(console, recipe, store, on or forecast.this_machine(store.world, DTYPES[recipe.dtype]))
 
 
 def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict, dict]:

@@ -24,13 +24,14 @@ from strop.trainer.run.files import cache_dir, hash_file, reason_of, write_atomi
 @dataclass(frozen=True)
 class Base:
     """The start weights: a Hugging Face folder, its display name, whether it was converted from a GGUF, its license as
-    Hugging Face spells it if known, and the commit if it was downloaded."""
+    Hugging Face spells it if known, the commit if it was downloaded, and the GGUF file if it is one."""
 
     path: Path
     name: str
     from_gguf: bool
     license: str | None = None
     revision: str | None = None
+    gguf: Path | None = None
 
 
 def find_base(model: Model, console, convert: bool = True, pin: str | None = None) -> Base:
@@ -51,10 +52,10 @@ def find_base(model: Model, console, convert: bool = True, pin: str | None = Non
             meta = {}
         license = (meta.get("License-Expression") or meta.get("License") or "").strip().lower()
         known = license if re.fullmatch(r"[a-z0-9.-]+", license) else None
-        return Base(convert_gguf(files[0], console, convert), files[0].stem, True, known)
+        return Base(convert_gguf(files[0], console, convert), files[0].stem, True, known, gguf=files[0])
     path = Path(model.path).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return Base(convert_gguf(path, console, convert), path.stem, True)
+        return Base(convert_gguf(path, console, convert), path.stem, True, gguf=path)
     if not path.is_dir() and is_model_name(model.path):
         found, commit = find_model(model, console, convert, pin)
         if convert:

@@ -92,6 +92,7 @@ class Store:
         self.run_dir, self.world, self.console, self.metrics = run_dir, world, console, metrics
         self.planning = planning
         self.plan: list[dict] = []
+        self.asked: dict[str, dict] = {}  # while planning: the sections of each stage
         self.about: dict = {}  # further keys of plan.json: name, method, base
         self.after: list = []  # callbacks on the first rank: called with the manifest of each stage that ran
         self._checked: set[Path] = set()
@@ -168,6 +169,7 @@ class Store:
                  "inputs": self._origins(inputs), "state": state, "why": why}
         if self.planning:
             self.plan.append(entry)
+            self.asked[name] = config
             return self._load(final) if state == "done" else Artifact(final, None)
         self.world.barrier()  # all ranks have read the state before rank 0 moves anything
         if state != "done":

@@ -1,0 +1,334 @@
+"""What the stages of a plan need: memory, time and disk of each, and the cheapest setting that fits."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from strop.trainer.config import Dpo, Recipe, Reward, Train
+from strop.trainer.engines import Evaluating, InProcess, Sampling, Vllm, sections_of
+from strop.trainer.planning import memory, speed
+from strop.trainer.planning.hardware import GB, USABLE, Hardware
+from strop.trainer.planning.memory import Memory, Setting
+from strop.trainer.planning.shape import Shape
+
+PROMPT = 200  # tokens of a prompt: assumed
+OF_LIMIT = 0.5  # of max_new_tokens that a completion takes: assumed
+READY = 400  # tokens of a ready-made completion: assumed
+LONGEST_PROMPT = 1024  # tokens, for the sampler's cache: assumed
+ROW_BYTES, TOKEN_BYTES = 200, 10  # on disk, of a completion and of each of its tokens with its text: assumed
+VLLM_SHARE, VLLM_CACHE = 0.85, 2 * GB  # of a device; and the least that its cache needs
+LORA = 16  # rank that is proposed
+LEAST_TOKENS = 512  # of a microbatch, that is proposed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage needs. memory: of a rank. seconds, disk: None if unknown. fits: None if unknown. remedy: keys that
+    make it fit, the cheapest; empty if none do or none are needed. why: what is unknown, and why."""
+
+    stage: str
+    memory: Memory | None = None
+    seconds: float | None = None
+    disk: int | None = None
+    scratch: int = 0
+    fits: bool | None = None
+    remedy: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A stage of the plan, with the sections that it gets."""
+
+    name: str
+    kind: str
+    round: int | None
+    config: dict = field(default_factory=dict)
+
+    @property
+    def section(self):
+        """The section that says how it runs; None if it has none."""
+        return next((v for v in self.config.values() if isinstance(v, Train | Sampling | Evaluating)), None)
+
+    def key(self) -> str:
+        """The name of that section."""
+        return next((k for k, v in self.config.items() if v is self.section), "")
+
+
+def estimates(recipe: Recipe, stages: list[Asked], shape: Shape, on: Hardware) -> list[Estimate]:
+    """An estimate of every stage that runs a model or writes one, in the plan's order."""
+    width = 4 if recipe.dtype == "float32" else 2
+    found = []
+    for asked in stages:
+        section = asked.section
+        if isinstance(section, Train):
+            found.append(_training(recipe, asked, shape, on, width))
+        elif asked.kind == "log-probs":
+            found.append(_reference(recipe, asked, shape, on, width))
+        elif isinstance(section, Sampling | Evaluating):
+            found.append(_sampling(recipe, asked, shape, on, width))
+        elif asked.kind in ("weights", "model"):
+            found.append(Estimate(asked.name, Memory({}, {"process": memory.PROCESS}), None, width * shape.parameters,
+                                  fits=True))
+    return found
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+def engine_of(recipe: Recipe) -> dict:
+    """The training engine that the recipe asks for, as keywords of Setting; "auto" is settled by `settled`."""
+    section = getattr(recipe, "engine", None)
+    kind = getattr(section, "kind", "local")
+    offload = "cpu" if getattr(section, "cpu_offload", False) else getattr(section, "offload", "") or ""
+    return {"engine": kind, "offload": offload, "zero": getattr(section, "zero_stage", None) or 3}
+
+
+def settled(shape: Shape, setting: Setting, on: Hardware) -> Setting:
+    """The setting with engine "auto" resolved: local on one rank or where it fits, else fsdp."""
+    if setting.engine != "auto":
+        return setting
+    local = replace(setting, engine="local")
+    return local if on.ranks == 1 or fits_on(memory.training(shape, local), on) else replace(setting, engine="fsdp")
+
+
+def engines() -> list[str]:
+    """The training engines that a recipe can ask for."""
+    known = Recipe.model_fields.get("engine")
+    sections = sections_of(known.annotation) if known else []
+    return [e for e in memory.ENGINES if e in [s.model_fields["kind"].default for s in sections if "kind" in
+                                               s.model_fields]] or ["local"]
+
+
+def engine_keys(engine: str, offload: str) -> list[str]:
+    """The keys of the recipe that ask for an engine."""
+    keys = [f"engine.kind={engine}"]
+    if offload:
+        keys.append("engine.cpu_offload=true" if engine == "fsdp" else f"engine.offload={offload}")
+    return keys
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def setting_of(recipe: Recipe, section: Train, on: Hardware, width: int, context: int, checks: int) -> Setting:
+    """How the recipe trains a stage on that hardware; a microbatch is full."""
+    share = -(-section.batch_size // on.ranks)
+    longest = share * min(section.max_tokens, section.max_length or context, context) * (1 + isinstance(section, Dpo))
+    return Setting(
+        ranks=on.ranks, device=on.device, width=width, max_tokens=min(section.max_tokens, longest), kept=on.kept,
+        several=longest > section.max_tokens, checkpointing=section.activation_checkpointing,
+        lora_rank=recipe.lora.rank, averages=2 if section.bema else int(section.ema_decay > 0),
+        scores=isinstance(section, Reward), checks=checks, new_tokens=recipe.evaluate.max_new_tokens,
+        **engine_of(recipe))
+
+
+def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
+    section, key = asked.section, asked.key()
+    rows, completions, lengths = _rows(recipe, asked)
+    steps = -(-rows * section.epochs // section.batch_size) if rows else 0
+    checks = getattr(section, "eval_prompts", 0) if 0 < getattr(section, "eval_steps", 0) <= steps else 0
+    setting = settled(shape, setting_of(recipe, section, on, width, shape.context, checks), on)
+    need = memory.training(shape, setting)
+    fits, remedy = fits_on(need, on), ()
+    if not fits:
+        least = PROMPT + (2 if completions == 2 else 1) * recipe.sample.max_new_tokens
+        remedy = cheapest(shape, setting, on, key, least)
+    trained = shape.adapters(setting.lora_rank) if setting.lora_rank else shape.parameters
+    kept = width * shape.parameters * (1 + section.snapshots + (setting.averages > 0))
+    scratch = 2 * (3 + setting.averages) * 4 * trained if steps > section.checkpoint_steps else 0
+    scratch += 2 * width * shape.parameters if checks else 0
+    seconds, why = None, _no_rate(on)
+    if not why and not rows:
+        why = "the number of rows is not known before they are read"
+    elif not why:
+        flops = speed.step_flops(shape, section.batch_size, completions, lengths, lora=setting.lora_rank > 0,
+                                 checkpointing=setting.checkpointing, scores=setting.scores)
+        shards = 1 if setting.engine == "local" else on.ranks
+        seconds = steps * speed.step_seconds(shape, on, flops, trained, offload=setting.offload, shards=shards)
+    return Estimate(asked.name, need, seconds, kept, scratch, fits, remedy, why)
+
+
+def _rows(recipe: Recipe, asked: Asked) -> tuple[int, int, speed.Lengths]:
+    """(rows or pairs at most, completions of each, expected tokens): sampled ones of all rounds that count, if every
+    prompt gives what select may take, and the ready-made ones of files that are there."""
+    section = asked.section
+    pairs = isinstance(section, Dpo | Reward)
+    ready = recipe.data.preferences if pairs else recipe.data.sft
+    count = sum(int(_count(entry.path) * entry.weight) for entry in ready
+                if entry.rounds == "all" or asked.round in entry.rounds)
+    if not recipe.data.sources:
+        return count, 2 if pairs else 1, speed.Lengths(PROMPT, READY)
+    each = recipe.select.pairs_per_prompt if pairs else recipe.select.sft_per_prompt
+    completions, rounds = 2 if pairs else 1, 1 + (asked.round or 0) if recipe.select.accumulate else 1
+    if isinstance(section, Reward) and section.pairs == "all":
+        each, completions = 1, recipe.sample.k
+    lengths = speed.Lengths(PROMPT, max(1, round(OF_LIMIT * recipe.sample.max_new_tokens)))
+    return count + recipe.sample.prompts * each * rounds, completions, lengths
+
+
+def _count(path: str) -> int:
+    """Rows of a local file; 0 if it is not there or is read otherwise."""
+    file = Path(path).expanduser()
+    if file.suffix == ".jsonl" and file.is_file():
+        with open(file, "rb") as f:
+            return sum(1 for line in f if line.strip())
+    if file.suffix == ".parquet" and file.is_file():
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(file).num_rows
+    return 0
+
+
+def _reference(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
+    dpo = asked.config["dpo"]
+    setting = Setting(ranks=on.ranks, device=on.device, width=width, max_tokens=min(dpo.max_tokens, 2 * shape.context),
+                      kept=on.kept, **engine_of(recipe) | {"offload": ""})
+    setting = settled(shape, setting, on)
+    need = memory.scoring(shape, setting)
+    fits, remedy = fits_on(need, on), ()
+    if not fits:
+        remedy = next((tuple(engine_keys(engine, "")) for engine in engines() if engine != "local" and fits_on(
+            memory.scoring(shape, replace(setting, engine=engine)), on)), ())
+    rows, completions, lengths = _rows(recipe, replace(asked, config={"dpo": recipe.dpo}))
+    seconds, why = None, _no_rate(on)
+    if not why:
+        flops = speed.step_flops(shape, rows, completions, lengths, checkpointing=False, lora=False, scores=False) / 3
+        seconds = flops / on.ranks / (speed.OF_FLOPS * on.flops)
+    return Estimate(asked.name, need, seconds, int(rows * completions * lengths.completion * 4), 0, fits, remedy, why)
+
+
+def fits_on(need: Memory, on: Hardware) -> bool:
+    """Whether every rank has the memory, on its device and, where that is known, on the host."""
+    return need.on_device <= on.usable and (on.host is None or on.on_node(need) <= USABLE * on.host)
+
+
+def cheapest(shape: Shape, asked: Setting, on: Hardware, key: str, least_tokens: int) -> tuple[str, ...]:
+    """The keys to change so that training fits, the cheapest first in this order: engine, activation checkpointing,
+    smaller microbatches, offload, LoRA; empty if nothing does. least_tokens: what a microbatch must hold."""
+    for setting in candidates(asked, max(LEAST_TOKENS, least_tokens), engines()):
+        if fits_on(memory.training(shape, setting), on):
+            return changes(asked, setting, key)
+    return ()
+
+
+def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Iterator[Setting]:
+    """Settings in the order of what they cost, from the asked one. there: the engines to choose from."""
+    sizes = [asked.max_tokens]
+    while sizes[-1] // 2 >= least_tokens:
+        sizes.append(sizes[-1] // 2)
+    for rank in dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)):
+        for offload in dict.fromkeys((asked.offload, asked.offload or "cpu", "nvme")):
+            sharded = [e for e in there if e != "local" and not (e == "fsdp" and offload == "nvme")]
+            names = sharded if offload else (asked.engine, *(sharded if asked.ranks > 1 else ()))
+            for tokens in sizes:
+                for checkpointing in dict.fromkeys((asked.checkpointing, True)):
+                    for engine in dict.fromkeys(names):
+                        yield replace(asked, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
+                                      several=asked.several or tokens < asked.max_tokens,
+                                      checkpointing=checkpointing)
+
+
+def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
+    """The keys of the recipe that make `asked` the other setting."""
+    found = []
+    if (asked.engine, asked.offload) != (other.engine, other.offload):
+        found += engine_keys(other.engine, other.offload)
+    if asked.checkpointing != other.checkpointing:
+        found.append(f"{key}.activation_checkpointing=true")
+    if asked.max_tokens != other.max_tokens:
+        found.append(f"{key}.max_tokens={other.max_tokens}")
+    if asked.lora_rank != other.lora_rank:
+        found.append(f"lora.rank={other.lora_rank}")
+    return tuple(found)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _sampling(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
+    section, writer = asked.section, asked.config.get("writer") or asked.section
+    key = asked.key()
+    if getattr(writer, "path", None):
+        return Estimate(asked.name, why="another model writes")
+    evaluates = isinstance(section, Evaluating)
+    k = 1 if evaluates else asked.config.get("k") or section.k
+    prompts = recipe.data.validation + recipe.data.test if evaluates else getattr(section, "prompts", 0)
+    if not prompts:
+        return Estimate(asked.name, why="the number of prompts is not known before")
+    copies = max(1, len(asked.config.get("candidates", ()))) if evaluates else 1
+    tokens = prompts * k * max(1, round(OF_LIMIT * section.max_new_tokens))
+    disk = prompts * k * ROW_BYTES + tokens * TOKEN_BYTES
+    compares = evaluates and getattr(section, "kl_prompts", 0) > 0
+    if isinstance(writer, InProcess):
+        wanted = _in_process(shape, section, writer.batch_size, prompts, k, on, width)
+        need = memory.comparing(shape, wanted, width) if compares else wanted
+    elif isinstance(writer, Vllm):
+        if on.device == "cpu":
+            return Estimate(asked.name, disk=disk, why="vLLM's speed on a CPU is not known")
+        share = writer.memory or VLLM_SHARE
+        need = Memory({"vLLM": int(share * on.memory)}, {"process": 4 * memory.PROCESS})
+    else:
+        return Estimate(asked.name, Memory({}, {"process": memory.PROCESS}), None, disk, fits=True,
+                        why="a server writes")
+    fits = fits_on(need, on) if isinstance(writer, InProcess) else _vllm_fits(shape, writer, on, width, compares)
+    remedy = () if fits else _sampler(shape, section, writer, key, prompts, k, on, width, compares)
+    seconds, why = None, _no_rate(on)
+    if not why:
+        parallel = getattr(writer, "tensor_parallel_size", 1)
+        rows = min(writer.batch_size, getattr(section, "shard_prompts", prompts) * k) if isinstance(
+            writer, InProcess) else 256
+        lengths = speed.Lengths(PROMPT, max(1, round(OF_LIMIT * section.max_new_tokens)))
+        seconds = copies * speed.sampling_seconds(
+            shape, on, prompts=prompts, k=k, rows=rows, lengths=lengths, width=width,
+            replicas=max(1, on.ranks // parallel))
+    return Estimate(asked.name, need, seconds, disk, 0, fits, remedy, why)
+
+
+def _in_process(shape: Shape, section, batch_size: int, prompts: int, k: int, on: Hardware, width: int) -> Memory:
+    return memory.sampling(
+        shape, device=on.device, width=width, prompts=getattr(section, "shard_prompts", prompts), k=k,
+        batch_size=batch_size, prompt=min(LONGEST_PROMPT, shape.context), new_tokens=section.max_new_tokens,
+        temperature=getattr(section, "temperature", 0.0), top_p=getattr(section, "top_p", 1.0))
+
+
+def _vllm_fits(shape: Shape, writer: Vllm, on: Hardware, width: int, compares: bool) -> bool:
+    share = writer.memory or VLLM_SHARE
+    whole = width * shape.parameters
+    alone = memory.comparing(shape, Memory({"context": memory.CONTEXT}), width) if compares else Memory()
+    return (whole / writer.tensor_parallel_size + VLLM_CACHE <= share * on.memory and fits_on(alone, on)
+            and writer.tensor_parallel_size <= on.per_node)
+
+
+def _sampler(shape: Shape, section, writer, key: str, prompts: int, k: int, on: Hardware, width: int, compares: bool
+             ) -> tuple[str, ...]:
+    """The keys that make sampling fit: fewer completions at a time, else vLLM over several devices."""
+    extra = ()
+    alone = memory.comparing(shape, Memory({"context": memory.CONTEXT}), width)
+    if compares and not fits_on(alone, on):
+        extra, compares = (f"{key}.kl_prompts=0",), False
+    if isinstance(writer, InProcess):
+        size = writer.batch_size
+        while size >= 8:
+            if fits_on(_in_process(shape, section, size, prompts, k, on, width), on):
+                return (*((f"{key}.batch_size={size}",) if size != writer.batch_size else ()), *extra)
+            size //= 2
+    for parallel in (1, 2, 4, 8, 16):
+        asked = Vllm(tensor_parallel_size=parallel)
+        if on.device == "cuda" and parallel <= on.per_node and _vllm_fits(shape, asked, on, width, compares):
+            return (f"{key}.engine=vllm", f"{key}.tensor_parallel_size={parallel}", *extra)
+    return ()
+
+
+def _no_rate(on: Hardware) -> str:
+    return "" if on.flops and on.bandwidth else f"{on.name} names no GPU whose speed is listed, e.g. 8xH100"
+
+
+def totals(found: list[Estimate], run_dir: Path) -> tuple[float | None, int, int, int | None]:
+    """(seconds, bytes of the run directory at the end, bytes that come on top on the way, bytes free there)"""
+    seconds = [e.seconds for e in found if e.seconds is not None]
+    there = next((p for p in [run_dir, *run_dir.parents] if p.exists()), None)
+    room = os.statvfs(there) if there else None
+    return (sum(seconds) if seconds else None, sum(e.disk or 0 for e in found),
+            max((e.scratch for e in found), default=0), room.f_bavail * room.f_frsize if room else None)
