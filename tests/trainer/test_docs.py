@@ -327,7 +327,7 @@ def test_stages_do_not_import_each_other():
 
 LIGHT = ["strop.trainer.cli", "strop.trainer.config", "strop.trainer.engines", "strop.trainer.environment",
          "strop.trainer.errors", "strop.trainer.section",
-         *(of(p) for p in files("trainer/reports"))]
+         *(of(p) for room in ("reports", "planning") for p in files(f"trainer/{room}"))]
 HEAVY = ("torch", "transformers", "strop.kernels")
 
 

@@ -9,6 +9,7 @@ import torch
 from strop.trainer.config import Model, Recipe
 from strop.trainer.errors import UserError
 from strop.trainer.models.folders import Base, find_base
+from strop.trainer.models.loading import DTYPES
 from strop.trainer.planning import estimates as planning
 from strop.trainer.planning.estimates import Asked, Estimate
 from strop.trainer.planning.hardware import GB, USABLE, Hardware
@@ -72,6 +73,17 @@ def find_shape(model: Model, base: Base) -> Shape:
                     "download that one file")
 
 
+def needs(recipe: Recipe, store: Store, on: Hardware | None) -> dict[str, dict]:
+    """What strop.plan says of each stage that needs something; empty if the model's size is unknown."""
+    try:
+        found = forecast(recipe, store, on or this_machine(store.world, DTYPES[recipe.dtype]))
+    except UserError:
+        return {}
+    return {e.stage: {"device_bytes": e.memory.on_device if e.memory else None,
+                      "host_bytes": e.memory.on_host if e.memory else None, "disk_bytes": e.disk, "seconds": e.seconds,
+                      "fits": e.fits, "remedy": list(e.remedy)} for e in found}
+
+
 def forecast(recipe: Recipe, store: Store, on: Hardware) -> list[Estimate]:
     """An estimate of every stage of the plan that needs one. Raises UserError if the model's size is unknown."""
     asked = [Asked(e["stage"], e["kind"], e["round"], store.asked[e["stage"]]) for e in store.plan
@@ -80,8 +92,9 @@ def forecast(recipe: Recipe, store: Store, on: Hardware) -> list[Estimate]:
     return planning.estimates(recipe, asked, find_shape(recipe.model, base), on)
 
 
-def show(console: Console, recipe: Recipe, store: Store, on: Hardware) -> None:
-    """Prints the estimates, what does not fit with what would, and what is assumed."""
+def show(console: Console, recipe: Recipe, store: Store, on: Hardware | None) -> None:
+    """Prints the estimates, what does not fit with what would, and what is assumed. on: None for this machine."""
+    on = on or this_machine(store.world, DTYPES[recipe.dtype])
     try:
         found = forecast(recipe, store, on)
     except UserError as e:

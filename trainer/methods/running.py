@@ -11,8 +11,7 @@ from strop.trainer.methods import METHODS, forecast
 from strop.trainer.methods.run import Run
 from strop.trainer.models.folders import Base, find_base
 from strop.trainer.models.hub import find_data
-from strop.trainer.models.loading import DTYPES
-from strop.trainer.planning.hardware import Hardware
+from strop.trainer.planning.hardware import Hardware, hardware_of
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
 from strop.trainer.run import nodes
@@ -41,11 +40,16 @@ def train(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None,
     return read_run(run.store.run_dir)
 
 
-def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None) -> list[dict]:
-    """What `train` would do: a dict per stage with its kind, inputs, state ("done", "stale" or "to run") and why.
+def plan(recipe: Named = "quickstart", overrides: dict[str, Any] | None = None, on: str | None = None) -> list[dict]:
+    """What `train` would do: a dict per stage with its kind, inputs, state ("done", "stale" or "to run") and why, and
+    `needs` of a stage that is to run: bytes on the device and the host of a rank and on disk, seconds, whether it fits,
+    and the keys that make it fit (docs/memory.md). on: other hardware than this machine, e.g. "8x80GB".
 
     Nothing is run or written. Raises UserError as train does."""
-    return planned(load_recipe(recipe, overrides), Console(enabled=False))[1].plan
+    hardware, console = hardware_of(on) if on is not None else None, Console(enabled=False)
+    recipe, store = planned(load_recipe(recipe, overrides), console, hardware)
+    needs = forecast.needs(recipe, store, hardware)
+    return [entry | ({"needs": needs[entry["stage"]]} if entry["stage"] in needs else {}) for entry in store.plan]
 
 
 def planned(recipe: Recipe, console: Console, on: Hardware | None = None) -> tuple[Recipe, Store]:
@@ -68,7 +72,7 @@ def show_plan(recipe: Recipe, console: Console, on: Hardware | None = None) -> N
     console.table(f"plan of {store.run_dir}", ["stage", "state", "why"],
                   [[s["stage"], s["state"], s["why"]] for s in store.plan])
     if store.world.first:
-        forecast.show(console, recipe, store, on or forecast.this_machine(store.world, DTYPES[recipe.dtype]))
+        forecast.show(console, recipe, store, on)
 
 
 def _outside(recipe: Recipe, console: Console, download: bool = True) -> tuple[Base, dict, dict]:

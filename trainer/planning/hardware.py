@@ -12,23 +12,34 @@ USABLE = 0.9  # of a device's memory; the rest is for the allocator's gaps and f
 MOST = 1 << 20  # devices
 
 
+# Dense bf16 FLOP/s from the vendors' data sheets, by a pattern of the device's name; the first that matches counts. The
+# PCIe and NVL boards of a chip have fewer multiprocessors or a lower clock than the SXM ones.
+PEAKS = {
+    r"H[12]00 NVL": 835e12, r"H100.*(PCIe|HBM2e)": 756e12, r"\bG?H[12]00\b|H800": 989e12, r"\bH20\b": 148e12,
+    r"\bG?B[23]00\b": 2250e12, r"\bA[18]00\b": 312e12, r"\bA30\b": 165e12, r"\bA40\b": 150e12, r"\bA10\b": 125e12,
+    r"\bL40S\b": 362e12, r"\bL40\b": 181e12, r"\bL4\b": 121e12, r"MI300X|MI325X": 1307e12,
+}
+
+
+def data_sheet(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU of that name, None if it is not listed."""
+    return next((value for pattern, value in PEAKS.items() if re.search(pattern, name)), None)
+
+
 class Gpu(NamedTuple):
-    """From the vendor's data sheet: bytes, dense bf16 FLOP/s, bytes/s of its memory."""
+    """From the vendor's data sheet: bytes, bytes/s of its memory, dense bf16 FLOP/s."""
 
     memory: int
-    flops: float
     bandwidth: float
+    flops: float | None
 
 
-GPUS = {
-    "H100": Gpu(80 * GB, 989e12, 3.35e12), "H200": Gpu(141 * GB, 989e12, 4.8e12), "H20": Gpu(96 * GB, 148e12, 4e12),
-    "B200": Gpu(180 * GB, 2250e12, 7.7e12), "A100": Gpu(80 * GB, 312e12, 2.0e12),
-    "A100-40GB": Gpu(40 * GB, 312e12, 1.55e12), "A40": Gpu(48 * GB, 150e12, 0.7e12),
-    "A30": Gpu(24 * GB, 165e12, 0.93e12), "A10": Gpu(24 * GB, 125e12, 0.6e12), "L40S": Gpu(48 * GB, 362e12, 0.86e12),
-    "L4": Gpu(24 * GB, 121e12, 0.3e12),
-    "MI300X": Gpu(192 * GB, 1307e12, 5.3e12), "RTX3090": Gpu(24 * GB, 71e12, 0.94e12),
-    "RTX4090": Gpu(24 * GB, 165e12, 1.01e12), "RTX5090": Gpu(32 * GB, 209e12, 1.79e12),
-}
+GPUS = {name: Gpu(memory * GB, bandwidth * 1e12, flops * 1e12 if flops else data_sheet(name))
+        for name, memory, bandwidth, flops in (
+            ("H100", 80, 3.35, 0), ("H200", 141, 4.8, 0), ("H20", 96, 4.0, 0), ("B200", 180, 7.7, 0),
+            ("A100", 80, 2.0, 0), ("A100-40GB", 40, 1.55, 0), ("A40", 48, 0.7, 0), ("A30", 24, 0.93, 0),
+            ("A10", 24, 0.6, 0), ("L40S", 48, 0.86, 0), ("L4", 24, 0.3, 0), ("MI300X", 192, 5.3, 0),
+            ("RTX3090", 24, 0.94, 71), ("RTX4090", 24, 1.01, 165), ("RTX5090", 32, 1.79, 209))}
 
 
 @dataclass(frozen=True)

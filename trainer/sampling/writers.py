@@ -14,7 +14,7 @@ from strop.trainer.config import Part
 from strop.trainer.data.chat import encode_completion, prompt_tokens, stop_ids
 from strop.trainer.data.splits import hash_int
 from strop.trainer.engines import InProcess, OpenAI
-from strop.trainer.errors import UserError
+from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.models.loading import DTYPES, ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.sampling.asking import Journal, Pool, Question
@@ -57,7 +57,7 @@ def open_writer(job: Job) -> Writer:
         rows = [row | {"tokens": prompt_tokens(own, row)} for row in rows]
     dtype, world = DTYPES[job.compute.dtype], job.stage.world
     if isinstance(job.section, InProcess):
-        sampler: Sampler = InProcessSampler(job.weights, dtype, world.device, job.section.batch_size)
+        sampler: Sampler = InProcessSampler(job.weights, dtype, world.device, job.section.batch_size, job.key)
     else:
         longest = max(len(row["tokens"]) for row in rows) + settings.max_new_tokens
         sampler = VllmSampler(job, rows, longest, dtype)
@@ -72,16 +72,26 @@ def same_tokens(one, other) -> bool:
 
 
 class InProcessSampler:
-    """Strop's own engine as a Sampler."""
+    """Strop's own engine as a Sampler. key: of its section in the recipe."""
 
-    def __init__(self, folder: ModelFolder, dtype, device, batch_size: int):
-        self.generator, self.batch_size = Generator(load_for_generation(folder, dtype, device)), batch_size
+    def __init__(self, folder: ModelFolder, dtype, device, batch_size: int, key: str):
+        self.generator = Generator(load_for_generation(folder, dtype, device))
+        self.batch_size, self.key = batch_size, key
 
     def sample(self, prompts, n, settings: Settings, *, ids, first=0, on_progress=None):
-        return self.generator.generate(
-            prompts, k=n, ids=ids, seed=hash_int(settings.seed, "from", first) if first else settings.seed,
-            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
-            top_p=settings.top_p, stop_ids=settings.stop_ids, batch_size=self.batch_size, on_progress=on_progress)
+        """Raises UserError if it runs out of memory: a smaller batch rounds otherwise, so it is the user's choice."""
+        try:
+            return self.generator.generate(
+                prompts, k=n, ids=ids, seed=hash_int(settings.seed, "from", first) if first else settings.seed,
+                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
+                top_p=settings.top_p, stop_ids=settings.stop_ids, batch_size=self.batch_size, on_progress=on_progress)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            remedy = f"set {self.key}.batch_size={self.batch_size // 2}" if self.batch_size > 1 else \
+                f"lower {self.key}.max_new_tokens"
+            raise UserError(f"{self.key}.batch_size={self.batch_size}: out of memory while sampling; {remedy}, or see "
+                            "what fits with --plan") from e
 
     def close(self) -> None:
         self.generator = None

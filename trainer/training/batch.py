@@ -75,11 +75,10 @@ def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: in
 
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens. No length may exceed `budget`."""
+    """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens; a larger length has its own bin."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        assert lengths[i] <= budget, (lengths[i], budget)
         at = bisect.bisect_left(room, (lengths[i], -1))
         if at < len(room):
             left, best = room.pop(at)
@@ -87,7 +86,8 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
             left, best = budget, len(bins)
             bins.append([])
         bins[best].append(i)
-        bisect.insort(room, (left - lengths[i], best))
+        if lengths[i] < left:
+            bisect.insort(room, (left - lengths[i], best))
     return bins
 
 

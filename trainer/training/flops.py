@@ -1,22 +1,15 @@
 """FLOPs of a training step, and the peak FLOP/s of a device, for MFU and for balancing ranks."""
 
 import functools
-import re
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from strop.trainer.planning.hardware import data_sheet
 from strop.trainer.training.batch import Example
 
-# Dense bf16 FLOP/s from the vendors' data sheets, by a pattern of the device's name; the first that matches counts. The
-# PCIe and NVL boards of a chip have fewer multiprocessors or a lower clock than the SXM ones.
-PEAKS = {
-    r"H[12]00 NVL": 835e12, r"H100.*(PCIe|HBM2e)": 756e12, r"\bG?H[12]00\b|H800": 989e12, r"\bH20\b": 148e12,
-    r"\bG?B[23]00\b": 2250e12, r"\bA[18]00\b": 312e12, r"\bA30\b": 165e12, r"\bA40\b": 150e12, r"\bA10\b": 125e12,
-    r"\bL40S\b": 362e12, r"\bL40\b": 181e12, r"\bL4\b": 121e12, r"MI300X|MI325X": 1307e12,
-}
 # Rows of the matrix product that measures an unlisted device: on a GPU a small one would time its launch.
 ROWS = {"cuda": 8192, "cpu": 1024}
 
@@ -26,11 +19,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s: from the data sheet for a known GPU, else measured on a matrix product."""
     known = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known if known and dtype == torch.bfloat16 else measured(device, dtype, ROWS[device.type])
-
-
-def data_sheet(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU of that name, None if it is not listed."""
-    return next((value for pattern, value in PEAKS.items() if re.search(pattern, name)), None)
 
 
 def measured(device: torch.device, dtype: torch.dtype, n: int) -> float:

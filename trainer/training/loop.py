@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from strop.trainer.errors import UserError
+from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
@@ -15,6 +15,7 @@ from strop.trainer.training.batch import Example, Packing, collate, microbatches
 from strop.trainer.training.flops import peak_flops, sizes_of, training_flops
 from strop.trainer.training.guard import Guard
 from strop.trainer.training.local import Engine, learning_rate
+from strop.trainer.training.splitting import Budget, free_cached
 
 
 @dataclass
@@ -45,6 +46,7 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     peak = peak_flops(world.device, engine.dtype)
     sizes = sizes_of(engine.model)
     costs = [training_flops(sizes, example) for example in examples]
+    budget = Budget(stage, section)
     whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
     for rows in plan[:engine.step_index]:  # steps before the resume count too
         whole.add(microbatches(examples, rows, costs, section.max_tokens, world.size))
@@ -53,19 +55,16 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     with stage.console.progress(stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
         while engine.step_index < len(plan) and not (guard and guard.stopped):
             rows = plan[engine.step_index]
-            if engine.lora.dropout:
-                torch.manual_seed(hash((engine.seed, engine.step_index, world.rank)))
-            step, value_sum = Step(engine.step_index, [], totals(rows)), torch.zeros((), device=world.device)
-            shares = microbatches(examples, rows, costs, section.max_tokens, world.size)
-            for i, step.rows in enumerate(shares[world.rank]):
-                if i:
-                    engine.weights.fold()
-                groups = collate(examples, step.rows, world.device)
-                value, vector = loss(groups, step)
-                value.backward()
-                sums += vector
-                value_sum += value.detach()
-            seen.append(torch.stack([value_sum, engine.step()]))
+            step, added = Step(engine.step_index, [], totals(rows)), None
+            while added is None:
+                shares = microbatches(examples, rows, costs, budget.tokens, world.size)
+                added = attempt(engine, examples, shares[world.rank], step, loss, 1 + len(names))
+                if added is None:  # with a smaller budget
+                    engine.weights.discard()
+                    free_cached(world.device)
+                    budget.lower(engine.step_index + 1, [examples[i] for i in step.rows])
+            sums += added[1:]
+            seen.append(torch.stack([added[0], engine.step()]))
             whole.add(shares)
             packing.add(shares)
             distinct = sum(examples[i].tokens for i in rows)
@@ -112,6 +111,27 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     if guard:
         guard.finish()
     return engine.step_index
+
+
+def attempt(engine: Engine, examples: list[Example], share: list[list[int]], step: Step, loss,
+            count: int) -> torch.Tensor | None:
+    """Runs a step's microbatches forward and backward. Returns the loss and the sums [count]; None if a microbatch ran
+    out of memory, whose rows are then those of `step`."""
+    if engine.lora.dropout:
+        torch.manual_seed(hash((engine.seed, engine.step_index, engine.world.rank)))
+    added = torch.zeros(count, device=engine.world.device)
+    try:
+        for i, step.rows in enumerate(share):
+            if i:
+                engine.weights.fold()
+            value, vector = loss(collate(examples, step.rows, engine.world.device), step)
+            value.backward()
+            added += torch.cat([value.detach()[None], vector])
+    except Exception as e:  # the error holds the microbatch's tensors, so it must not live longer
+        if not is_out_of_memory(e):
+            raise
+        return None
+    return added
 
 
 def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]],

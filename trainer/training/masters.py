@@ -41,6 +41,12 @@ class Masters:
                 total.zero_()
         self.folded = True
 
+    def discard(self) -> None:
+        """Forgets the gradients of this step."""
+        for param in self.params:
+            param.grad = None
+        self.folded = False
+
     @torch.no_grad()
     def gradients(self) -> list[torch.Tensor]:
         """This rank's gradients of the step, in the order of `params`; zeros for parameters without a gradient."""
