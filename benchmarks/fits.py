@@ -1,10 +1,12 @@
-"""The table of docs/memory.md that says which models fit which hardware, from the formulas.
+"""The tables of docs/memory.md: which models fit which hardware, from the formulas, and predictions beside what
+benchmarks/memory.py measured.
 
-    python -m benchmarks.fits           # writes the table into docs/memory.md
+    python -m benchmarks.fits           # writes the tables into docs/memory.md
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,12 +15,13 @@ from strop.trainer.planning import estimates, memory
 from strop.trainer.planning.hardware import GB, hardware_of
 from strop.trainer.planning.memory import Setting
 from strop.trainer.planning.models import known_shape
+from strop.trainer.planning.shape import Shape
 
-PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "memory.md"
 MODELS = {"1B": "meta-llama/Llama-3.2-1B", "3B": "meta-llama/Llama-3.2-3B", "8B": "meta-llama/Llama-3.1-8B",
           "14B": "Qwen/Qwen2.5-14B", "32B": "Qwen/Qwen2.5-32B", "70B": "meta-llama/Llama-3.1-70B"}
 HARDWARE = ("1x24GB", "1x80GB", "8x80GB")
-MARKS = "<!-- begin fits -->\n", "<!-- end fits -->"
 TOKENS = 4096  # of a microbatch
 
 
@@ -36,7 +39,7 @@ def cell(name: str, text: str, lora: int) -> str:
     return "no"
 
 
-def table() -> str:
+def fits() -> str:
     head = ["", *(f"{text.replace('x', ' x ').replace('GB', ' GB')}, {how}" for text in HARDWARE
                   for how in ("full", "LoRA"))]
     lines = [head, ["---"] * len(head)]
@@ -46,12 +49,46 @@ def table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def measured() -> str:
+    """The kept results of benchmarks/memory.py, and what the formulas say today."""
+    lines = []
+    for path in sorted(HERE.glob("results/*/memory.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        lines += [f"**{found['environment']['device']}**, {found['date']}, MB\n\n",
+                  "| stage | measured | predicted | difference |\n", "| --- | ---: | ---: | ---: |\n"]
+        for name, case in found["cases"].items():
+            real, ours = case["measured"]["growth"], sum(predicted(case).values())
+            lines.append(f"| {name} | {real / 1e6:,.0f} | {ours / 1e6:,.0f} | {ours / real - 1:+.0%} |\n")
+    return "".join(lines)
+
+
+def predicted(result: dict) -> dict[str, int]:
+    """The formulas' parts of what a case's process takes beyond its imports."""
+    shape, case = Shape(**result["shape"]), result["case"]
+    width = {"bfloat16": 2, "float32": 4}[case["dtype"]]
+    if case["kind"] == "sample":
+        need = memory.sampling(shape, device="cpu", width=width, **{name: case[name] for name in (
+            "prompts", "k", "batch_size", "prompt", "new_tokens")})
+    else:
+        setting = Setting(
+            device="cpu", width=width, max_tokens=case["max_tokens"], targets=case["max_tokens"] * 3 // 4,
+            several=case["microbatches"] > 1, checkpointing=case.get("checkpointing", False),
+            lora_rank=case.get("lora", 0), averages=int("ema_decay" in case), scores=case["kind"] == "reward")
+        need = (memory.scoring if case["kind"] == "reference" else memory.training)(shape, setting)
+    return {name: size for name, size in need.device.items() if name != "process"}
+
+
+TABLES = {"fits": fits, "measured": measured}
+
+
 def main() -> int:
     text = PAGE.read_text(encoding="utf-8")
-    begin, end = MARKS
-    made = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n{table()}\n{end}", text, flags=re.S)
-    PAGE.write_text(made, encoding="utf-8")
-    print(f"{PAGE}: {len(MODELS)} models on {', '.join(HARDWARE)}")
+    for name, table in TABLES.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        text = re.sub(re.escape(begin) + ".*?" + end, lambda _, b=begin, e=end, t=table: f"{b}\n{t()}\n{e}", text,
+                      flags=re.S)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"{PAGE}: {', '.join(TABLES)}")
     return 0
 
 

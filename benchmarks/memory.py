@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +27,6 @@ import torch
 from strop.trainer.config import Dpo, Log, Lora, Model, Recipe, Reward, Sft
 from strop.trainer.models.folders import find_base
 from strop.trainer.models.loading import DTYPES, ModelFolder
-from strop.trainer.planning import memory
 from strop.trainer.planning.shape import read_shape
 from strop.trainer.run.console import Console
 from strop.trainer.run.store import Stage
@@ -39,6 +39,7 @@ from strop.trainer.stages.reward import reward
 from strop.trainer.stages.sft import sft
 
 from . import measure
+from .fits import predicted
 
 ROW = 256  # tokens of a row; of a pair
 RANDOM = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -121,22 +122,6 @@ class Quiet:
         self.values.append(values)
 
 
-def setting_of(case: dict) -> memory.Setting:
-    """The case as the formulas take it: the loss is on three quarters of the tokens."""
-    return memory.Setting(device="cpu", width=DTYPES[case["dtype"]].itemsize, max_tokens=case["max_tokens"],
-                          targets=case["max_tokens"] * 3 // 4, several=case["microbatches"] > 1,
-                          checkpointing=case.get("checkpointing", False), lora_rank=case.get("lora", 0),
-                          averages=int("ema_decay" in case), scores=case["kind"] == "reward")
-
-
-def predicted(case: dict, folder: Path) -> memory.Memory:
-    shape, width = read_shape(folder), DTYPES[case["dtype"]].itemsize
-    if case["kind"] == "sample":
-        return memory.sampling(shape, device="cpu", width=width, **{name: case[name] for name in (
-            "prompts", "k", "batch_size", "prompt", "new_tokens")})
-    return (memory.scoring if case["kind"] == "reference" else memory.training)(shape, setting_of(case))
-
-
 def run(case: dict, model: Path, folder: Path) -> dict:
     """Runs the case in this process and returns what it measured, in bytes and seconds."""
     kind, work = case["kind"], folder / "work"
@@ -150,10 +135,9 @@ def run(case: dict, model: Path, folder: Path) -> dict:
     quiet = Quiet()
     work.mkdir(parents=True)
     stage = Stage(f"round-00/{kind}", work, World(), Console(enabled=False), quiet)
-    if kind != "sample":
-        select = rows_of(folder / "select", kind, n)
-        load_everything(model, lora)
-    training = {"lora": lora, "model": part, "compute": recipe, "log": Log(), "seed": 0, "select": folder / "select"}
+    select = rows_of(folder / "select", kind, n)
+    load_everything(model, lora)
+    training = {"lora": lora, "model": part, "compute": recipe, "log": Log(), "seed": 0, "select": select}
     if kind == "dpo":  # in another process, which leaves no memory behind
         command = [sys.executable, "-m", "benchmarks.memory", "--reference", json.dumps(case), str(model), str(folder)]
         subprocess.run(command, check=True)
@@ -234,14 +218,13 @@ def measured(of: dict, model: Path, folder: Path) -> dict:
     command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps(of), str(model), str(folder)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     found = json.loads(re.search(r"^measured (.*)$", done.stdout, re.M)[1])
-    parts = predicted(of, model).device
-    growth = sum(size for name, size in parts.items() if name != "process")
     shutil.rmtree(folder)
-    return {"case": of, "measured": found, "predicted": {"growth": growth, "parts": parts}}
+    result = {"case": of, "shape": asdict(read_shape(model)), "measured": found}
+    return result | {"predicted": predicted(result)}
 
 
 def line(name: str, result: dict) -> str:
-    real, ours = result["measured"]["growth"], result["predicted"]["growth"]
+    real, ours = result["measured"]["growth"], sum(result["predicted"].values())
     rest = result["measured"]
     return (f"{name:32} measured {real / 1e6:7,.0f} MB  predicted {ours / 1e6:7,.0f} MB  {ours / real - 1:+6.1%}"
             f"  process {rest['process'] / 1e6:,.0f} MB  {rest['seconds']:.0f} s"

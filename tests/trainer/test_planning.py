@@ -199,7 +199,8 @@ def test_more_takes_more(shape: Shape, s: Setting):
         return
     need = memory.training(shape, s)
     assert min(*need.device.values(), *need.host.values(), need.once) >= 0
-    assert memory.training(shape, replace(s, max_tokens=2 * s.max_tokens)).on_device > need.on_device
+    larger = memory.training(shape, replace(s, max_tokens=2 * s.max_tokens)).on_device
+    assert larger > need.on_device - memory.KEPT["cuda"]  # of more tokens the head keeps no logits
     assert memory.training(shape, replace(s, averages=s.averages + 1)).on_device >= need.on_device
     if not s.checkpointing:
         assert memory.training(shape, replace(s, checkpointing=True)).on_device <= need.on_device
@@ -208,7 +209,6 @@ def test_more_takes_more(shape: Shape, s: Setting):
     if s.offload == "" and s.engine != "local":
         away = memory.training(shape, replace(s, offload="cpu"))
         assert away.on_device <= need.on_device and away.on_host >= need.on_host
-    assert memory.fits(shape, s, need.on_device) and not memory.fits(shape, s, need.on_device - 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -229,6 +229,17 @@ def test_the_cheapest_setting_fits_and_all_cheaper_ones_do_not(shape: Shape, s: 
     assert found == estimates.changes(s, tried[fit.index(True)], "sft")
 
 
+def test_an_engine_can_ask_whether_a_section_fits():
+    llama, section = known_shape("meta-llama/Llama-3.1-8B"), Sft(max_tokens=4096, activation_checkpointing=True)
+    assert not estimates.fits(llama, section, 8, 80 * GB)
+    assert estimates.fits(llama, section, 8, 80 * GB, engine="fsdp")
+    assert estimates.fits(llama, section, 1, 30 * GB, engine="fsdp", offload="cpu")
+    assert estimates.fits(llama, section, 1, 24 * GB, lora_rank=16)
+    assert not estimates.fits(llama, section, 1, 20 * GB, lora_rank=16)
+    small = known_shape("HuggingFaceTB/SmolLM2-135M")
+    assert estimates.fits(small, section, 2, 6 * GB, device="cpu", width=4)
+
+
 def test_the_order_of_cost():
     """On 8 x 80 GB: sharding first, then checkpointing, smaller microbatches, offload, LoRA."""
     eight, one = hardware_of("8x80GB"), hardware_of("1x24GB")
@@ -245,7 +256,10 @@ def test_the_order_of_cost():
         big = keys("Qwen/Qwen2.5-0.5B", one, max_tokens=1 << 18)
         assert big[0] == "sft.activation_checkpointing=true" and big[1].startswith("sft.max_tokens=")
         assert keys("Qwen/Qwen2.5-1.5B", one, max_tokens=4096, checkpointing=True)[0] == "engine.kind=fsdp"
-        assert keys("Qwen/Qwen2.5-1.5B", hardware_of("1x24GB+32GB"), max_tokens=4096)[-1] == "lora.rank=16"
+        small = hardware_of("1x24GB+32GB")  # too little for masters and moments on the host
+        assert keys("Qwen/Qwen2.5-1.5B", small, max_tokens=4096)[0] == "engine.kind=deepspeed"
+        patch.setattr(estimates, "engines", lambda: ["local", "fsdp"])
+        assert keys("Qwen/Qwen2.5-1.5B", small, max_tokens=4096) == ("lora.rank=16",)
 
 
 # -- hardware ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a plan's stages need on this machine or on named hardware, as `--plan` prints it."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def host_memory() -> int | None:
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where `folder` is or would be."""
+    there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    return shutil.disk_usage(there).free
 
 
 def copy_rate(device: torch.device) -> float:
@@ -94,7 +101,7 @@ def forecast(recipe: Recipe, store: Store, on: Hardware) -> list[Estimate]:
 
 def show(console: Console, recipe: Recipe, store: Store, on: Hardware | None) -> None:
     """Prints the estimates, what does not fit with what would, and what is assumed. on: None for this machine."""
-    on = on or this_machine(store.world, DTYPES[recipe.dtype])
+    here, on = on is None, on or this_machine(store.world, DTYPES[recipe.dtype])
     try:
         found = forecast(recipe, store, on)
     except UserError as e:
@@ -117,7 +124,8 @@ def show(console: Console, recipe: Recipe, store: Store, on: Hardware | None) ->
             advice = f"the cheapest setting that fits: {' '.join(worst.remedy)}" if worst.remedy else \
                 "no setting of this stage fits; name more or larger devices, or a smaller model"
             console.warn(f"{name} does not fit: a rank needs {size}; {advice}")
-    seconds, kept, scratch, free = planning.totals(found, store.run_dir)
+    seconds, kept, scratch = planning.totals(found)
+    free = free_disk(store.run_dir) if here else None
     console.line(f"total: {'time unknown' if seconds is None else 'at least ' + duration(seconds)}, "
                  f"{kept / GB:.1f} GB on disk and up to {scratch / GB:.1f} GB more on the way"
                  + (f" ({free / GB:.0f} GB are free)" if free is not None else ""))

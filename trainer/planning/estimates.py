@@ -1,6 +1,5 @@
 """What the stages of a plan need: memory, time and disk of each, and the cheapest setting that fits."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,9 +79,13 @@ def estimates(recipe: Recipe, stages: list[Asked], shape: Shape, on: Hardware) -
 def engine_of(recipe: Recipe) -> dict:
     """The training engine that the recipe asks for, as keywords of Setting; "auto" is settled by `settled`."""
     section = getattr(recipe, "engine", None)
-    kind = getattr(section, "kind", "local")
-    offload = "cpu" if getattr(section, "cpu_offload", False) else getattr(section, "offload", "") or ""
-    return {"engine": kind, "offload": offload, "zero": getattr(section, "zero_stage", None) or 3}
+    kind, offload = getattr(section, "kind", "local"), getattr(section, "offload_optimizer", "none")
+    if getattr(section, "cpu_offload", False):
+        offload = "cpu"
+    return {"engine": kind, "zero": getattr(section, "zero_stage", 3), "offload": "" if offload == "none" else offload,
+            "offload_weights": getattr(section, "offload_param", "none") != "none",
+            "gathers_all": not getattr(section, "reshard_after_forward", True),
+            "sums_all": not getattr(section, "sync_each_microbatch", True)}
 
 
 def settled(shape: Shape, setting: Setting, on: Hardware) -> Setting:
@@ -103,25 +106,35 @@ def engines() -> list[str]:
 
 def engine_keys(engine: str, offload: str) -> list[str]:
     """The keys of the recipe that ask for an engine."""
-    keys = [f"engine.kind={engine}"]
-    if offload:
-        keys.append("engine.cpu_offload=true" if engine == "fsdp" else f"engine.offload={offload}")
-    return keys
+    if engine == "deepspeed":
+        away = {"cpu": ["engine.offload_optimizer=cpu"],
+                "nvme": ["engine.offload_optimizer=nvme", "engine.nvme_path=..."]}
+        return ["engine.kind=deepspeed", "engine.zero_stage=3", *away.get(offload, [])]
+    return [f"engine.kind={engine}", *(["engine.cpu_offload=true"] if offload else [])]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def setting_of(recipe: Recipe, section: Train, on: Hardware, width: int, context: int, checks: int) -> Setting:
-    """How the recipe trains a stage on that hardware; a microbatch is full."""
-    share = -(-section.batch_size // on.ranks)
-    longest = share * min(section.max_tokens, section.max_length or context, context) * (1 + isinstance(section, Dpo))
+def setting_of(section: Train, shape: Shape, *, ranks: int, device: str, width: int, lora_rank: int = 0,
+               **more) -> Setting:
+    """How a section trains on `ranks` devices; a microbatch is full. more: further keywords of Setting."""
+    share = -(-section.batch_size // ranks)
+    longest = min(section.max_tokens, section.max_length or shape.context, shape.context)
+    most = share * longest * (1 + isinstance(section, Dpo))
     return Setting(
-        ranks=on.ranks, device=on.device, width=width, max_tokens=min(section.max_tokens, longest), kept=on.kept,
-        several=longest > section.max_tokens, checkpointing=section.activation_checkpointing,
-        lora_rank=recipe.lora.rank, averages=2 if section.bema else int(section.ema_decay > 0),
-        scores=isinstance(section, Reward), checks=checks, new_tokens=recipe.evaluate.max_new_tokens,
-        **engine_of(recipe))
+        ranks=ranks, device=device, width=width, max_tokens=min(section.max_tokens, most), lora_rank=lora_rank,
+        several=most > section.max_tokens, checkpointing=section.activation_checkpointing,
+        averages=2 if section.bema else int(section.ema_decay > 0), scores=isinstance(section, Reward), **more)
+
+
+def fits(shape: Shape, section: Train, ranks: int, free: int, *, device: str = "cuda", width: int = 2,
+         lora_rank: int = 0, **engine) -> bool:
+    """Whether a section's training fits into `free` bytes of every rank's device, for an engine that is chosen when a
+    run starts. width: bytes of a number in compute. engine: keywords engine, zero and offload of Setting, by default a
+    local engine."""
+    setting = setting_of(section, shape, ranks=ranks, device=device, width=width, lora_rank=lora_rank, **engine)
+    return memory.training(shape, setting).on_device <= free
 
 
 def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
@@ -129,10 +142,12 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
     rows, completions, lengths = _rows(recipe, asked)
     steps = -(-rows * section.epochs // section.batch_size) if rows else 0
     checks = getattr(section, "eval_prompts", 0) if 0 < getattr(section, "eval_steps", 0) <= steps else 0
-    setting = settled(shape, setting_of(recipe, section, on, width, shape.context, checks), on)
+    setting = setting_of(section, shape, ranks=on.ranks, device=on.device, width=width, lora_rank=recipe.lora.rank,
+                         kept=on.kept, checks=checks, new_tokens=recipe.evaluate.max_new_tokens, **engine_of(recipe))
+    setting = settled(shape, setting, on)
     need = memory.training(shape, setting)
-    fits, remedy = fits_on(need, on), ()
-    if not fits:
+    does_fit, remedy = fits_on(need, on), ()
+    if not does_fit:
         least = PROMPT + (2 if completions == 2 else 1) * recipe.sample.max_new_tokens
         remedy = cheapest(shape, setting, on, key, least)
     trained = shape.adapters(setting.lora_rank) if setting.lora_rank else shape.parameters
@@ -147,7 +162,7 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
                                  checkpointing=setting.checkpointing, scores=setting.scores)
         shards = 1 if setting.engine == "local" else on.ranks
         seconds = steps * speed.step_seconds(shape, on, flops, trained, offload=setting.offload, shards=shards)
-    return Estimate(asked.name, need, seconds, kept, scratch, fits, remedy, why)
+    return Estimate(asked.name, need, seconds, kept, scratch, does_fit, remedy, why)
 
 
 def _rows(recipe: Recipe, asked: Asked) -> tuple[int, int, speed.Lengths]:
@@ -187,8 +202,8 @@ def _reference(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: 
                       kept=on.kept, **engine_of(recipe) | {"offload": ""})
     setting = settled(shape, setting, on)
     need = memory.scoring(shape, setting)
-    fits, remedy = fits_on(need, on), ()
-    if not fits:
+    does_fit, remedy = fits_on(need, on), ()
+    if not does_fit:
         remedy = next((tuple(engine_keys(engine, "")) for engine in engines() if engine != "local" and fits_on(
             memory.scoring(shape, replace(setting, engine=engine)), on)), ())
     rows, completions, lengths = _rows(recipe, replace(asked, config={"dpo": recipe.dpo}))
@@ -196,7 +211,8 @@ def _reference(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: 
     if not why:
         flops = speed.step_flops(shape, rows, completions, lengths, checkpointing=False, lora=False, scores=False) / 3
         seconds = flops / on.ranks / (speed.OF_FLOPS * on.flops)
-    return Estimate(asked.name, need, seconds, int(rows * completions * lengths.completion * 4), 0, fits, remedy, why)
+    return Estimate(asked.name, need, seconds, int(rows * completions * lengths.completion * 4), 0, does_fit, remedy,
+                    why)
 
 
 def fits_on(need: Memory, on: Hardware) -> bool:
@@ -272,8 +288,8 @@ def _sampling(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
     else:
         return Estimate(asked.name, Memory({}, {"process": memory.PROCESS}), None, disk, fits=True,
                         why="a server writes")
-    fits = fits_on(need, on) if isinstance(writer, InProcess) else _vllm_fits(shape, writer, on, width, compares)
-    remedy = () if fits else _sampler(shape, section, writer, key, prompts, k, on, width, compares)
+    does_fit = fits_on(need, on) if isinstance(writer, InProcess) else _vllm_fits(shape, writer, on, width, compares)
+    remedy = () if does_fit else _sampler(shape, section, writer, key, prompts, k, on, width, compares)
     seconds, why = None, _no_rate(on)
     if not why:
         parallel = getattr(writer, "tensor_parallel_size", 1)
@@ -283,7 +299,7 @@ def _sampling(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
         seconds = copies * speed.sampling_seconds(
             shape, on, prompts=prompts, k=k, rows=rows, lengths=lengths, width=width,
             replicas=max(1, on.ranks // parallel))
-    return Estimate(asked.name, need, seconds, disk, 0, fits, remedy, why)
+    return Estimate(asked.name, need, seconds, disk, 0, does_fit, remedy, why)
 
 
 def _in_process(shape: Shape, section, batch_size: int, prompts: int, k: int, on: Hardware, width: int) -> Memory:
@@ -325,10 +341,8 @@ def _no_rate(on: Hardware) -> str:
     return "" if on.flops and on.bandwidth else f"{on.name} names no GPU whose speed is listed, e.g. 8xH100"
 
 
-def totals(found: list[Estimate], run_dir: Path) -> tuple[float | None, int, int, int | None]:
-    """(seconds, bytes of the run directory at the end, bytes that come on top on the way, bytes free there)"""
+def totals(found: list[Estimate]) -> tuple[float | None, int, int]:
+    """(seconds, bytes of the run directory at the end, bytes that come on top on the way)"""
     seconds = [e.seconds for e in found if e.seconds is not None]
-    there = next((p for p in [run_dir, *run_dir.parents] if p.exists()), None)
-    room = os.statvfs(there) if there else None
     return (sum(seconds) if seconds else None, sum(e.disk or 0 for e in found),
-            max((e.scratch for e in found), default=0), room.f_bavail * room.f_frsize if room else None)
+            max((e.scratch for e in found), default=0))

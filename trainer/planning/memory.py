@@ -26,15 +26,20 @@ class Setting:
     """How a stage runs.
 
     engine: one of ENGINES. zero: DeepSpeed's stage, 1 to 3. offload: where masters and moments live, "" on the
-    device, "cpu" or "nvme". width: bytes of a number in compute. max_tokens: of a microbatch. targets: predicted tokens
-    in it, None for all. kept: bytes up to which the head keeps all logits, None for KEPT. several: a step has several
-    microbatches. averages: fp32 copies of the weights, 1 for an EMA, 2 for BEMA. scores: a reward model, which has no
-    vocabulary. checks: completions that are sampled in training, of new_tokens. fused: the layers are."""
+    device, "cpu" or "nvme"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
+    weights, or whole fp32 sums of gradients, through a step. width: bytes of a number in compute. max_tokens: of a
+    microbatch. targets: predicted tokens in it, None for all. kept: bytes up to which the head keeps all logits, None
+    for KEPT. several: a step has several microbatches. averages: fp32 copies of the weights, 1 for an EMA, 2 for
+    BEMA. scores: a reward model, which has no vocabulary. checks: completions that are sampled in training, of
+    new_tokens. fused: the layers are."""
 
     engine: str = "local"
     ranks: int = 1
     zero: int = 3
     offload: str = ""
+    offload_weights: bool = False
+    gathers_all: bool = False
+    sums_all: bool = False
     device: str = "cuda"
     width: int = 2
     max_tokens: int = 8192
@@ -82,13 +87,13 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], in
     device = {"weights": s.width * (trained + frozen), "masters": FP32 * shard * apart, "moments": 2 * FP32 * shard,
               "gradient sums": sums, "averages": s.averages * FP32 * shard}
     if s.engine == "fsdp":  # what is trained is sharded in fp32
-        device |= {"weights": -(-s.width * frozen // s.ranks), "masters": FP32 * shard}
+        device |= {"weights": -(-s.width * frozen // s.ranks), "masters": FP32 * shard,
+                   "gradient sums": FP32 * trained if s.sums_all else sums}
     elif s.engine == "deepspeed" and s.zero == 3:
         device["weights"] = -(-s.width * (trained + frozen) // s.ranks)
-    if not s.offload:
-        return device, {}, 0
-    away = {name: device.pop(name) for name in ("masters", "moments", "gradient sums", "averages")}
-    if s.offload == "cpu":
+    names = ("masters", "moments", "gradient sums", "averages") if s.offload else ()
+    away = {name: device.pop(name) for name in (*names, *(("weights",) if s.offload_weights else ()))}
+    if s.offload != "nvme":
         return device, away, 0
     return device, {"buffers": 2 * s.width * min(BUCKETS, shard)}, sum(away.values())
 
@@ -103,6 +108,8 @@ def gathered(shape: Shape, s: Setting) -> int:
         ends = shape.embedding * (1 if shape.tied or s.scores else 2)
         layers = 2 * shape.layer
         of_gradients = 0 if s.lora_rank else (s.width + FP32) * max(shape.layer, ends)
+        if s.gathers_all:
+            layers = shape.layers * shape.layer
         live = layers + ends if s.engine == "fsdp" else max(layers + ends, min(BUCKETS, shape.parameters))
         return s.width * live + of_gradients
     return 2 * s.width * min(BUCKETS // 2, trained)
@@ -218,11 +225,6 @@ def scoring(shape: Shape, s: Setting) -> Memory:
     return _with_process(device, s.device, s.ranks)
 
 
-def fits(shape: Shape, s: Setting, free: int) -> bool:
-    """Whether a training stage fits into `free` bytes of its device, for an engine that is chosen at run time."""
-    return training(shape, s).on_device <= free
-
-
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,10 +247,11 @@ def kv_cache(shape: Shape, width: int, *, prompts: int, k: int, rows: int, promp
 
 def sampling(shape: Shape, *, device: str, width: int, prompts: int, k: int, batch_size: int, prompt: int,
              new_tokens: int, packs: bool = True, top_p: float = 1.0, temperature: float = 1.0) -> Memory:
-    """The peak of the in-process sampler. packs: on a CPU the linear layers are packed, a tied head as a copy."""
+    """The peak of the in-process sampler. packs: on a CPU the linear layers are copied into another layout, a tied head
+    too; the bf16 file that they were mapped from stays in memory."""
     weights = width * shape.parameters
-    if device == "cpu" and packs and shape.tied:
-        weights += width * shape.embedding
+    if device == "cpu" and packs:
+        weights += width * (shape.linear * (width == 2) + shape.embedding * (shape.tied or width == 2))
     rows = _bucket(min(batch_size, prompts * k))
     groups = min(prompts, -(-batch_size // k) + SPARE_GROUPS)
     wide = FP32 * (3 if top_p < 1 else 1 + (temperature not in (0, 1)))

@@ -75,10 +75,11 @@ def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: in
 
 
 def pack(lengths: list[int], budget: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens; a larger length has its own bin."""
+    """Best-fit decreasing: indices of `lengths` in bins of at most `budget` tokens. No length may exceed `budget`."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        assert lengths[i] <= budget, (lengths[i], budget)
         at = bisect.bisect_left(room, (lengths[i], -1))
         if at < len(room):
             left, best = room.pop(at)
@@ -86,8 +87,7 @@ def pack(lengths: list[int], budget: int) -> list[list[int]]:
             left, best = budget, len(bins)
             bins.append([])
         bins[best].append(i)
-        if lengths[i] < left:
-            bisect.insort(room, (left - lengths[i], best))
+        bisect.insort(room, (left - lengths[i], best))
     return bins
 
 
@@ -136,10 +136,15 @@ def microbatches(examples: list[Example], rows: list[int], costs: list[int], bud
     """Each rank's microbatches of a step over `rows`; a microbatch is a list of indices into `examples`.
 
     costs: FLOPs of every example. Ranks get equal FLOPs, since they wait for each other once per step, and pack their
-    examples into microbatches of at most `budget` tokens.
+    examples into microbatches of at most `budget` tokens; an example over it, which there is only after a step ran out
+    of memory, is a microbatch of its own.
     """
-    shares = [[rows[j] for j in share] for share in share_out([costs[i] for i in rows], ranks)]
-    return [[[own[j] for j in b] for b in pack_evenly([examples[i].tokens for i in own], budget)] for own in shares]
+    found = []
+    for share in share_out([costs[i] for i in rows], ranks):
+        own = [rows[j] for j in share if examples[rows[j]].tokens <= budget]
+        alone = [[rows[j]] for j in share if examples[rows[j]].tokens > budget]
+        found.append([[own[j] for j in b] for b in pack_evenly([examples[i].tokens for i in own], budget)] + alone)
+    return found
 
 
 @dataclass
