@@ -14,7 +14,7 @@ from strop.trainer.planning.shape import Shape
 PROMPT = 200  # tokens of a prompt: assumed
 OF_LIMIT = 0.5  # of max_new_tokens that a completion takes: assumed
 READY = 400  # tokens of a ready-made completion: assumed
-LONGEST_PROMPT = 1024  # tokens, for the sampler's cache: assumed
+LONGEST_PROMPT = 512  # tokens, for the sampler's cache: assumed
 ROW_BYTES, TOKEN_BYTES = 200, 10  # on disk, of a completion and of each of its tokens with its text: assumed
 VLLM_SHARE, VLLM_CACHE = 0.85, 2 * GB  # of a device; and the least that its cache needs
 LORA = 16  # rank that is proposed

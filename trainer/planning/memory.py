@@ -12,6 +12,7 @@ FP32 = 4
 # beyond the tensors: Python, libraries and their caches; on a GPU its context, workspaces and, over ranks, NCCL's
 # buffers. The CPU's is measured (benchmarks/memory.py); the GPU's is assumed.
 PROCESS, CONTEXT, NCCL = 700 << 20, 1 << 30, 1 << 30
+GAPS = 0.1  # of the tensors' bytes on a CPU: gaps between them in malloc's heap, which keeps freed memory; measured
 # kernels/head/chunked.py: elements of a scratch chunk, and bytes up to which all logits are kept
 SCRATCH = {"cpu": 4 << 20, "cuda": 64 << 20}
 KEPT = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -174,6 +175,8 @@ def training(shape: Shape, s: Setting) -> Memory:
     device, host, nvme = states(shape, s)
     whole, left = gathered(shape, s), gradients(shape, s)
     of_head = 0 if s.lora_rank or s.scores or s.engine == "fsdp" else s.width * shape.embedding
+    if s.width == FP32 and s.several and s.engine == "local":  # autograd accumulates them over microbatches
+        of_head += gradients(shape, s)
     mlp = s.max_tokens * s.width * (4 * shape.ffn + 2 * shape.hidden)  # temporaries of its backward pass
     saved = activations(shape, s)
     start = {"activations": saved, "gradients": of_head, "head and temporaries": max(head(shape, s), mlp)}
@@ -186,7 +189,7 @@ def training(shape: Shape, s: Setting) -> Memory:
         moments.append({"merged weights": s.width * shape.linear})
     device |= {"gathered": whole} | max(moments, key=lambda parts: sum(parts.values()))
     if s.device == "cpu":
-        device, host, once = device | host | {"process": PROCESS}, {}, 0
+        device, host, once = on_cpu(device | host), {}, 0
     else:
         device["context"] = CONTEXT + (NCCL if s.ranks > 1 else 0)
         own, once = _saving(shape, s)
@@ -265,13 +268,18 @@ def comparing(shape: Shape, sampler: Memory, width: int) -> Memory:
     """The peak of an evaluation: its sampler, or the KL to the start weights with both heads in fp32."""
     parts = {"weights": width * shape.parameters, "heads": 2 * FP32 * shape.embedding,
              "logits": 5 * FP32 * KL_ROWS * shape.vocab}
-    rest = {name: size for name, size in sampler.device.items() if name in ("process", "context")}
-    other = Memory(parts | rest, sampler.host)
+    context = sampler.device.get("context")
+    other = Memory(parts | {"context": context} if context else on_cpu(parts), sampler.host)
     return max(sampler, other, key=lambda memory: memory.on_device)
+
+
+def on_cpu(parts: dict[str, int]) -> dict[str, int]:
+    """The bytes of tensors with what the process adds."""
+    return parts | {"heap's gaps": int(GAPS * sum(parts.values())), "process": PROCESS}
 
 
 def _with_process(device: dict[str, int], kind: str, ranks: int) -> Memory:
     device = {name: size for name, size in device.items() if size}
     if kind == "cpu":
-        return Memory(device | {"process": PROCESS})
+        return Memory(on_cpu(device))
     return Memory(device | {"context": CONTEXT + (NCCL if ranks > 1 else 0)}, {"process": 2 * PROCESS})
