@@ -4,7 +4,7 @@
 
 Each case is a process of its own: it imports everything, notes its resident memory, runs a stage of two steps (or a
 sampler) and takes the peak. Rows fill their microbatches exactly. --write keeps the numbers in
-benchmarks/results/<device>/memory.json.
+benchmarks/results/<device>/memory.json; those of other cases stay.
 """
 
 from __future__ import annotations
@@ -208,15 +208,20 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(name, results[name]), flush=True)
     if options.write:
         device = torch.device("cpu")
-        measure.keep_cases("memory.json", device, results)
-        print(f"results in {measure.results_folder(device) / 'memory.json'}")
+        path = measure.results_folder(device) / "memory.json"
+        before = json.loads(path.read_text())["cases"] if path.exists() else {}
+        kept = before | results
+        measure.keep_cases("memory.json", device, {name: kept[name] for name in CASES if name in kept})
+        print(f"results in {path}")
     return 0
 
 
 def measured(of: dict, model: Path, folder: Path) -> dict:
     """A case in a process of its own, beside its prediction; the folder is deleted."""
     command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps(of), str(model), str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise SystemExit(f"{of}: {done.stderr}")
     found = json.loads(re.search(r"^measured (.*)$", done.stdout, re.M)[1])
     shutil.rmtree(folder)
     result = {"case": of, "shape": asdict(read_shape(model)), "measured": found}

@@ -12,7 +12,9 @@ FP32 = 4
 # beyond the tensors: Python, libraries and their caches; on a GPU its context, workspaces and, over ranks, NCCL's
 # buffers. The CPU's is measured (benchmarks/memory.py); the GPU's is assumed.
 PROCESS, CONTEXT, NCCL = 700 << 20, 1 << 30, 1 << 30
-GAPS = 0.1  # of the tensors' bytes on a CPU: gaps between them in malloc's heap, which keeps freed memory; measured
+# Gaps between tensors in malloc's heap, which keeps freed memory, as measured: of all bytes, and on top of the
+# activations under LoRA, whose small adapter outputs are saved between large temporaries.
+GAPS, LORA_GAPS = 0.15, 0.57
 # kernels/head/chunked.py: elements of a scratch chunk, and bytes up to which all logits are kept
 SCRATCH = {"cpu": 4 << 20, "cuda": 64 << 20}
 KEPT = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -189,7 +191,7 @@ def training(shape: Shape, s: Setting) -> Memory:
         moments.append({"merged weights": s.width * shape.linear})
     device |= {"gathered": whole} | max(moments, key=lambda parts: sum(parts.values()))
     if s.device == "cpu":
-        device, host, once = on_cpu(device | host), {}, 0
+        device, host, once = on_cpu(device | host, LORA_GAPS * saved if s.lora_rank else 0.0), {}, 0
     else:
         device["context"] = CONTEXT + (NCCL if s.ranks > 1 else 0)
         own, once = _saving(shape, s)
@@ -273,9 +275,9 @@ def comparing(shape: Shape, sampler: Memory, width: int) -> Memory:
     return max(sampler, other, key=lambda memory: memory.on_device)
 
 
-def on_cpu(parts: dict[str, int]) -> dict[str, int]:
-    """The bytes of tensors with what the process adds."""
-    return parts | {"heap's gaps": int(GAPS * sum(parts.values())), "process": PROCESS}
+def on_cpu(parts: dict[str, int], gaps: float = 0.0) -> dict[str, int]:
+    """The bytes of tensors with what the process adds. gaps: further bytes of gaps in the heap."""
+    return parts | {"heap's gaps": int(GAPS * sum(parts.values()) + gaps), "process": PROCESS}
 
 
 def _with_process(device: dict[str, int], kind: str, ranks: int) -> Memory:
