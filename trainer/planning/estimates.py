@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from strop.trainer.config import Dpo, Recipe, Reward, Train
-from strop.trainer.engines import Evaluating, InProcess, Sampling, Vllm, sections_of
+from strop.trainer.config import Dpo, Part, Recipe, Reward, Train
+from strop.trainer.engines import Evaluating, InProcess, Revising, Sampling, Vllm, sections_of
 from strop.trainer.planning import memory, speed
 from strop.trainer.planning.hardware import GB, USABLE, Hardware
 from strop.trainer.planning.memory import Memory, Setting
@@ -48,11 +48,20 @@ class Asked:
     @property
     def section(self):
         """The section that says how it runs; None if it has none."""
-        return next((v for v in self.config.values() if isinstance(v, Train | Sampling | Evaluating)), None)
+        return self._found()[1]
 
+    @property
     def key(self) -> str:
         """The name of that section."""
-        return next((k for k, v in self.config.items() if v is self.section), "")
+        return self._found()[0]
+
+    def _found(self) -> tuple:
+        for key, value in self.config.items():
+            if isinstance(value, Part) and isinstance(value._section, Sampling):  # of one of several writers
+                return key, value._section
+            if isinstance(value, Train | Sampling | Evaluating | Revising):
+                return key, value
+        return "", None
 
 
 def estimates(recipe: Recipe, stages: list[Asked], shape: Shape, on: Hardware) -> list[Estimate]:
@@ -63,9 +72,9 @@ def estimates(recipe: Recipe, stages: list[Asked], shape: Shape, on: Hardware) -
         section = asked.section
         if isinstance(section, Train):
             found.append(_training(recipe, asked, shape, on, width))
-        elif asked.kind == "log-probs":
+        elif asked.kind == "log-probs" and "dpo" in asked.config:
             found.append(_reference(recipe, asked, shape, on, width))
-        elif isinstance(section, Sampling | Evaluating):
+        elif isinstance(section, Sampling | Evaluating | Revising):
             found.append(_sampling(recipe, asked, shape, on, width))
         elif asked.kind in ("weights", "model"):
             found.append(Estimate(asked.name, Memory({}, {"process": memory.PROCESS}), None, width * shape.parameters,
@@ -138,7 +147,7 @@ def fits(shape: Shape, section: Train, ranks: int, free: int, *, device: str = "
 
 
 def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
-    section, key = asked.section, asked.key()
+    section, key = asked.section, asked.key
     rows, completions, lengths = _rows(recipe, asked)
     steps = -(-rows * section.epochs // section.batch_size) if rows else 0
     checks = getattr(section, "eval_prompts", 0) if 0 < getattr(section, "eval_steps", 0) <= steps else 0
@@ -265,11 +274,11 @@ def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
 
 def _sampling(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
     section, writer = asked.section, asked.config.get("writer") or asked.section
-    key = asked.key()
+    key = asked.key
     if getattr(writer, "path", None):
         return Estimate(asked.name, why="another model writes")
     evaluates = isinstance(section, Evaluating)
-    k = 1 if evaluates else asked.config.get("k") or section.k
+    k = 1 if evaluates else asked.config.get("k") or getattr(section, "k", 1)
     prompts = recipe.data.validation + recipe.data.test if evaluates else getattr(section, "prompts", 0)
     if not prompts:
         return Estimate(asked.name, why="the number of prompts is not known before")
