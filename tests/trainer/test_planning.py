@@ -308,6 +308,14 @@ def test_a_plan_says_what_it_needs(tiny_recipe, capsys):
     assert "at least 0:" in capsys.readouterr().out
 
 
+def test_every_writer_of_several_is_estimated(tiny_recipe, capsys):
+    text = tiny_recipe.read_text()
+    tiny_recipe.write_text(text.replace(", batch_size: 32}", ", models: [{name: one}, {name: two, weights: start}]}"))
+    assert main([str(tiny_recipe), "--plan", "--on", "1x24GB"]) == 0
+    needs = capsys.readouterr().out.split("needs on")[1]
+    assert "round-*/sample-one" in needs and "round-*/sample-two" in needs
+
+
 def test_a_model_of_unknown_size_is_said_to_be_one(tiny_recipe, capsys):
     assert main([str(tiny_recipe), "--plan", "model.path=someone/unknown"]) == 0
     assert "needs: unknown: model.path=someone/unknown" in capsys.readouterr().out
