@@ -160,9 +160,10 @@ def test_sampling_over_several_chunks(monkeypatch):
     logits, key, position = (torch.randn(3, 300) * 2).bfloat16(), _keys(3), torch.arange(3)
     for how in ({}, {"temperature": 0.0}, {"temperature": 0.6, "top_p": 0.8}):
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-        found = sampling.sample_tokens(logits, key, position, **options)
-        for ours, theirs in zip(found, plain_sampling.sample_tokens(logits, key, position, **options), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        token, logp = sampling.sample_tokens(logits, key, position, **options)
+        assert torch.equal(token, _drawn(logits, key, position, **options))
+        expected = logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+        torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=6, deadline=None)
