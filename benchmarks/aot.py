@@ -262,7 +262,7 @@ def compile_case(case: Case, target: str) -> Row:
     for i, name in enumerate(case.kernel.arg_names):
         signature[name] = "constexpr" if name in case.constants else case.types[name]
         # Launches specialise on what 16 divides, and chunk widths and allocations are such.
-        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count")):
+        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count", "vocab")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     cuda = target.isdigit()
     gpu = GPUTarget("cuda", int(target), 32) if cuda else GPUTarget("hip", target, 64)
