@@ -24,11 +24,22 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from strop.kernels._triton import adamw, attention, attention_launch, logprob, segment_sum
+from strop.kernels._triton import (
+    adamw,
+    attention,
+    attention_launch,
+    decode_attention,
+    layers,
+    logprob,
+    sampling,
+    segment_sum,
+)
+from strop.kernels.attention import paged
 from strop.kernels.layout import TILE
 
 # Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
@@ -56,6 +67,7 @@ class Case:
     has_dot: bool = False
     num_stages: int = 3
     only_for: str | None = None  # the one target whose block sizes these are
+    full_rate: bool = True  # reading memory takes a decode step's time, and its tiles have too few rows
 
 
 @dataclass(frozen=True)
@@ -75,8 +87,8 @@ class Row:
 
 def cases() -> list[Case]:
     """Every kernel in the variants that real launches have."""
-    shared = logprob_cases() + segment_sum_cases() + adamw_cases()
-    return shared + [case for target in SHARED_LIMIT for case in attention_cases(target)]
+    shared = logprob_cases() + segment_sum_cases() + adamw_cases() + layer_cases() + sampling_cases()
+    return shared + [case for target in SHARED_LIMIT for case in attention_cases(target) + decode_cases(target)]
 
 
 def attention_cases(target: str) -> list[Case]:
@@ -113,6 +125,80 @@ def _launch_of(dtype: str, size: int, target: str) -> tuple[int, int, int | None
     """Padded head size, bytes of an element, capability: what attention_launch chooses by."""
     capability = int(target) // 10 if target.isdigit() else None
     return attention_launch.padded(size), 4 if dtype == "fp32" else 2, capability
+
+
+def decode_cases(target: str) -> list[Case]:
+    """Query heads per key head, and rows of a tile; a soft-cap and a window together where that is tightest."""
+    variants = [("bf16", 128, 4, 8, {}), ("bf16", 64, 1, 1, {}), ("bf16", 128, 8, 8, {}), ("bf16", 256, 2, 8, {})]
+    variants += [("bf16", 256, 8, 8, {"CAP": True, "WINDOW": True}), ("bf16", 80, 7, 8, {}), ("fp32", 64, 3, 8, {})]
+    found = []
+    for dtype, size, rep, members, flags in variants:
+        width, element_bytes, capability = _launch_of(dtype, size, target)
+        shape = decode_attention.blocks(width, decode_attention.queries(members, rep), element_bytes, capability)
+        constants = {"REP": rep, "MEMBERS": members, "D": size, "D_PAD": width, "PAGE": paged.PAGE, "CAP": False}
+        constants |= {"SPLIT": paged.SPLIT, "QUERIES": decode_attention.queries(members, rep), "KEYS": shape.keys}
+        constants |= {"OWN_QUERIES": decode_attention.queries(1, rep), "WINDOW": False, "PRECISION": "ieee"} | flags
+        values = ("q", "k", "v", "k_pages", "v_pages")
+        known = {f"{name}_ptr": f"*{dtype}" for name in values} | {"scale": "fp32", "cap": "fp32"}
+        known |= {"part_ptr": "*fp32", "stats_ptr": "*fp32"}
+        kernel = decode_attention.parts_kernel
+        types = {n: known.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
+        label = " ".join(["decode", dtype, str(size), f"{members}x{rep}", *map(str.lower, flags)])
+        found.append(Case(label, kernel, types, constants, shape.warps, dtype != "fp32", shape.stages, target, False))
+        if not flags and rep == 4:
+            merge = decode_attention.merge_kernel
+            known |= {"out_ptr": f"*{dtype}"}
+            types = {n: known.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in merge.arg_names}
+            constants = {"D": size, "D_PAD": width, "SPLIT": paged.SPLIT}
+            found.append(Case(f"decode merge {dtype} {size}", merge, types, constants, 1, only_for=target))
+    return found
+
+
+def layer_cases() -> list[Case]:
+    """Norms of hidden states and of heads, SwiGLU, rotary embeddings."""
+    found = []
+    for size in (64, 128, 2048, 4096, 8192):
+        width, rows, warps = layers.norm_shape(size)
+        types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "x_stride": "i32"}
+        types |= {"eps": "fp32"}
+        constants = {"D": size, "D_PAD": width, "ROWS": rows}
+        found.append(Case(f"layer rms_norm {size}", layers.rms_norm_kernel, types, constants, warps))
+    kernel = layers.swiglu_kernel
+    types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    found.append(Case("layer swiglu", kernel, types, {"BLOCK": layers._PRODUCT}, layers._WARPS))
+    kernel = layers.rotary_kernel
+    types = {n: "*bf16" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    for size in (64, 128, 256):
+        width, heads = layers.rotary_shape(size)
+        found.append(Case(f"layer rotary {size}", kernel, types, {"D": size, "D_PAD": width, "HEADS": heads}, 4))
+    return found
+
+
+def sampling_cases() -> list[Case]:
+    known = {"key_ptr": "*i64", "position_ptr": "*i64", "token_ptr": "*i64", "first_ptr": "*i32", "top_p": "fp32"}
+    known |= {"stats_ptr": "*fp32", "logp_ptr": "*fp32", "temperature": "fp32"}
+    found = []
+    for dtype in ("bf16", "fp32"):
+        types = known | {"logits_ptr": f"*{dtype}"}
+        shift = sampling.SHIFT[{"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]]
+        for tempered in (False, True):
+            constants = {"CHUNK": sampling.CHUNK, "TEMPERED": tempered}
+            kernel, label = sampling.scan_kernel, f"sample scan {dtype}{' tempered' if tempered else ''}"
+            chosen = {n: types.get(n, "i32") for n in kernel.arg_names}
+            found.append(Case(label, kernel, chosen, constants, sampling.SCAN_WARPS))
+        for how in ((), ("GREEDY",), ("TEMPERED",), ("TEMPERED", "TOP_P"), ("TEMPERED", "TOP_K", "TOP_P")):
+            constants = {"CHUNK": sampling.CHUNK, "CHUNKS": 32, "SHIFT": shift}
+            constants |= {flag: flag in how for flag in ("GREEDY", "TEMPERED", "TOP_K", "TOP_P")}
+            kernel, label = sampling.draw_kernel, " ".join(["sample draw", dtype, *map(str.lower, how)])
+            chosen = {n: types.get(n, "i32") for n in kernel.arg_names}
+            found.append(Case(label, kernel, chosen, constants, sampling.DRAW_WARPS))
+    kernel = sampling.advance_kernel
+    floats = {"logp_ptr": "*fp32", "out_ptr": "*fp32", "length_ptr": "*i32"}
+    types = {n: floats.get(n, "*i64" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
+    for fresh in (False, True):
+        constants = {"FRESH": fresh, "ROWS": sampling.ROWS, "STOPS": 2}
+        found.append(Case(f"sample advance{' fresh' if fresh else ''}", kernel, types, constants, 1))
+    return found
 
 
 def segment_sum_cases() -> list[Case]:
@@ -176,7 +262,7 @@ def compile_case(case: Case, target: str) -> Row:
     for i, name in enumerate(case.kernel.arg_names):
         signature[name] = "constexpr" if name in case.constants else case.types[name]
         # Launches specialise on what 16 divides, and chunk widths and allocations are such.
-        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count")):
+        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count", "vocab")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     cuda = target.isdigit()
     gpu = GPUTarget("cuda", int(target), 32) if cuda else GPUTarget("hip", target, 64)
@@ -197,7 +283,7 @@ def compile_case(case: Case, target: str) -> Row:
     not_yet = None
     if case.has_dot and not tensor_core:
         failures.append("a dot without a tensor-core instruction")
-    elif case.has_dot and target in FULL_RATE:
+    elif case.has_dot and case.full_rate and target in FULL_RATE:
         rate, pattern = FULL_RATE[target]
         slow, known = tensor_core - len(pattern.findall(sass)), (case.name, target) in NOT_YET
         if slow and known:

@@ -1,7 +1,8 @@
 """RMSNorm, SwiGLU and rotary embeddings for the CPU: one pass over memory each way; only inputs are saved for backward.
 
 csrc/cpu.cpp implements them with the intermediate rounding of transformers' layers; for tensors it does not support
-(`available`) they run in plain PyTorch. On a GPU use Liger's kernels.
+(`available`) they run in plain PyTorch. On a GPU, for inference alone, they are Triton kernels of the same rounding; to
+train there use Liger's kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _cpu
+from ._triton import HAS_TRITON
 
 # Rows per partial sum of the weight's gradient in csrc/cpu.cpp.
 _NORM_BLOCK = 64
@@ -22,11 +24,21 @@ def available(*tensors: Tensor) -> bool:
     return _cpu.takes(*tensors)
 
 
+def infers(*tensors: Tensor) -> bool:
+    """Whether the forward kernels for GPUs support these tensors: without gradients, of one dtype and head size."""
+    first = tensors[0].dtype
+    return HAS_TRITON and not torch.is_grad_enabled() and first in (torch.bfloat16, torch.float16, torch.float32) and (
+        all((x.is_cuda or x.is_meta) and x.dtype == first for x in tensors)
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * (x / sqrt(mean(x^2) + eps)), arXiv 1910.07467, rounded to x's dtype before the product as Llama does.
 
     x [..., D] and weight [D] of one dtype. Statistics in fp32, for fp64 in fp64.
     """
+    if infers(x, weight):
+        return torch.ops.strop.rms_norm(x, weight, eps)
     if not available(x, weight):
         return rms_norm_reference(x, weight, eps)
     if not torch.is_grad_enabled():  # calling an autograd.Function takes as long as the norm of a decoding step
@@ -39,6 +51,8 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
     Returns [..., D].
     """
+    if infers(gate, up, weight):
+        return F.linear(torch.ops.strop.swiglu(gate, up), weight)
     if not available(gate, up, weight):
         return F.linear(F.silu(gate) * up, weight)
     return _SwiGLULinear.apply(gate, up, weight)
@@ -46,6 +60,8 @@ def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, arXiv 2002.05202, of one shape and dtype, for a down projection that is not a plain linear."""
+    if infers(gate, up):
+        return torch.ops.strop.swiglu(gate, up)
     if not available(gate, up):
         return F.silu(gate) * up
     if not torch.is_grad_enabled():
@@ -63,6 +79,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _rotate(x, cos, sin, False)
     return _Rotary.apply(x, cos, sin)
+
+
+def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary` of q [1, Hq, T, D] and of k [1, Hkv, T, D], on a GPU in one launch."""
+    if infers(q, k, cos, sin):
+        return torch.ops.strop.rotary(q, k, cos, sin)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -162,3 +185,27 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     turned = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     torch.ops.strop.cpu_rotate(x[0], cos.contiguous(), sin.contiguous(), back, turned[0])
     return turned
+
+
+def _on_gpu(name: str):
+    def run(*arguments):
+        from ._triton import layers
+
+        return getattr(layers, name)(*arguments)
+
+    return run
+
+
+def _empty_pair(q: Tensor, k: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k))
+
+
+_library = torch.library.Library("strop", "FRAGMENT")
+for _name, _schema, _fake in (
+    ("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape)),
+    ("swiglu", "(Tensor gate, Tensor up) -> Tensor", lambda gate, _: gate.new_empty(gate.shape)),
+    ("rotary", "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", _empty_pair),
+):
+    _library.define(_name + _schema)
+    _library.impl(_name, _on_gpu(_name), "CUDA")
+    torch.library.register_fake(f"strop::{_name}", _fake, lib=_library)

@@ -1,4 +1,4 @@
-"""Token sampling as a pure function of (logits row, key, position)."""
+"""Token sampling as a pure function of (logits row, key, position). On a GPU two Triton kernels that sort nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 from torch import Tensor
+
+from ._triton import HAS_TRITON
 
 
 def draw_key(seed: int, prompt_id: str, sample_index: int) -> int:
@@ -52,12 +54,15 @@ def sample_tokens(
     top_p (Holtzman et al. 2020, section 3.1). A row's draw depends only on its logits, key and position.
 
     Returns (token [B] int64, logp [B] fp32); logp is under the model's distribution at temperature 1, without
-    truncation. Raises ValueError on options out of range.
+    truncation. Among equal logits at the edge of top_k any may be kept. Raises ValueError on options out of range.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature and top_k must be >= 0 and top_p in (0, 1], got {temperature}, {top_k} and {top_p}"
         )
+    on_gpu = HAS_TRITON and (logits.is_cuda or logits.is_meta)
+    if on_gpu and logits.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return _sample(logits, key, position, temperature, top_k, top_p)
     likeliest = logits.amax(-1, keepdim=True).float()
     weights = _exp_blocks(logits, likeliest, 1.0)
     block_cumulative = _cumulative(weights.sum(-1))
@@ -160,3 +165,64 @@ def _draw_nucleus(logits: Tensor, total: Tensor, u: Tensor, temperature: float, 
         ranked = logits[wide].sort(dim=-1, descending=True, stable=True)
         token[wide] = _draw_ranked(*ranked, total[wide], u[wide], temperature, top_p)
     return token
+
+
+def advance_rows(
+    state: Tensor, length: Tensor, out: Tensor, token: Tensor, logp: Tensor, stops: Tensor, max_new_tokens: int,
+    row: Tensor | None = None, position: Tensor | None = None, key: Tensor | None = None,
+) -> None:
+    """Record the tokens just drawn for the rows of a decoding batch, without the host.
+
+    state [4, R] int64: of each row its last token, that token's position, the number of tokens drawn, the key of its
+    draws. length [R] int32: the number of tokens drawn before the last; -1 once the row has ended, with a token of
+    stops [any] int64 or with max_new_tokens. token [n] int64, logp [n] fp32: for the first n rows; a row that has ended
+    stays as it is. out [2, R] fp32: the token, exact, or -1 for a row that had ended, and its log-prob.
+    With row, position and key [n] int64, the tokens are the first of the rows `row`, and out has them in that order.
+    """
+    _advance(state, length, out, token, logp, stops, max_new_tokens, row, position, key)
+
+
+def _advance_on_cpu(state, length, out, token, logp, stops, max_new_tokens, row, position, key) -> None:
+    live = torch.ones_like(token, dtype=torch.bool)
+    if row is None:
+        row = torch.arange(len(token), device=token.device)
+        live, position, drawn = length[: len(row)] >= 0, state[1, : len(row)] + 1, state[2, : len(row)] + 1
+        key = state[3, : len(row)]
+    else:
+        drawn = torch.ones_like(token)
+    ended = torch.isin(token, stops) | (drawn >= max_new_tokens)
+    state[:, row] = torch.where(live, torch.stack((token, position, drawn, key)), state[:, row])
+    length[row] = torch.where(live, torch.where(ended, -1, drawn - 1).int(), length[row])
+    out[:, : len(token)] = torch.stack((torch.where(live, token, -1).float(), logp))
+
+
+def _advance_on_gpu(*arguments) -> None:
+    from ._triton import sampling
+
+    sampling.advance_rows(*arguments)
+
+
+def _sample_on_gpu(*arguments):
+    from ._triton import sampling
+
+    return sampling.sample_tokens(*arguments)
+
+
+_library = torch.library.Library("strop", "FRAGMENT")
+_library.define(
+    "sample_tokens(Tensor logits, Tensor key, Tensor position, float temperature, int top_k, float top_p) "
+    "-> (Tensor, Tensor)"
+)
+_library.impl("sample_tokens", _sample_on_gpu, "CUDA")
+torch.library.register_fake(
+    "strop::sample_tokens",
+    lambda logits, key, *_: (key.new_empty(len(key)), key.new_empty(len(key), dtype=torch.float32)), lib=_library,
+)
+_library.define(
+    "advance_rows(Tensor(a!) state, Tensor(b!) length, Tensor(c!) out, Tensor token, Tensor logp, Tensor stops, "
+    "int max_new_tokens, Tensor? row, Tensor? position, Tensor? key) -> ()"
+)
+_library.impl("advance_rows", _advance_on_cpu, "CPU")
+_library.impl("advance_rows", _advance_on_gpu, "CUDA")
+torch.library.register_fake("strop::advance_rows", lambda *_: None, lib=_library)
+_sample, _advance = torch.ops.strop.sample_tokens.default, torch.ops.strop.advance_rows.default

@@ -2,13 +2,15 @@
 
     python -m benchmarks.gpu.sampling [--out FOLDER] [--dry-run]
 
-K = 8 completions per prompt of 512 tokens, all of full length, for 128 and 512 rows decoded together. The floor of a
-step is a read of the weights and of all KV, each prompt's once, at the rate of a copy. Writes OUT/sample.json.
---dry-run samples from a tiny model on the CPU.
+K = 8 completions per prompt of 512 tokens, all of full length, for 128 and 512 rows decoded together; once more without
+CUDA graphs, with top-k and top-p, and beside transformers. The floor of a step is a read of the weights and of all KV,
+each prompt's once, at the rate of a copy. Writes OUT/sample.json, with seconds by kernel and the host's launches and
+waits of 32 steps. --dry-run samples from a tiny model on the CPU.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import sys
@@ -18,7 +20,9 @@ from itertools import pairwise
 
 import torch
 
+from strop.kernels.integrations.transformers import fuse_layers, merge_projections
 from strop.trainer.sampling.in_process import Generator
+from strop.trainer.sampling.on_device import DeviceEngine
 
 from .. import measure
 from ..step_sides import random_model
@@ -42,10 +46,21 @@ def floor_seconds(model, rows: int, prompt: int, new: int, copy_rate: float) -> 
     return (weights + kv * (rows // K * prompt + rows * new / 2)) / copy_rate
 
 
-def ours(model, rows: int, prompt: int, new: int, device: torch.device, rate: float, found: dict) -> str:
+def fused(model):
+    """A copy as load_for_generation makes it."""
+    model = copy.deepcopy(model)
+    fuse_layers(model, inference=True)
+    merge_projections(model)
+    return model
+
+
+def ours(model, rows: int, prompt: int, new: int, device: torch.device, rate: float, found: dict,
+         graphs: bool = True, sampling: dict | None = None) -> str:
     generator, prompts = Generator(model), prompts_of(rows, prompt, model.config.vocab_size)
-    options = {"k": K, "temperature": 1.0, "batch_size": rows}
-    generator.generate(prompts, max_new_tokens=4, **options)
+    generator.engine = generator.engine or DeviceEngine(model, device)  # also in a dry run
+    generator.engine.graphs.capturing &= graphs
+    options = {"k": K, "temperature": 1.0, "batch_size": rows, **(sampling or {})}
+    generator.generate(prompts, max_new_tokens=new, **options)  # compiles and captures
     start = measure.start_peak(device)
     steps = []
 
@@ -63,27 +78,31 @@ def ours(model, rows: int, prompt: int, new: int, device: torch.device, rate: fl
     floor = floor_seconds(model, rows, prompt, new, rate)
     found["strop"] = {
         "seconds": seconds, "tokens": tokens, "step_seconds": step, "floor_seconds": floor,
-        "peak_bytes": measure.peak_since(start, device), "profile": profile(generator, prompts, options, device),
+        "peak_bytes": measure.peak_since(start, device), "kv_bytes": generator.engine.pool.nbytes(),
+        "graphs": len(generator.engine.graphs.held), "profile": profile(generator, prompts, options, device),
     }
     return (f"{tokens / seconds:,.0f} tokens/s, a decode step {step * 1e3:.2f} ms ({floor / step:.0%} of the floor's "
             f"rate), {found['strop']['peak_bytes'] / 2**30:.1f} GiB beyond the weights")
 
 
 def profile(generator: Generator, prompts: list, options: dict, device: torch.device) -> dict:
-    """Seconds by kernel, of 8 tokens; the host's busy time where there is no GPU."""
+    """Seconds by kernel, of 32 tokens; the host's busy time where there is no GPU."""
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * cuda]
     try:
+        generator.generate(prompts, max_new_tokens=32, **options)  # other settings are captured anew
         with torch.profiler.profile(activities=activities) as prof:
-            generator.generate(prompts, max_new_tokens=8, **options)
+            generator.generate(prompts, max_new_tokens=32, **options)
             measure.synchronize(device)
         wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-        times, syncs = Counter(), 0
+        times, syncs, launches = Counter(), 0, Counter()
         for event in prof.events():
             syncs += "Synchronize" in event.name
+            if event.name.startswith("cu") and any(kind in event.name for kind in ("Launch", "Memcpy", "Memset")):
+                launches[event.name] += 1
             if event.device_type == wanted:
                 times[event.name] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-        return {"synchronizations": syncs, "seconds": dict(times.most_common(25))}
+        return {"synchronizations": syncs, "launches": dict(launches), "seconds": dict(times.most_common(25))}
     except Exception as error:  # what was timed stays
         return {"failed": f"{type(error).__name__}: {error}"}
 
@@ -121,19 +140,25 @@ def main(arguments: list[str] | None = None) -> int:
         model = random_model("tiny" if options.dry_run else "Llama-3.2-1B")
     model = model.to(torch.float32 if options.dry_run else torch.bfloat16).eval()
     running, found = cases.Cases(options.dry_run), {}
-    for theirs_too in (False, True):  # all of ours first
-        for rows, prompt, new in shapes[:2] if theirs_too else shapes:
-            name = f"{rows} rows, {prompt}+{new} tokens, K = {K}"
-            case = found.setdefault(name, {})
-            if theirs_too:
-                running.run(f"transformers, {name}", lambda c=case, s=(rows, prompt, new): theirs(
-                    model, *s, device, c), seconds=15)
-            else:
-                running.run(f"Strop, {name}", lambda c=case, s=(rows, prompt, new): ours(
-                    model, *s, device, rate, c), seconds=10)
-            cases.free()
-            written = {"date": time.strftime("%Y-%m-%d"), "environment": measure.environment(device), "cases": found}
-            (options.out / "sample.json").write_text(json.dumps(written, indent=1) + "\n")
+
+    def run(name: str, case: str, function, *arguments, **keys) -> None:
+        held = found.setdefault(case, {})
+        running.run(f"{name}, {case}", lambda: function(*arguments, found=held, **keys), seconds=15)
+        cases.free()
+        written = {"date": time.strftime("%Y-%m-%d"), "environment": measure.environment(device), "cases": found}
+        (options.out / "sample.json").write_text(json.dumps(written, indent=1) + "\n")
+
+    quick = fused(model)
+    named = [(shape, f"{shape[0]} rows, {shape[1]}+{shape[2]} tokens, K = {K}") for shape in shapes]
+    for shape, name in named:  # all of ours first
+        run("Strop", name, ours, quick, *shape, device, rate)
+    shape, name = named[0]
+    run("Strop", f"{name}, top-k 50 and top-p 0.9", ours, quick, *shape, device, rate,
+        sampling={"top_k": 50, "top_p": 0.9})
+    run("Strop", f"{name}, without graphs", ours, quick, *shape, device, rate, graphs=False)
+    del quick
+    for shape, name in named[:2]:
+        run("transformers", name, theirs, model, *shape, device)
     return 1 if running.failed else 0
 
 

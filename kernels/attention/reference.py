@@ -73,3 +73,30 @@ def attention_over_cache(
             scores = softcap * torch.tanh(scores / softcap)
         found[i] = (scores.softmax(-1) @ values).flatten(0, 1)
     return found
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, tables, *, scale: float,
+    softcap: float | None = None, window: int | None = None,
+) -> Tensor:
+    """strop.kernels.attention.paged.decode_attention, row by row, with scores in at least fp32."""
+    heads, size, found = k.shape[1], k_pages.shape[2], torch.zeros_like(q, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def tokens(pages: Tensor, table: Tensor, count: int) -> Tensor:
+        return pages[table[: -(-count // size)].long()].transpose(0, 1).flatten(1, 2)[:, :count]  # [Hkv, count, D]
+
+    prompt_lengths, groups = tables.prompt_length.tolist(), tables.group.tolist()
+    for row, length in enumerate(tables.length.tolist()):
+        if length < 0:
+            continue
+        group, place = groups[row], (int(tables.own_pages[row, length // size]), slice(None), length % size)
+        k_pages[place], v_pages[place] = k[row], v[row]
+        keys, values = (torch.cat([tokens(pages, tables.prompt_pages[group], prompt_lengths[group]),
+                                   tokens(pages, tables.own_pages[row], length + 1)], 1)[:, -(window or 1 << 62) :]
+                        for pages in (k_pages, v_pages))
+        scores = q[row].unflatten(0, (heads, -1)).to(wide) @ keys.to(wide).mT * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        found[row] = (scores.softmax(-1).to(v.dtype) @ values).flatten(0, 1)
+    return found

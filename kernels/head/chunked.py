@@ -27,14 +27,27 @@ RECOMPUTE, KEEP, FROZEN = range(3)
 _CHUNK_ELEMENTS = {"cpu": 4 << 20, "cuda": 64 << 20}
 _MIN_CHUNK = 1024
 # Keeping the logits saves one of four GEMMs, a fifth of a trained head's time on a CPU without AMX. With AMX, writing
-# and reading them takes longer than the GEMM.
+# and reading them takes longer than the GEMM. On a GPU: at least this, or a share of the free memory.
 _DEFAULT_BYTE_BUDGET = {"cpu, AMX": 64 << 20, "cpu": 256 << 20, "cuda": 512 << 20}
+_FREE_SHARE = 8
 
 
 def default_byte_budget(device: torch.device) -> int:
     if device.type != "cpu":
-        return _DEFAULT_BYTE_BUDGET["cuda"]
+        return max(_DEFAULT_BYTE_BUDGET["cuda"], _free_memory(device) // _FREE_SHARE)
     return _DEFAULT_BYTE_BUDGET["cpu, AMX" if _cpu.HAS_MATRIX_UNIT else "cpu"]
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that an allocation could have on a GPU, unused ones of PyTorch's allocator included; 0 if unknown."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+# torch.compile then calls it at trace time.
+_free_memory._dynamo_marked_constant = True
 
 
 def chunk_width(rows: int, vocab: int, itemsize: int, byte_budget: int, device: torch.device) -> int:

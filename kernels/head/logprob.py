@@ -25,9 +25,9 @@ def linear_logprob(
 
     hidden [N, D], weight [V, D], bias [V]: one dtype of bf16, fp16, fp32, fp64, or autocast's. target [N] integer,
     ignore_index in rows without one. softcap None means no cap. byte_budget bounds the scratch for logits (default
-    64 MiB on a CPU with AMX, 256 MiB on other CPUs, 512 MiB on a GPU). If all N*V logits fit they are kept for the
-    backward, otherwise the backward recomputes them. If neither weight nor bias needs a gradient, the forward already
-    computes that of hidden.
+    64 MiB on a CPU with AMX, 256 MiB on other CPUs; on a GPU an eighth of the free memory, at least 512 MiB). If all
+    N*V logits fit they are kept for the backward, otherwise the backward recomputes them. If neither weight nor bias
+    needs a gradient, the forward already computes that of hidden.
 
     Returns logp [N] in fp32 (fp64 for fp64), 0 in ignored rows; with stats also a dict of them, each [N] in the same
     dtype, 0 in ignored rows, without gradient: "lse" of x, "entropy" in nats, "mean_logit" the mean of x over the

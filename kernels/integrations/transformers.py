@@ -127,17 +127,20 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, float(scale), softcap)
 
 
-def fuse_layers(model: nn.Module) -> dict[str, int]:
+def fuse_layers(model: nn.Module, inference: bool = False) -> dict[str, int]:
     """Run the model's RMSNorms, SwiGLU blocks and rotary embeddings fused, in place; values stay the same to rounding.
 
     On a GPU these are Liger's kernels, if Liger is installed and supports the model. On the CPU, if csrc/cpu.cpp was
-    built, every module that computes what strop.kernels.layers computes is found by trying it on random rows. Only this
-    model changes: its modules get subclasses of their classes. Returns how many modules changed, by kind.
+    built, and for `inference` on a GPU, if Triton is installed, every module that computes what strop.kernels.layers
+    computes is found by trying it on random rows. Only this model changes: its modules get subclasses of their classes.
+    Returns how many modules changed, by kind.
     """
-    if next(model.parameters()).is_cuda:
+    weight = next(model.parameters())
+    if weight.is_cuda and not inference:
         return _fuse_with_liger(model)
-    if not layers.available(next(model.parameters())):
-        return {}
+    with torch.no_grad():
+        if not (layers.available(weight) or layers.infers(weight)):
+            return {}
     found = {"rms_norm": 0, "swiglu": 0, "rotary": 0}
     for module in model.modules():
         forward = type(module).forward
@@ -170,8 +173,67 @@ def _norm_forward(module: nn.Module, hidden_states: Tensor) -> Tensor:
     return layers.rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
+def merge_projections(model: nn.Module) -> dict[str, int]:
+    """Compute projections of one input in one product, for inference on a GPU, where a decode step's products are too
+    small to fill it: gate and up of fused SwiGLU blocks; query, key and value of attention that norms none of them.
+    Returns how many modules changed, by kind."""
+    merged = {"swiglu": 0, "attention": 0}
+    for module in list(model.modules()):
+        is_swiglu = type(module).forward is _swiglu_forward
+        names = ("gate_proj", "up_proj") if is_swiglu else ("q_proj", "k_proj", "v_proj")
+        parts = [getattr(module, name, None) for name in names]
+        if _mergeable(parts) and not hasattr(module, "q_norm"):
+            product = _Merged(parts)
+            for i, name in enumerate(names):
+                setattr(module, name, _Part(product, i))
+            merged["swiglu" if is_swiglu else "attention"] += 1
+    return merged
+
+
+def _mergeable(parts: list[nn.Module | None]) -> bool:
+    return all(type(part) is nn.Linear and part.in_features == parts[0].in_features
+               and (part.bias is None) == (parts[0].bias is None) for part in parts)
+
+
+class _Merged(nn.Module):
+    """Several linear layers as one. The products of an input are kept until each was asked for once."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight, self.bias = (
+            None if x[0] is None else nn.Parameter(torch.cat([p.detach() for p in x]), requires_grad=False)
+            for x in ([layer.weight for layer in layers], [layer.bias for layer in layers])
+        )
+        self.x, self.products = None, {}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+
+    def one(self, x: Tensor, part: int) -> Tensor:
+        if self.x is not x or part not in self.products:
+            self.x, self.products = x, dict(enumerate(self(x)))
+        found = self.products.pop(part)
+        if not self.products:
+            self.x = None
+        return found
+
+
+class _Part(nn.Module):
+    def __init__(self, merged: _Merged, part: int):
+        super().__init__()
+        self.merged, self.part = merged, part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merged.one(x, self.part)
+
+
 def _swiglu_forward(module: nn.Module, x: Tensor) -> Tensor:
-    gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj
+    if type(module.gate_proj) is _Part:
+        gate, up = module.gate_proj.merged(x)
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    down = module.down_proj
     if type(down) is nn.Linear and down.bias is None:
         return layers.swiglu_linear(gate, up, down.weight)
     return down(layers.swiglu(gate, up))  # an adapter, a bias or a quantized weight
@@ -198,8 +260,10 @@ def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not hasattr(module, "variance_epsilon"):
         return False
-    rows = torch.randint(-8, 9, (3, len(weight)), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    return torch.equal(module(rows), _norm_forward(module, rows))
+    rows = torch.randint(-8, 9, (3, len(weight)), generator=torch.Generator().manual_seed(0)).to(weight)
+    # A GPU's kernel rounds 1 / sqrt(x) differently.
+    fused = functools.partial(layers.rms_norm_reference, weight=weight, eps=module.variance_epsilon)
+    return torch.equal(module(rows), fused(rows) if rows.is_cuda else _norm_forward(module, rows))
 
 
 def _is_swiglu(module: nn.Module) -> bool:
@@ -207,8 +271,9 @@ def _is_swiglu(module: nn.Module) -> bool:
     if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(parts[0], nn.Linear):
         return False
     weight, act = parts[0].weight, parts[3]
-    rows = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    return torch.equal(act(4 * rows), F.silu(4 * rows)) and _close(_swiglu_forward(module, rows), module(rows))
+    rows = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    fused = parts[2](act(parts[0](rows)) * parts[1](rows)) if rows.is_cuda else _swiglu_forward(module, rows)
+    return torch.equal(act(4 * rows), F.silu(4 * rows)) and _close(fused, module(rows))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -231,13 +296,14 @@ def _with_fused_rotary(forward: Callable) -> FunctionType | None:
 
 
 def _fused_rotary(plain: Callable) -> Callable:
-    """`plain`, on layers.rotary for inputs that layers.rotary takes."""
+    """`plain`, on layers.rotary_pair for inputs that it takes."""
 
     @functools.wraps(plain)
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **options):
         fits = q.dim() == 4 and q.shape[0] == k.shape[0] == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
-        if fits and q.shape[2:] == k.shape[2:] and not rest and not options and layers.available(q, k, cos, sin):
-            return layers.rotary(q, cos, sin), layers.rotary(k, cos, sin)
+        fits = fits and q.shape[2:] == k.shape[2:] and not rest and not options
+        if fits and (layers.available(q, k, cos, sin) or layers.infers(q, k, cos, sin)):
+            return layers.rotary_pair(q, k, cos, sin)
         return plain(q, k, cos, sin, *rest, **options)
 
     fused.is_fused = True

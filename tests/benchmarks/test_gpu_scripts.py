@@ -74,7 +74,7 @@ def test_dry_run_of_training(tmp_path: Path):
 def test_dry_run_of_sampling(tmp_path: Path):
     ran = run(SCRIPTS[2], tmp_path, "--dry-run")
     assert ran.returncode == 0, ran.stdout[-4000:]
-    assert len(re.findall(r"(?:Strop|transformers), \d+ rows.*a decode step", ran.stdout)) == 4
+    assert len(re.findall(r"(?:Strop|transformers), \d+ rows.*a decode step", ran.stdout)) == 6
 
 
 def test_jobs_fill_the_microbatches():

@@ -22,6 +22,7 @@ from strop.kernels.integrations.transformers import (
     _norm_forward,
     _swiglu_forward,
     fuse_layers,
+    merge_projections,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -166,18 +167,13 @@ def test_frozen_inputs_get_no_gradient(csrc):
     assert gate.grad is not None and frozen.grad is None
 
 
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 40}
+
+
 def tiny_llama() -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=40,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**TINY))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,6 +224,24 @@ def test_a_fused_model_is_freed_by_reference_counting(library):
         assert not any(weight() is not None for weight in weights)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_merged_projections_compute_the_same(library, biases):
+    model, ids = LlamaForCausalLM(LlamaConfig(**TINY, attention_bias=biases)).eval(), torch.randint(40, (1, 9))
+    weights = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():  # biases too
+            p.add_(0.1 * torch.randn_like(p))
+        expected = model(ids).logits
+        fuse_layers(model, inference=True)
+        layers = model.config.num_hidden_layers
+        assert merge_projections(model) == {"swiglu": layers, "attention": layers}
+        assert sum(p.numel() for p in model.parameters()) == weights
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert all(m.x is None and not m.products for m in model.modules() if type(m).__name__ == "_Merged")
+        assert merge_projections(model) == {"swiglu": 0, "attention": 0}
 
 
 def test_a_fused_model_can_be_copied(library):

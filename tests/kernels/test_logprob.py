@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.kernels import _cpu, gather_logprob, linear_logprob
-from strop.kernels.head import reference
+from strop.kernels.head import chunked, reference
 
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
 HEADS = [{}, {"logit_scale": 0.5, "temperature": 0.7}, {"softcap": 3.0, "temperature": 1.3, "logit_scale": 2.0}]
@@ -113,6 +113,15 @@ def test_a_large_vocabulary_in_a_hidden_size_of_no_power_of_two():
     torch.testing.assert_close(logp, expected, rtol=1e-11, atol=1e-11)
     gradients = torch.autograd.grad(logp.sum(), tensors)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), tensors), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("free", "idle", "budget"), [(1 << 30, 0, 512 << 20), (39 << 30, 1 << 30, 5 << 30)])
+def test_a_gpus_budget_follows_its_free_memory(free: int, idle: int, budget: int, monkeypatch):
+    device, held = torch.device("cuda"), 7 << 30
+    for name, value in (("is_available", True), ("memory_reserved", held + idle), ("memory_allocated", held),
+                        ("mem_get_info", (free, 80 << 30))):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert chunked.default_byte_budget(device) == budget
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

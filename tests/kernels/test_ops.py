@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from strop.kernels import gather_logprob, linear_logprob, preference_loss
+from strop.kernels import gather_logprob, linear_logprob, preference_loss, sampling
+from strop.kernels.attention import paged
 from strop.kernels.head import chunked
 from strop.kernels.head.logprob import (
     _gather_logprob,
@@ -53,6 +54,17 @@ def test_opcheck_of_segment_sum():
     offsets = torch.tensor([0, 2, 2, 6])
     opcheck(segment_sum, (torch.randn(6, requires_grad=True), offsets))
     opcheck(segment_sum_backward, (torch.randn(3), offsets, 6))
+
+
+def test_opcheck_of_the_decode_step():
+    numbers = ([[0]], [[1], [2]], [3], [0, 0], [2, -1], [[0, 1]])
+    tables = paged.Tables(*(torch.tensor(x, dtype=torch.int32) for x in numbers))
+    q, k, v = (torch.randn(2, n, 8) for n in (4, 2, 2))
+    pages = [torch.randn(3, 2, paged.PAGE, 8) for _ in range(2)]
+    opcheck(paged._op, (q, k, v, *pages, *tables, 1, 1, paged.SPLIT, 0.3, 0.0, 0))
+    state, length, out = torch.zeros(4, 3, dtype=torch.int64), tables.length.clone(), torch.zeros(2, 2)
+    drawn = (torch.tensor([5, 6]), torch.tensor([-1.0, -2.0]), torch.tensor([6]), 9)
+    opcheck(sampling._advance, (state, length, out, *drawn, None, None, None))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])

@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "triton_attention_cases.py")]
+NAMES = ("triton_cases.py", "triton_attention_cases.py", "triton_decode_cases.py")
+CASES = [str(Path(__file__).with_name(name)) for name in NAMES]
 
 
-def test_kernels_under_the_interpreter():
+@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_under_the_interpreter(chosen: str):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "-p", "no:cacheprovider", *CASES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from strop.kernels import Group, preference_loss
+from strop.kernels.integrations.transformers import _norm_forward
 from strop.trainer.config import Recipe
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.console import Console
@@ -72,14 +73,49 @@ def test_the_probe_accepts_the_model(tiny_model):
         assert probe(ModelFolder(tiny_model).load(dtype, torch.device("cuda")), Console(enabled=False))
 
 
-def test_greedy_completions_equal_those_on_the_cpu(tiny_model):
+SHARED = [3 + 11 * j % 60 for j in range(300)]
+LONG = [SHARED + prompt for prompt in PROMPTS[:3]] + [SHARED[:32], SHARED[:67], PROMPTS[5]]
+
+
+@pytest.mark.parametrize(("prompts", "tokens"), [(PROMPTS, 40), (LONG, 90)], ids=["short", "pages"])
+def test_greedy_completions_equal_those_on_the_cpu(tiny_model, prompts, tokens):
     found = []
     for device in ("cpu", "cuda"):
         model = load_for_generation(ModelFolder(tiny_model), torch.float32, torch.device(device))
-        found.append(Generator(model).generate(PROMPTS, k=2, max_new_tokens=40, temperature=0.0, batch_size=8))
+        found.append(Generator(model).generate(prompts, k=2, max_new_tokens=tokens, temperature=0.0, batch_size=8))
     for ours, theirs in zip(*found, strict=True):
         assert [c.tokens for c in ours] == [c.tokens for c in theirs]
         assert [c.logp for c in ours] == pytest.approx([c.logp for c in theirs], rel=1e-3)
+
+
+HOW = {"k": 4, "max_new_tokens": 40, "stop_ids": {5, 9}, "batch_size": 12}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 30, "top_p": 0.9}], ids=str)
+def test_steps_are_captured_and_replayed(tiny_model, sampling):
+    """The same completions as launched kernel by kernel, in bf16, on every call."""
+    model = load_for_generation(ModelFolder(tiny_model), torch.bfloat16, torch.device("cuda"))
+    assert all(type(layer.self_attn.q_proj).__name__ == type(layer.mlp.up_proj).__name__ == "_Part"
+               and type(layer.input_layernorm).forward is _norm_forward for layer in model.model.layers)
+    captured, eager = Generator(model), Generator(model)
+    eager.engine.graphs.capturing = False
+    first = captured.generate(PROMPTS, **HOW, **sampling)
+    assert captured.engine.graphs.held and captured.engine.graphs.capturing
+    assert captured.generate(PROMPTS, **HOW, **sampling) == first == eager.generate(PROMPTS, **HOW, **sampling)
+
+
+def test_launches_of_a_token(tiny_model):
+    """By the host, graphs counted as one."""
+    generator = Generator(load_for_generation(ModelFolder(tiny_model), torch.bfloat16, torch.device("cuda")))
+    generator.generate(PROMPTS, k=2, max_new_tokens=60, batch_size=12)
+    counts = []
+    for tokens in (20, 60):
+        generator.generate(PROMPTS, k=2, max_new_tokens=tokens, batch_size=12)  # captures
+        with torch.profiler.profile() as prof:
+            generator.generate(PROMPTS, k=2, max_new_tokens=tokens, batch_size=12)
+        names = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+        counts.append(sum(event.name.endswith(names) or "LaunchKernel" in event.name for event in prof.events()))
+    assert counts[1] - counts[0] <= 20 * 40
 
 
 def test_a_decode_step_waits_once(tiny_model):

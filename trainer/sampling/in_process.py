@@ -1,4 +1,5 @@
-"""The in-process sampling engine: K completions of many prompts with continuous batching."""
+"""The in-process sampling engine: K completions of many prompts with continuous batching. `Batch` is for the CPU, and
+for models whose attention the GPU's kernels do not support; otherwise a GPU's batches are those of on_device.py."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +16,9 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
 from strop.trainer.sampling.base import Completion
-from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Prefill, PromptKV, attend_with_cache, onto
+from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Held, Prefill, PromptKV, attend_with_cache, onto
+from strop.trainer.sampling.on_device import DeviceBatch, DeviceEngine
+from strop.trainer.sampling.pages import supports
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
 PREFILL_TOKENS = 1024  # per prefill, prompts padded to the longest
@@ -36,12 +38,13 @@ class Row:
 
 
 def load_for_generation(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal LM for a `Generator`: on the CPU its linear layers are packed and can no longer be trained."""
-    from strop.kernels.integrations.transformers import fuse_layers  # imports transformers
+    """A causal LM for a `Generator`: its layers are fused, and it can no longer be trained."""
+    from strop.kernels.integrations.transformers import fuse_layers, merge_projections  # imports transformers
 
     model = folder.load(dtype, device, attention="sdpa")
-    if device.type == "cpu":
-        fuse_layers(model)
+    fuse_layers(model, inference=True)
+    if device.type == "cuda":
+        merge_projections(model)
     pack_linears(model)
     return model
 
@@ -84,6 +87,7 @@ class Generator:
         self.model, self.context = model.eval(), max_positions(model.config)
         self.device = next(model.parameters()).device
         attend_with_cache(model)
+        self.engine = DeviceEngine(model, self.device) if supports(model) else None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], *, k: int = 1, ids: Sequence[str] | None = None,
@@ -104,10 +108,22 @@ class Generator:
         if not prompts:
             return []
         keys = [[draw_key(seed, ids[i] if ids else str(i), s) for s in range(k)] for i in range(len(prompts))]
-        batch = Batch(self.model, self.device, [list(p) for p in prompts], keys, max_new_tokens, batch_size)
-        stop = frozenset(stop_ids)
+        prompts = [list(p) for p in prompts]
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if self.engine:
+            finished = DeviceBatch(self.engine, prompts, keys, max_new_tokens, sampling, stop_ids, batch_size,
+                                   on_progress).run()
+        else:
+            batch = Batch(self.model, self.device, prompts, keys, max_new_tokens, batch_size)
+            finished = self._on_host(batch, sampling, frozenset(stop_ids), on_progress)
+        done: list[list[Completion]] = [[] for _ in prompts]
+        for row in sorted(finished, key=lambda row: row.sample):
+            done[row.prompt].append(row.completion)
+        return done
 
+    @staticmethod
+    def _on_host(batch: Batch, sampling: dict, stop: frozenset[int],
+                 on_progress: Callable[[int, int], None] | None) -> list[Row]:
         def draw(rows: list[int], logits: Tensor) -> None:
             finished = batch.draw(rows, logits, sampling, stop)
             if on_progress:
@@ -119,10 +135,7 @@ class Generator:
             if not batch.compact():
                 break
             draw(list(range(batch.active)), batch.step())
-        done: list[list[Completion]] = [[] for _ in prompts]
-        for row in sorted(batch.finished, key=lambda row: row.sample):
-            done[row.prompt].append(row.completion)
-        return done
+        return batch.finished
 
 
 class Batch:
@@ -261,23 +274,6 @@ class Batch:
         if not self.group_left[row.group]:
             self.group_prompt[row.group] = None
             heapq.heappush(self.free_groups, row.group)
-
-
-class Held:
-    """The prompts in the groups of the cache, including finished ones."""
-
-    def __init__(self, groups: int, longest: int):
-        self.tokens = np.full((groups, longest), -1)
-
-    def common(self, prompt: list[int]) -> np.ndarray:
-        """[groups]: length of the prefix that `prompt` shares with each group's, at most len(prompt) - 1."""
-        differs = self.tokens[:, : len(prompt)] != prompt
-        differs[:, -1] = True
-        return differs.argmax(1)
-
-    def put(self, group: int, prompt: list[int]) -> None:
-        self.tokens[group] = -1
-        self.tokens[group, : len(prompt)] = prompt
 
 
 def worth_copying(tokens: int, prompt: list[int]) -> bool:

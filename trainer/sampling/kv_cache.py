@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,6 +108,23 @@ class PromptKV:
                     if start < longest:
                         chunk = self.chunk(buffer, prompt.shape[1], start, size)
                         chunk.index_copy_(0, targets, chunk.index_select(0, sources))
+
+
+class Held:
+    """The prompts in the groups of the cache, including finished ones."""
+
+    def __init__(self, groups: int, longest: int):
+        self.tokens = np.full((groups, longest), -1)
+
+    def common(self, prompt: list[int]) -> np.ndarray:
+        """[groups]: length of the prefix that `prompt` shares with each group's, at most len(prompt) - 1."""
+        differs = self.tokens[:, : len(prompt)] != prompt
+        differs[:, -1] = True
+        return differs.argmax(1)
+
+    def put(self, group: int, prompt: list[int]) -> None:
+        self.tokens[group] = -1
+        self.tokens[group, : len(prompt)] = prompt
 
 
 class CachedPrefix(NamedTuple):
