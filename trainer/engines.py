@@ -147,6 +147,9 @@ AnyWriter = Annotated[Annotated[InProcessWriter, Tag("in_process")] | Annotated[
                       | Annotated[OpenAIWriter, Tag("openai")], Discriminator(engine_of)]
 
 
+WRITERS: dict[str, type[Writer]] = {"in_process": InProcessWriter, "vllm": VllmWriter, "openai": OpenAIWriter}
+
+
 class Sampling(Section):
     prompts: Positive = Field(128, description="prompts per round")
     k: Positive = Field(8, le=100_000, description="completions per prompt")

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
-from strop.trainer.config import Dpo, Recipe, Reward, Sft, Train
-from strop.trainer.engines import AnyRevise, AnySample, Revise, Sample, SampleModels, sections_of
-from strop.trainer.section import UNKEYED, NotNegative, PositiveFloat, Section, Share
+from strop.trainer.config import Checked, Dpo, Recipe, Reward, Sft, Train
+from strop.trainer.engines import AnyRevise, AnySample, OpenAI, Revise, Sample, SampleModels, sections_of
+from strop.trainer.section import UNKEYED, NotNegative, Positive, PositiveFloat, Section, Share
 
 MERGING = ("merge.method", "merge.members", "merge.weights", "merge.t", "merge.interpolate")  # those of a round
 
@@ -282,10 +282,110 @@ class BestOfNRecipe(PromptedRecipe):
     UNREAD = ("sft", "dpo", "merge", "evaluate", "write_prompts", "select.accumulate")
 
 
+class Online(Checked):
+    steps: Positive = Field(100, description="steps of sampling, scoring and training; each trains epochs times")
+    batch_size: Positive = Field(16, description="prompts per step, over all ranks")
+    k: int = Field(4, ge=2, le=100_000, description="completions per prompt")
+    epochs: Positive = Field(1, le=1000, description="optimizer steps on a step's completions; more than one needs "
+                             "loss=mdloo, which limits how far they move the policy")
+    loss: Literal["mdloo", "rloo", "sigmoid", "ipo", "hinge"] = Field(
+        "mdloo", description="mdloo (Apple) and rloo: policy gradients with leave-one-out advantages; sigmoid (DPO), "
+        "ipo and hinge: online pairs of a prompt's best and worst completion (OAIF)")
+    beta: float = Field(0.05, ge=0.0, le=1e6, description="weight of the KL penalty to the reference; of pairs as in "
+                        "dpo. 0 needs no reference, and is for mdloo and rloo only")
+    mirror_weight: float = Field(1.0, ge=0.0, le=1e6, description="mdloo: weight of the KL to the policy that wrote "
+                                 "the step's completions; it acts from the second of epochs on")
+    missing_eos_penalty: float = Field(1.0, ge=0.0, le=1e6, description="what a completion's reward loses if it is cut "
+                                       "by length")
+    max_new_tokens: Positive = Field(64, description="most tokens of a completion, end of turn included")
+    temperature: PositiveFloat = Field(1.0, le=10.0, description="of sampling; other than 1 with pairs only: a policy "
+                                       "gradient trains the distribution that it samples")
+    decode_batch: Positive = Field(128, description="completions decoded together, on each rank")
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("constant",
+                                                              description="of the learning rate after the warm-up")
+    checkpoint_steps: Positive = Field(10, json_schema_extra=UNKEYED, description="optimizer steps between resume "
+                                       "points; completions of later steps are kept and not sampled again")
+    max_kl: PositiveFloat | None = Field(1.0, description="a check fails if the KL of the start weights to the "
+                                         "current ones is above this, in nats per token; null: no limit")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the loss is one of pairs."""
+        return self.loss not in ("mdloo", "rloo")
+
+    @property
+    def longest(self) -> int:
+        """Most completion tokens that must fit beside a prompt in a microbatch."""
+        return self.max_new_tokens * (2 if self.pairs else 1)
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.loss != "mdloo":
+            if self.epochs > 1:
+                raise ValueError(f"epochs={self.epochs} with loss={self.loss}: after one step the completions are no "
+                                 "longer the policy's; set epochs=1, or loss=mdloo")
+            if self.mirror_weight != type(self).model_fields["mirror_weight"].default:
+                raise ValueError("mirror_weight is read with loss=mdloo only; leave it out, or set loss=mdloo")
+        if not self.pairs and self.temperature != 1:
+            raise ValueError(f"temperature={self.temperature:g} with loss={self.loss}, which trains the distribution "
+                             "that it samples; leave it out")
+        if self.pairs and not self.beta:
+            raise ValueError(f"beta=0 with loss={self.loss}, which needs a weight above 0; 0.1 is usual")
+        if self.max_tokens <= self.longest:
+            raise ValueError(f"max_tokens={self.max_tokens} holds no prompt with {2 if self.pairs else 1} of max_new_"
+                             f"tokens={self.max_new_tokens}; raise it")
+        return self
+
+
+class OnlineRecipe(PromptedRecipe):
+    """A method with a stage of online training."""
+
+    online: Online = Field(Online(), description="training on completions of the weights in training")
+
+
+class CommitteeRecipe(OnlineRecipe):
+    method: Literal["committee"] = Field("committee", description="Apple's iTeC and MDLOO (2407.21075, section 4): the "
+                                         "models of SFT, DPO and online RL write the next round's data")
+
+    DEFAULTS: ClassVar = {"online.epochs": 2}
+    UNREAD = ("write_prompts", "dpo.pairs", *MERGING)
+
+    @model_validator(mode="after")
+    def has_its_own_writers(self):
+        if isinstance(self.sample, SampleModels) or (
+                isinstance(self.sample, OpenAI) and "{weights}" not in self.sample.model):
+            raise ValueError("sample names other writers, but the committee's own models write; name an engine")
+        if self.sample.k < 4:
+            raise ValueError(f"sample.k={self.sample.k} completions cannot be divided among a committee of up to 4 "
+                             "models; raise it")
+        return self
+
+
+class OnlineDpoRecipe(OnlineRecipe):
+    method: Literal["online_dpo"] = Field("online_dpo", description="online AI feedback (2402.04792): DPO on pairs "
+                                          "that the weights in training write")
+    rounds: Literal[1] = Field(1, description="always one stage of online training")
+
+    DEFAULTS: ClassVar = {"online.loss": "sigmoid", "online.k": 2, "online.beta": 0.1, "online.temperature": 0.9}
+    UNREAD = ("sample", "select", "sft", "dpo", "write_prompts", "data.sft", "data.preferences", "online.enabled",
+              *MERGING)
+
+    @model_validator(mode="before")
+    @classmethod
+    def has_pairs(cls, data):
+        online = data.get("online") if isinstance(data, dict) else None
+        if isinstance(online, dict) and online.get("loss") in ("mdloo", "rloo"):
+            raise ValueError(f"online.loss={online['loss']} is no loss of pairs; set sigmoid, ipo or hinge, or method="
+                             "committee")
+        return data
+
+
 RECIPES: dict[str, type[Recipe]] = {"rounds": Recipe, "reward": RewardRecipe, "llama3": Llama3Recipe,
                                     "llama2": Llama2Recipe, "nemotron": NemotronRecipe,
                                     "constitutional": ConstitutionalRecipe, "self_distill": SelfDistillRecipe,
-                                    "best_of_n": BestOfNRecipe}  # the keys of each method
+                                    "best_of_n": BestOfNRecipe, "committee": CommitteeRecipe,
+                                    "online_dpo": OnlineDpoRecipe}  # the keys of each method
 
 
 def recipe_class(data: dict) -> type[Recipe]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from strop.trainer.data.samples import Judging
 from strop.trainer.stages import evaluate as evaluate_stage
 from strop.trainer.stages import merge as merge_stage
+from strop.trainer.stages import online as online_stage
 from strop.trainer.stages import preference, publish, results
 from strop.trainer.stages import prompts as prompts_stage
 from strop.trainer.stages import reference as reference_stage
@@ -78,6 +79,11 @@ def dpo(stage, recipe, **inputs):
 
 def reward(stage, recipe, **inputs):
     reward_stage.reward(stage, reward=recipe.reward, **training(recipe), **({"history": []} | inputs))
+
+
+def online(stage, recipe, **inputs):
+    online_stage.online(stage, online=recipe.online, **training(recipe), score=recipe.score, **scoring(recipe),
+                        weights=weights_of(recipe), shares={s.name: s.share for s in recipe.data.sources}, **inputs)
 
 
 def reference(stage, recipe, *, select, model):

@@ -1,6 +1,7 @@
 """Which stages a change of the recipe makes stale: every key, against a table written by hand."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from typing import get_args, get_origin
@@ -217,6 +218,19 @@ REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
     "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {"reward.checkpoint_steps": (3, NOTHING)}
 
 
+# the keys of online, in a run of method committee with that stage alone
+ONLINE = {f"online.{key}": (value, {"online", "final"}) for key, value in {
+    "epochs": 3, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
+    "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
+    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "bema": True, "eval_steps": 3,
+    "bema_bias_power": Also(0.3, {"online.bema": True}), "bema_ema_power": Also(0.4, {"online.bema": True}),
+    "bema_lag": Also(5, {"online.bema": True}), "eval_prompts": 5, "max_cut_rise": 0.5, "max_length_ratio": 3.0,
+    "max_kl": 0.5, "steps": 3, "k": 3, "loss": Also("rloo", {"online.epochs": 1}), "beta": 0.0, "mirror_weight": 2.0,
+    "missing_eos_penalty": 0.5, "max_new_tokens": 9, "decode_batch": 16,
+    "temperature": Also(0.5, {"online.loss": "ipo", "online.epochs": 1})}.items()} | {
+    "online.checkpoint_steps": (3, NOTHING), "online.enabled": (False, {"held-out", "final"})}
+
+
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
     """A finished run of one round with a source of prompts, ready data of both kinds and a chat template; not to be
@@ -305,11 +319,11 @@ def test_every_key_has_its_entry():
     keys -= {key for key in keys for section, like in LIKE.items() if key.replace(f"{section}.", f"{like}.", 1) in keys
              and key.startswith(f"{section}.")}
     assert all(len(get_args(recipe.model_fields["method"].annotation)) == 1 for recipe in RECIPES.values())
-    unsaid = keys - TABLE.keys() - REWARD.keys()
+    unsaid = keys - TABLE.keys() - REWARD.keys() - ONLINE.keys()
     known = OTHER_METHODS | {"method", "sample.engine", "evaluate.engine", "write_prompts.engine", "reward.enabled",
              "data.sources.N.scorers.N.judge.models.N.engine"}
     assert unsaid == known, "say which stages these make stale"
-    assert TABLE.keys() | REWARD.keys() <= keys, "these keys are no longer there"
+    assert TABLE.keys() | REWARD.keys() | ONLINE.keys() <= keys, "these keys are no longer there"
 
 
 # sections of other methods that are those of another one, with the keys below besides
@@ -442,6 +456,30 @@ def test_a_key_of_the_reward_model_makes_it_stale(reward_run, key):
     others = value.others if isinstance(value, Also) else {}
     value = value.value if isinstance(value, Also) else value
     entries = planned(load_recipe(reward_run, {key: value} | others), Console(enabled=False))[1].plan
+    assert own_reasons(entries).keys() == expected
+    assert stale(entries) == closure(entries)
+
+
+@pytest.fixture(scope="module")
+def online_run(run, tiny_model):
+    """A finished run of method committee that trains online only; not to be changed."""
+    folder, threads = run.parent / "online", torch.get_num_threads()
+    folder.mkdir()
+    path = write_recipe(folder, tiny_model)
+    text = path.read_text().replace("rounds: 2", "method: committee\nrounds: 1\ndevice: cpu")
+    text = re.sub("(?m)^(sft|dpo): .*", r"\1: {enabled: false}", text)
+    path.write_text(text + "online: {steps: 2, batch_size: 2, max_new_tokens: 8}\n")
+    assert main([str(path)]) == 0
+    torch.set_num_threads(threads)
+    return path
+
+
+@pytest.mark.parametrize("key", ONLINE)
+def test_a_key_of_online_training_makes_it_stale(online_run, key):
+    value, expected = ONLINE[key]
+    others = value.others if isinstance(value, Also) else {}
+    value = value.value if isinstance(value, Also) else value
+    entries = planned(load_recipe(online_run, {key: value} | others), Console(enabled=False))[1].plan
     assert own_reasons(entries).keys() == expected
     assert stale(entries) == closure(entries)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,45 @@ def test_killed_at_every_point_it_ends_with_the_same_bits(launcher, recipe, poin
     assert "token 40 is drawn" in seen and "state.safetensors is written" in seen and "has been renamed" in seen
     same_end(runs / "whole", runs / "killed")
     assert not (runs / "killed" / "stale").exists()
+
+
+# of online training: a step's completions, and the gradients of the second epoch on others
+ONLINE = "online: half of .*step-000002.parquet|online: step 5 has"
+
+
+@pytest.fixture
+def online_recipe(tiny_recipe):
+    """Mirror descent of two epochs and a check of completions, resumed after every second step."""
+    text = tiny_recipe.read_text().replace("rounds: 2", "method: committee\nrounds: 1")
+    text = re.sub("(?m)^(sft|dpo): .*", r"\1: {enabled: false}", text)
+    tiny_recipe.write_text(text + "online: {steps: 4, batch_size: 5, epochs: 2, max_new_tokens: 16, lr: 1.0e-3, "
+                           "checkpoint_steps: 4, snapshots: 1, eval_steps: 4}\n")
+    return tiny_recipe
+
+
+@pytest.mark.parametrize("points, least", [
+    pytest.param(ONLINE, 2, id="some"), pytest.param("online: ", 30, id="all", marks=pytest.mark.slow)])
+def test_online_training_killed_or_on_two_ranks_is_the_same(launcher, online_recipe, points, least):
+    runs, fired = online_recipe.parent / "runs", online_recipe.with_name("fired")
+    finish(launcher, job(online_recipe, "whole"))
+    fired.touch()
+    assert finish(launcher, job(online_recipe, "killed", fired=str(fired), only=points)) >= least, fired.read_text()
+    same_end(runs / "whole", runs / "killed")
+    finish(launcher, job(online_recipe, "two", ranks=2))
+    one, two = (runs / name / "round-00/online" for name in ("whole", "two"))
+    assert largest_difference(one / "model", two / "model") < 1e-5
+    for a, b in zip(sorted(one.glob("rollouts/*")), sorted(two.glob("rollouts/*")), strict=True):
+        a, b = (read_table(path).to_pylist() for path in (a, b))
+        for x, y in zip(a, b, strict=True):
+            assert x.pop("logprobs") == pytest.approx(y.pop("logprobs"), abs=1e-4)
+            assert x.pop("ref_logp") == pytest.approx(y.pop("ref_logp"), abs=1e-3)
+            assert x == y
+    logged = [[r for r in read_metrics(runs / name / "metrics.jsonl") if r["stage"].endswith("online")]
+              for name in ("whole", "two")]
+    same = ("loss", "grad_norm", "reward", "kl", "entropy", "learning_rate", "policy/approxkl", "eval/kl")
+    for x, y in zip(*logged, strict=True):
+        x, y = ({name: row[name] for name in same if name in row} for row in (x, y))
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
+from itertools import count, islice
 
 from strop.trainer.config import Data, Part
 from strop.trainer.errors import UserError
@@ -65,29 +67,34 @@ def draw_prompts(rows: list[dict], shares: dict[str, float], n: int, seed: int, 
     Rounds take the prompts of a source in a shuffled order, which is redrawn once all of them were used. No prompt
     comes twice in a round.
     """
+    return next(draws(rows, shares, n, seed, round))
+
+
+def draws(rows: list[dict], shares: dict[str, float], n: int, seed: int, first: int = 0) -> Iterator[list[dict]]:
+    """What `draw_prompts` draws in rounds `first`, first + 1, ..."""
     sources: dict[str, dict[str, dict]] = {name: {} for name in shares}
     for row in rows:
         sources[row["source"]][row["prompt_id"]] = row
-    chosen = []
     room = {name: len(members) for name, members in sources.items()}
-    for name, m in allot(min(n, sum(room.values())), shares, room).items():
-        chosen += [sources[name][i] for i in stream(sorted(sources[name]), m, seed, name, round)]
-    return sorted(chosen, key=lambda row: hash_int(seed, "order", round, row["prompt_id"]))
+    streams = {name: islice(stream(sorted(sources[name]), m, seed, name), first, None)
+               for name, m in allot(min(n, sum(room.values())), shares, room).items()}
+    for round in count(first):
+        chosen = [sources[name][i] for name, ids in streams.items() for i in next(ids)]
+        yield sorted(chosen, key=lambda row: hash_int(seed, "order", round, row["prompt_id"]))
 
 
-def stream(ids: list[str], m: int, seed: int, source: str, round: int) -> list[str]:
-    """The `m` ids of round `round`: rounds take the next m of an endless sequence of shuffled passes over `ids`."""
+def stream(ids: list[str], m: int, seed: int, source: str) -> Iterator[list[str]]:
+    """The `m` ids of round 0, 1, ...: rounds take the next m of an endless sequence of shuffled passes over `ids`."""
     waiting: list[str] = []
-    taken: list[str] = []
     epoch = 0
-    for _ in range(round + 1):
+    while True:
         if len(waiting) < m:
             fresh = sorted(ids, key=lambda i: hash_int(seed, "pass", source, epoch, i))
             left = set(waiting)  # these come last in the new pass, so that none comes twice in this round
             waiting += [i for i in fresh if i not in left] + [i for i in fresh if i in left]
             epoch += 1
-        taken, waiting = waiting[:m], waiting[m:]
-    return taken
+        yield waiting[:m]
+        waiting = waiting[m:]
 
 
 def hash_int(*parts) -> int:

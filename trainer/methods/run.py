@@ -23,9 +23,9 @@ from strop.trainer.config import (
 from strop.trainer.data.ready import check_ready
 from strop.trainer.data.rows import counted
 from strop.trainer.data.splits import allot
-from strop.trainer.engines import LocalWriter, OpenAI, Revising, SampleModels, Sampling, Writer
+from strop.trainer.engines import WRITERS, LocalWriter, OpenAI, Revising, SampleModels, Sampling, Writer
 from strop.trainer.errors import UserError
-from strop.trainer.method_recipes import Safety
+from strop.trainer.method_recipes import Online, Safety
 from strop.trainer.models.embedder import find_embedder
 from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
@@ -39,6 +39,7 @@ from strop.trainer.scoring.base import check_scorer
 from strop.trainer.scoring.table import models_of
 from strop.trainer.stages.evaluate import held_out
 from strop.trainer.stages.merge import average, merge
+from strop.trainer.stages.online import online
 from strop.trainer.stages.preference import check_loss, dpo
 from strop.trainer.stages.prompts import prompts
 from strop.trainer.stages.publish import publish
@@ -154,18 +155,24 @@ class Run:
         check_unchanged(self._files[path])
         return self._files[path]
 
-    def sample(self, section: Sampling, weights: Artifact, prompts: Artifact, name: str = "sample",
-               score: Score | None = None) -> Artifact:
-        """K completions of prompts by `weights`, or by the writers that the section lists. These are this round's
-        prompts, or with another name than sample another draw of the training prompts. score: for samples that are
-        then scored with this section; scoring begins while they are drawn.
+    def sample(self, section: Sampling, weights: Artifact | dict[str, Artifact], prompts: Artifact,
+               name: str = "sample", score: Score | None = None) -> Artifact:
+        """K completions of prompts by `weights`, or by the writers that the section lists. Several weights by name
+        divide K among them. These are this round's prompts, or with another name than sample another draw of the
+        training prompts. score: for samples that are then scored with this section; scoring begins while they are
+        drawn.
 
         With several writers each is a stage of its own, so that a change of one asks no other again."""
         seed = self.recipe.seed if name == "sample" else int(hash_json([self.recipe.seed, name])[:15], 16)
-        if not isinstance(section, SampleModels):
+        if isinstance(weights, dict):
+            writer = WRITERS[section.engine]
+            keys = {key: value for key, value in section if key in writer.model_fields}
+            there = {n: (writer(name=n, **keys), folder) for n, folder in weights.items()}
+        elif isinstance(section, SampleModels):
+            there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
+            there = {name: pair for name, pair in there.items() if pair[1] is not None}
+        else:
             return self._write(name, section, section, weights, prompts, seed, "samples", score)
-        there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
-        there = {name: pair for name, pair in there.items() if pair[1] is not None}
         if not there:
             raise UserError(f"sample.models: no writer has weights in round {self.round}; add one with weights=current")
         share = allot(section.k, {n: w.share for n, (w, _) in there.items()}, dict.fromkeys(there, section.k))
@@ -361,6 +368,20 @@ class Run:
         if len(runs) == 1:
             return runs[0]
         return self._stage(name, average, "weights", {}, {"runs": [run.model for run in runs]})
+
+    def online(self, section: Online, policy: Artifact, prompts: Artifact, reference: Artifact | None = None,
+               name: str = "online") -> Artifact:
+        """`policy` trained on completions that it writes itself, step by step, with a KL penalty to `reference`, by
+        default `policy`; the weights are `.model`."""
+        r, reference = self.recipe, reference or policy
+        scoring, files = self._scoring(r.sources)
+        config = scoring | self._training(online=section, evaluate=self._checks) | {
+            "score": r.score.only("max_errors", "workers"), "weights": weights_of(r.sources),
+            "shares": {s.name: s.share for s in r.sources}}
+        inputs = {"round": self.round, "policy": policy, "prompts": prompts, "files": files}
+        if section.beta:
+            inputs |= {"reference": reference, "same_weights": reference.hash == policy.hash}
+        return self._stage(name, online, "training", config, inputs, title="online", all_ranks=True)
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
         """The average of checkpoints of `trained` and `start`, as the section says."""

@@ -34,6 +34,11 @@ PANELS = {  # charts per training stage: title -> metrics; other metrics get one
     "tokens per second": ("tokens_per_second",), "share of the peak speed (MFU)": ("mfu",),
     "tokens of checked completions": ("eval/mean_length",), "checked completions that were cut": ("eval/cut_share",),
     "KL of the start weights, checked": ("eval/kl",),
+    "reward": ("reward",), "spread of a prompt's rewards": ("reward_std",), "KL to the reference": ("kl",),
+    "tokens of completions": ("completions/mean_length", "completions/max_length"),
+    "completions cut by length": ("completions/clipped_ratio",),
+    "log-probs, sampler against trainer": ("sampling/sampling_logp_difference/mean",),
+    "seconds of sampling and scoring": ("sampling_seconds", "scoring_seconds"),
     "packing and balance": ("packing_efficiency", "packing_fill", "rank_balance"),
 }
 SOURCES, DROPS, RECIPE = 12, 200, 50_000  # the report's charted sources, rows of drops, characters of the recipe

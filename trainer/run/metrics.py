@@ -17,6 +17,8 @@ from strop.trainer.run.trackers import Tracker, open_trackers
 
 RESERVED = {"stage": str, "step": int, "time": int | float}
 SHOWN = {  # metrics on the console: name -> (label, format)
+    "reward": ("reward", ".3g"),
+    "kl": ("kl", ".2g"),
     "loss": ("loss", ".4g"),
     "nll_loss": ("nll", ".4g"),
     "rewards/margins": ("margin", ".3g"),

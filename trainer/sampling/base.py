@@ -12,14 +12,15 @@ from typing import Protocol
 @dataclass
 class Completion:
     """tokens: as sampled, with the stop token. logp: summed over them at temperature 1, in nats; None if unknown.
-    finish: "stop", "length", or why there is nothing to use, with `detail`. text: if it was written as text, and
-    `tokens` are its encoding; else None."""
+    logps: that of each token, if the in-process sampler wrote it. finish: "stop", "length", or why there is nothing to
+    use, with `detail`. text: if it was written as text, and `tokens` are its encoding; else None."""
 
     tokens: list[int] = field(default_factory=list)
     logp: float | None = 0.0
     finish: str = ""
     text: str | None = None
     detail: str = ""
+    logps: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

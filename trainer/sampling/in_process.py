@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,24 @@ def pack_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
                     setattr(parent, name, PackedLinear(child))
                     packed.append((parent, name, child))
     return packed
+
+
+@contextmanager
+def lent(model: nn.Module) -> Iterator[Generator]:
+    """A Generator on the weights of a model in training, without a copy of them but for packed linear layers on a CPU.
+    Afterwards the model has its own layers, attention and mode again. With adapters around it their layers stay, and
+    nothing is packed. Raises UserError as Generator does."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, training = base.config._attn_implementation, model.training
+    packed = pack_linears(base) if base is model else []  # adapters look at the layers' weights
+    model.eval()
+    try:
+        yield Generator(base)
+    finally:
+        base.set_attn_implementation(attention)
+        for parent, name, layer in packed:
+            setattr(parent, name, layer)
+        model.train(training)
 
 
 class PackedLinear(nn.Module):
@@ -261,6 +280,7 @@ class Batch:
             completion = row.completion
             completion.tokens.append(int(t))
             completion.logp += lp
+            completion.logps.append(lp)
             if int(t) in stop or len(completion.tokens) == self.max_new_tokens:
                 completion.finish = "stop" if int(t) in stop else "length"
                 self.retire(r, row)

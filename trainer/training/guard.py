@@ -23,7 +23,7 @@ from strop.trainer.models.kl import CHUNK, exact, log_probs
 from strop.trainer.run.files import read_json, write_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table
-from strop.trainer.sampling.in_process import Generator, pack_linears
+from strop.trainer.sampling.in_process import lent
 from strop.trainer.training.batch import Example, collate
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
@@ -171,16 +171,9 @@ class Guard:
 
     def _complete(self) -> list:
         """Greedy completions by the weights in training, whose layers are exchanged for as long as that takes."""
-        base = self.scorer.base
-        attention = base.config._attn_implementation
-        packed = pack_linears(base) if base is self.engine.model else []  # adapters look at the layers' weights
-        try:
-            found = Generator(base).generate(self.prompts, max_new_tokens=self.max_new_tokens, temperature=0.0,
-                                             stop_ids=self.stop, batch_size=len(self.prompts))
-        finally:
-            base.set_attn_implementation(attention)
-            for parent, name, layer in packed:
-                setattr(parent, name, layer)
+        with lent(self.engine.model) as generator:
+            found = generator.generate(self.prompts, max_new_tokens=self.max_new_tokens, temperature=0.0,
+                                       stop_ids=self.stop, batch_size=len(self.prompts))
         return [completion for completion, in found]
 
     def _remember(self, done: list) -> None:
