@@ -192,7 +192,8 @@ def listed_loss(section: Dpo, examples: list[Rated], rows: list[int], groups: Pa
         places, lengths = onto(logp.device, sides, [last[at] - first[at] for at in sides])
         policy, reference = (sequence_sums(values, **how).index_select(0, places) for values in (logp, ref))
         metrics = preference_loss(policy, reference, beta=section.beta, lengths=lengths)[1]
-        metrics[PREFERENCE_METRICS.index("loss")] = total
+        at = PREFERENCE_METRICS.index("loss")
+        metrics = torch.cat([metrics[:at], total.float().view(1), metrics[at + 1:]])
     return total / prompts, metrics
 
 
