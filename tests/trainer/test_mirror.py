@@ -10,11 +10,13 @@ import torch.distributed as dist
 from forked import in_a_fork
 
 from strop.trainer.errors import UserError
+from strop.trainer.methods.running import _check_recipes
 from strop.trainer.run import mirror
 from strop.trainer.run.artifacts import external
 from strop.trainer.run.console import Console
 from strop.trainer.run.store import Store
 from strop.trainer.run.world import World
+from strop.trainer.sampling.asking import Pool
 
 
 def on_two_nodes(tmp_path, check, folders=("a", "b")):
@@ -170,6 +172,10 @@ def test_stages_run_and_resume_on_copies(tmp_path):
 
         with pytest.raises(UserError, match=f"{os.uname().nodename}: rows.txt: no such file"):
             mirror.on_nodes(world, find)
+        with pytest.raises(UserError, match="recipe is not that of node 0"):
+            _check_recipes(world, f"name: {world.rank}")
+        with pytest.raises(UserError, match=r"sample\.budget=10: the nodes share no storage"):
+            Pool(None, None, None, concurrency=1, budget=10, key="sample")
         s.unlock()
 
     on_two_nodes(tmp_path, check)

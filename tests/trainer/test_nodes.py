@@ -207,11 +207,11 @@ def test_file_that_a_node_lacks_ends_both(network, tiny_recipe, tmp_path):
     shutil.copy(prompts, tmp_path / "a")
     settings = "output_dir=runs", "data.sources.0.path=prompts.jsonl"
     host, folders = os.uname().nodename, [tmp_path / "a", tmp_path / "b"]
-    for code, errors in outcomes(start(network, "tiny.yaml", *settings, folders=folders), WITHIN):
+    for code, errors in outcomes(start(network, "tiny.yaml", *settings, folders=folders), 180):
         assert code != 0
         assert f"{host}: prompts.jsonl: no such file" in errors.splitlines()[-1]
 
     (tmp_path / "b" / "prompts.jsonl").write_text(prompts.read_text() + "\n")
-    for code, errors in outcomes(start(network, "tiny.yaml", *settings, folders=folders), WITHIN):
+    for code, errors in outcomes(start(network, "tiny.yaml", *settings, folders=folders), 180):
         assert code != 0
         assert f"{host}: prompts.jsonl: is not what it is on node 0" in errors.splitlines()[-1]
