@@ -1,5 +1,5 @@
 """Two network namespaces as two nodes: a node that fails, is killed or is cut off ends the other one within a minute,
-and the same command resumes, also on one node."""
+and the same command resumes, also on one node. Without shared storage each node has a copy of the run."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from strop.trainer.run.artifacts import list_files, read_manifest
 from strop.trainer.run.nodes import LOST
 
 REPO = Path(__file__).parents[2]
@@ -63,8 +64,9 @@ def start(names, recipe, *overrides, folders=(REPO, REPO)):
 
 
 def wait_for(path, processes, seconds=120):
+    """path: may end in a pattern."""
     until = time.monotonic() + seconds
-    while not path.exists():
+    while not [*path.parent.glob(path.name)]:
         assert time.monotonic() < until, f"{path} did not come"
         for process in processes:
             if process.poll() is not None:
@@ -137,11 +139,79 @@ def test_error_of_one_rank_is_shown_on_every_node(network, tiny_recipe):
     assert LOST < WITHIN
 
 
-def test_nodes_without_shared_storage_are_refused(network, tiny_recipe, tmp_path):
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    for code, errors in outcomes(start(network, tiny_recipe, "output_dir=runs", folders=folders), WITHIN):
+def artifacts(run_dir):
+    """{stage: {file: hash}} of a run directory whose files have the hashes of their manifests."""
+    found = {}
+    for path in run_dir.rglob("manifest.json"):
+        manifest = read_manifest(path.parent)
+        files = {name: entry for name, entry in list_files(path.parent).items() if name != "manifest.json"}
+        assert files == manifest["files"], path
+        found[manifest["stage"]] = {name: entry["hash"] for name, entry in files.items() if name != "README.md"}
+    return found
+
+
+def kill(processes):
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+    time.sleep(2)  # workers end with their torchrun
+
+
+def test_nodes_without_shared_storage_keep_copies(network, tiny_recipe, tmp_path):
+    """Whole, killed and resumed, also with nodes exchanged: the bits are those of a run with shared storage."""
+    def on(*names):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+        return start(network, tiny_recipe, "output_dir=runs", "rounds=1", "dpo.batch_size=1",
+                     folders=[tmp_path / name for name in names])
+
+    def finish(*names):
+        done = outcomes(on(*names), 240)
+        assert [code for code, _ in done] == [0, 0], done
+        runs = [tmp_path / name / "runs" / "tiny" for name in names]
+        found = [artifacts(run) for run in runs]
+        assert found[0] == found[1]
+        for path in runs[0].rglob("manifest.json"):
+            assert path.read_bytes() == (runs[1] / path.relative_to(runs[0])).read_bytes()
+        assert not [path for run in runs for path in run.rglob("*.partial")]
+        for name in ("plan.json", "promotions.json", "config.yaml", "metrics.jsonl", "report.html"):
+            assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+        return found[0]
+
+    whole = finish("shared", "shared")
+    assert "round-00/dpo" in whole
+    assert finish("whole-0", "whole-1") == whole
+
+    running = on("a", "b")
+    wait_for(tmp_path / "b" / "runs" / "tiny" / "round-00" / "sample.partial" / "shard-00001.parquet", running)
+    kill(running)
+    assert not (tmp_path / "a" / "runs" / "tiny" / "round-00" / "sample.partial" / "shard-00001.parquet").exists()
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    shutil.copytree(tmp_path / "b", tmp_path / "d")
+    running = on("a", "b")
+    wait_for(tmp_path / "a" / "runs" / "tiny" / "round-00" / "dpo.partial" / "work" / "step-*", running)
+    kill(running)
+    points = [[*(tmp_path / name).rglob("dpo.partial/work/step-*")] for name in ("a", "b")]
+    assert points[0] and not points[1]
+    assert finish("b", "a") == whole  # exchanged
+    assert finish("d", "c") == whole
+    assert finish("d", "c") == whole  # all is up to date
+
+
+def test_file_that_a_node_lacks_ends_both(network, tiny_recipe, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tiny_recipe, tmp_path / name / "tiny.yaml")
+    prompts = tiny_recipe.parent / "prompts.jsonl"
+    shutil.copy(prompts, tmp_path / "a")
+    settings = "output_dir=runs", "data.sources.0.path=prompts.jsonl"
+    host, folders = os.uname().nodename, [tmp_path / "a", tmp_path / "b"]
+    for code, errors in outcomes(start(network, "tiny.yaml", *settings, folders=folders), 180):
         assert code != 0
-        assert errors.splitlines()[-1].startswith("error: output_dir=runs: ")
-        assert "storage that all nodes share" in errors
+        assert f"{host}: prompts.jsonl: no such file" in errors.splitlines()[-1]
+
+    (tmp_path / "b" / "prompts.jsonl").write_text(prompts.read_text() + "\n")
+    for code, errors in outcomes(start(network, "tiny.yaml", *settings, folders=folders), 180):
+        assert code != 0
+        assert f"{host}: prompts.jsonl: is not what it is on node 0" in errors.splitlines()[-1]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from strop.trainer.config import key_of
 from strop.trainer.errors import UserError
+from strop.trainer.run import mirror
 from strop.trainer.run.artifacts import (
     WORK,
     Artifact,
@@ -73,6 +74,11 @@ class Stage:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def meet(self) -> None:
+        """A barrier, after which every rank sees what all ranks wrote."""
+        self.world.barrier()
+        mirror.meet(self.dir)
+
     def nothing_to_learn(self, why: str) -> None:
         """Raises UserError(why) in the first round. A later round goes on with the weights that it has, so that
         earlier rounds are not lost, and warns."""
@@ -99,8 +105,8 @@ class Store:
         self._lock = self._folder = None
 
     def lock(self) -> None:
-        """Locks the run directory for this process. Raises UserError if another process holds it."""
-        if not self.world.first:
+        """Locks the run directory, and every copy of it, for this run. Raises UserError if another process holds it."""
+        if not mirror.keeps(self.world) or self._lock is not None:
             return
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -129,22 +135,6 @@ class Store:
         remove(self.run_dir.glob(".*.tmp"))
         check_file_types(self.run_dir)
 
-    def check_shared(self) -> None:
-        """Raises UserError on every rank if a node does not see the run directory of rank 0."""
-        token, seen = self.world.share(os.urandom(8).hex()), self.run_dir / ".seen.tmp"
-        if self.world.first:
-            write_atomic(seen, lambda p: p.write_text(token))
-        self.world.barrier()
-        until = time.monotonic() + 10  # a network file system may show new files late
-        while not (found := seen.is_file() and seen.read_text() == token) and time.monotonic() < until:
-            time.sleep(0.2)
-        blind = [host for host in self.world.gather("" if found else os.uname().nodename) if host]
-        if self.world.first:
-            seen.unlink(missing_ok=True)
-        if blind:
-            raise UserError(f"output_dir={self.run_dir.parent}: {', '.join(sorted(set(blind)))} does not see the run "
-                            "directory of rank 0; name a folder on storage that all nodes share")
-
     def unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -164,7 +154,13 @@ class Store:
         final, key = self.run_dir / name, hash_json({"stage": name, "config": key_config, "inputs": hashes})
         artifacts: list[Artifact] = []
         _walk(inputs, artifacts.append)
-        state, why = self._state(final, key, key_config, hashes, any(a.hash is None for a in artifacts))
+        waiting = any(a.hash is None for a in artifacts)
+        if mirror.is_on() and not self.planning:
+            self._check_equal(inputs, hashes)
+            found = self._state(final, key, key_config, hashes, waiting) if self.world.first else None
+            (state, why), key = self.world.share((found, key))  # a copy may be older
+        else:
+            state, why = self._state(final, key, key_config, hashes, waiting)
         entry = {"stage": name, "kind": kind, "title": title or name.split("/")[-1], "round": round,
                  "inputs": self._origins(inputs), "state": state, "why": why}
         if self.planning:
@@ -182,11 +178,42 @@ class Store:
                           ahead=ahead)
             self._run(stage, key, function, config, inputs, all_ranks,
                       {"kind": kind, "config": key_config, "inputs": hashes})
-        elif self.world.first:
+        else:
             self.console.line(f"{name}: up to date")
-            shutil.rmtree(final / WORK, ignore_errors=True)
+            self._copy(final)
+            if mirror.keeps(self.world):
+                shutil.rmtree(final / WORK, ignore_errors=True)
         self._note(entry | {"state": "done", "why": ""})
         return self._load(final)
+
+    def _check_equal(self, inputs: dict, hashes: dict) -> None:
+        """Raises UserError on every rank if an input of a stage is another one on some node."""
+        mine = _flat(hashes)
+        first = self.world.share(mine)
+        paths = _known(_walk(inputs, lambda a: str(a.path), lambda plain: None))
+        wrong = [k for k in first | mine if first.get(k) != mine.get(k)]
+        wrong = [paths[k] for k in wrong if k in paths] + wrong
+        found = self.world.gather(f"{os.uname().nodename}: {wrong[0]}" if wrong else "")
+        if named := next(filter(None, found), None):
+            raise UserError(f"{named}: is not what it is on node 0; the nodes share no storage, so copy it to each")
+
+    def _copy(self, final: Path) -> None:
+        """Makes every node's copy of an artifact that of node 0, if they share no storage."""
+        if not mirror.is_on():
+            return
+        manifest = final / "manifest.json"
+        text, known = self.world.share(_text(manifest) if self.world.first else None), None
+        if self.world.first:
+            known = read_manifest(final)["files"] | list_files(manifest)
+        elif mirror.keeps(self.world):
+            partial = final.parent / f"{final.name}.partial"
+            if _text(manifest) not in (None, text):
+                self._set_aside(final)
+            if not final.exists() and _text(partial / "manifest.json") == text:  # a run was killed before it renamed it
+                os.replace(partial, final)
+            with writing(final):
+                final.mkdir(parents=True, exist_ok=True)
+        mirror.spread(final, known)
 
     def _note(self, entry: dict) -> None:
         """Updates the entry of a stage in plan.json."""
@@ -235,25 +262,26 @@ class Store:
         stage has read."""
         artifacts: list[Artifact] = []
         _walk(inputs, artifacts.append)
-        for artifact in artifacts if self.world.first else ():
+        for artifact in artifacts if mirror.keeps(self.world) else ():
             if self.run_dir not in artifact.path.parents:
                 check_unchanged(artifact)
 
     def _run(self, stage: Stage, key: str, function, config: dict, inputs: dict, all_ranks: bool, about: dict) -> None:
         final, partial = self.run_dir / stage.name, stage.dir
-        if self.world.first:
+        if mirror.keeps(self.world):
             if final.exists():
                 self._set_aside(final)
             owner = partial / ".key"
             if partial.exists():
-                remove(p for p in partial.rglob(".*") if p != owner)
                 is_ours = owner.exists() and owner.read_text(errors="replace") == key
+                kept = {owner, partial / mirror.MET} if is_ours else {owner}
+                remove(p for p in partial.rglob(".*") if p not in kept)
                 if not is_ours and any(p != owner for p in partial.iterdir()):
                     self._set_aside(partial)
             with writing(partial):
                 partial.mkdir(parents=True, exist_ok=True)
             write_atomic(owner, lambda p: p.write_text(key))
-        self.world.barrier()
+        stage.meet()
         started = time.perf_counter()
         if all_ranks or self.world.first:
             function(stage, **config, **_walk(inputs, lambda a: a.path))
@@ -269,10 +297,13 @@ class Store:
                         "versions": versions(), "created": datetime.now(UTC).isoformat(timespec="seconds")}
             manifest["inputs"] = _known(about["inputs"])
             write_json(partial / "manifest.json", manifest)
+        mirror.spread(partial)
+        if mirror.keeps(self.world):
             with writing(final):
                 os.replace(partial, final)
                 sync(final.parent)
             shutil.rmtree(final / WORK, ignore_errors=True)
+        if self.world.first:
             self._checked.add(final)
             self._summary(manifest)
             for call in self.after:
@@ -295,6 +326,10 @@ class Store:
     def _load(self, final: Path) -> Artifact:
         files = read_manifest(final)["files"]
         return Artifact(final, content_hash(files), files)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
 
 def _lock_folder(folder: int) -> None:

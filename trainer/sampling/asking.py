@@ -12,7 +12,7 @@ from pathlib import Path
 
 from strop.trainer.engines import OpenAI
 from strop.trainer.errors import UserError
-from strop.trainer.run import stopping
+from strop.trainer.run import mirror, stopping
 from strop.trainer.run.files import sync, writing
 from strop.trainer.run.store import Stage
 from strop.trainer.sampling.base import ChatModel, Reply, Settings, Stopped
@@ -116,6 +116,9 @@ class Pool:
 
     def __init__(self, model: ChatModel, settings: Settings, journal: Journal, *, concurrency: int, budget: int | None,
                  key: str):
+        if budget is not None and mirror.is_on():
+            raise UserError(f"{key}.budget={budget:,}: the nodes share no storage, so ranks cannot see what others "
+                            "use; leave it out, or put output_dir on storage that all nodes share")
         self.model, self.settings, self.journal, self.concurrency = model, settings, journal, concurrency
         self.budget, self.key, self.halt = budget, key, model.halt
         self.reserved, self.change = 0, threading.Condition()

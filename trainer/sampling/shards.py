@@ -80,7 +80,7 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
                 write_table(shard.path, table)
                 on_done(shard.path)
                 stopping.point()
-    stage.world.barrier()
+    stage.meet()
 
 
 def is_done(shard: Shard, key: tuple[str, ...], schema: pa.Schema) -> bool:

@@ -55,7 +55,7 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
             for chunk, part in zip(todo, parts, strict=True):
                 if not part.exists():
                     write_table(part, score_chunk(scorer, pairs, chunk, world.device, bar))
-    world.barrier()
+    stage.meet()
     if world.first:
         tables = [read_table(p) for p in sorted(stage.work.glob(f"part-{world.size}-*.parquet"))]
         table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()

@@ -80,7 +80,7 @@ class Rollouts:
         """The table of a step from what each rank has written."""
         world, name = self.stage.world, f"rollouts-{step + 1:06}"
         write_table(self.stage.work / f"{name}-{world.rank}.parquet", mine)
-        world.barrier()
+        self.stage.meet()
         if world.first:
             parts = [self.stage.work / f"{name}-{rank}.parquet" for rank in range(world.size)]
             place = {row["prompt_id"]: i for i, row in enumerate(drawn)}
@@ -89,7 +89,7 @@ class Rollouts:
             write_table(self.path(step), pa.Table.from_pylist(rows, schema=SCHEMA))
             for part in parts:
                 part.unlink()
-        world.barrier()
+        self.stage.meet()
 
     def written(self, drawn: list[dict], step: int) -> pa.Table:
         """Completions of these prompts by the current weights."""
