@@ -127,14 +127,15 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, float(scale), softcap)
 
 
-def fuse_layers(model: nn.Module) -> dict[str, int]:
+def fuse_layers(model: nn.Module, device: torch.device | None = None) -> dict[str, int]:
     """Run the model's RMSNorms, SwiGLU blocks and rotary embeddings fused, in place; values stay the same to rounding.
 
     On a GPU these are Liger's kernels, if Liger is installed and supports the model. On the CPU, if csrc/cpu.cpp was
     built, every module that computes what strop.kernels.layers computes is found by trying it on random rows. Only this
-    model changes: its modules get subclasses of their classes. Returns how many modules changed, by kind.
+    model changes: its modules get subclasses of their classes. device: where it will run, by default where it is.
+    Returns how many modules changed, by kind.
     """
-    if next(model.parameters()).is_cuda:
+    if (device or next(model.parameters()).device).type == "cuda":
         return _fuse_with_liger(model)
     if not layers.available(next(model.parameters())):
         return {}

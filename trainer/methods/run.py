@@ -51,6 +51,7 @@ from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 from strop.trainer.stages.write_prompts import write_prompts
+from strop.trainer.training.engines import check_engine
 
 BY_REWARD = {"by": None, "sft_min_score": None, "pass_rate_min": 0.0, "pass_rate_max": 1.0}  # select without verdicts
 # keys of dpo that the reference table depends on
@@ -82,7 +83,7 @@ class Run:
         self.promoted: list[Artifact] = []  # by round
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
-        self._compute = recipe.only("dtype", "device", "attention")
+        self._compute = recipe.only("dtype", "device", "attention", "engine")
         self._checks = recipe.evaluate.only("max_new_tokens")  # the checks of training sample as evaluate does
         commits = {path: commit for path, (_, commit) in self.data.items()}
         commits |= {recipe.model.path: base.revision} if base.revision else {}
@@ -96,6 +97,7 @@ class Run:
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():
                 check_ready(ready.model_copy(update={"path": file}), recipe.dpo.rows, who)
+        check_engine(recipe.engine, recipe.dtype)
         for scorer in () if store.planning or not store.world.first else self._distinct_scorers():
             check_scorer(scorer, Path(scorer.python.rpartition(":")[0]) if scorer.python else None)
 
