@@ -17,9 +17,8 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.sampling.kv_cache import onto
 from strop.trainer.training.batch import Example, collate, ends_first, microbatches
-from strop.trainer.training.flops import sizes_of, training_flops
 from strop.trainer.training.engine import Training
-from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.flops import training_flops
 from strop.trainer.training.pairs import Origin, ReferenceTable
 
 COUNT = PREFERENCE_METRICS.index("count")
