@@ -51,7 +51,6 @@ from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 from strop.trainer.stages.write_prompts import write_prompts
-from strop.trainer.training.engines import check_engine
 
 BY_REWARD = {"by": None, "sft_min_score": None, "pass_rate_min": 0.0, "pass_rate_max": 1.0}  # select without verdicts
 # keys of dpo that the reference table depends on
@@ -97,7 +96,6 @@ class Run:
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():
                 check_ready(ready.model_copy(update={"path": file}), recipe.dpo.rows, who)
-        check_engine(recipe.engine, recipe.dtype)
         for scorer in () if store.planning or not store.world.first else self._distinct_scorers():
             check_scorer(scorer, Path(scorer.python.rpartition(":")[0]) if scorer.python else None)
 
