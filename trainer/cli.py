@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from strop.trainer.config import Recipe
-from strop.trainer.engines import engine_of, sections_of, tag_of
+from strop.trainer.engines import picked, sections_of, tag_key, tag_of
 from strop.trainer.errors import UserError
 from strop.trainer.method_recipes import RECIPES, has_key, recipe_class
 from strop.trainer.planning.hardware import Hardware, hardware_of
@@ -294,7 +294,8 @@ def _explain(error: dict, read: _Read) -> str:
         path.append(part)
         is_tag = len(_sections_at(path, read.data, every=True)) > 1 and not isinstance(at, list)
     if error["type"] == "union_tag_invalid":
-        path, at = [*path, "engine"], engine_of(at)
+        key = tag_key(_sections_at(path, read.data, every=True)[0])
+        path, at = [*path, key], at.get(key) if isinstance(at, dict) else at
     below = [line for k, line in read.lines.items()
              if k[:len(path)] == tuple(path) != () and line in ("command line", "overrides")]
     above = [read.lines[k] for k in (tuple(path[:n]) for n in range(len(path), -1, -1)) if k in read.lines]
@@ -330,7 +331,7 @@ def _explain(error: dict, read: _Read) -> str:
 
 
 def _spoken(section: type[BaseModel]) -> str:
-    return "models" if tag_of(section) == "models" else f"engine={tag_of(section)}"
+    return "models" if tag_of(section) == "models" else f"{tag_key(section)}={tag_of(section)}"
 
 
 def _sections_at(path: list, data: Any = None, every: bool = False) -> list[type[BaseModel]]:
@@ -346,7 +347,7 @@ def _sections_at(path: list, data: Any = None, every: bool = False) -> list[type
         except (KeyError, IndexError, TypeError):
             data = None
         if not isinstance(data, list) and not (every and i == len(path) - 1):
-            sections = [s for s in sections if len(sections) == 1 or tag_of(s) == engine_of(data)] or sections[:1]
+            sections = (picked(sections, data) if len(sections) > 1 else sections) or sections[:1]
     return sections
 
 
@@ -399,16 +400,17 @@ def help_text() -> str:
                      else f"  {key}  (mapping, default null)\n      {info.description}; it has" if optional
                      else f"\n{key}: {info.description}")
         prefix = key + (".N." if listed else ".")
-        engines = [tag_of(s) for s in inner if "engine" in s.model_fields]
-        shared = [n for n in inner[0].model_fields if n == "engine" or all(n in s.model_fields for s in inner)]
+        tag = tag_key(inner[0])
+        engines = [tag_of(s) for s in inner if tag in s.model_fields] if len(inner) > 1 else []
+        shared = [n for n in inner[0].model_fields if n == tag or all(n in s.model_fields for s in inner)]
         for n in shared if len(inner) > 1 else ():
-            if n == "engine":
-                lines.append(f"  {prefix}engine  ({' | '.join(engines)}, default {engines[0]})\n      "
+            if n == tag:
+                lines.append(f"  {prefix}{tag}  ({' | '.join(engines)}, default {engines[0]})\n      "
                              f"{inner[0].model_fields[n].description}")
             else:
                 field(n, inner[0].model_fields[n], prefix)
         for model in inner:
-            if len(inner) > 1:
+            if len(inner) > 1 and model.model_fields.keys() - set(shared):
                 lines.append(f"  with {prefix}{_spoken(model)}:")
             for n, i in model.model_fields.items():
                 if len(inner) == 1 or n not in shared:

@@ -27,6 +27,7 @@ from strop.trainer.section import (  # noqa: F401 - readers of recipes import so
     key_of,
     read_text,
 )
+from strop.trainer.sharding import AnyTrainer, Auto
 from strop.trainer.sources import Data, ReadyData, Source  # noqa: F401 - as above
 from strop.trainer.writing import AnyWritePrompts, WritePrompts, Writing, what_is_missing  # noqa: F401 - as above
 
@@ -337,6 +338,7 @@ class Recipe(Section):
         "a CPU")
     threads: NotNegative = Field(0, le=4096, json_schema_extra=UNKEYED,
                                  description="CPU threads per rank; 0 divides the cores among the ranks")
+    engine: AnyTrainer = Field(Auto(), json_schema_extra=UNKEYED, description="what trains, and how ranks divide it")
     model: Model = Field(Model(), description="the start weights")
     lora: Lora = Field(Lora(), description="low-rank adapters instead of full fine-tuning")
     data: Data = Field(Data(), description="prompts and ready-made training data")

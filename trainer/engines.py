@@ -19,6 +19,7 @@ from strop.trainer.section import (
     Weight,
     not_zero_in_fp32,
 )
+from strop.trainer.sharding import Trainer, kind_of
 
 
 def _server(value: str) -> str:
@@ -90,6 +91,11 @@ class OpenAI(Section):
                                     description="price of a million completion tokens")
 
 
+def tag_key(section: type[Section]) -> str:
+    """The key whose value picks this section in a union: engine, or kind of what trains."""
+    return "kind" if issubclass(section, Trainer) else "engine"
+
+
 def engine_of(value: Any) -> str:
     """The tag of a section, or of the data for one, in a union of engines."""
     if isinstance(value, Section):
@@ -97,6 +103,12 @@ def engine_of(value: Any) -> str:
     if not isinstance(value, dict):
         return "in_process"
     return "models" if value.get("models") else str(value.get("engine", "in_process"))
+
+
+def picked(sections: list[type[Section]], data: Any) -> list[type[Section]]:
+    """Of the sections in a union, the one that data is for."""
+    tag = kind_of(data) if issubclass(sections[0], Trainer) else engine_of(data)
+    return [section for section in sections if tag_of(section) == tag]
 
 
 def sections_of(annotation) -> list[type[Section]]:
@@ -107,8 +119,9 @@ def sections_of(annotation) -> list[type[Section]]:
 
 
 def tag_of(section: type[Section]) -> str:
-    """The value of `engine_of` that picks this section."""
-    return section.model_fields["engine"].default if "engine" in section.model_fields else "models"
+    """The value of `engine_of` or `kind_of` that picks this section."""
+    key = tag_key(section)
+    return section.model_fields[key].default if key in section.model_fields else "models"
 
 
 class Writer(Section):

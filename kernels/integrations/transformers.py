@@ -127,16 +127,16 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, float(scale), softcap)
 
 
-def fuse_layers(model: nn.Module, inference: bool = False) -> dict[str, int]:
+def fuse_layers(model: nn.Module, inference: bool = False, device: torch.device | None = None) -> dict[str, int]:
     """Run the model's RMSNorms, SwiGLU blocks and rotary embeddings fused, in place; values stay the same to rounding.
 
     On a GPU these are Liger's kernels, if Liger is installed and supports the model. On the CPU, if csrc/cpu.cpp was
     built, and for `inference` on a GPU, if Triton is installed, every module that computes what strop.kernels.layers
     computes is found by trying it on random rows. Only this model changes: its modules get subclasses of their classes.
-    Returns how many modules changed, by kind.
+    device: where it will run, by default where it is. Returns how many modules changed, by kind.
     """
     weight = next(model.parameters())
-    if weight.is_cuda and not inference:
+    if (device or weight.device).type == "cuda" and not inference:
         return _fuse_with_liger(model)
     with torch.no_grad():
         if not (layers.available(weight) or layers.infers(weight)):

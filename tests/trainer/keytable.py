@@ -40,6 +40,8 @@ TABLE = {
     "model.path": ("{folder}/other-model", {"baseline-held-out"} | SAMPLE),  # then all that is made from samples
     "model.chat_template": ("{folder}/other.jinja", LOADING),
     "model.trust_remote_code": (True, LOADING),
+    "engine.kind": ("local", NOTHING),
+    "engine.timeout": (99, NOTHING),
     "lora.rank": (4, LORA),
     "lora.alpha": (8.0, LORA),
     "lora.dropout": (0.5, LORA),

@@ -53,7 +53,7 @@ class Job:
         from strop.trainer.models import averaging
         from strop.trainer.run import files, store
         from strop.trainer.sampling import in_process
-        from strop.trainer.training import local, masters
+        from strop.trainer.training import checkpoint, local, masters
 
         def around(owner, attribute: str, before=None, after=None) -> None:
             real = getattr(owner, attribute)
@@ -95,7 +95,7 @@ class Job:
         around(os, "replace", lambda a, b: self.point(f"{self.name(b)} is to be renamed"),
                lambda a, b: self.point(f"{self.name(b)} has been renamed"))
         around(files, "sync", syncs)
-        around(local, "save_file", None, tensors)
+        around(checkpoint, "save_file", None, tensors)
         around(averaging, "write_tensors", None, tensors)
         around(in_process, "sample_tokens", draws)
         around(local.Engine, "step", lambda e: self.point(f"step {e.step_index} has its gradients"))

@@ -219,6 +219,7 @@ def held(place: Place) -> None:
 TURN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 # name: (what is wrong, arguments, what the line says besides what docs/errors.md says of it)
+CHECKPOINT = "strop.trainer.training.checkpoint.save_file"
 CASES = {
     "unknown key": (lambda p: p.add("sampel: {k: 1}\n"), [], "tiny.yaml:20: sampel={'k': 1}"),
     "misspelt key": (lambda p: p.edit("k: 8", "kk: 8"), [], "sample.kk=8: unknown key; did you mean sample.k?"),
@@ -309,7 +310,7 @@ CASES = {
     "a model that the probe refuses": (unknown_head, [], "LlamaForCausalLM"),
     "a loss that is not finite": (explode, [], "round-00/sft: step 2: "),
     "a full disk under a table": (no_space_for("scores"), [], "baseline.partial/scores.parquet"),
-    "a full disk under a resume point": (lambda p: full(p, "strop.trainer.training.local.save_file", SafetensorError(
+    "a full disk under a resume point": (lambda p: full(p, CHECKPOINT, SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)")), [], "work/step-000001"),
     "a full disk under weights": (lambda p: full(p, "transformers.PreTrainedModel.save_pretrained", OSError(
         errno.ENOSPC, "No space left on device")), [], "sft.partial/model"),

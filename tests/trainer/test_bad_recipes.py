@@ -174,7 +174,7 @@ def test_an_adapter_on_nothing_names_its_key(modules, tiny_model):
     pytest.importorskip("peft")
     import torch
 
-    from strop.trainer.training.local import add_lora
+    from strop.trainer.training.policy import add_lora
 
     model = ModelFolder(tiny_model).load(torch.float32, torch.device("cpu"))
     with pytest.raises(UserError, match=r"lora\.target_modules="):

@@ -12,8 +12,8 @@ from strop.kernels.integrations.transformers import register
 from strop.trainer.data.chat import encode_completion, encode_conversation, encode_prompt
 from strop.trainer.run.console import Console
 from strop.trainer.training.batch import Example, collate
-from strop.trainer.training.local import add_lora
 from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.policy import add_lora
 from strop.trainer.training.probe import by_logits, probe
 
 CPU = torch.device("cpu")

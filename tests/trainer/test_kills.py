@@ -227,6 +227,18 @@ def test_of_two_ranks_one_says_what_is_wrong(launcher, recipe, argument, said):
 
 
 @pytest.mark.slow
+def test_killed_while_two_ranks_write_a_sharded_model_it_ends_with_the_same_bits(server, recipe):
+    runs, fired, ranks = recipe.parent / "runs", recipe.with_name("fired"), {"ranks": 2}
+    points = r"/(sft|dpo): (half of .*(state-0000.-of-00002|model)|.*work/step-|step 1 has|the weights)"
+    finish(server, job(recipe, "whole", "rounds=1", "engine.kind=fsdp", **ranks))
+    fired.touch()
+    killed = finish(server, job(recipe, "killed", "rounds=1", "engine.kind=fsdp", fired=str(fired), only=points,
+                                **ranks))
+    assert killed >= 12 and "state-00001-of-00002.safetensors is written" in fired.read_text(), fired.read_text()
+    same_end(runs / "whole", runs / "killed")
+
+
+@pytest.mark.slow
 def test_killed_torchrun_leaves_no_worker(recipe):
     run = recipe.parent / "runs" / "orphans"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(REPO / "trainer" / "main.py"),

@@ -26,12 +26,27 @@ from strop.kernels.integrations.transformers import register
 from strop.trainer.method_recipes import RewardRecipe
 from strop.trainer.run.world import World
 from strop.trainer.training import rewards
-from strop.trainer.training.local import Engine, add_lora
+from strop.trainer.training.local import Engine
 from strop.trainer.training.masters import Masters
+from strop.trainer.training.policy import add_lora
+from strop.trainer.training.waits import Waits
 
 
 def without_fused(optimizer, *args, fused, **options):
     return optimizer(*args, **options)
+
+
+class InTurn:
+    """Ahead without its thread: fake tensors are not for two threads at once."""
+
+    def __init__(self, items, device):
+        self.items, self.waits = items, Waits(torch.device("cpu"))
+
+    def next(self):
+        return next(self.items)
+
+    def close(self):
+        pass
 
 
 class Waited(RuntimeError):
@@ -146,9 +161,10 @@ def device(request, monkeypatch, tiny_model):
         return tensor(*args, device=device, **kwargs)
 
     for module, name, value in (
-            ("models.loading.ModelFolder", "load", load), ("training.local", "add_lora", with_adapters),
-            ("training.loop", "collate", collate), ("training.rated", "collate", collate),
-            ("training.rated", "onto", onto), ("training.loop", "peak_flops", lambda *_: 1.0),
+            ("models.loading.ModelFolder", "load", load), ("training.policy", "add_lora", with_adapters),
+            ("training.loop", "Ahead", InTurn), ("training.loop", "collate", collate),
+            ("training.rated", "collate", collate), ("training.rated", "onto", onto),
+            ("training.loop", "peak_flops", lambda *_: 1.0),
             ("stages.preference", "probe", lambda *_: True), ("stages.sft", "probe", lambda *_: True),
             ("training.pairs.ReferenceTable", "of", of), ("training.pairs.ReferenceTable", "__init__", lambda *_: None),
             ("stages.reward", "packs", lambda *_: True), ("stages.reward", "set_padding", lambda *_: None),

@@ -86,7 +86,7 @@ def first_step(tmp_path, loss, model, ref, **keys):
             return super().step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.preference.Engine", Keeping)
+        patch.setattr("strop.trainer.training.local.Engine", Keeping)
         run(tmp_path, f"{loss}-{len(os.listdir(tmp_path))}", loss, model, log, ref, lr=1e-12, grad_clip=0.0, **keys)
     return kept, log.rows
 
@@ -305,7 +305,7 @@ def test_kto_trainer_takes_the_same_step(tiny_model, moved, tmp_path):
             return super().step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.preference.Engine", Keeping)
+        patch.setattr("strop.trainer.training.local.Engine", Keeping)
         dpo(stage, recipe, select=select, policy=tiny_model, reference=table.dir, same_weights=False)
     (line,) = stage.metrics.rows
     assert line["loss"] == pytest.approx(expected.item(), abs=1e-5)

@@ -51,7 +51,7 @@ def train_in(folder, tiny_model, select, log=None, history=(), seed=0, **keys):
     recipe = section_of(**keys)
     stage = stage_in(folder, "reward", log)
     reward(stage, reward=recipe.reward, lora=recipe.lora, model=recipe.model.only("chat_template", "trust_remote_code"),
-           compute=recipe.only("dtype", "device", "attention"), log=recipe.log, seed=seed, select=select,
+           compute=recipe.only("dtype", "device", "attention", "engine"), log=recipe.log, seed=seed, select=select,
            start=tiny_model, history=list(history))
     return stage
 
@@ -204,7 +204,7 @@ def test_lora_trains_the_head_too(tiny_model, tmp_path):
     stage = stage_in(tmp_path / "reward", "reward")
     reward(stage, reward=recipe.reward.model_copy(update={"lr": 1e-2}), lora=recipe.lora, log=recipe.log, seed=0,
            model=recipe.model.only("chat_template", "trust_remote_code"), select=select, start=tiny_model, history=[],
-           compute=recipe.only("dtype", "device", "attention"))
+           compute=recipe.only("dtype", "device", "attention", "engine"))
     before = ModelFolder(tiny_model).load(torch.float32, CPU, reward=True, head_seed=0).score.weight
     after = weights_of(stage.dir / "model")["score.weight"]
     assert not torch.equal(before, after) and (stage.dir / "model/adapter").is_dir()

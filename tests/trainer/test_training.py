@@ -17,7 +17,8 @@ from strop.trainer.run.tables import write_table
 from strop.trainer.run.world import World
 from strop.trainer.stages.sft import load_examples
 from strop.trainer.training.batch import Example, collate
-from strop.trainer.training.local import Engine, learning_rate
+from strop.trainer.training.engine import learning_rate
+from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.pairs import ReferenceTable, load_pairs
 
@@ -53,7 +54,7 @@ def gradients(tmp_path, model, rows, max_tokens):
 
     log = Log()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.sft.Engine", Keeping)
+        patch.setattr("strop.trainer.training.local.Engine", Keeping)
         sft(stage_in(tmp_path / f"g{max_tokens}", "sft", log), recipe, select=select_of(tmp_path / "select", rows),
             start=model)
     return kept, log.rows[0]["loss"]
@@ -272,7 +273,7 @@ def masters_after(tmp_path, name, start, **keys):
             kept.update({n: m.detach().clone() for n, m in zip(self.names, self.masters, strict=True)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("strop.trainer.stages.preference.Engine", Keeping)
+        patch.setattr("strop.trainer.training.local.Engine", Keeping)
         run_dpo(tmp_path, name, start, **keys)
     return kept
 

@@ -83,7 +83,7 @@ class Run:
         self.promoted: list[Artifact] = []  # by round
         self._loading = recipe.model.only("chat_template", "trust_remote_code")
         self._numbers = recipe.only("dtype", "device")
-        self._compute = recipe.only("dtype", "device", "attention")
+        self._compute = recipe.only("dtype", "device", "attention", "engine")
         self._checks = recipe.evaluate.only("max_new_tokens")  # the checks of training sample as evaluate does
         commits = {path: commit for path, (_, commit) in self.data.items()}
         commits |= {recipe.model.path: base.revision} if base.revision else {}
@@ -374,6 +374,9 @@ class Run:
         """`policy` trained on completions that it writes itself, step by step, with a KL penalty to `reference`, by
         default `policy`; the weights are `.model`."""
         r, reference = self.recipe, reference or policy
+        if r.engine.kind not in ("auto", "local"):
+            raise UserError(f"engine.kind={r.engine.kind}: online training samples from the weights in training, which "
+                            "must be whole on every rank; set engine.kind=local")
         scoring, files = self._scoring(r.sources)
         config = scoring | self._training(online=section, evaluate=self._checks) | {
             "score": r.score.only("max_errors", "workers"), "weights": weights_of(r.sources),

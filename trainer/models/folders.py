@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.checks import check_model
 from strop.trainer.models.gguf import convert_gguf
 from strop.trainer.models.hub import find_model, is_model_name
-from strop.trainer.run.files import cache_dir, hash_file, reason_of, write_atomic, writing
+from strop.trainer.run.files import cache_dir, hash_file, reason_of, write_atomic, write_json, writing
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,16 @@ def card_license(card: Path) -> str | None:
 
 def save_model(model: nn.Module, source: Path, target: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Writes weights and config, and the tokenizer of `source`, as a Hugging Face folder, in one step. weights: the
-    state dict, by default the model's."""
+    state dict, by default the model's; config.json states its dtype."""
     with writing(target):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     with writing(target, temporary):
         model.save_pretrained(temporary, state_dict=weights)
+        if weights:  # transformers states that of the model, which keeps master weights if it is sharded
+            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+            dtype = next(str(w.dtype) for w in weights.values() if w.is_floating_point()).removeprefix("torch.")
+            if config.get("dtype", dtype) != dtype:
+                write_json(temporary / "config.json", config | {"dtype": dtype})
         finish_folder(temporary, source, target)
 
 

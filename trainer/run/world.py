@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
@@ -15,6 +17,9 @@ import torch.distributed as dist
 from strop.kernels.layers import available
 from strop.trainer.errors import UserError
 from strop.trainer.run import nodes
+
+WAIT = timedelta(days=7)  # ranks wait at a barrier for as long as a stage that only rank 0 runs takes
+_groups: dict[tuple, dist.ProcessGroup] = {}  # made by World.group
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,28 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
+    def group(self, seconds: float, backend: str | None = None) -> dist.ProcessGroup:
+        """A process group of all ranks whose collectives fail after so many seconds; also for a run of one rank.
+        backend: by default that of the device."""
+        if not dist.is_initialized():
+            default = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(default, store=dist.HashStore(), rank=0, world_size=1)
+        if (seconds, backend) not in _groups:
+            _groups[seconds, backend] = dist.new_group(timeout=timedelta(seconds=seconds), backend=backend)
+        return _groups[seconds, backend]
+
+    @contextmanager
+    def within(self, seconds: float, what: str):
+        """Makes a time-out of a group(seconds) a UserError that says `what` was going on."""
+        try:
+            yield
+        except RuntimeError as e:
+            if self.size == 1 or not re.search(r"tim(ed|e) ?out", str(e), re.IGNORECASE):
+                raise
+            raise UserError(f"{what}: rank {self.rank} waited more than engine.timeout={seconds} s for another rank, "
+                            "which hangs, failed or is slower than that; see its output, or raise engine.timeout; the "
+                            "same command resumes the run") from e
+
     def sum_(self, tensors: list[torch.Tensor]) -> None:
         """Sums every tensor over the ranks, in place."""
         if self.size > 1:
@@ -77,7 +104,8 @@ class World:
                 dist.all_reduce(tensor)
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        _groups.clear()
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -131,8 +159,7 @@ def join(device: str, threads: int) -> World:
     else:
         keep_freed_memory()
     if size > 1:
-        # ranks wait at a barrier for as long as a stage that only rank 0 runs takes
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=WAIT)
         nodes.watch(rank)
         if rank:
             delay_tracebacks()

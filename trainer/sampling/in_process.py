@@ -65,13 +65,14 @@ def pack_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 @contextmanager
-def lent(model: nn.Module) -> Iterator[Generator]:
+def lent(model: nn.Module, pack: bool = True) -> Iterator[Generator]:
     """A Generator on the weights of a model in training, without a copy of them but for packed linear layers on a CPU.
-    Afterwards the model has its own layers, attention and mode again. With adapters around it their layers stay, and
-    nothing is packed. Raises UserError as Generator does."""
+    Afterwards the model has its own layers, attention and mode again. Without `pack`, and with adapters around it, the
+    layers stay. Raises UserError as Generator does."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, training = base.config._attn_implementation, model.training
-    packed = pack_linears(base) if base is model else []  # adapters look at the layers' weights
+    # adapters look at the layers' weights
+    packed = pack_linears(base) if pack and base is model else []
     model.eval()
     try:
         yield Generator(base)

@@ -47,7 +47,7 @@ def online(stage: Stage, *, online: Online, lora: Lora, model: Part, compute: Pa
     asked = fitting_prompts(stage, online, folder, tokenizer, prompts, drops)
     (stage.dir / "rollouts").mkdir(exist_ok=True)
     engine = Engine(folder, online, stage, online.steps * online.epochs, compute=compute, lora=lora, seed=seed)
-    scorer = logprobs.Scorer(engine.model, probe(engine.model, stage.console))
+    scorer = engine.scorer = logprobs.Scorer(engine.model, probe(engine.model, stage.console))
     judging = Judging(weights, None, None, 0.0)
     rows_of = {row["prompt_id"]: row for row in asked}
 
@@ -74,7 +74,7 @@ def online(stage: Stage, *, online: Online, lora: Lora, model: Part, compute: Pa
                             frozenset(stop_ids(tokenizer, folder.path)), score_all,
                             reference and open_reference(stage, engine, scorer, ModelFolder(reference, model), compute,
                                                          same_weights))
-        guard = open_guard(stage, engine, scorer, [], prompts, evaluate)
+        guard = open_guard(stage, engine, [], prompts, evaluate)
         objective = OnlinePairs(online) if online.pairs else PolicyGradient(online)
         steps = train_online(stage, engine, scorer, rollouts, objective, log.interval, guard, seen)
     if world.first:

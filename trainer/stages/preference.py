@@ -10,8 +10,8 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.training.batch import plan_steps
+from strop.trainer.training.engines import open_engine
 from strop.trainer.training.guard import open_guard
-from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.loop import train
 from strop.trainer.training.pairs import Origin, ReferenceTable, load_pairs, off_policy, origins_of, reward_margins
@@ -49,12 +49,12 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
         origins, mixed = [pair.origins for pair in pairs], 0
     table = ReferenceTable(reference / "reference.parquet")
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
-    engine = Engine(folder, dpo, stage, len(plan), compute=compute, lora=lora, seed=seed)
-    scorer = Scorer(engine.model, probe(engine.model, stage.console))
+    engine = open_engine(folder, dpo, stage, len(plan), compute=compute, lora=lora, seed=seed)
+    engine.scorer = Scorer(engine.model, engine.run(probe, engine.model, stage.console))
     rounding = 0.0  # largest mean difference between policy and reference in a microbatch of step 0
     names, finish, baseline = PREFERENCE_METRICS, preference_means, None
     if dpo.rows == "labels":
-        baseline = Baseline(dpo, engine, scorer, table, pairs, plan, min(limit_of(dpo, context), dpo.max_tokens))
+        baseline = Baseline(dpo, engine, table, pairs, plan, min(limit_of(dpo, context), dpo.max_tokens))
         names, finish = (*names, baseline.name), means_of(baseline.name)
 
     def totals(rows):
@@ -64,11 +64,11 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
         return found | ({"baseline": baseline()} if baseline else {})
 
     def loss(groups, step):
-        logp = scorer(groups)
+        logp = engine.logprobs(groups)
         ref = table.of(pairs, step.rows, logp.device)
         if step.index == 0 and same_weights:
             nonlocal rounding
-            found = step_zero(logp.detach(), ref, engine.model.dtype, stage.name)
+            found = step_zero(logp.detach(), ref, engine.dtype, stage.name)
             if found > rounding == 0.0:
                 stage.console.warn(f"{stage.name}: step 0: log-probs differ from the reference's by {found:.2g} on "
                                    "average although the weights are the same: rounding, because the reference was "
@@ -90,7 +90,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
             rpo_eta=dpo.rpo_eta, rpo_divergence=dpo.rpo_divergence)
 
     learned = [pair for pair in pairs if dpo.rows != "labels" or pair.ratings[0] > 0]
-    guard = open_guard(stage, engine, scorer, learned, prompts, evaluate)
+    guard = open_guard(stage, engine, learned, prompts, evaluate)
     steps = train(stage, engine, pairs, plan, totals, loss, names, finish, log.interval, guard)
     tokens = sum(pairs[i].tokens for rows in plan[:steps] for i in rows)
     stage.counts |= {{"pairs": "pairs", "labels": "completions", "lists": "lists"}[dpo.rows]: len(pairs)}

@@ -1,17 +1,20 @@
 """The reference's per-token log-probs of what DPO trains on, computed once, so that it keeps no second model in
 memory."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 
 from strop.trainer.config import Part
-from strop.trainer.models.loading import DTYPES, ModelFolder
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.run.world import World
-from strop.trainer.training.batch import Example, collate, microbatches, plan_steps
+from strop.trainer.training.batch import Example, collate, microbatches, nothing, plan_steps
+from strop.trainer.training.engines import open_frozen
 from strop.trainer.training.flops import Sizes, sizes_of, training_flops
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.pairs import load_pairs
@@ -38,7 +41,7 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
         pairs = load_pairs(stage, select / "pairs.parquet", dpo, context, record=False)
     else:
         pairs = load_rated(stage, select / "rated.parquet", dpo, rows, context, record=False)
-    loaded = folder.load(DTYPES[compute.dtype], world.device, backend=compute.attention)
+    loaded, run, is_sharded = open_frozen(folder, stage, compute=compute)
     sizes = sizes_of(loaded)
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
     mine = looks(pairs, plan, sizes, dpo.max_tokens, world)
@@ -49,12 +52,16 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
         pairs = [*pairs, *others]
     todo = [mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)]
     parts = [stage.work / f"part-{world.size}-{world.rank}-{i:05}.parquet" for i in range(len(todo))]
-    if not all(p.exists() for p in parts):
-        scorer = Scorer(loaded, probe(loaded, stage.console))
+    passes = sum(len(chunk) for chunk, part in zip(todo, parts, strict=True) if not part.exists())
+    most = max(world.gather(passes)) if is_sharded else passes
+    if most:
+        scorer = Scorer(loaded, run(probe, loaded, stage.console))
         with stage.console.progress(stage.name, total=len(mine), unit="batches") as bar:
             for chunk, part in zip(todo, parts, strict=True):
                 if not part.exists():
-                    write_table(part, score_chunk(scorer, pairs, chunk, world.device, bar))
+                    write_table(part, score_chunk(partial(run, scorer), pairs, chunk, world.device, bar))
+            for _ in range(most - passes):
+                run(scorer, nothing(world.device))
     stage.meet()
     if world.first:
         tables = [read_table(p) for p in sorted(stage.work.glob(f"part-{world.size}-*.parquet"))]
@@ -88,7 +95,7 @@ def first_looks(pairs: list[Example], plan: list[list[int]], costs: list[int], b
     return shares
 
 
-def score_chunk(scorer: Scorer, pairs: list[Example], chunk: list[tuple[list[int], list[int]]], device: torch.device,
+def score_chunk(scorer: Callable, pairs: list[Example], chunk: list[tuple[list[int], list[int]]], device: torch.device,
                 bar) -> pa.Table:
     rows = []
     for indices, positions in chunk:

@@ -14,7 +14,8 @@ from strop.trainer.run.files import write_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
 from strop.trainer.training.batch import collate, pack_evenly, plan_steps
-from strop.trainer.training.local import Engine
+from strop.trainer.training.engine import Training
+from strop.trainer.training.engines import open_engine
 from strop.trainer.training.loop import train
 from strop.trainer.training.rewards import (
     REWARD_METRICS,
@@ -47,22 +48,23 @@ def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Pa
                         f"held out (reward.held_out={reward.held_out}); see drops.parquet there and in {stage.dir}")
     examples = [row.example for row in rows]
     plan = plan_steps(examples, reward.epochs, reward.batch_size, seed if order is None else order)
-    engine = Engine(folder, reward, stage, len(plan), compute=compute, lora=lora, seed=seed, reward=True)
+    engine = open_engine(folder, reward, stage, len(plan), compute=compute, lora=lora, seed=seed, reward=True)
     set_padding(engine, folder, [*rows, *held], stage)
-    rewarder = Rewarder(engine.model, packs(engine.model, stage.console))
+    rewarder = Rewarder(engine.model, engine.run(packs, engine.model, stage.console))
+    engine.scorer = rewarder
 
     def totals(indices):
         return {"groups": len(indices)}
 
     def loss(groups, step):
         better, worse, margin, share = pair_tensors([rows[i] for i in step.rows], groups.input_ids.device)
-        return reward_loss(rewarder(groups), better, worse, reward.margin * margin, share, step.totals["groups"],
-                           label_smoothing=reward.label_smoothing, centering=reward.centering)
+        return reward_loss(engine.run(rewarder, groups), better, worse, reward.margin * margin, share,
+                           step.totals["groups"], label_smoothing=reward.label_smoothing, centering=reward.centering)
 
     train(stage, engine, examples, plan, totals, loss, REWARD_METRICS, reward_means, log.interval)
     stage.counts |= {"groups": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": len(plan),
                      "tokens": sum(examples[i].tokens for indices in plan for i in indices)}
-    found = held_out_rows(rewarder, held, reward.max_tokens, stage)
+    found = held_out_rows(engine, rewarder, held, reward.max_tokens, stage)
     if stage.world.first:
         write_table(stage.dir / "held_out.parquet", pa.Table.from_pylist(found, schema=HELD_OUT))
         summary = summarize(found)
@@ -71,7 +73,7 @@ def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Pa
                                                           else {})
 
 
-def set_padding(engine: Engine, folder: ModelFolder, rows: list[Ranked], stage: Stage) -> None:
+def set_padding(engine: Training, folder: ModelFolder, rows: list[Ranked], stage: Stage) -> None:
     """Makes the saved folder give our scores in plain transformers: its padding token is none that completions end
     in."""
     tokenizer = folder.tokenizer()
@@ -85,7 +87,7 @@ def set_padding(engine: Engine, folder: ModelFolder, rows: list[Ranked], stage: 
 
 
 @torch.no_grad()
-def held_out_rows(rewarder: Rewarder, held: list[Ranked], budget: int, stage: Stage) -> list[dict]:
+def held_out_rows(engine: Training, rewarder: Rewarder, held: list[Ranked], budget: int, stage: Stage) -> list[dict]:
     """A row of held_out.parquet per pair; every rank scores its share."""
     world, scores = stage.world, []
     bins = pack_evenly([row.example.tokens for row in held], budget)
@@ -95,10 +97,13 @@ def held_out_rows(rewarder: Rewarder, held: list[Ranked], budget: int, stage: St
         total += len(row.example.group.completions)
     scores = torch.zeros(total, dtype=torch.float64, device=world.device)
     rewarder.model.eval()
-    for indices in bins[world.rank::world.size]:
+    mine = bins[world.rank::world.size]
+    for _ in range(-(-len(bins) // world.size) - len(mine) if engine.together else 0):
+        engine.run(rewarder, engine.nothing)
+    for indices in mine:
         places = [offsets[i] + j for i in indices for j in range(len(held[i].example.group.completions))]
         groups = collate([row.example for row in held], indices, world.device)
-        scores[torch.tensor(places, device=world.device)] = rewarder(groups).double()
+        scores[torch.tensor(places, device=world.device)] = engine.run(rewarder, groups).double()
     world.sum_([scores])
     values, found = scores.tolist(), []
     for row, first in zip(held, offsets, strict=True):

@@ -10,8 +10,8 @@ from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.training.batch import Example, plan_steps
+from strop.trainer.training.engines import open_engine
 from strop.trainer.training.guard import open_guard
-from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.loop import train
 from strop.trainer.training.probe import probe
@@ -29,14 +29,14 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
     limit = min(sft.max_length or 1 << 30, folder.context_length(), sft.max_tokens)
     examples = load_examples(stage, select / "sft.parquet", limit)
     plan = plan_steps(examples, sft.epochs, sft.batch_size, seed)
-    engine = Engine(folder, sft, stage, len(plan), compute=compute, lora=lora, seed=seed)
-    scorer = Scorer(engine.model, probe(engine.model, stage.console))
+    engine = open_engine(folder, sft, stage, len(plan), compute=compute, lora=lora, seed=seed)
+    engine.scorer = Scorer(engine.model, engine.run(probe, engine.model, stage.console))
 
     def totals(rows):
         return {"tokens": sum(sum(examples[i].targets()) for i in rows)}
 
     def loss(groups, step):
-        logp, found = scorer(groups, stats=("top1", "entropy"))
+        logp, found = engine.logprobs(groups, stats=("top1", "entropy"))
         nll = -logp.sum()
         vector = torch.stack([nll.detach(), torch.full_like(nll, groups.num_targets, requires_grad=False),
                               found["top1"].float().sum(), found["entropy"].detach().sum()])
@@ -46,7 +46,7 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
         nll, tokens, correct, entropy = sums.tolist()
         return {"loss": nll / tokens, "mean_token_accuracy": correct / tokens, "entropy": entropy / tokens}
 
-    guard = open_guard(stage, engine, scorer, examples, prompts, evaluate)
+    guard = open_guard(stage, engine, examples, prompts, evaluate)
     steps = train(stage, engine, examples, plan, totals, loss, NAMES, finish, log.interval, guard)
     tokens = sum(examples[i].tokens for rows in plan[:steps] for i in rows)
     stage.counts |= {"rows": len(examples), "steps": steps, "tokens": tokens}

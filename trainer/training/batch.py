@@ -183,6 +183,11 @@ class Packing:
                 "rank_balance": self.flops / max(1, self.busiest)}
 
 
+def nothing(device: torch.device) -> PackedGroups:
+    """A row without a target, for a rank that must take part in a pass but has no row left."""
+    return PackedGroups.pack([Group([0], [[0]], [[False]])]).to(device)
+
+
 def collate(examples: list[Example], indices: list[int], device: torch.device) -> PackedGroups:
     """One packed row on `device`, copied without a host sync."""
     groups = PackedGroups.pack([examples[i].group for i in indices])

@@ -25,14 +25,13 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table
 from strop.trainer.sampling.in_process import lent
 from strop.trainer.training.batch import Example, collate
-from strop.trainer.training.local import Engine
-from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.engine import Training
 
 KL_TOKENS = 128  # positions whose next-token distributions under the start weights are kept
 GROWTH = 8  # tokens: shorter growth is not a runaway, whatever the ratio
 
 
-def open_guard(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Example], prompts: Path | None,
+def open_guard(stage: Stage, engine: Training, examples: list[Example], prompts: Path | None,
                evaluate: Part | None) -> Guard | None:
     """A guard over the first validation prompts; None without prompts, with eval_steps=0, in a stage of fewer steps, or
     for a model that the sampler does not support. Call it before a checkpoint is loaded: it measures the start weights
@@ -47,7 +46,7 @@ def open_guard(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Exam
     if not fits:
         return None
     try:
-        return Guard(stage, engine, scorer, fits, stop_ids(tokenizer, folder.path), evaluate.max_new_tokens, examples)
+        return Guard(stage, engine, fits, stop_ids(tokenizer, folder.path), evaluate.max_new_tokens, examples)
     except UserError as e:
         stage.console.warn(f"{stage.name}: no completions are checked during training: {e}")
         return None
@@ -56,9 +55,9 @@ def open_guard(stage: Stage, engine: Engine, scorer: Scorer, examples: list[Exam
 class Guard:
     """checks: what was measured, by step; the first are the start weights'."""
 
-    def __init__(self, stage: Stage, engine: Engine, scorer: Scorer, prompts: list[list[int]], stop: set[int],
-                 max_new_tokens: int, examples: list[Example]):
-        self.stage, self.engine, self.scorer, self.section = stage, engine, scorer, engine.section
+    def __init__(self, stage: Stage, engine: Training, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
+                 examples: list[Example]):
+        self.stage, self.engine, self.section = stage, engine, engine.section
         self.prompts, self.stop, self.max_new_tokens = prompts, stop, max_new_tokens
         self.name = stage.name.split("/")[-1]
         # training legitimately goes to the length of the completions that it learns
@@ -86,11 +85,11 @@ class Guard:
         self.stopped = self._why(found)
         if not self.stopped:
             self.checks.append(found | {"step": self.engine.step_index})
+            folder = self._folder(self.engine.step_index)
+            if self.engine.step_index < self.engine.steps:  # after the last step the weights are saved anyway
+                self.engine.save(folder / "model")
+                self.engine.save_ema(folder / "ema")
             if self.engine.world.first:
-                folder = self._folder(self.engine.step_index)
-                if self.engine.step_index < self.engine.steps:  # after the last step the weights are saved anyway
-                    self.engine.save(folder / "model")
-                    self.engine.save_ema(folder / "ema")
                 write_json(self.stage.work / "guard.json", self.checks)
                 self._forget()
         return {f"eval/{name}": value for name, value in found.items()} | {"eval/stopped": float(bool(self.stopped))}
@@ -157,21 +156,26 @@ class Guard:
         the start weights' completions, exact over the vocabulary."""
         world = self.engine.world
         values = torch.zeros(3, dtype=torch.float64, device=world.device)
-        if world.first:
-            self.engine.model.eval()
-            done = self._complete()
-            if not self.own:
-                self._remember(done)
-            values[0] = sum(c.finish == "length" for c in done) / len(done)
-            values[1] = sum(len(c.tokens) for c in done) / len(done)
-            values[2] = self._kl()
-            self.engine.model.train()
+        if world.first or self.engine.together:
+            found = self.engine.run(self._values)
+            if world.first:
+                values.copy_(torch.tensor(found))
         world.sum_([values])
         return dict(zip(("cut_share", "mean_length", "kl"), values.tolist(), strict=True))
 
+    def _values(self) -> list[float]:
+        self.engine.model.eval()
+        done = self._complete()
+        if not self.own:
+            self._remember(done)
+        cut = sum(c.finish == "length" for c in done) / len(done)
+        found = [cut, sum(len(c.tokens) for c in done) / len(done), self._kl()]
+        self.engine.model.train()
+        return found
+
     def _complete(self) -> list:
         """Greedy completions by the weights in training, whose layers are exchanged for as long as that takes."""
-        with lent(self.engine.model) as generator:
+        with lent(self.engine.model, pack=not self.engine.together) as generator:
             found = generator.generate(self.prompts, max_new_tokens=self.max_new_tokens, temperature=0.0,
                                        stop_ids=self.stop, batch_size=len(self.prompts))
         return [completion for completion, in found]
@@ -183,15 +187,15 @@ class Guard:
             left -= len(tokens)
             if tokens:
                 self.own.append(Example(str(i), Group(prompt, [tokens])))
-        self.before = [log_probs(hidden, exact(head_of(self.scorer.base))) for hidden in self._hidden()]
+        self.before = [log_probs(hidden, exact(head_of(self.engine.base))) for hidden in self._hidden()]
 
     def _hidden(self) -> list[torch.Tensor]:
         """Hidden states [positions, D] that predict the start weights' completions."""
-        hidden = self.scorer.hidden(collate(self.own, list(range(len(self.own))), self.engine.world.device))
+        hidden = self.engine.scorer.hidden(collate(self.own, list(range(len(self.own))), self.engine.world.device))
         return list(hidden.split(CHUNK))
 
     def _kl(self) -> float:
-        head, total, count = exact(head_of(self.scorer.base)), 0.0, 0
+        head, total, count = exact(head_of(self.engine.base)), 0.0, 0
         for hidden, p in zip(self._hidden(), self.before, strict=True):
             q = log_probs(hidden, head)
             total += torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum().item()

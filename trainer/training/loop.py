@@ -1,21 +1,26 @@
 """The training loop: steps of packed microbatches, logging, checkpoints, snapshots."""
 
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from strop.kernels import PackedGroups
 from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
+from strop.trainer.run.world import World
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
-from strop.trainer.training.flops import peak_flops, sizes_of, training_flops
+from strop.trainer.training.engine import Training, learning_rate
+from strop.trainer.training.flops import peak_flops, training_flops
 from strop.trainer.training.guard import Guard
-from strop.trainer.training.local import Engine, learning_rate
 from strop.trainer.training.splitting import Budget, free_cached
+from strop.trainer.training.waits import Ahead, Waits
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Step:
     totals: dict[str, Any] = field(default_factory=dict)
 
 
-def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]], totals, loss,
+def train(stage: Stage, engine: Training, examples: list[Example], plan: list[list[int]], totals, loss,
           names: tuple[str, ...], finish, interval: int = 1, guard: Guard | None = None) -> int:
     """Runs the steps of `plan`: resumes, logs every `interval` steps, writes checkpoints and snapshots. Returns the
     number of steps run, which are fewer than planned if the guard stopped them.
@@ -44,27 +49,29 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
             guard.resume()
     keep = {round(len(plan) * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {0, len(plan)}
     peak = peak_flops(world.device, engine.dtype)
-    sizes = sizes_of(engine.model)
-    costs = [training_flops(sizes, example) for example in examples]
+    costs = [training_flops(engine.sizes, example) for example in examples]
     budget = Budget(stage, section)
     whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
     for rows in plan[:engine.step_index]:  # steps before the resume count too
         whole.add(microbatches(examples, rows, costs, section.max_tokens, world.size))
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
+    ahead = Ahead(batches(engine, examples, plan[engine.step_index:], costs, budget), world.device)
     started = time.perf_counter()
-    with stage.console.progress(stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
+    with closing(ahead), stage.console.progress(stage.name, total=len(plan), unit="steps",
+                                                done=engine.step_index) as bar:
         while engine.step_index < len(plan) and not (guard and guard.stopped):
             rows = plan[engine.step_index]
             step, added = Step(engine.step_index, [], totals(rows)), None
-            while added is None:
-                shares = microbatches(examples, rows, costs, budget.tokens, world.size)
-                added = attempt(engine, examples, shares[world.rank], step, loss, 1 + len(names))
-                if added is None:  # with a smaller budget
-                    engine.weights.discard()
-                    free_cached(world.device)
-                    budget.lower(engine.step_index + 1, [examples[i] for i in step.rows])
-            sums += added[1:]
-            seen.append(torch.stack([added[0], engine.step()]))
+            with engine.within(f"{stage.name}: step {engine.step_index + 1}"):
+                while added is None:
+                    shares, added = attempt(engine, ahead, step, loss, 1 + len(names))
+                    if added is None:  # with a smaller budget
+                        again = engine.discard()
+                        free_cached(world.device)
+                        budget.lower(engine.step_index + 1, [examples[i] for i in step.rows], again)
+                        ahead.restart(batches(engine, examples, plan[engine.step_index:], costs, budget))
+                sums += added[1:]
+                seen.append(torch.stack([added[0], engine.step()]))
             whole.add(shares)
             packing.add(shares)
             distinct = sum(examples[i].tokens for i in rows)
@@ -80,6 +87,7 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
                            "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
                            "tokens_per_second": packing.tokens / seconds,
                            "mfu": packing.flops / seconds / peak / world.size, **packing.values()}
+                values |= waited(world, len(seen), data=ahead.waits, ranks=engine.waits)
                 values |= guard.check() if checks else {}
                 if world.device.type == "cuda":
                     values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
@@ -99,11 +107,16 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
             # ranks stop at different steps, so check this rank's values only; after the last step the weights are saved
-            stops = stopping.requested() and not ends
-            if is_point or (stops and all(values.isfinite().all() for values in seen)):
+            asked, sound = stopping.requested(), True
+            if asked:
+                sound = all(values.isfinite().all() for values in seen)
+            if engine.together:  # then they stop at the same step, since they save it together
+                with engine.within(f"{stage.name}: step {engine.step_index}"):
+                    asked, sound = engine.agree(asked, sound)
+            if is_point or (asked and sound and not ends):
                 engine.save_checkpoint(work)
-            if stops:
-                stopping.point()
+            if asked and not ends:
+                raise KeyboardInterrupt
     stage.counts |= {"microbatches": whole.microbatches} | whole.values()
     if not (guard and guard.stopped):
         engine.save(stage.dir / "model")
@@ -113,28 +126,57 @@ def train(stage: Stage, engine: Engine, examples: list[Example], plan: list[list
     return engine.step_index
 
 
-def attempt(engine: Engine, examples: list[Example], share: list[list[int]], step: Step, loss,
-            count: int) -> torch.Tensor | None:
-    """Runs a step's microbatches forward and backward. Returns the loss and the sums [count]; None if a microbatch ran
-    out of memory, whose rows are then those of `step`."""
+def attempt(engine: Training, ahead: Ahead, step: Step, loss, count: int
+            ) -> tuple[list[list[list[int]]], torch.Tensor | None]:
+    """Runs a step's microbatches forward and backward. Returns every rank's microbatches, and the loss and the sums
+    [count]; None for these if a microbatch ran out of memory, whose rows are then those of `step`."""
     if engine.lora.dropout:
         torch.manual_seed(hash((engine.seed, engine.step_index, engine.world.rank)))
     added = torch.zeros(count, device=engine.world.device)
+    shares, number = ahead.next()
     try:
-        for i, step.rows in enumerate(share):
-            if i:
-                engine.weights.fold()
-            value, vector = loss(collate(examples, step.rows, engine.world.device), step)
-            value.backward()
+        for i in range(number):
+            step.rows, groups = ahead.next()
+            if groups is None:
+                engine.fill(i == number - 1)
+                continue
+            value, vector = loss(groups, step)
+            engine.backward(value, i == number - 1)
             added += torch.cat([value.detach()[None], vector])
     except Exception as e:  # the error holds the microbatch's tensors, so it must not live longer
-        if not is_out_of_memory(e):
+        if not step.rows or not is_out_of_memory(e):
             raise
-        return None
-    return added
+        return shares, None
+    return shares, added
 
 
-def stop_if_not_finite(stage: Stage, engine: Engine, examples: list[Example], plan: list[list[int]],
+def batches(engine: Training, examples: list[Example], plan: list[list[int]], costs: list[int], budget: Budget
+            ) -> Iterator[tuple[list, int] | tuple[list[int], PackedGroups | None]]:
+    """What this rank needs, in the order in which the loop takes it: of every step (every rank's microbatches, the
+    number of microbatches that this rank runs), then of each microbatch (its rows, the packed row on the device). No
+    rows and None: only other ranks have that microbatch, and this one must take part."""
+    world = engine.world
+    for rows in plan:
+        shares = microbatches(examples, rows, costs, budget.tokens, world.size)
+        mine = shares[world.rank]
+        count = max(map(len, shares)) if engine.together else len(mine)
+        yield shares, count
+        for indices in mine:
+            yield indices, collate(examples, indices, world.device)
+        for _ in range(count - len(mine)):
+            yield [], None
+
+
+def waited(world: World, steps: int, **waits: Waits) -> dict[str, float]:
+    """Seconds per step that a rank waits for its data and for other ranks: the mean over the ranks, and the longest."""
+    found = world.gather([wait.take() / steps for wait in waits.values()])
+    values = {}
+    for name, seconds in zip(waits, zip(*found, strict=True), strict=True):
+        values |= {f"wait/{name}": sum(seconds) / world.size, f"wait/{name}_max": max(seconds)}
+    return values
+
+
+def stop_if_not_finite(stage: Stage, engine: Training, examples: list[Example], plan: list[list[int]],
                        seen: torch.Tensor) -> None:
     """Raises UserError if the loss or gradient norm of a step is not finite, and writes its batch next to the
     checkpoint. seen [2 * steps] on the host: loss and gradient norm of the last steps, summed over the ranks."""

@@ -1,28 +1,44 @@
 """fp32 master weights, their gradients, and AdamW on them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from strop.kernels import optimizer
 from strop.trainer.config import Train
 from strop.trainer.run.world import World
+from strop.trainer.training.buckets import Buckets
 
 
 class Masters:
     """fp32 parameters are their own masters; others have an fp32 copy that the optimizer updates.
 
-    Gradients are used as autograd left them; several backward passes or ranks accumulate into fp32 sums. Checkpoints
-    read and restore `masters` and `optimizer.state` (step, exp_avg and exp_avg_sq of each master).
+    Gradients of a single backward pass are used as autograd left them; several backward passes or ranks accumulate into
+    fp32 sums. Checkpoints read and restore `masters` and `optimizer.state` (step, exp_avg and exp_avg_sq of each
+    master).
     """
 
-    def __init__(self, params: list[nn.Parameter], section: Train, world: World):
+    def __init__(self, params: list[nn.Parameter], section: Train, world: World, buckets: Buckets | None = None,
+                 norm_of_all: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        """buckets: hold the sums, and sum them over the ranks. norm_of_all: from the norm of these gradients to that of
+        all, where other ranks have other parameters."""
         self.params, self.section, self.world = params, section, world
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in params]
         self.optimizer = torch.optim.AdamW(self.masters, lr=section.lr, betas=section.betas, eps=section.eps,
                                            weight_decay=section.weight_decay, fused=True)
         self.in_one_pass = optimizer.available(self.masters)
-        self.sums: list[torch.Tensor | None] | None = None  # allocated when first needed
-        self.folded = False  # whether the sums hold gradients of this step
+        self.buckets, self.norm_of_all = buckets, norm_of_all
+        # allocated when first needed; None where autograd accumulates in fp32
+        self.sums: list[torch.Tensor | None] | None = buckets.sums if buckets else None
+        self.filled = [False] * len(params)  # whether the sum holds gradients of this step
+        if buckets:
+            for i, param in enumerate(params):
+                param.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+
+    @property
+    def folded(self) -> bool:
+        return any(self.filled)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -31,29 +47,41 @@ class Masters:
         if self.sums is None:
             self.sums = [None if m is p else torch.zeros_like(m)
                          for p, m in zip(self.params, self.masters, strict=True)]
-        for param, total in zip(self.params, self.sums, strict=True):
-            if total is None:  # an fp32 parameter: autograd accumulates in fp32
-                continue
-            if param.grad is not None:
-                (total.add_ if self.folded else total.copy_)(param.grad)
-                param.grad = None
-            elif not self.folded:
-                total.zero_()
-        self.folded = True
+        for i in range(len(self.params)):
+            self._fold(i)
+
+    def _fold(self, i: int) -> None:
+        param, total = self.params[i], self.sums[i]
+        if total is None:
+            return
+        if param.grad is not None:
+            (total.add_ if self.filled[i] else total.copy_)(param.grad)
+            param.grad = None
+        elif not self.filled[i]:
+            total.zero_()
+        self.filled[i] = True
+
+    @torch.no_grad()
+    def _arrived(self, i: int) -> None:
+        """The gradient of parameter i is complete."""
+        if self.buckets.is_last:
+            self._fold(i)
+            self.buckets.complete(i)
 
     def discard(self) -> None:
         """Forgets the gradients of this step."""
         for param in self.params:
             param.grad = None
-        self.folded = False
+        self.filled = [False] * len(self.params)
 
     @torch.no_grad()
     def gradients(self) -> list[torch.Tensor]:
         """This rank's gradients of the step, in the order of `params`; zeros for parameters without a gradient."""
-        if self.folded or self.world.size > 1 or not self.in_one_pass:
+        if self.folded or self.buckets or not self.in_one_pass:
             self.fold()
         grads = []
-        for param, total in zip(self.params, self.sums if self.folded else [None] * len(self.params), strict=True):
+        for param, total in zip(self.params, self.sums if self.sums and self.folded else [None] * len(self.params),
+                                strict=True):
             if total is None and param.grad is None:
                 param.grad = torch.zeros_like(param)
             grads.append(param.grad if total is None else total)
@@ -64,15 +92,18 @@ class Masters:
         """Sums gradients over the ranks, clips, updates masters and parameters. number: the step, from 1. Returns the
         unclipped gradient norm."""
         grads = self.gradients()
-        self.world.sum_(grads)
+        if self.buckets:
+            self.buckets.finish()
+        else:
+            self.world.sum_(grads)
         norm = (self._update_in_one_pass if self.in_one_pass else self._update)(grads, number, lr)
         for param, master in zip(self.params, self.masters, strict=True):
             param.grad = master.grad = None
-        self.folded = False
+        self.filled = [False] * len(self.params)
         return norm
 
     def _update_in_one_pass(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
-        norm = optimizer.total_norm(grads)
+        norm = self._norm(optimizer.total_norm(grads))
         factor = torch.ones_like(norm)
         if self.section.grad_clip:
             factor = (self.section.grad_clip / (norm + 1e-6)).clamp(max=1.0)
@@ -91,7 +122,7 @@ class Masters:
     def _update(self, grads: list[torch.Tensor], number: int, lr: float) -> torch.Tensor:
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
-        norm = nn.utils.get_total_norm(grads)
+        norm = self._norm(nn.utils.get_total_norm(grads))
         if self.section.grad_clip:
             nn.utils.clip_grads_with_norm_(self.masters, self.section.grad_clip, norm)
         for group in self.optimizer.param_groups:
@@ -100,9 +131,18 @@ class Masters:
         self.copy(self.masters)
         return norm
 
+    def _norm(self, norm: torch.Tensor) -> torch.Tensor:
+        return self.norm_of_all(norm) if self.norm_of_all else norm
+
     @torch.no_grad()
     def copy(self, values: list[torch.Tensor]) -> None:
         """Sets the parameters to `values`, one tensor each."""
         for param, value in zip(self.params, values, strict=True):
             if param is not value:
                 param.copy_(value)
+
+    def set_moments(self, moments: list[dict[str, torch.Tensor]], step: int) -> None:
+        """Sets the optimizer's state of each master to its exp_avg and exp_avg_sq after `step` steps."""
+        for master, found in zip(self.masters, moments, strict=True):
+            self.optimizer.state[master] = {
+                "step": torch.tensor(float(step), device=master.device), **found} if found else {}

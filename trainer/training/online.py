@@ -17,9 +17,9 @@ from strop.trainer.method_recipes import Online
 from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
-from strop.trainer.training.flops import peak_flops, sizes_of, training_flops
+from strop.trainer.training.engine import Training, learning_rate
+from strop.trainer.training.flops import peak_flops, training_flops
 from strop.trainer.training.guard import Guard
-from strop.trainer.training.local import Engine, learning_rate
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.loop import stop_if_not_finite
 from strop.trainer.training.rollouts import Rollouts, group_of, grouped
@@ -127,7 +127,7 @@ def named(rows: list[dict], part: list[int]) -> str:
     return f"{rows[part[0]]['prompt_id']}:" + ",".join(str(rows[i]["sample_index"]) for i in part)
 
 
-def train_online(stage: Stage, engine: Engine, scorer: Scorer, rollouts: Rollouts,
+def train_online(stage: Stage, engine: Training, scorer: Scorer, rollouts: Rollouts,
                  objective: PolicyGradient | OnlinePairs, interval: int = 1, guard: Guard | None = None,
                  seen: Callable[[list[dict]], None] = lambda rows: None) -> int:
     """Runs section.steps steps of section.epochs optimizer steps each: resumes, logs every `interval` optimizer steps,
@@ -145,7 +145,7 @@ def train_online(stage: Stage, engine: Engine, scorer: Scorer, rollouts: Rollout
             guard.resume()
     keep = {round(engine.steps * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {
         0, engine.steps}
-    sizes, peak = sizes_of(engine.model), peak_flops(world.device, engine.dtype)
+    peak = peak_flops(world.device, engine.dtype)
     step, saved, logged = engine.step_index // section.epochs, engine.step_index, Means()
     check = FirstStep(stage)
     with stage.console.progress(stage.name, total=section.steps, unit="steps", done=step) as bar:
@@ -154,7 +154,7 @@ def train_online(stage: Stage, engine: Engine, scorer: Scorer, rollouts: Rollout
             seen(rows)
             batch = objective.batch(rows)
             logged.add(described(rows, batch) | rollouts.seconds)
-            costs = [training_flops(sizes, example) for example in batch.examples]
+            costs = [training_flops(engine.sizes, example) for example in batch.examples]
             shares = microbatches(batch.examples, list(range(len(costs))), costs, section.max_tokens, world.size)
             packing = Packing(batch.examples, costs, section.max_tokens)
             packing.add(shares)
@@ -207,7 +207,7 @@ def train_online(stage: Stage, engine: Engine, scorer: Scorer, rollouts: Rollout
     return engine.step_index
 
 
-def backward(engine: Engine, scorer: Scorer, objective: PolicyGradient | OnlinePairs, batch: Batch,
+def backward(engine: Training, scorer: Scorer, objective: PolicyGradient | OnlinePairs, batch: Batch,
              share: list[list[int]], starts: list[Tensor]) -> tuple[Tensor, float]:
     """Gradients of one optimizer step over this rank's microbatches. starts: filled in the step's first epoch.
 
@@ -218,8 +218,6 @@ def backward(engine: Engine, scorer: Scorer, objective: PolicyGradient | OnlineP
         torch.manual_seed(hash((engine.seed, engine.step_index, engine.world.rank)))
     sums = torch.zeros(len(objective.names) + len(CHECKED) + 1 + ranks, device=device)
     for i, indices in enumerate(share):
-        if i:
-            engine.weights.fold()
         groups = collate(batch.examples, indices, device)
         logp, found = scorer(groups, stats=("entropy",))
         given, sampled = (torch.tensor([x for j in indices for x in values[j]], dtype=torch.float32, device=device)
@@ -227,7 +225,7 @@ def backward(engine: Engine, scorer: Scorer, objective: PolicyGradient | OnlineP
         if first:
             starts.append(logp.detach())
         value, vector = objective.loss(logp, groups, given, starts[i], batch.count)
-        value.backward()
+        engine.backward(value, i == len(share) - 1)
         off = (logp.detach() - sampled).abs() if first else torch.zeros_like(sampled)
         tokens = torch.tensor(float(len(sampled)), device=device)
         sums[:len(vector)] += vector
@@ -245,7 +243,7 @@ class FirstStep:
     def __init__(self, stage: Stage):
         self.stage, self.done, self.warned = stage, False, False
 
-    def __call__(self, mean: float, largest: float, engine: Engine) -> None:
+    def __call__(self, mean: float, largest: float, engine: Training) -> None:
         bound = SAME_WEIGHTS[engine.dtype]
         if mean <= bound:
             self.done = True

@@ -17,9 +17,8 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.sampling.kv_cache import onto
 from strop.trainer.training.batch import Example, collate, ends_first, microbatches
-from strop.trainer.training.flops import sizes_of, training_flops
-from strop.trainer.training.local import Engine
-from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.engine import Training
+from strop.trainer.training.flops import training_flops
 from strop.trainer.training.pairs import Origin, ReferenceTable
 
 COUNT = PREFERENCE_METRICS.index("count")
@@ -139,26 +138,28 @@ class Baseline:
     this step's included; its sum is part of the checkpoints.
     """
 
-    def __init__(self, section: Dpo, engine: Engine, scorer: Scorer, table: ReferenceTable, examples: list[Example],
+    def __init__(self, section: Dpo, engine: Training, table: ReferenceTable, examples: list[Example],
                  plan: list[list[int]], limit: int):
-        self.section, self.engine, self.scorer, self.table = section, engine, scorer, table
+        self.section, self.engine, self.table = section, engine, table
         self.examples, self.steps = examples, plan
         self.name = {"kto": "kl", "bco": "delta"}[section.loss]  # TRL's names
         if section.loss == "kto":
             self.examples, self.steps = mismatched(examples, plan, limit)
         else:
             engine.extra["rewards"] = torch.zeros(2, dtype=torch.float64, device=engine.world.device)  # sum, count
-        sizes = sizes_of(engine.model)
-        self.costs = [training_flops(sizes, example) for example in self.examples]
+        self.costs = [training_flops(engine.sizes, example) for example in self.examples]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """fp32, 0-dim, on the device."""
         world, rows = self.engine.world, self.steps[self.engine.step_index]
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        for indices in microbatches(self.examples, rows, self.costs, self.section.max_tokens, world.size)[world.rank]:
+        shares = microbatches(self.examples, rows, self.costs, self.section.max_tokens, world.size)
+        for indices in shares[world.rank]:
             groups = collate(self.examples, indices, world.device)
-            total += (self.scorer(groups) - self.table.of(self.examples, indices, world.device)).double().sum()
+            total += (self.engine.logprobs(groups) - self.table.of(self.examples, indices, world.device)).double().sum()
+        for _ in range(max(map(len, shares)) - len(shares[world.rank]) if self.engine.together else 0):
+            self.engine.logprobs(self.engine.nothing)
         world.sum_([total])
         if self.section.loss == "kto":
             return (total / max(1, len(rows))).clamp_min(0).float()

@@ -31,8 +31,9 @@ class Budget:
         inside = self.stage.dir.name == f"{names[-1]}.partial"
         return self.stage.dir.parents[len(names) - 1] if inside else self.stage.work
 
-    def lower(self, step: int, rows: list[Example]) -> None:
-        """Halves the microbatch of `rows`, which ran out of memory. Raises UserError if it is a single row."""
+    def lower(self, step: int, rows: list[Example], again: bool) -> None:
+        """Halves the microbatch of `rows`, which ran out of memory. Raises UserError if it is a single row, and if the
+        step cannot run `again` in this process."""
         size, together = sum(row.tokens for row in rows), len(rows) > 1
         if not together:
             raise UserError(f"{self.stage.name}: step {step}: out of memory with row {rows[0].row_id} alone, which has "
@@ -41,9 +42,11 @@ class Budget:
         self.tokens = -(-size // 2)
         path = self._folder() / f"max_tokens-{self.stage.world.rank}.json"
         write_json(path, (read_json(path) if path.exists() else {}) | {self.key: [self.asked, self.tokens]})
-        self.stage.console.warn(f"{self.stage.name}: step {step}: out of memory in a microbatch of {size:,} tokens; it "
-                                f"runs again, and this run goes on, with at most {self.tokens:,} "
-                                f"({self.key}.max_tokens={self.asked})")
+        what = f"{self.stage.name}: step {step}: out of memory in a microbatch of {size:,} tokens"
+        with_less = f"with at most {self.tokens:,} ({self.key}.max_tokens={self.asked})"
+        if not again:
+            raise UserError(f"{what}, in which other ranks took part; the same command resumes {with_less}")
+        self.stage.console.warn(f"{what}; it runs again, and this run goes on, {with_less}")
 
 
 def free_cached(device: torch.device) -> None:

@@ -1,0 +1,370 @@
+"""Checks of the training engines on several ranks, in one job: `python sharded.py RANKS FOLDER ENGINE CHECK...`
+
+FOLDER holds models and tables (see test_engines.py). The job forks its ranks once everything is imported. Each runs the
+named checks, functions of this file, one after another, with the recipe's section engine as JSON; a check that fails
+leaves FOLDER/CHECK.failed with the traceback, one that passes FOLDER/CHECK.passed.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from stagecalls import dpo, reference, reward, sft
+from training import Log, recipe_of, weights_of
+
+from strop.trainer.errors import UserError
+from strop.trainer.method_recipes import RewardRecipe
+from strop.trainer.run.console import Console
+from strop.trainer.run.files import read_json
+from strop.trainer.run.store import Stage
+from strop.trainer.run.world import World, join
+from strop.trainer.stages import preference as preference_stage
+from strop.trainer.stages import reward as reward_stage
+from strop.trainer.stages import sft as sft_stage
+from strop.trainer.training import buckets, local
+from strop.trainer.training.checkpoint import Saved, newest_checkpoint
+
+SECTION = {"batch_size": 5, "lr": 1e-3, "max_tokens": 48, "weight_decay": 0.1, "grad_clip": 0.2}
+STAGES = {"sft": (sft, sft_stage), "dpo": (dpo, preference_stage), "reward": (reward, reward_stage)}
+# norm of the difference of the masters, relative to the norm of the way that they went, on the same microbatches
+SAME = {"float32": 1e-4, "bfloat16": 1e-2}
+LOGGED = {"float32": 1e-4, "bfloat16": 1e-3}  # relative difference of what is logged
+
+
+class Run:
+    """A stage of a few steps that ran: its stage, engine, logged rows, and masters (fp32, flat, by name)."""
+
+    def __init__(self, kind: str, folder: Path, world: World, engine: dict, *, model="tied", dtype="float32", rows=14,
+                 lora=None, log=None, read=True, prompts=None, **keys):
+        """folder: of the stage, which it resumes if it is there. read: also read the masters."""
+        top = folder.parent
+        if world.first:
+            folder.mkdir(exist_ok=True)
+        world.barrier()
+        self.log = log or Log()
+        self.stage = Stage(f"round-00/{kind}", folder, world, Console(enabled=False), self.log)
+        options = {"engine": engine, "dtype": dtype, "lora": lora or {}, kind: SECTION | keys}
+        if kind == "reward":
+            recipe = RewardRecipe.model_validate({"data": {"preferences": [{"name": "x", "path": "x"}]}} | options)
+        else:
+            recipe = recipe_of(**options, evaluate={"max_new_tokens": 6})
+        inputs = {"select": top / f"select-{rows}"}
+        if kind == "dpo":
+            inputs |= {"policy": top / model, "reference": table_of(top, model, dtype, rows), "same_weights": True}
+        else:
+            inputs |= {"start": top / model}
+        if prompts:
+            inputs |= {"prompts": top / prompts, "evaluate": recipe.evaluate}
+        train, module = STAGES[kind]
+        opened = module.open_engine
+
+        def opens(*args, **options):
+            self.engine = opened(*args, **options)
+            return self.engine
+
+        module.open_engine = opens
+        try:
+            train(self.stage, recipe, **inputs)
+        finally:
+            module.open_engine = opened
+        self.start = top / model
+        self.masters = self._masters() if read else {}
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        work, world = self.stage.dir / "masters", self.stage.world
+        if world.first:
+            work.mkdir()
+        world.barrier()
+        self.engine.save_checkpoint(work)
+        world.barrier()
+        point = newest_checkpoint(work)
+        saved = Saved(point, list(read_json(point / "state.json")["files"]))
+        return {name.removeprefix("master/"): saved.read(name, 0, max(end for _, end, _ in parts))
+                for name, parts in list(saved.parts.items()) if name.startswith("master/")}
+
+    def equals(self, other: "Run", dtype: str, factor: float = 1.0) -> None:
+        """The masters are the other's within `factor` times rounding, and so is what was logged."""
+        assert self.masters.keys() == other.masters.keys() and self.masters
+        before, moved, apart = weights_of(self.start), 0.0, 0.0
+        for name, value in self.masters.items():
+            start = before.get(name, torch.zeros(()))
+            moved += (value - start.to(getattr(torch, dtype)).float().flatten()).square().sum().item()
+            apart += (value - other.masters[name]).square().sum().item()
+        share = math.sqrt(apart / moved)
+        print(f"    apart by {share:.2g}", flush=True)
+        assert share <= factor * SAME[dtype], share
+        assert len(self.log.rows) == len(other.log.rows) > 1
+        for one, two in zip(self.log.rows, other.log.rows, strict=True):
+            for key in one.keys() & two.keys() & {"loss", "grad_norm", "rewards/margins", "accuracy"}:
+                apart = abs(one[key] - two[key]) / (1 + abs(one[key]))
+                assert apart <= factor * LOGGED[dtype], (key, one[key], two[key])
+
+
+def table_of(top: Path, model: str, dtype: str, rows: int) -> Path:
+    return top / f"reference-{model}-{dtype}-{rows}"
+
+
+def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype: str = "float32", **keys) -> Run:
+    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, and the local engine
+    itself, are compared with one rank."""
+    if kind == "dpo" and world.first and not table_of(folder, keys.get("model", "tied"), dtype, 14).exists():
+        table = table_of(folder, keys.get("model", "tied"), dtype, 14)
+        table.mkdir()
+        reference(Stage("reference", table, World(), Console(enabled=False), Log()),
+                  recipe_of(dtype=dtype, dpo=SECTION), select=folder / "select-14",
+                  model=folder / keys.get("model", "tied"))
+    world.barrier()
+    run = Run(kind, folder / f"{name}-all", world, engine, dtype=dtype, **keys)
+    alone = engine["kind"] == "local" or name == "sft_tied"
+    if not alone or world.first:
+        one = Run(kind, folder / f"{name}-one", World() if alone else world, {"kind": "local"}, dtype=dtype, **keys)
+        # in other microbatches bf16 rounds otherwise
+        run.equals(one, dtype, 20 if alone and dtype == "bfloat16" else 1)
+    world.barrier()
+    return run
+
+
+def sft_tied(world, folder, engine):
+    run = equal("sft", world, folder, engine, "sft_tied", ema_decay=0.5)
+    assert largest(folder / "sft_tied-one/ema", folder / "sft_tied-all/ema") < 1e-5
+    assert run.stage.counts["rank_balance"] < 1, "the ranks have different shares"
+
+
+def sft_bf16(world, folder, engine):
+    equal("sft", world, folder, engine, "sft_bf16", "bfloat16", model="untied", activation_checkpointing=True)
+
+
+def dpo_untied(world, folder, engine):
+    run = equal("dpo", world, folder, engine, "dpo_untied", model="untied", activation_checkpointing=True)
+    assert abs(run.log.rows[0]["loss"] - 0.6931472) < 1e-6
+
+
+def dpo_bf16(world, folder, engine):
+    equal("dpo", world, folder, engine, "dpo_bf16", "bfloat16")
+
+
+def lora_bf16(world, folder, engine):
+    equal("sft", world, folder, engine, "lora_bf16", "bfloat16", lora={"rank": 4})
+    assert largest(folder / "lora_bf16-one/model", folder / "lora_bf16-all/model") < 2e-2
+    names = [set(load_file(folder / f"lora_bf16-{n}/model/adapter/adapter_model.safetensors")) for n in ("one", "all")]
+    assert names[0] == names[1] and names[0]
+    one, all_ = (read_json(folder / f"lora_bf16-{n}/model/config.json") for n in ("one", "all"))
+    assert one == all_
+
+
+def reward_model(world, folder, engine):
+    equal("reward", world, folder, engine, "reward", held_out=0.3, batch_size=3)
+    one, all_ = (read_json(folder / f"reward-{n}/reward.json") for n in ("one", "all"))
+    assert one["all"].keys() == all_["all"].keys() and one["all"]["accuracy"] == all_["all"]["accuracy"]
+
+
+def one_row_a_step(world, folder, engine):
+    """All ranks but one have nothing in every step."""
+    equal("sft", world, folder, engine, "one_row", rows=6, batch_size=1)
+
+
+def bema_of_dpo(world, folder, engine):
+    equal("dpo", world, folder, engine, "bema", bema=True, snapshots=1)
+    assert largest(folder / "bema-one/ema", folder / "bema-all/ema") < 1e-5
+    (one,), (all_,) = (sorted((folder / f"bema-{n}/snapshots").iterdir()) for n in ("one", "all"))
+    assert largest(one, all_) < 1e-5 and one.name == all_.name
+
+
+def guarded(world, folder, engine):
+    """The checks of completions find what they find on one rank, and change nothing."""
+    run = equal("sft", world, folder, engine, "guarded", prompts="prompts", eval_steps=1, eval_prompts=3)
+    assert run.log.rows[-1]["eval/stopped"] == 0
+    one, all_ = (read_json(folder / f"guarded-{n}/guard.json")["checks"] for n in ("one", "all"))
+    assert len(one) == len(all_) > 2
+    for a, b in zip(one, all_, strict=True):
+        assert a["cut_share"] == b["cut_share"] and a["mean_length"] == b["mean_length"]
+        assert abs(a["kl"] - b["kl"]) < 1e-4 * (1 + a["kl"]), (a, b)
+
+
+def resumed(world, folder, engine):
+    """Killed and resumed on the same ranks: the same bits. Resumed by a local engine: the same but for rounding."""
+    keys = {"checkpoint_steps": 1, "ema_decay": 0.5, "snapshots": 1, "read": False}
+    Run("sft", folder / "whole", world, engine, **keys)
+    with contextlib.suppress(KeyboardInterrupt):
+        Run("sft", folder / "killed", world, engine, log=Log(stop_at=3), **keys)
+        raise AssertionError("was not killed")
+    if world.first:
+        shutil.copytree(folder / "killed", folder / "elsewhere")
+    world.barrier()
+    run = Run("sft", folder / "killed", world, engine, **keys)
+    assert run.log.rewound_to == 2
+    for part in ("model", "ema"):
+        assert largest(folder / "whole" / part, folder / "killed" / part) == 0.0
+    if world.first:
+        other = Run("sft", folder / "elsewhere", World(), {"kind": "local"}, **keys)
+        assert other.log.rewound_to == 2
+        assert largest(folder / "whole/model", folder / "elsewhere/model") < 1e-5
+    world.barrier()
+
+
+def damaged(world, folder, engine):
+    """A damaged part of a resume point is one line on every rank."""
+    with contextlib.suppress(KeyboardInterrupt):
+        Run("sft", folder / "damaged", world, engine, log=Log(stop_at=2), checkpoint_steps=1, read=False)
+    if world.first:
+        parts = sorted((folder / "damaged/work/step-000001").glob("*.safetensors"))
+        assert len(parts) == world.size
+        with open(parts[-1], "r+b") as f:
+            f.seek(-8, os.SEEK_END)
+            f.write(b"damaged.")
+    world.barrier()
+    try:
+        Run("sft", folder / "damaged", world, engine, checkpoint_steps=1, read=False)
+    except UserError as e:
+        assert "work/step-000001/state-" in str(e) and "damaged" in str(e)
+    else:
+        raise AssertionError("was read")
+
+
+def full_disk(world, folder, engine):
+    """A rank that cannot write its part ends the run on every rank, in one line, and the last point stays."""
+    from strop.trainer.training import checkpoint
+
+    real, count = checkpoint.save_file, []
+
+    def save(*args):
+        count.append(1)
+        if world.rank == world.size - 1 and len(count) == 2:
+            raise OSError(28, "No space left on device")
+        real(*args)
+
+    checkpoint.save_file = save
+    try:
+        Run("sft", folder / "full", world, engine, checkpoint_steps=1, read=False)
+    except UserError as e:
+        assert "work/step-000002: cannot be written (No space left on device)" in str(e)
+    else:
+        raise AssertionError("was written")
+    finally:
+        checkpoint.save_file = real
+    world.barrier()
+    assert [p.name for p in (folder / "full/work").iterdir()] == ["step-000001"]
+
+
+def overlaps(world, folder, engine):
+    """Local: buckets leave while the last backward pass runs; the bits are those of one reduction a tensor after it."""
+    size, sent = buckets.BYTES, []
+
+    def noted(training, loss, last):
+        backward(training, loss, last)
+        if last:
+            sent.append((len(training.buckets.works), len(training.buckets.flat)))
+
+    def one_by_one(self):
+        for tensor in self.sums:
+            dist.all_reduce(tensor, group=self.group)
+        self._reset()
+
+    backward, complete, finish = local.Engine.backward, buckets.Buckets.complete, buckets.Buckets.finish
+    for dtype in ("float32", "bfloat16"):
+        buckets.BYTES, local.Engine.backward = 1 << 13, noted
+        many = Run("sft", folder / f"many-{dtype}", world, engine, dtype=dtype)
+        buckets.BYTES, local.Engine.backward = size, backward
+        one = Run("sft", folder / f"one-{dtype}", world, engine, dtype=dtype)
+        buckets.Buckets.complete, buckets.Buckets.finish = lambda self, i: None, one_by_one
+        plain = Run("sft", folder / f"plain-{dtype}", world, engine, dtype=dtype)
+        buckets.Buckets.complete, buckets.Buckets.finish = complete, finish
+        assert len(one.engine.buckets.flat) == 1 and sent and all(2 < flat == works for works, flat in sent), sent
+        for name, value in plain.masters.items():
+            # more than two ranks add up in another order
+            same = torch.equal if world.size == 2 else torch.allclose
+            assert same(many.masters[name], value) and same(one.masters[name], value), name
+        assert all(row["wait/ranks_max"] >= row["wait/ranks"] > 0 for row in many.log.rows)
+        assert all(row["wait/data_max"] >= row["wait/data"] >= 0 for row in many.log.rows)
+
+
+def times_out(world, folder, engine):
+    """A rank that does not come: one clear line on the others. It comes last, since the groups are of no use then."""
+    engine = engine | {"timeout": 4}
+    section = STAGES["sft"][1]
+    train = section.train
+
+    def late(stage, engine, *args, **options):
+        step = engine.step
+
+        def slow():
+            if world.rank and engine.step_index == 1:
+                time.sleep(7)
+            return step()
+
+        engine.step = slow
+        return train(stage, engine, *args, **options)
+
+    section.train = late
+    try:
+        Run("sft", folder / "late", world, engine, read=False)
+    except UserError as e:
+        assert "round-00/sft: step 2: rank" in str(e) and "engine.timeout=4 s" in str(e), e
+    except RuntimeError:
+        assert world.rank, "the first rank should say so"
+    else:
+        raise AssertionError("did not time out")
+    finally:
+        section.train = train
+
+
+def largest(a: Path, b: Path) -> float:
+    one, two = weights_of(a), weights_of(b)
+    assert one.keys() == two.keys() and all(one[k].dtype == two[k].dtype for k in one)
+    return max((one[k].float() - two[k].float()).abs().max().item() for k in one)
+
+
+def rank_of(folder: Path, engine: dict, checks: list[str]) -> None:
+    world = join("cpu", 1)
+    for check in checks:
+        started = time.perf_counter()
+        try:
+            globals()[check](world, folder, engine)
+        except BaseException:
+            with open(folder / f"{check}.failed", "a") as f:
+                f.write(f"rank {world.rank}\n{traceback.format_exc()}")
+            sys.stdout.flush()
+            os._exit(1)  # the others would wait
+        if world.first:
+            print(f"{check}: {time.perf_counter() - started:.1f} s", flush=True)
+            (folder / f"{check}.passed").touch()
+
+
+def main(ranks: int, folder: Path, engine: dict, checks: list[str]) -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    children = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            rank_of(folder, engine, checks)
+            os._exit(0)
+        children.append(pid)
+    worst = 0
+    for _ in children:
+        _, status = os.wait()
+        if status and not worst:
+            time.sleep(1)
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+        worst = worst or status
+    return 1 if worst else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]))

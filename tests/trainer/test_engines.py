@@ -1,0 +1,122 @@
+"""Training engines on several ranks against the local one on one rank. Each job of ranks runs many checks, since a
+start takes long; what they check is in sharded.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rounds import prompts_of
+from training import recipe_of, select_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from strop.trainer.cli import load_recipe
+from strop.trainer.errors import UserError
+from strop.trainer.models.loading import ModelFolder
+from strop.trainer.sharding import Auto, Fsdp, Local
+from strop.trainer.training import engines
+from strop.trainer.training.fsdp import check_unshared
+from strop.trainer.training.policy import layers_of
+
+HERE = Path(__file__).parent
+CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed"]
+
+
+def folder_of(tiny_model, folder: Path) -> Path:
+    """Two models, tied and untied, rows to train on, and prompts."""
+    shutil.copytree(tiny_model, folder / "tied")
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "untied")
+    for file in tiny_model.glob("*token*"):
+        shutil.copy(file, folder / "untied")
+    shutil.copy(tiny_model / "chat_template.jinja", folder / "untied")
+    for rows in (6, 14):
+        select_of(folder / f"select-{rows}", rows)
+    prompts_of(folder / "prompts", [f"{i:02}" for i in range(5)], split="validation")
+    return folder
+
+
+def launch(folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
+    command = [sys.executable, str(HERE / "sharded.py"), str(ranks), str(folder), json.dumps(engine), *checks]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=570,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"})
+    return f"{done.stdout}\n{done.stderr}"
+
+
+def passed(folder: Path, check: str, output: str) -> None:
+    failed = folder / f"{check}.failed"
+    assert (folder / f"{check}.passed").exists(), failed.read_text() if failed.exists() else output[-5000:]
+
+
+GRID = ["sft_tied", "sft_bf16", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "bema_of_dpo",
+        "guarded", "resumed"]
+
+
+@pytest.mark.parametrize(("keys", "lora", "per_weight"), [
+    ({}, 0, 20), ({"ema_decay": 0.9}, 0, 24), ({"bema": True}, 0, 28), ({}, 4, 2)])
+def test_auto_is_local_where_20_bytes_a_parameter_fit(tiny_model, monkeypatch, keys, lora, per_weight):
+    recipe = recipe_of(sft=keys, lora={"rank": lora})
+    world = SimpleNamespace(size=2, gather=lambda value: [True, value])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    needed = per_weight * sum(p.numel() for p in model.parameters())
+    for free, expected in ((needed / engines.SHARE + 1, Local), (needed / engines.SHARE - 1, Fsdp)):
+        monkeypatch.setattr(engines, "free_memory", lambda _, free=free: free)
+        arguments = tiny_model, recipe.sft, recipe.lora, torch.bfloat16
+        assert engines.settle(Auto(timeout=9), *arguments, world) == expected(timeout=9)
+        assert engines.settle(Auto(), *arguments, SimpleNamespace(size=1, gather=lambda value: [value])) == Local()
+        assert engines.settle(Fsdp(), *arguments, world) == Fsdp()
+
+
+@pytest.mark.parametrize(("engine", "said"), [
+    ({"kind": "fdsp"}, "engine.kind=fdsp: input should be auto or local or fsdp"),
+    ({"kind": "local", "cpu_offload": True}, "engine.cpu_offload=True: unknown key; kind=local has no"),
+    ({"cpu_offload": True}, "engine.cpu_offload=True: unknown key; kind=auto has no such key, kind=fsdp has"),
+])
+def test_a_key_that_an_engine_does_not_read_is_refused(engine, said):
+    with pytest.raises(UserError) as error:
+        load_recipe({"data": {"sft": [{"name": "x", "path": "x"}]}, "engine": engine})
+    assert said in str(error.value)
+
+
+def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
+    model = ModelFolder(tiny_model).load(torch.float32, torch.device("cpu"))
+    layers = layers_of(model)
+    assert [type(layer).__name__ for layer in layers] == ["LlamaDecoderLayer"] * 2
+    check_unshared(model, layers)  # the tied head is outside the layers
+    layers[0].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
+    with pytest.raises(UserError, match=r"engine.kind=fsdp: layers of LlamaForCausalLM share weights"):
+        check_unshared(model, layers)
+
+
+@pytest.fixture(scope="module")
+def fsdp(tiny_model, tmp_path_factory):
+    """(folder, output) of the checks of fsdp on two ranks."""
+    folder = folder_of(tiny_model, tmp_path_factory.mktemp("fsdp"))
+    return folder, launch(folder, 2, {"kind": "fsdp"}, CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_fsdp_on_two_ranks(fsdp, check):
+    passed(fsdp[0], check, fsdp[1])
+
+
+ENGINES = [
+    {"kind": "local"}, {"kind": "fsdp"}, {"kind": "fsdp", "cpu_offload": True},
+    {"kind": "fsdp", "sync_each_microbatch": False, "reshard_after_forward": False}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(map(str, engine.values())))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine):
+    checks = [*GRID, *(["overlaps"] if engine["kind"] == "local" else ["damaged", "full_disk"]), "times_out"]
+    output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
+    for check in checks:
+        passed(tmp_path, check, output)

@@ -1,0 +1,256 @@
+"""What every training engine has: a model in training, its learning rate and averages, saving and resuming.
+
+The loop and the stages use five verbs: logprobs, backward, step, save, resume. Engines differ in where weights,
+gradients and optimizer are, and in how ranks exchange them.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from strop.kernels import PackedGroups
+from strop.trainer.config import Lora, Part, Train
+from strop.trainer.models.folders import save_model
+from strop.trainer.models.loading import DTYPES, ModelFolder
+from strop.trainer.models.reward import Rewarder
+from strop.trainer.run.artifacts import list_files
+from strop.trainer.run.store import Stage
+from strop.trainer.sharding import Trainer
+from strop.trainer.training.batch import nothing
+from strop.trainer.training.checkpoint import Saved, check_checkpoint, newest_checkpoint, write_checkpoint
+from strop.trainer.training.flops import sizes_of
+from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.policy import base_of, load_policy
+from strop.trainer.training.waits import Waits
+
+
+def learning_rate(step: int, steps: int, section: Train) -> float:
+    """The learning rate of step 0 <= step < steps: linear warm-up to the peak, then the schedule."""
+    warmup = math.ceil(steps * section.warmup_ratio)
+    if step < warmup:
+        return section.lr * (step + 1) / warmup
+    if section.schedule == "constant":
+        return section.lr
+    progress = (step - warmup) / max(1, steps - warmup)
+    shape = 1 - progress if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return section.lr * (section.min_lr_ratio + (1 - section.min_lr_ratio) * shape)
+
+
+def bema_powers(step: int, section: Train) -> tuple[float, float]:
+    """(alpha, beta) of BEMA after `step` steps, from 1: (lag + step)^-bias_power and (lag + step)^-ema_power, arXiv
+    2508.00180 algorithm 1, with an update after every step."""
+    age = section.bema_lag + step
+    return age**-section.bema_bias_power, age**-section.bema_ema_power
+
+
+class Training:
+    """A model in training. An engine sets `names` and `masters`, the fp32 weights that this rank keeps, whole tensors
+    or slices, and has `backward`, `_update`, `_set_weights`, `_moments`, `_slices`, `_set_moments` and `_weights`.
+
+    together: every rank must take part in every forward and backward pass. scorer: computes what the loss is made of
+    (log-probs, a reward model's scores); the stage sets it after its probe.
+    """
+
+    together = False
+    names: list[str]
+    masters: list[torch.Tensor]
+    scorer: Scorer | Rewarder
+
+    def __init__(self, folder: ModelFolder, section: Train, stage: Stage, steps: int, *, compute: Part, lora: Lora,
+                 seed: int, reward: bool, options: Trainer, on_host: bool = False):
+        """compute: the recipe's dtype and attention. seed: initializes adapters and a new score head, the same on every
+        rank. reward: train a sequence classifier with one output, not a causal LM. options: the section engine.
+        on_host: load the weights into the host's memory."""
+        self.options, self.timeout = options, options.timeout
+        self.section, self.world, self.steps, self.folder = section, stage.world, steps, folder
+        self.lora, self.seed, self.dtype = lora, seed, DTYPES[compute.dtype]
+        self.tokenizer_files = folder.path  # the folder whose tokenizer is saved with the weights
+        self.model = load_policy(folder, section, stage.world.device, compute=compute, lora=lora, seed=seed,
+                                 reward=reward, on_host=on_host)
+        self.sizes = sizes_of(self.model)  # for FLOPs
+        self.waits = Waits(stage.world.device)  # for other ranks, inside steps
+        self.hosts = stage.world.group(self.timeout, "gloo") if self.together else None
+        self.step_index = 0
+        self.ema = self.start = None
+        self.extra: dict[str, torch.Tensor] = {}  # what a loss keeps from step to step, the same on every rank
+        self.kept: dict[str, dict] = {}  # files of snapshots with their hashes, stored in the checkpoint
+
+    def _begin_averages(self) -> None:
+        """Call it when the masters are there."""
+        if self.section.ema_decay or self.section.bema:
+            self.ema = [m.detach().clone() for m in self.masters]
+        if self.section.bema:
+            self.start = [m.detach().clone() for m in self.masters]
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """The model without adapters around it."""
+        return base_of(self.model)
+
+    def run(self, function: Callable, *arguments):
+        """function(*arguments), which may use the model. If `together`, every rank calls it with functions that make
+        the same passes through the layers."""
+        return function(*arguments)
+
+    def logprobs(self, groups: PackedGroups, stats: tuple[str, ...] = ()):
+        """fp32 log-probs [targets] of `groups.target`; with `stats` also a dict of fp32 [targets] tensors."""
+        return self.run(self.scorer, groups, stats)
+
+    def within(self, what: str) -> AbstractContextManager:
+        """Around a step: a rank that waits for others longer than engine.timeout raises UserError, which says `what` it
+        was doing."""
+        return self.world.within(self.timeout, what)
+
+    @functools.cached_property
+    def nothing(self) -> PackedGroups:
+        return nothing(self.world.device)
+
+    def fill(self, last: bool) -> None:
+        """Takes part in the passes over a microbatch that only other ranks have."""
+        self.backward(self.run(self.scorer, self.nothing).sum() * 0.0, last)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds the loss's gradients to those of the step. last: no further microbatch of this step follows here."""
+        raise NotImplementedError
+
+    def discard(self) -> bool:
+        """Forgets the gradients of this step. False if other ranks have a part in them, so that this rank cannot begin
+        the step anew alone."""
+        return False
+
+    @torch.no_grad()
+    def step(self) -> torch.Tensor:
+        """Sums gradients over the ranks, clips, updates masters and weights. Returns the unclipped gradient norm."""
+        norm = self._update(self.step_index + 1, learning_rate(self.step_index, self.steps, self.section))
+        if self.ema is not None:
+            section = self.section
+            share = bema_powers(self.step_index + 1, section)[1] if section.bema else 1 - section.ema_decay
+            torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], share)
+        self.step_index += 1
+        return norm
+
+    def agree(self, stop: bool, sound: bool) -> tuple[bool, bool]:
+        """(whether any rank says stop, whether all are sound), for engines whose ranks save together."""
+        flags = torch.tensor([stop, not sound], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts)
+        stops, unsound = flags.tolist()
+        return bool(stops), not unsound
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank takes part in saving."""
+        return self.world.first or self.together
+
+    def save(self, target: Path) -> None:
+        """Writes the weights as a Hugging Face folder, with adapters merged and also in adapter/. Every rank calls
+        it."""
+        if not self.writes:
+            return
+        weights, adapter = self._weights()
+        if self.world.first:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_model(self.base, self.tokenizer_files, target, weights)
+            if self.lora.rank:
+                self.model.save_pretrained(target / "adapter", state_dict=adapter)
+        if self.together:
+            self.world.barrier()  # not to wait for the first rank inside a step, which has a time-out
+
+    @torch.no_grad()
+    def save_ema(self, target: Path) -> None:
+        """Writes the averaged weights; the model's weights stay as they are. Every rank calls it.
+
+        With section.bema: EMA + alpha (weights - start), arXiv 2508.00180 algorithm 1, which corrects the EMA's lag.
+        """
+        if self.ema is None or not self.writes:
+            return
+        current = [m.detach().clone() for m in self.masters]
+        averaged = self.ema
+        if self.start is not None and self.step_index:
+            alpha, _ = bema_powers(self.step_index, self.section)
+            averaged = [e + alpha * (m - s) for e, m, s in zip(self.ema, current, self.start, strict=True)]
+        self._set_weights(averaged)
+        self.save(target)
+        self._set_weights(current)
+
+    def save_checkpoint(self, work: Path) -> None:
+        """Writes masters, moments, EMA, step and hashes, then deletes the previous checkpoint. Every rank calls it.
+
+        Raises UserError if it cannot be written; the previous checkpoint is then kept."""
+        if not self.writes:
+            return
+        tensors = {f"master/{name}": m.detach() for name, m in zip(self.names, self.masters, strict=True)}
+        for name, moments in zip(self.names, self._moments(), strict=True):
+            tensors |= {f"{key}/{name}": value for key, value in moments.items()}
+        for name, value in zip(self.names, self.ema or [], strict=self.ema is not None):
+            tensors[f"ema/{name}"] = value
+        if self.world.first:
+            tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
+        for folder in (work.parent / "snapshots").glob("step-*") if self.world.first else ():
+            if not any(name.startswith(f"snapshots/{folder.name}/") for name in self.kept):
+                self.kept |= {f"snapshots/{folder.name}/{n}": entry for n, entry in list_files(folder).items()}
+        starts = None
+        if self.together:
+            where = {name: start for name, (start, _) in zip(self.names, self._slices(), strict=True)}
+            tensors = {key: value.flatten() for key, value in tensors.items()}
+            starts = {key: where.get(key.split("/", 1)[1], 0) for key in tensors}
+        write_checkpoint(work, {"step": self.step_index, "steps": self.steps, "kept": self.kept}, tensors, self.world,
+                         starts)
+
+    @torch.no_grad()
+    def resume(self, work: Path) -> bool:
+        """Loads the newest checkpoint, if there is one, of any engine and number of ranks. Raises UserError if it is
+        damaged."""
+        self.world.barrier()
+        point = newest_checkpoint(work)
+        if point is None:
+            return False
+        state = check_checkpoint(point, self.world)
+        self.kept, self.step_index = state["kept"], state["step"]
+        saved = Saved(point, list(state["files"]))
+        masters, moments, ema = [], [], []
+        for name, master, (start, count) in zip(self.names, self.masters, self._slices(), strict=True):
+            def read(kind: str, name=name, master=master, start=start, count=count) -> torch.Tensor:
+                return saved.read(f"{kind}/{name}", start, count).view(master.shape).to(master.device)
+
+            masters.append(read("master"))
+            keys = [k for k in ("exp_avg", "exp_avg_sq") if f"{k}/{name}" in saved]
+            moments.append({k: read(k) for k in keys})
+            if self.ema is not None:
+                ema.append(read("ema"))
+        if self.ema is not None:
+            self.ema = ema
+        for name, value in self.extra.items():
+            value.copy_(saved.read(f"extra/{name}", 0, value.numel()).view(value.shape))
+        self._set_moments(moments)
+        self._set_weights(masters)
+        self.world.barrier()  # rank 0 must not replace a checkpoint that another rank still reads
+        return True
+
+    def _update(self, number: int, lr: float) -> torch.Tensor:
+        """The optimizer's step `number`, from 1. Returns the unclipped gradient norm, over all ranks."""
+        raise NotImplementedError
+
+    def _set_weights(self, values: list[torch.Tensor]) -> None:
+        """Sets masters and weights to `values`, one for each master."""
+        raise NotImplementedError
+
+    def _moments(self) -> list[dict[str, torch.Tensor]]:
+        """The optimizer's state of each master."""
+        raise NotImplementedError
+
+    def _set_moments(self, moments: list[dict[str, torch.Tensor]]) -> None:
+        """Sets exp_avg and exp_avg_sq of each master, after step `step_index`."""
+        raise NotImplementedError
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """(first element, number of elements) of the whole tensor that each master holds."""
+        return [(0, m.numel()) for m in self.masters]
+
+    def _weights(self) -> tuple[dict[str, torch.Tensor] | None, dict[str, torch.Tensor] | None]:
+        """State dicts of the model with adapters merged, and of the adapters; None for what the model itself holds."""
+        raise NotImplementedError
