@@ -305,7 +305,7 @@ def test_a_plan_says_what_it_needs(tiny_recipe, capsys):
     for stage in ("round-*/sample", "round-*/sft", "round-*/reference", "round-*/dpo", "round-*/merge", "final"):
         assert stage in shown
     assert main([str(tiny_recipe), "--plan", "--on", "8xH100"]) == 0
-    assert "at least 0:" in capsys.readouterr().out
+    assert "about 0:" in capsys.readouterr().out
 
 
 def test_every_writer_of_several_is_estimated(tiny_recipe, capsys):

@@ -126,7 +126,7 @@ def show(console: Console, recipe: Recipe, store: Store, on: Hardware | None) ->
             console.warn(f"{name} does not fit: a rank needs {size}; {advice}")
     seconds, kept, scratch = planning.totals(found)
     free = free_disk(store.run_dir) if here else None
-    console.line(f"total: {'time unknown' if seconds is None else 'at least ' + duration(seconds)}, "
+    console.line(f"total: {'time unknown' if seconds is None else 'about ' + duration(seconds)}, "
                  f"{kept / GB:.1f} GB on disk and up to {scratch / GB:.1f} GB more on the way"
                  + (f" ({free / GB:.0f} GB are free)" if free is not None else ""))
     if free is not None and kept + scratch > free:
@@ -144,7 +144,8 @@ def assumed(found: list[Estimate]) -> str:
             "their limit")
     if any(e.seconds is not None for e in found):
         text += (f"; {speed.OF_FLOPS:.0%} of the FLOP/s and {speed.OF_BANDWIDTH:.0%} of the bandwidth; launches, "
-                 "communication, scorers and checks in training take no time")
+                 "communication, scorers and checks in training take no time; a CPU is measured now, beside its "
+                 "other work")
     return text + " (docs/memory.md)"
 
 
