@@ -106,7 +106,7 @@ def judges(monkeypatch):
 @pytest.fixture(scope="module")
 def constitution(brief_model, tmp_path_factory):
     return recipe(tmp_path_factory.mktemp("constitution"), brief_model, "constitutional", f"{{{JUDGE}}}, {{{GRADE}}}",
-                  f"revise: {{{REVISE}, times: 2, principles: [x, y, z]}}\n"
+                  f"revise: {{{REVISE}, per_prompt: 2, times: 2, principles: [x, y, z]}}\n"
                   "score: {correct_by: grade, correct_at: 0.5}\nselect: {pair_margin: 0.3}")
 
 
@@ -123,7 +123,7 @@ def test_constitutional_learns_its_revisions_and_then_what_its_start_weights_pre
     revised = {tuple(row["completion_tokens"]): row for path in (run / "round-00/revise").glob("shard-*")
                for row in read_table(path).to_pylist()}
     learned = read_table(run / "round-00/revised/sft.parquet").to_pylist()
-    assert drafts["samples"] == 14 and len(learned) > 3
+    assert drafts["samples"] == 28 and len(learned) > 3
     assert all(tuple(row["completion_tokens"]) in revised for row in learned)
     asked = [step["feedback"] for row in revised.values() for step in row["steps"]]
     assert set(asked) == {"x", "y", "z"} and {len(row["steps"]) for row in revised.values()} == {2}
