@@ -17,6 +17,7 @@ from strop.trainer.main import main
 from strop.trainer.methods.running import plan
 from strop.trainer.run.files import read_json
 from strop.trainer.run.tables import read_table
+from strop.trainer.scoring.verdicts import Verdict
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -75,7 +76,7 @@ data:
   sources:
     - {{name: digits, path: {prompts}, scorers: [{scorers}]}}
 sample: {{prompts: 14, k: 4, max_new_tokens: 24}}
-sft: {{batch_size: 8, lr: 1.0e-3, checkpoint_steps: 1, eval_steps: 0}}
+sft: {{batch_size: 2, lr: 1.0e-3, checkpoint_steps: 1, eval_steps: 0}}
 dpo: {{batch_size: 4, lr: 1.0e-4, checkpoint_steps: 1, eval_steps: 0}}
 evaluate: {{max_new_tokens: 8, bootstrap: 100, kl_prompts: 0}}
 log: {{tensorboard: false}}
@@ -84,14 +85,32 @@ log: {{tensorboard: false}}
     return path
 
 
+@pytest.fixture
+def judges(monkeypatch):
+    """Replaces the verdicts of local judges, which a model this small cannot give in both orders: by a fixed order of
+    all completions, without ties. Returns the folders of the judges that were asked."""
+    folders = set()
+
+    def answer(judge, questions):
+        folders.add(judge.path)
+        for i, q in enumerate(questions):
+            if q.second is None:
+                yield i, Verdict(q.labels[int(q.first, 16) % 2])
+            else:
+                yield i, Verdict("A" if q.first > q.second else "B")
+
+    monkeypatch.setattr("strop.trainer.scoring.judge.LocalJudge.answer", answer)
+    return folders
+
+
 @pytest.fixture(scope="module")
 def constitution(brief_model, tmp_path_factory):
     return recipe(tmp_path_factory.mktemp("constitution"), brief_model, "constitutional", f"{{{JUDGE}}}, {{{GRADE}}}",
-                  f"revise: {{{REVISE}, times: 2, principles: [x, y, z]}}\n"
+                  f"revise: {{{REVISE}, per_prompt: 2, times: 2, principles: [x, y, z]}}\n"
                   "score: {correct_by: grade, correct_at: 0.5}\nselect: {pair_margin: 0.3}")
 
 
-def test_constitutional_learns_its_revisions_and_then_what_its_start_weights_prefer(constitution, monkeypatch):
+def test_constitutional_learns_its_revisions_and_then_what_its_start_weights_prefer(constitution, judges, monkeypatch):
     folder = constitution.parent / "runs"
     stages = [entry["stage"] for entry in plan(constitution)]
     assert stages == ["prompts", "baseline-held-out", "baseline", *(f"round-00/{name}" for name in (
@@ -104,22 +123,37 @@ def test_constitutional_learns_its_revisions_and_then_what_its_start_weights_pre
     revised = {tuple(row["completion_tokens"]): row for path in (run / "round-00/revise").glob("shard-*")
                for row in read_table(path).to_pylist()}
     learned = read_table(run / "round-00/revised/sft.parquet").to_pylist()
-    assert drafts["samples"] == 14 and len(learned) > 3
+    assert drafts["samples"] == 28 and len(learned) > 3
     assert all(tuple(row["completion_tokens"]) in revised for row in learned)
     asked = [step["feedback"] for row in revised.values() for step in row["steps"]]
     assert set(asked) == {"x", "y", "z"} and {len(row["steps"]) for row in revised.values()} == {2}
     pairs = read_table(run / "round-00/select/pairs.parquet").to_pylist()
     assert pairs and all(row["chosen_score"] > row["rejected_score"] for row in pairs)
     assert {row["decided_by"] for row in pairs} == {"judge_pairwise"}
+    assert judges == {Path(load_recipe(constitution).model.path)}
     writers = {row["chosen_writer_hash"] for row in pairs}
-    plan_of = read_json(run / "plan.json")["stages"]
-    sample = next(entry for entry in plan_of if entry["stage"] == "round-00/sample")
-    assert sample["inputs"]["weights"] == "round-00/sft/model" and len(writers) == 1
+    assert len(writers) == 1
+    inputs = {entry["stage"].removeprefix("round-00/"): {
+        name: source.removeprefix("round-00/") for name, source in entry["inputs"].items()
+        if name.partition(".")[0] not in ("prompts", "tokenizer", "student", "files")}
+        for entry in read_json(run / "plan.json")["stages"]}
+    start, tuned = "outside", "sft/model"
+    assert {name: inputs[name] for name in ("draft", "revise", "revised", "sft", "sample", "score", "select",
+                                            "reference", "dpo", "final")} == {
+        "draft": {"weights": start}, "revise": {"weights": start, "sample": "draft"},
+        "revised": {"history.0.0": "revise"}, "sft": {"select": "revised", "start": start},
+        "sample": {"weights": tuned}, "score": {"sample": "sample"},
+        "select": {"history.0.0": "sample", "history.0.1": "score"},
+        "reference": {"select": "select", "weights": tuned},
+        "dpo": {"select": "select", "policy": tuned, "reference": "reference"}, "final": {"weights": "dpo/model"}}
     assert read_json(run / "promotions.json")[0]["promoted"] == "dpo"
     assert largest_difference(run / "final", run / "round-00/sft/model") > 0
 
-    # killed in each kind of stage and resumed: the same bits
+    # killed in the middle of both trainings and resumed: the same bits
     from strop.trainer.run.metrics import Metrics
+
+    class Killed(BaseException):  # nobody catches it
+        pass
 
     log, seen = Metrics.log, []
 
@@ -127,12 +161,12 @@ def test_constitutional_learns_its_revisions_and_then_what_its_start_weights_pre
         log(self, stage, step, *args, **keys)
         if step == 2 and stage not in seen:
             seen.append(stage)
-            raise KeyboardInterrupt
+            raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "log", killed)
         for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Killed):
                 main([str(constitution), "name=killed"])
     assert seen == ["round-00/sft", "round-00/dpo"] and main([str(constitution), "name=killed"]) == 0
     assert largest_difference(run / "final", folder / "killed" / "final") == 0.0
@@ -165,8 +199,15 @@ def test_defaults_are_the_papers_and_the_recipe_reads_back(constitution, tmp_pat
 
 @pytest.fixture(scope="module")
 def corrections(brief_model, tmp_path_factory):
-    return recipe(tmp_path_factory.mktemp("corrections"), brief_model, "self_distill",
-                  '{rule: regex, args: {pattern: "[0-9]"}}', f"rounds: 1\nrevise: {{{REVISE}}}")
+    """Correct is an answer with a digit, which about half of the model's have; the scorer says what is missing."""
+    folder = tmp_path_factory.mktemp("corrections")
+    (folder / "mine.py").write_text("""\
+def digit(completion):
+    there = any(c in "0123456789" for c in completion)
+    return {"score": float(there)} if there else {"score": 0.0, "missing": "digit"}
+""")
+    return recipe(folder, brief_model, "self_distill", f"{{python: {folder / 'mine.py'}:digit}}",
+                  f"rounds: 1\nrevise: {{{REVISE}}}")
 
 
 def test_self_distill_prefers_corrections_to_what_they_correct(corrections):
@@ -180,6 +221,7 @@ def test_self_distill_prefers_corrections_to_what_they_correct(corrections):
     assert pairs
     for pair in pairs:
         chosen, rejected = (first[pair["prompt_id"], tuple(pair[f"{side}_tokens"])] for side in ("chosen", "rejected"))
+        assert [any(c in "0123456789" for c in row["completion"]) for row in (chosen, rejected)] == [True, False]
         assert chosen["revised_from"] == {k: rejected[k] for k in ("prompt_id", "sample_index")}
         assert judged[chosen["prompt_id"], chosen["sample_index"]]
         assert not judged[rejected["prompt_id"], rejected["sample_index"]]
