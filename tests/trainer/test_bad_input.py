@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -512,7 +513,12 @@ def test_a_disk_that_is_full_loses_nothing(place, capfd):
         assert code == 0 and len(stopped) >= 4
         assert (disk / "full/final/model.safetensors").read_bytes() == (
             place.dir / "runs/whole/final/model.safetensors").read_bytes()
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for patience in (*[0.5] * 40, 0):  # the event file of a run that failed is closed a moment later
+            done = subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True, text=True)
+            if not done.returncode:
+                break
+            time.sleep(patience)
+        assert not done.returncode, done.stderr
         code, errors, _ = run(place, [f"output_dir={disk}", "name=full"], capfd)
         assert code == 1 and "make it writable or choose another output_dir=" in errors[0]
     finally:
