@@ -86,7 +86,8 @@ def test_load_run_names_what_there_is(workplace):
 
 def test_a_table_that_is_not_there(tiny_run):
     run = strop.load_run(tiny_run)
-    with pytest.raises(strop.UserError, match="no table nothing; there are: difficulty, drops, judged, pairs, rated, sft"):
+    with pytest.raises(strop.UserError, match="no table nothing; there are: difficulty, drops, judged, pairs, rated, "
+                       "sft"):
         run.table("round-00/select", "nothing")
     assert run.table("round-00/score").num_rows == run.table("round-00/sample").num_rows == 24 * 8
 
