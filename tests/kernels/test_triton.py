@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-NAMES = ("triton_cases.py", "triton_attention_cases.py", "triton_decode_cases.py")
-CASES = [str(Path(__file__).with_name(name)) for name in NAMES]
+CASES = {"training": ("triton_cases.py", "triton_attention_cases.py"), "decoding": ("triton_decode_cases.py",)}
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_kernels_under_the_interpreter(chosen: str):
+@pytest.mark.parametrize("names", CASES.values(), ids=CASES)
+def test_kernels_under_the_interpreter(chosen: str, names: tuple[str, ...]):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "-p", "no:cacheprovider", *CASES]
+    files = [str(Path(__file__).with_name(name)) for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -127,6 +127,8 @@ class CodeScorer:
         counted = total - sum(line["passed"] is None for line in verdicts)
         passed = sum(line["passed"] is True for line in verdicts)
         failed = next((line["said"] for line in verdicts if line["passed"] is False), "")
+        if ran.code is None:  # stopped just before the tests, which have the same limit and took it to have ended
+            failed = failed.replace("the program ended", f"the program {ran.ended}")
         if not failed and passed < counted:
             failed = f"{ran.ended if ran.code is None else judged.ended} before the last test"
         value = passed / counted if counted else 0.0
