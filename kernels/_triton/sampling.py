@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launch
 
-CHUNK, SCAN_WARPS, DRAW_WARPS = 4096, 4, 8
+CHUNK, SCAN_WARPS, DRAW_WARPS = 2048, 4, 16
 ROWS = 32  # of a program that advances them
 _STEP = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
