@@ -217,7 +217,7 @@ def damaged(world, folder, engine):
     with contextlib.suppress(KeyboardInterrupt):
         Run("sft", folder / "damaged", world, engine, log=Log(stop_at=2), checkpoint_steps=1, read=False)
     if world.first:
-        parts = sorted((folder / "damaged/work/step-000001").glob("*.safetensors"))
+        parts = sorted((folder / "damaged" / "work" / "step-000001").glob("*.safetensors"))
         assert len(parts) == world.size
         with open(parts[-1], "r+b") as f:
             f.seek(-8, os.SEEK_END)

@@ -271,14 +271,18 @@ log: {{tensorboard: false}}
     return path
 
 
-@pytest.mark.parametrize("key", REWARD)
-def test_a_key_of_the_reward_model_makes_it_stale(reward_run, key):
-    value, expected = REWARD[key]
+def check_stale(run, key: str, value, expected: set[str]) -> None:
+    """Another value of `key` makes the expected stages stale by themselves, and what is made from them."""
     others = value.others if isinstance(value, Also) else {}
     value = value.value if isinstance(value, Also) else value
-    entries = planned(load_recipe(reward_run, {key: value} | others), Console(enabled=False))[1].plan
+    entries = planned(load_recipe(run, {key: value} | others), Console(enabled=False))[1].plan
     assert own_reasons(entries).keys() == expected
     assert stale(entries) == closure(entries)
+
+
+@pytest.mark.parametrize("key", REWARD)
+def test_a_key_of_the_reward_model_makes_it_stale(reward_run, key):
+    check_stale(reward_run, key, *REWARD[key])
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +301,7 @@ def online_run(run, tiny_model):
 
 @pytest.mark.parametrize("key", ONLINE)
 def test_a_key_of_online_training_makes_it_stale(online_run, key):
-    value, expected = ONLINE[key]
-    others = value.others if isinstance(value, Also) else {}
-    value = value.value if isinstance(value, Also) else value
-    entries = planned(load_recipe(online_run, {key: value} | others), Console(enabled=False))[1].plan
-    assert own_reasons(entries).keys() == expected
-    assert stale(entries) == closure(entries)
+    check_stale(online_run, key, *ONLINE[key])
 
 
 def test_nothing_is_stale_without_a_change(run):

@@ -190,9 +190,10 @@ def test_nodes_without_shared_storage_keep_copies(network, tiny_recipe, tmp_path
     shutil.copytree(tmp_path / "a", tmp_path / "c")
     shutil.copytree(tmp_path / "b", tmp_path / "d")
     running = on("a", "b")
-    wait_for(tmp_path / "a" / "runs" / "tiny" / "round-00" / "dpo.partial" / "work" / "step-*", running)
+    work = Path("runs") / "tiny" / "round-00" / "dpo.partial" / "work"
+    wait_for(tmp_path / "a" / work / "step-*", running)
     kill(running)
-    points = [[*(tmp_path / name).rglob("dpo.partial/work/step-*")] for name in ("a", "b")]
+    points = [[*(tmp_path / name / work).glob("step-*")] for name in ("a", "b")]
     assert points[0] and not points[1]
     assert finish("b", "a") == whole  # exchanged
     assert finish("d", "c") == whole
