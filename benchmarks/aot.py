@@ -176,22 +176,33 @@ def layer_cases() -> list[Case]:
 
 def sampling_cases() -> list[Case]:
     known = {"key_ptr": "*i64", "position_ptr": "*i64", "token_ptr": "*i64", "first_ptr": "*i32", "top_p": "fp32"}
-    known |= {"stats_ptr": "*fp32", "logp_ptr": "*fp32", "temperature": "fp32"}
+    known |= {"stats_ptr": "*fp32", "logp_ptr": "*fp32", "temperature": "fp32", "sub_ptr": "*fp32"}
+    known |= {"bound_ptr": "*i32", "count_ptr": "*i32", "candidate_ptr": "*i64"}
     found = []
     for dtype in ("bf16", "fp32"):
         types = known | {"logits_ptr": f"*{dtype}"}
         shift = sampling.SHIFT[{"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]]
         for tempered in (False, True):
-            constants = {"CHUNK": sampling.CHUNK, "TEMPERED": tempered}
+            constants = {"CHUNK": sampling.CHUNK, "SUB": sampling.SUB, "TEMPERED": tempered, "TRUNCATED": tempered}
             kernel, label = sampling.scan_kernel, f"sample scan {dtype}{' tempered' if tempered else ''}"
             chosen = {n: types.get(n, "i32") for n in kernel.arg_names}
             found.append(Case(label, kernel, chosen, constants, sampling.SCAN_WARPS))
         for how in ((), ("GREEDY",), ("TEMPERED",), ("TEMPERED", "TOP_P"), ("TEMPERED", "TOP_K", "TOP_P")):
-            constants = {"CHUNK": sampling.CHUNK, "CHUNKS": 32, "SHIFT": shift}
+            constants = {"CHUNK": sampling.CHUNK, "CHUNKS": 32, "SHIFT": shift, "CANDIDATES": sampling.CANDIDATES}
             constants |= {flag: flag in how for flag in ("GREEDY", "TEMPERED", "TOP_K", "TOP_P")}
             kernel, label = sampling.draw_kernel, " ".join(["sample draw", dtype, *map(str.lower, how)])
             chosen = {n: types.get(n, "i32") for n in kernel.arg_names}
             found.append(Case(label, kernel, chosen, constants, sampling.DRAW_WARPS))
+        for top_k in (False, True):
+            kernel, label = sampling.bound_kernel, f"sample bound {dtype}{' top_k' if top_k else ''}"
+            constants = {"PER_CHUNK": sampling.CHUNK // sampling.SUB, "SUB": sampling.SUB, "SUBS": 1024, "SHIFT": shift,
+                         "TOP_K": top_k}
+            chosen = {n: types.get(n, "i32") for n in kernel.arg_names}
+            found.append(Case(label, kernel, chosen, constants, sampling.BOUND_WARPS))
+        constants = {"CHUNK": sampling.CHUNK, "CANDIDATES": sampling.CANDIDATES, "SHIFT": shift}
+        kernel = sampling.collect_kernel
+        chosen = {n: types.get(n, "i32") for n in kernel.arg_names}
+        found.append(Case(f"sample collect {dtype}", kernel, chosen, constants, sampling.SCAN_WARPS))
     kernel = sampling.advance_kernel
     floats = {"logp_ptr": "*fp32", "out_ptr": "*fp32", "length_ptr": "*i32"}
     types = {n: floats.get(n, "*i64" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}

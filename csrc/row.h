@@ -144,15 +144,17 @@ struct Gradient {
   float lse, scale, at_target;
   int hit;  // the target's column, -1 if it is outside the vocabulary
 
+  // exp_of rounds the exponent once more, which shows where the result has 32 bits.
+  template <typename T>
   STROP_HD float at(int column, float x) const {
-    const float p = exp_of(x - lse);
+    const float p = sizeof(T) == 4 ? expf(x - lse) : exp_of(x - lse);
     return scale * (column == hit ? at_target : p);
   }
 
   template <typename T>
   STROP_HD void apply(Pack<T>& pack, int column) const {
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) pack.set(i, at(column + i, pack.get(i)));
+    for (int i = 0; i < Pack<T>::kSize; ++i) pack.set(i, at<T>(column + i, pack.get(i)));
   }
 };
 
@@ -181,7 +183,7 @@ STROP_HD void gradient_part(const T* row, T* out, int columns, const Gradient& g
 #pragma unroll 1
   for (int i = thread; i < split.singles; i += threads) {
     const int column = split.column_of_single(i);
-    out[column] = static_cast<T>(gradient.at(column, static_cast<float>(row[column])));
+    out[column] = static_cast<T>(gradient.template at<T>(column, static_cast<float>(row[column])));
   }
 }
 

@@ -6,7 +6,8 @@ them; or a part of a row's completion, of which the first also adds the new toke
 second kernel merges a row's parts in their order. So there are no atomics, and a row's result depends neither on the
 other rows nor on how many programs a launch has room for.
 
-Exponentials are base 2. Masked scores are -inf and the running maximum starts at a finite number, as in attention.py.
+Exponentials are base 2; in fp32, where the approximate instruction and one more rounding of the exponent would show, of
+base e. Masked scores are -inf and the running maximum starts at a finite number, as in attention.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,23 @@ NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _power(x, FP32: tl.constexpr):
+    """2^x, or for FP32 e^x to about 1 unit in the last place; x <= 0."""
+    if FP32:
+        whole = tl.floor(tl.maximum(x, -88.0) * LOG2E + 0.5)
+        part = tl.maximum(x, -88.0) - whole * 0.693359375 + whole * 2.12194440e-4  # ln 2 in two pieces, the first exact
+        sum = part * (1.0 / 5040) + 1.0 / 720
+        sum = part * sum + 1.0 / 120
+        sum = part * sum + 1.0 / 24
+        sum = part * sum + 1.0 / 6
+        sum = part * sum + 0.5
+        sum = part * part * sum + part + 1.0
+        power = ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return tl.where(x < -87.0, 0.0, sum * power)
+    return tl.exp2(x)
+
+
+@triton.jit
 def _attend(
     q, highest, total, out, k_ptr, v_ptr, table_ptr, first, end, floor, page_stride, scale, cap, D: tl.constexpr,
     D_PAD: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -40,18 +58,21 @@ def _attend(
     inside = (key < end)[:, None] & (column < D)[None, :]
     k = tl.load(k_ptr + offsets, mask=inside, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    FP32: tl.constexpr = q.dtype == tl.float32
     if CAP:
         scores = tanh(scores * (scale / cap))
-        factor = cap * LOG2E
+        factor = cap
     else:
-        factor = scale * LOG2E
+        factor = scale
+    if not FP32:
+        factor = factor * LOG2E
     seen = (key < end)[None, :]
     if WINDOW:
         seen = seen & (key[None, :] > floor[:, None])
     scores = tl.where(seen, scores, -float("inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
-    weights = tl.exp2(scores * factor - new_highest[:, None])
-    decay = tl.exp2(highest - new_highest)
+    weights = _power(scores * factor - new_highest[:, None], FP32)
+    decay = _power(highest - new_highest, FP32)
     v = tl.load(v_ptr + offsets, mask=inside, other=0.0)
     out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=PRECISION)
     return total * decay + tl.sum(weights, 1), new_highest, out
@@ -150,7 +171,7 @@ def parts_kernel(
         tl.store(v_pages_ptr + place + column, v, mask=column < D)
         score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
         score = tanh(score * (scale / cap)) * cap if CAP else score * scale
-        highest = score * LOG2E
+        highest = score if q.dtype == tl.float32 else score * LOG2E
         total += 1.0
         out += v.to(tl.float32)[None, :]
     floor = lane * 0
@@ -171,6 +192,7 @@ def merge_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A row that is no longer decoded, of length -1, gets zeros."""
+    FP32: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0)
     index = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     column = tl.arange(0, D_PAD)
@@ -185,8 +207,8 @@ def merge_kernel(
             at = index * (prompt_splits + own_splits) + split
             part_highest = tl.load(stats_ptr + at)
             new_highest = tl.maximum(highest, part_highest)
-            decay = tl.exp2(highest - new_highest)
-            share = tl.exp2(part_highest - new_highest)
+            decay = _power(highest - new_highest, FP32)
+            share = _power(part_highest - new_highest, FP32)
             total = total * decay + tl.load(stats_ptr + stats_stride + at) * share
             values = tl.load(part_ptr + at * D + column, mask=column < D, other=0.0)
             out = out * decay + values * share

@@ -1,7 +1,8 @@
-"""Sampling without a sort: one pass over the logits in parts, then a program per row that draws.
+"""Sampling without sorting the vocabulary: one pass over the logits in parts, then a program per row that draws.
 
-Tokens in the order of their probability are drawn by bisection on the logit: the mass above a threshold needs a pass
-over the row, which the L2 cache holds, and no order. Equal logits rank by token id.
+For top_k and top_p the largest logits and the sums of every SUB tokens bound from below what can be kept. A second pass
+collects the candidates, mostly few, and they are sorted. A row with more than CANDIDATES of them is drawn by bisection
+on the logit instead: the mass above a threshold needs a pass over the row and no order. Equal logits rank by token id.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from . import launch
 
 CHUNK, SCAN_WARPS, DRAW_WARPS = 2048, 4, 16
+SUB, CANDIDATES, BOUND_WARPS = 128, 1024, 4
 ROWS = 32  # of a program that advances them
 _STEP = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
@@ -22,13 +24,13 @@ _MIX_2 = tl.constexpr(0x94D049BB133111EB - (1 << 64))
 SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
-@triton.jit(do_not_specialize=["stats_stride"])
+@triton.jit(do_not_specialize=["stats_stride", "sub_stride"])
 def scan_kernel(
-    logits_ptr, stats_ptr, first_ptr, vocab, logits_stride, chunks, stats_stride, temperature, CHUNK: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    logits_ptr, stats_ptr, first_ptr, sub_ptr, vocab, logits_stride, chunks, stats_stride, sub_stride, temperature,
+    CHUNK: tl.constexpr, SUB: tl.constexpr, TEMPERED: tl.constexpr, TRUNCATED: tl.constexpr,
 ):  # fmt: skip
     """A chunk's largest logit, the first token that has it, and sums of exp(logit - largest) at temperature 1 and at
-    `temperature`."""
+    `temperature`. TRUNCATED: also of every SUB tokens the largest logit and the sum at `temperature`."""
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -40,8 +42,14 @@ def scan_kernel(
     less = x - tl.where(highest == -float("inf"), 0.0, highest)
     tl.store(stats_ptr + at, highest)
     tl.store(stats_ptr + stats_stride + at, tl.sum(tl.exp(less), 0))
+    weights = tl.exp(less)
     if TEMPERED:
-        tl.store(stats_ptr + 2 * stats_stride + at, tl.sum(tl.exp(less / temperature), 0))
+        weights = tl.exp(less / temperature)
+        tl.store(stats_ptr + 2 * stats_stride + at, tl.sum(weights, 0))
+    if TRUNCATED:
+        sub = at * (CHUNK // SUB) + tl.arange(0, CHUNK // SUB)
+        tl.store(sub_ptr + sub, tl.max(tl.reshape(x, (CHUNK // SUB, SUB)), 1))
+        tl.store(sub_ptr + sub_stride + sub, tl.sum(tl.reshape(weights, (CHUNK // SUB, SUB)), 1))
 
 
 @triton.jit
@@ -73,16 +81,16 @@ def _rank(x, SHIFT: tl.constexpr):
 @triton.jit
 def _above(row_ptr, vocab, threshold, highest, temperature, CHUNK: tl.constexpr, SHIFT: tl.constexpr):
     """Number and mass of the tokens that rank above the threshold."""
-    count = 0
-    mass = tl.full([], 0.0, tl.float64)
+    count = tl.zeros([CHUNK], tl.int32)
+    mass = tl.zeros([CHUNK], tl.float32)
     for first in range(0, vocab, CHUNK):
         token = first + tl.arange(0, CHUNK)
         inside = token < vocab
         x = tl.load(row_ptr + token, mask=inside, other=-float("inf")).to(tl.float32)
         above = inside & (_rank(x, SHIFT) > threshold.to(tl.int32))
-        count += tl.sum(above.to(tl.int32), 0)
-        mass += tl.sum(tl.where(above, tl.exp((x - highest) / temperature), 0.0), 0).to(tl.float64)
-    return count, mass
+        count += above.to(tl.int32)
+        mass += tl.where(above, tl.exp((x - highest) / temperature), 0.0)
+    return tl.sum(count, 0), tl.sum(mass.to(tl.float64), 0)
 
 
 @triton.jit
@@ -94,11 +102,173 @@ def _value(rank, SHIFT: tl.constexpr):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
+@triton.jit(do_not_specialize=["sub_stride", "top_k"])
+def bound_kernel(
+    stats_ptr, sub_ptr, bound_ptr, count_ptr, chunks, sub_stride, temperature, top_k, top_p, PER_CHUNK: tl.constexpr,
+    SUB: tl.constexpr, SUBS: tl.constexpr, SHIFT: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """The rank from which on a row's tokens are candidates: at least top_k of them, or for top_p alone so many that
+    the others cannot hold more than it leaves out."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, SUBS)
+    inside = lane < chunks * PER_CHUNK
+    at = row * chunks * PER_CHUNK + lane
+    largest = tl.load(sub_ptr + at, mask=inside, other=-float("inf"))
+    highest = tl.max(largest, 0)
+    ranks = _rank(largest, SHIFT)
+    mass = tl.zeros([SUBS], tl.float64)
+    left_out = tl.full([], 0.0, tl.float64)
+    if not TOP_K:
+        of_chunk = tl.load(stats_ptr + row * chunks + lane // PER_CHUNK, mask=inside, other=-float("inf"))
+        mass = tl.load(sub_ptr + sub_stride + at, mask=inside, other=0.0).to(tl.float64)
+        mass = mass * tl.exp((of_chunk - highest) / temperature).to(tl.float64)
+        left_out = tl.sum(mass, 0) * ((1.0 - top_p) * 0.999)
+    low = _rank(-float("inf") + highest * 0.0, SHIFT).to(tl.int64)
+    high = _rank(highest, SHIFT).to(tl.int64) + 1
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        within = inside & (ranks >= middle.to(tl.int32))
+        number = tl.sum(within.to(tl.int32), 0)
+        if TOP_K:
+            enough = number >= top_k
+        else:
+            weight = tl.exp((_value(middle.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
+            enough = tl.sum(tl.where(within, 0.0, mass), 0) + weight * SUB * number <= left_out
+        if enough:
+            low = middle
+        else:
+            high = middle
+    tl.store(bound_ptr + row, low.to(tl.int32))
+    tl.store(count_ptr + row, 0)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def collect_kernel(
+    logits_ptr, stats_ptr, bound_ptr, count_ptr, candidate_ptr, vocab, logits_stride, chunks, CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Append a chunk's candidates, in any order: the rank above, below it the token, so that small tokens are large."""
+    chunk = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    bound = tl.load(bound_ptr + row)
+    if _rank(tl.load(stats_ptr + row * chunks + chunk), SHIFT) < bound:
+        return
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = token < vocab
+    x = tl.load(logits_ptr + row * logits_stride + token, mask=inside, other=-float("inf")).to(tl.float32)
+    rank = _rank(x, SHIFT)
+    taken = inside & (rank >= bound)
+    number = tl.sum(taken.to(tl.int32), 0)
+    place = tl.atomic_add(count_ptr + row, number) + tl.cumsum(taken.to(tl.int32), 0) - 1
+    candidate = (rank.to(tl.int64) << 32) | (0x7FFFFFFF - token)
+    tl.store(candidate_ptr + row * CANDIDATES + place, candidate, mask=taken & (place < CANDIDATES))
+
+
+@triton.jit
+def _draw_candidate(
+    candidate_ptr, number, u, total, highest, temperature, top_k, top_p, CANDIDATES: tl.constexpr, SHIFT: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, CANDIDATES)
+    candidate = tl.load(candidate_ptr + lane, mask=lane < number, other=-(1 << 63))
+    candidate = tl.sort(candidate, descending=True)
+    kept = lane < number
+    if TOP_K:
+        kept = kept & (lane < top_k)
+    value = _value((candidate >> 32).to(tl.int32), SHIFT)
+    weights = tl.where(kept, tl.exp((value - highest) / temperature), 0.0).to(tl.float64)
+    cumulative = tl.cumsum(weights, 0)
+    if TOP_K:
+        total = tl.max(cumulative, 0)
+    if TOP_P:
+        threshold = total * top_p
+        kept = kept & ((cumulative < threshold) | (lane == tl.sum((cumulative < threshold).to(tl.int32), 0)))
+        total = tl.max(tl.where(kept, cumulative, 0.0), 0)
+    target = tl.minimum(u * total, total - total * 2.220446049250313e-16)
+    chosen = tl.sum((kept & (cumulative <= target)).to(tl.int32), 0)
+    token = 0x7FFFFFFF - (candidate & 0x7FFFFFFF).to(tl.int32)
+    return tl.max(tl.where(lane == chosen, token, 0), 0)
+
+
+@triton.jit
+def _draw_by_bisection(
+    row_ptr, vocab, u, total, highest, temperature, top_k, top_p, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+):  # fmt: skip
+    low = _rank(-float("inf") + highest * 0.0, SHIFT).to(tl.int64) - 1
+    top = _rank(highest, SHIFT).to(tl.int64)
+    if TOP_K:
+        high = top
+        kept = 0
+        mass = tl.full([], 0.0, tl.float64)
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            found, found_mass = _above(row_ptr, vocab, middle, highest, temperature, CHUNK, SHIFT)
+            if found < top_k:
+                high = middle
+                kept = found
+                mass = found_mass
+            else:
+                low = middle
+        weight = tl.exp((_value(high.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
+        total = mass + weight * (top_k - kept)
+        low = high - 1
+    if TOP_P:
+        if not TOP_K:
+            # All tokens of less than this weight together hold less than what top_p leaves out.
+            least = tl.log((1.0 - top_p) * total.to(tl.float32) / vocab) - 0.01
+            bound = highest + temperature * least - 1e-6 * tl.abs(highest)
+            low = tl.maximum(low, _rank(bound, SHIFT).to(tl.int64) - 1)
+        threshold = total * top_p
+        high = top
+        mass = tl.full([], 0.0, tl.float64)
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            _, found_mass = _above(row_ptr, vocab, middle, highest, temperature, CHUNK, SHIFT)
+            if found_mass < threshold:
+                high = middle
+                mass = found_mass
+            else:
+                low = middle
+        weight = tl.exp((_value(high.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
+        number = tl.maximum(tl.ceil((threshold - mass) / weight), 1.0)
+        low = high - 1
+        # Rounded, the number may exceed that of the equal logits.
+        _, all_equal = _above(row_ptr, vocab, low, highest, temperature, CHUNK, SHIFT)
+        total = tl.where(weight > 0, tl.minimum(mass + weight * number, all_equal), mass)
+    target = tl.minimum(u * total, total - total * 2.220446049250313e-16)
+    high = top
+    mass = tl.full([], 0.0, tl.float64)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        _, found_mass = _above(row_ptr, vocab, middle, highest, temperature, CHUNK, SHIFT)
+        if found_mass <= target:
+            high = middle
+            mass = found_mass
+        else:
+            low = middle
+    weight = tl.exp((_value(high.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
+    wanted = tl.where(weight > 0, tl.floor((target - mass) / weight), 0.0).to(tl.int32)
+    token = 0
+    before = 0
+    for first in range(0, vocab, CHUNK):
+        lanes = first + tl.arange(0, CHUNK)
+        x = tl.load(row_ptr + lanes, mask=lanes < vocab, other=-float("inf")).to(tl.float32)
+        equal = (lanes < vocab) & (_rank(x, SHIFT) == high.to(tl.int32))
+        count = tl.sum(equal.to(tl.int32), 0)
+        if (count > 0) & (before <= wanted):
+            place = before + tl.cumsum(equal.to(tl.int32), 0) - 1
+            token = tl.max(tl.where(equal & (place <= wanted), lanes, 0), 0)
+        before += count
+    return token
+
+
 @triton.jit(do_not_specialize=["stats_stride", "top_k"])
 def draw_kernel(
-    logits_ptr, stats_ptr, first_ptr, key_ptr, position_ptr, token_ptr, logp_ptr, vocab, logits_stride, chunks,
-    stats_stride, temperature, top_k, top_p, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
-    GREEDY: tl.constexpr, TEMPERED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    logits_ptr, stats_ptr, first_ptr, count_ptr, candidate_ptr, key_ptr, position_ptr, token_ptr, logp_ptr, vocab,
+    logits_stride, chunks, stats_stride, temperature, top_k, top_p, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    CANDIDATES: tl.constexpr, SHIFT: tl.constexpr, GREEDY: tl.constexpr, TEMPERED: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CHUNKS)
@@ -121,71 +291,16 @@ def draw_kernel(
         cumulative = tl.cumsum(masses, 0)
         total = tl.max(cumulative, 0)
         if TOP_K or TOP_P:
-            low = _rank(-float("inf") + highest * 0.0, SHIFT).to(tl.int64) - 1
-            top = _rank(highest, SHIFT).to(tl.int64)
-            if TOP_K:
-                high = top
-                kept = 0
-                mass = tl.full([], 0.0, tl.float64)
-                while high - low > 1:
-                    middle = low + (high - low) // 2
-                    found, found_mass = _above(row_ptr, vocab, middle, highest, temperature, CHUNK, SHIFT)
-                    if found < top_k:
-                        high = middle
-                        kept = found
-                        mass = found_mass
-                    else:
-                        low = middle
-                weight = tl.exp((_value(high.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
-                total = mass + weight * (top_k - kept)
-                low = high - 1
-            if TOP_P:
-                if not TOP_K:
-                    # All tokens of less than this weight together hold less than what top_p leaves out.
-                    least = tl.log((1.0 - top_p) * total.to(tl.float32) / vocab) - 0.01
-                    bound = highest + temperature * least - 1e-6 * tl.abs(highest)
-                    low = tl.maximum(low, _rank(bound, SHIFT).to(tl.int64) - 1)
-                threshold = total * top_p
-                high = top
-                mass = tl.full([], 0.0, tl.float64)
-                while high - low > 1:
-                    middle = low + (high - low) // 2
-                    _, found_mass = _above(row_ptr, vocab, middle, highest, temperature, CHUNK, SHIFT)
-                    if found_mass < threshold:
-                        high = middle
-                        mass = found_mass
-                    else:
-                        low = middle
-                weight = tl.exp((_value(high.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
-                number = tl.maximum(tl.ceil((threshold - mass) / weight), 1.0)
-                low = high - 1
-                # Rounded, the number may exceed that of the equal logits.
-                _, all_equal = _above(row_ptr, vocab, low, highest, temperature, CHUNK, SHIFT)
-                total = tl.where(weight > 0, tl.minimum(mass + weight * number, all_equal), mass)
-            target = tl.minimum(u * total, total - total * 2.220446049250313e-16)
-            high = top
-            mass = tl.full([], 0.0, tl.float64)
-            while high - low > 1:
-                middle = low + (high - low) // 2
-                _, found_mass = _above(row_ptr, vocab, middle, highest, temperature, CHUNK, SHIFT)
-                if found_mass <= target:
-                    high = middle
-                    mass = found_mass
-                else:
-                    low = middle
-            weight = tl.exp((_value(high.to(tl.int32), SHIFT) - highest) / temperature).to(tl.float64)
-            wanted = tl.where(weight > 0, tl.floor((target - mass) / weight), 0.0).to(tl.int32)
-            token = 0
-            before = 0
-            for first in range(0, vocab, CHUNK):
-                lanes = first + tl.arange(0, CHUNK)
-                x = tl.load(row_ptr + lanes, mask=lanes < vocab, other=-float("inf")).to(tl.float32)
-                equal = (lanes < vocab) & (_rank(x, SHIFT) == high.to(tl.int32))
-                count = tl.sum(equal.to(tl.int32), 0)
-                if (count > 0) & (before <= wanted):
-                    place = before + tl.cumsum(equal.to(tl.int32), 0) - 1
-                    token = tl.max(tl.where(equal & (place <= wanted), lanes, 0), 0)
-                before += count
+            number = tl.load(count_ptr + row)
+            if number <= CANDIDATES:
+                token = _draw_candidate(
+                    candidate_ptr + row * CANDIDATES, number, u, total, highest, temperature, top_k, top_p, CANDIDATES,
+                    SHIFT, TOP_K, TOP_P,
+                )  # fmt: skip
+            else:
+                token = _draw_by_bisection(
+                    row_ptr, vocab, u, total, highest, temperature, top_k, top_p, CHUNK, SHIFT, TOP_K, TOP_P
+                )
         else:
             target = tl.minimum(u * total, total - total * 2.220446049250313e-16)
             chunk = tl.minimum(tl.sum((inside & (cumulative <= target)).to(tl.int32), 0), chunks - 1)
@@ -243,13 +358,26 @@ def sample_tokens(
     first = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     token, logp = key.new_empty(rows), stats.new_empty(rows)
     greedy, tempered = temperature == 0, temperature not in (0, 1)
-    numbers = (vocab, logits.stride(0), chunks, stats.stride(0), temperature if tempered else 1.0)
-    launch(scan_kernel, (chunks, rows), logits, stats, first, *numbers, CHUNK=CHUNK, TEMPERED=tempered,
-           num_warps=SCAN_WARPS)
-    options = {"CHUNK": CHUNK, "CHUNKS": triton.next_power_of_2(chunks), "SHIFT": SHIFT[logits.dtype],
-               "GREEDY": greedy, "TEMPERED": tempered, "TOP_K": 0 < top_k < vocab, "TOP_P": top_p < 1}
-    launch(draw_kernel, (rows,), logits, stats, first, key.contiguous(), position.contiguous(), token, logp, *numbers,
-           top_k, top_p, **options, num_warps=DRAW_WARPS)
+    heat, shift = temperature if tempered else 1.0, SHIFT[logits.dtype]
+    by_k, by_p = not greedy and 0 < top_k < vocab, not greedy and top_p < 1
+    truncated, per_chunk = by_k or by_p, CHUNK // SUB
+    sub, count, candidate = stats, first, key  # not read
+    if truncated:
+        sub = stats.new_empty(2, rows, chunks * per_chunk)
+        bound, count = first.new_empty(2, rows)
+        candidate = key.new_empty(rows, CANDIDATES)
+    launch(scan_kernel, (chunks, rows), logits, stats, first, sub, vocab, logits.stride(0), chunks, stats.stride(0),
+           sub.stride(0), heat, CHUNK=CHUNK, SUB=SUB, TEMPERED=tempered, TRUNCATED=truncated, num_warps=SCAN_WARPS)
+    if truncated:
+        launch(bound_kernel, (rows,), stats, sub, bound, count, chunks, sub.stride(0), heat, top_k, top_p,
+               PER_CHUNK=per_chunk, SUB=SUB, SUBS=triton.next_power_of_2(chunks * per_chunk), SHIFT=shift, TOP_K=by_k,
+               num_warps=BOUND_WARPS)
+        launch(collect_kernel, (chunks, rows), logits, stats, bound, count, candidate, vocab, logits.stride(0), chunks,
+               CHUNK=CHUNK, CANDIDATES=CANDIDATES, SHIFT=shift, num_warps=SCAN_WARPS)
+    launch(draw_kernel, (rows,), logits, stats, first, count, candidate, key.contiguous(), position.contiguous(), token,
+           logp, vocab, logits.stride(0), chunks, stats.stride(0), heat, top_k, top_p, CHUNK=CHUNK,
+           CHUNKS=triton.next_power_of_2(chunks), CANDIDATES=CANDIDATES, SHIFT=shift, GREEDY=greedy, TEMPERED=tempered,
+           TOP_K=by_k, TOP_P=by_p, num_warps=DRAW_WARPS)
     return token, logp
 
 

@@ -127,7 +127,7 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, float(scale), softcap)
 
 
-def fuse_layers(model: nn.Module, inference: bool = False, device: torch.device | None = None) -> dict[str, int]:
+def fuse_layers(model: nn.Module, *, inference: bool = False, device: torch.device | None = None) -> dict[str, int]:
     """Run the model's RMSNorms, SwiGLU blocks and rotary embeddings fused, in place; values stay the same to rounding.
 
     On a GPU these are Liger's kernels, if Liger is installed and supports the model. On the CPU, if csrc/cpu.cpp was

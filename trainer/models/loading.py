@@ -103,7 +103,7 @@ class ModelFolder:
         register(model, None if backend == "auto" else backend)
         model = model.to("cpu" if on_host else device).eval()
         if attention == "strop":
-            fuse_layers(model, device)
+            fuse_layers(model, device=device)
         return model
 
     @property
