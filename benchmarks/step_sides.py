@@ -112,9 +112,11 @@ def strop_engine(job: Job, folder: Path):
     """Strop's training engine on the model, for any task and shape."""
     from strop.trainer.config import Recipe
     from strop.trainer.models.loading import ModelFolder
+    from strop.trainer.models.reward import Rewarder
     from strop.trainer.run.console import Console
     from strop.trainer.run.world import World, keep_freed_memory
     from strop.trainer.training.local import Engine
+    from strop.trainer.training.logprobs import Scorer
 
     if job.device == "cpu":
         keep_freed_memory()
@@ -126,31 +128,30 @@ def strop_engine(job: Job, folder: Path):
         "betas": (0.9, 0.999),
         "grad_clip": 1.0,
         "max_tokens": job.max_tokens,
+        "compile": job.side == "strop compiled",
     }
     recipe = Recipe.model_validate(
         {"dtype": job.dtype, "data": {"sft": [{"name": "none", "path": "none"}]}, "sft": section, "dpo": section}
     )
     stage = SimpleNamespace(world=World(device=torch.device(job.device)), console=Console(enabled=False))
-    return Engine(
-        ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed,
-        reward=job.task == "reward",
-    )
+    reward = job.task == "reward"
+    engine = Engine(ModelFolder(folder), recipe.dpo, stage, 1 << 20, compute=recipe, lora=recipe.lora, seed=recipe.seed,
+                    reward=reward)
+    engine.score_with((Rewarder if reward else Scorer)(engine.model))
+    return engine
 
 
 def strop_step(job: Job, folder: Path, engine=None) -> tuple[float, Callable[[], torch.Tensor]]:
     """(FLOPs of a step, a function that runs one and returns its loss). engine: a `strop_engine` to use again."""
     from strop.kernels import preference_loss
     from strop.kernels.layout import Group
-    from strop.trainer.models.reward import Rewarder
     from strop.trainer.training.batch import Example, collate, microbatches
     from strop.trainer.training.flops import sizes_of, training_flops
-    from strop.trainer.training.logprobs import Scorer
     from strop.trainer.training.rewards import Ranked, pair_tensors, reward_loss, scored_group
 
     device = torch.device(job.device)
     engine = engine or strop_engine(job, folder)
-    reward = job.task == "reward"
-    scorer = (Rewarder if reward else Scorer)(engine.model)
+    reward, scorer = job.task == "reward", engine.scorer
     examples = [
         Example(str(i), scored_group(prompt, completions) if reward else Group(prompt, completions))
         for i, (prompt, completions) in enumerate(token_rows(job, engine.model.config.vocab_size))

@@ -1,10 +1,11 @@
 """Training steps of one side, Strop's or TRL's, at the shape of Llama-3.2-1B with random weights.
 
-    python -m benchmarks.gpu.steps --side strop|"trl masters"|"trl autocast" [--out FOLDER] [--dry-run]
+    python -m benchmarks.gpu.steps --side "strop compiled"|strop|"trl masters"|"trl autocast" [--out FOLDER] [--dry-run]
 
-The sides run one after the other, each in a process of its own, on microbatches of up to 8,192 tokens. Writes
-OUT/train_step.json, whose cases hold what both sides have, and for Strop OUT/step_profile.json: device time by part of
-the step and by kernel, from torch.profiler. --dry-run trains a tiny model on the CPU instead.
+The sides run one after the other, each in a process of its own, on microbatches of up to 8,192 tokens. "strop compiled"
+is the training section's `compile: true`. Writes OUT/train_step.json, whose cases compare each side that has run with
+the first of Strop's, and for Strop OUT/step_profile.json: device time by part of the step and by kernel, from
+torch.profiler. --dry-run trains a tiny model on the CPU instead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..step_profile import kind_of
 from ..step_sides import Job, model_folder, sharing_ratio, strop_engine, strop_step, trl_trainer
 from . import cases
 
+SIDES = ("strop compiled", "strop", "trl masters", "trl autocast")
 SHAPES = ((512, 64), (2048, 512))
 TASKS = ("dpo", "sft")
 TOKENS = 8192
@@ -86,25 +88,26 @@ def keep(out: Path, job: Job, record: dict, rate: float, folder: Path) -> str:
         found |= {"date": time.strftime("%Y-%m-%d"), "environment": measure.environment(torch.device(job.device))}
         sides = found.setdefault("sides", {})
         sides.setdefault(name, {})[job.side] = record | {"matmul_rate": rate}
-        ours = sides[name].get("strop")
+        first = next((side for side in SIDES if side in sides[name]), job.side)
+        ours = sides[name][first]
         for peer, theirs in sides[name].items():
-            if ours and peer != "strop":
+            if peer != first and first.startswith("strop"):
                 apart = abs(ours["losses"][0] - theirs["losses"][0]) / abs(theirs["losses"][0])
                 found.setdefault("cases", {})[f"{name} {peer}"] = {
-                    **asdict(replace(job, side=peer)), "tokens": job.distinct_tokens, "flops": ours["flops"],
-                    "flop_ratio": sharing_ratio(job, folder), "matmul_rate": rate, "loss_apart": apart,
+                    **asdict(replace(job, side=peer)), "of": first, "tokens": job.distinct_tokens,
+                    "flops": ours["flops"], "flop_ratio": sharing_ratio(job, folder), "matmul_rate": rate, "loss_apart": apart,
                     "strop": {k: ours[k] for k in ("seconds", "all_seconds", "peak_bytes")},
                     "peer": {k: theirs[k] for k in ("seconds", "all_seconds", "peak_bytes")},
                 }
     tokens = job.distinct_tokens / record["seconds"]
     text = f"{record['seconds'] * 1e3:.1f} ms, {tokens:,.0f} tokens/s, {record['peak_bytes'] / 2**30:.1f} GiB"
-    if job.side == "strop":
+    if job.side.startswith("strop"):
         from strop.trainer.training.flops import peak_flops
 
         achieved, peak = record["flops"] / record["seconds"], peak_flops(torch.device(job.device), torch.bfloat16)
-        return f"{text}, MFU {achieved / peak:.1%} of the data sheet, {achieved / rate:.1%} of a matrix product"
-    if ours:
-        text += f", {record['seconds'] / ours['seconds']:.2f} times Strop's time, first losses {apart:.1e} apart"
+        text += f", MFU {achieved / peak:.1%} of the data sheet, {achieved / rate:.1%} of a matrix product"
+    if job.side != first:
+        text += f", {record['seconds'] / ours['seconds']:.2f} times the time of {first}"
     return text
 
 
@@ -142,6 +145,7 @@ def profiled(job: Job, step, floor: float, out: Path) -> None:
     busy = sum(kernels.values()) if cuda else sum(parts.values())
     parts = {name: seconds for name, seconds in parts.most_common() if seconds > 1e-6}
     name = f"{job.model}, {job.task.upper()} {job.prompt}:{job.completion}, {job.rows} rows"
+    name += ", compiled" if job.side == "strop compiled" else ""
     with kept(out / "step_profile.json") as found:
         found |= {"date": time.strftime("%Y-%m-%d"), "environment": measure.environment(torch.device(job.device))}
         found.setdefault("cases", {})[name] = {
@@ -179,10 +183,10 @@ def time_trl(job: Job, folder: Path, out: Path, rate: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = cases.parser(__doc__)
-    parser.add_argument("--side", choices=["strop", "trl masters", "trl autocast"], default="strop")
+    parser.add_argument("--side", choices=SIDES, default="strop")
     options = parser.parse_args(arguments)
     wanted = jobs(options.side, options.dry_run)
-    if options.side == "strop":
+    if options.side.startswith("strop"):
         from transformers import LlamaForCausalLM  # noqa: F401
 
         import strop.trainer.training.local  # noqa: F401
@@ -193,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     rate = measure.matmul_rate(torch.device(wanted[0].device), getattr(torch, wanted[0].dtype))
     folder = model_folder(wanted[0].model)
     running = cases.Cases(options.dry_run)
-    engine = strop_engine(wanted[0], folder) if options.side == "strop" else None
+    engine = strop_engine(wanted[0], folder) if options.side.startswith("strop") else None
     for job in wanted:
         name = f"{job.side} {job.task} {job.prompt}:{job.completion}"
         if engine is not None:

@@ -19,13 +19,14 @@ part() { # NAME MODULE ARGUMENTS...
     mv "$work/$name.ended" "$work/$name.done"
   ) &
 }
+part compiled benchmarks.gpu.steps --side "strop compiled"
 part strop benchmarks.gpu.steps --side strop
 part masters benchmarks.gpu.steps --side "trl masters"
 part kernels benchmarks.gpu.kernels
 part tiles benchmarks.gpu.tiles
 part autocast benchmarks.gpu.steps --side "trl autocast"
 failed=0
-for name in strop masters kernels tiles autocast; do
+for name in compiled strop masters kernels tiles autocast; do
   until [ -e "$work/$name.done" ]; do sleep 0.2; done
   status=$(cat "$work/$name.done")
   echo "--- $name ended with $status, $SECONDS s so far" | tee -a "$out/train.log"

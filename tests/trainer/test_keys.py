@@ -33,7 +33,7 @@ UPSTREAM = "its inputs are re-run"
 REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
     "epochs": 2.0, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
     "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
-    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "bema": True,
+    "activation_checkpointing": True, "compile": True, "snapshots": 2, "ema_decay": 0.25, "bema": True,
     "bema_bias_power": Also(0.3, {"reward.bema": True}), "bema_ema_power": Also(0.4, {"reward.bema": True}),
     "bema_lag": Also(5, {"reward.bema": True}), "pairs": "all", "margin": 1.0,
     "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {"reward.checkpoint_steps": (3, NOTHING)}
@@ -43,7 +43,7 @@ REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
 ONLINE = {f"online.{key}": (value, {"online", "final"}) for key, value in {
     "epochs": 3, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
     "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
-    "activation_checkpointing": True, "snapshots": 2, "ema_decay": 0.25, "bema": True, "eval_steps": 3,
+    "activation_checkpointing": True, "compile": True, "snapshots": 2, "ema_decay": 0.25, "bema": True, "eval_steps": 3,
     "bema_bias_power": Also(0.3, {"online.bema": True}), "bema_ema_power": Also(0.4, {"online.bema": True}),
     "bema_lag": Also(5, {"online.bema": True}), "eval_prompts": 5, "max_cut_rise": 0.5, "max_length_ratio": 3.0,
     "max_kl": 0.5, "steps": 3, "k": 3, "loss": Also("rloo", {"online.epochs": 1}), "beta": 0.0, "mirror_weight": 2.0,

@@ -319,6 +319,26 @@ def test_activation_checkpointing_changes_nothing(tmp_path, tiny_model):
     assert largest_difference(plain.dir / "model", checkpointed.dir / "model") < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}, {"eval_steps": 2}], ids=str)
+def test_compiled_layers_change_nothing(tmp_path, tiny_model, keys):
+    plain = run_sft(tmp_path, "plain", tiny_model, **keys)
+    compiled = run_sft(tmp_path, "compiled", tiny_model, compile=True, **keys)
+    assert largest_difference(plain.dir / "model", compiled.dir / "model") < 1e-4
+
+
+def test_a_layer_that_does_not_compile(tmp_path, tiny_model, monkeypatch):
+    def compile(layer, **options):
+        def fails(*_, **__):
+            raise RuntimeError("no compiler here")
+
+        layer._compiled_call_impl = fails
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    with pytest.raises(UserError, match=r"compile fails on LlamaForCausalLM .*no compiler here.*sft\.compile=false"):
+        run_sft(tmp_path, "compiled", tiny_model, compile=True)
+
+
 def test_separate_rows_train_like_packed_ones(tmp_path, tiny_model, monkeypatch):
     packed, apart = Log(), Log()
     run_dpo(tmp_path, "packed", tiny_model, packed)

@@ -63,12 +63,13 @@ class ModelFolder:
 
     def load(self, dtype: torch.dtype, device: torch.device, attention: str = "strop",
              backend: str = "auto", reward: bool = False, head_seed: int | None = None,
-             on_host: bool = False) -> nn.Module:
+             on_host: bool = False, fuse: bool = True) -> nn.Module:
         """The causal LM in eval mode. attention: an attn_implementation; "strop" runs PackedGroups, with `backend`.
 
         reward: a sequence classifier of one label instead. Where the folder holds a causal LM, its score head is drawn
         from `head_seed`, N(0, 1 / (hidden size + 1)) as in Stiennon et al. 2020; without a seed that is an error.
-        on_host: leave the weights in the host's memory; the layers are fused for `device` all the same."""
+        on_host: leave the weights in the host's memory; the layers are fused for `device` all the same.
+        fuse: run a packed model's layers fused."""
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         from strop.kernels.integrations.transformers import fuse_layers, register
@@ -102,7 +103,7 @@ class ModelFolder:
                 raise UserError(f"{self.path}: tensor {names[0]} {what} ({len(names)} in all); save the model again")
         register(model, None if backend == "auto" else backend)
         model = model.to("cpu" if on_host else device).eval()
-        if attention == "strop":
+        if attention == "strop" and fuse:
             fuse_layers(model, device=device)
         return model
 

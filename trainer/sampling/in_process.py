@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.kernels import draw_key, sample_tokens
+from strop.kernels.integrations.compiled import eagerly
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
@@ -75,7 +76,8 @@ def lent(model: nn.Module, pack: bool = True) -> Iterator[Generator]:
     packed = pack_linears(base) if pack and base is model else []
     model.eval()
     try:
-        yield Generator(base)
+        with eagerly(base):
+            yield Generator(base)
     finally:
         base.set_attn_implementation(attention)
         for parent, name, layer in packed:

@@ -47,7 +47,8 @@ def online(stage: Stage, *, online: Online, lora: Lora, model: Part, compute: Pa
     asked = fitting_prompts(stage, online, folder, tokenizer, prompts, drops)
     (stage.dir / "rollouts").mkdir(exist_ok=True)
     engine = Engine(folder, online, stage, online.steps * online.epochs, compute=compute, lora=lora, seed=seed)
-    scorer = engine.scorer = logprobs.Scorer(engine.model, probe(engine.model, stage.console))
+    scorer = logprobs.Scorer(engine.model, probe(engine.model, stage.console))
+    engine.score_with(scorer)
     judging = Judging(weights, None, None, 0.0)
     rows_of = {row["prompt_id"]: row for row in asked}
 

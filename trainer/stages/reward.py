@@ -51,7 +51,7 @@ def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Pa
     engine = open_engine(folder, reward, stage, len(plan), compute=compute, lora=lora, seed=seed, reward=True)
     set_padding(engine, folder, [*rows, *held], stage)
     rewarder = Rewarder(engine.model, engine.run(packs, engine.model, stage.console))
-    engine.scorer = rewarder
+    engine.score_with(rewarder)
 
     def totals(indices):
         return {"groups": len(indices)}

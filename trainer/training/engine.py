@@ -13,12 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from strop.kernels import PackedGroups
+from strop.kernels import Group, PackedGroups
+from strop.kernels.integrations.compiled import compile_layers
 from strop.trainer.config import Lora, Part, Train
+from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.models.folders import save_model
 from strop.trainer.models.loading import DTYPES, ModelFolder
 from strop.trainer.models.reward import Rewarder
 from strop.trainer.run.artifacts import list_files
+from strop.trainer.run.files import reason_of
 from strop.trainer.run.store import Stage
 from strop.trainer.sharding import Trainer
 from strop.trainer.training.batch import nothing
@@ -26,6 +29,7 @@ from strop.trainer.training.checkpoint import Saved, check_checkpoint, newest_ch
 from strop.trainer.training.flops import sizes_of
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.policy import base_of, load_policy
+from strop.trainer.training.probe import TOLERANCE
 from strop.trainer.training.waits import Waits
 
 
@@ -91,6 +95,30 @@ class Training:
     def base(self) -> torch.nn.Module:
         """The model without adapters around it."""
         return base_of(self.model)
+
+    def score_with(self, scorer: Scorer | Rewarder) -> None:
+        """Sets the scorer, after its probe, and compiles the model's layers where the section asks for it. Raises
+        UserError if they do not compile, or then compute something else."""
+        self.scorer = scorer
+        if not self.section.compile:
+            return
+        key = f"{type(self.section).__name__.lower()}.compile"
+        # sizes of 0 and 1 would be compiled apart
+        groups = PackedGroups.pack([Group([1, 2, 3, 4], [[5, 6, 7], [8, 9]])] * 2).to(self.world.device)
+        with torch.no_grad():
+            before = scorer(groups)
+        if not (scorer.packed and compile_layers(self.model)):
+            raise UserError(f"{key}=true, but the layers of {type(self.base).__name__} cannot be compiled; set {key}="
+                            "false")
+        try:
+            after = scorer(groups).detach()
+        except Exception as e:
+            if is_out_of_memory(e):
+                raise
+            raise UserError(f"torch.compile fails on {type(self.base).__name__} ({reason_of(e)}); set {key}=false"
+                            ) from e
+        if not (after - before).abs().mean().item() <= TOLERANCE[self.base.dtype]:
+            raise UserError(f"{type(self.base).__name__} compiled computes other numbers; set {key}=false")
 
     def run(self, function: Callable, *arguments):
         """function(*arguments), which may use the model. If `together`, every rank calls it with functions that make

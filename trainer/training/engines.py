@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from strop.trainer.config import Lora, Part, Train
+from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder, read_tensors
 from strop.trainer.run.store import Stage
 from strop.trainer.run.world import World
@@ -21,6 +22,8 @@ def open_engine(folder: ModelFolder, section: Train, stage: Stage, steps: int, *
                 reward: bool = False) -> Training:
     """The engine that compute.engine names, with the model of `folder`; see Training for the arguments."""
     options = settle(compute.engine, folder.path, section, lora, DTYPES[compute.dtype], stage.world)
+    if section.compile and not isinstance(options, Local):
+        raise UserError(f"{stage.name}: compile=true needs engine.kind=local, this is {options.kind}")
     if isinstance(compute.engine, Auto) and not isinstance(options, Local):
         stage.console.line(f"{stage.name}: engine {options.kind}, because the model does not fit on one rank")
     engine = {"local": local, "fsdp": fsdp}[options.kind].Engine

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from strop.kernels import Group
+from strop.kernels.integrations.compiled import eagerly
 from strop.trainer.config import Part
 from strop.trainer.data.chat import prompt_tokens, stop_ids
 from strop.trainer.errors import UserError
@@ -191,8 +192,9 @@ class Guard:
 
     def _hidden(self) -> list[torch.Tensor]:
         """Hidden states [positions, D] that predict the start weights' completions."""
-        hidden = self.engine.scorer.hidden(collate(self.own, list(range(len(self.own))), self.engine.world.device))
-        return list(hidden.split(CHUNK))
+        groups = collate(self.own, list(range(len(self.own))), self.engine.world.device)
+        with eagerly(self.engine.model):
+            return list(self.engine.scorer.hidden(groups).split(CHUNK))
 
     def _kl(self) -> float:
         head, total, count = exact(head_of(self.engine.base)), 0.0, 0

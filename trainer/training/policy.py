@@ -31,7 +31,7 @@ def load_policy(folder: ModelFolder, section: Train, device: torch.device, *, co
     seed: initializes adapters and a new score head, the same on every rank. reward: a sequence classifier with one
     output, not a causal LM."""
     model = folder.load(DTYPES[compute.dtype], device, backend=compute.attention, reward=reward, on_host=on_host,
-                        head_seed=seed % 2**63 if reward else None)
+                        fuse=not section.compile, head_seed=seed % 2**63 if reward else None)
     if section.activation_checkpointing:
         # transformers before 5.20 has the older name only
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
