@@ -95,7 +95,8 @@ def keep(out: Path, job: Job, record: dict, rate: float, folder: Path) -> str:
                 apart = abs(ours["losses"][0] - theirs["losses"][0]) / abs(theirs["losses"][0])
                 found.setdefault("cases", {})[f"{name} {peer}"] = {
                     **asdict(replace(job, side=peer)), "of": first, "tokens": job.distinct_tokens,
-                    "flops": ours["flops"], "flop_ratio": sharing_ratio(job, folder), "matmul_rate": rate, "loss_apart": apart,
+                    "flops": ours["flops"], "flop_ratio": sharing_ratio(job, folder), "matmul_rate": rate,
+                    "loss_apart": apart,
                     "strop": {k: ours[k] for k in ("seconds", "all_seconds", "peak_bytes")},
                     "peer": {k: theirs[k] for k in ("seconds", "all_seconds", "peak_bytes")},
                 }
