@@ -201,9 +201,10 @@ def train_step_section() -> str:
 def train_step_row(case: dict) -> list[str]:
     ours, theirs = case["strop"], case["peer"]
     return [
-        f"{case['task'].upper()} {case['prompt']}:{case['completion']}",
+        f"{case['task'].upper()} {case['prompt']}:{case['completion']}"
+        f"{', compiled' if case.get('of') == 'strop compiled' else ''}",
         case["side"].replace("trl", "TRL,"),
-        *(f"{side['seconds']:.2f}" for side in (ours, theirs)),
+        *(figures(side["seconds"]) for side in (ours, theirs)),
         f"**{theirs['seconds'] / ours['seconds']:.1f}**",
         f"{case['flop_ratio']:.1f}",
         *(f"{side['peak_bytes'] / 2**30:.1f}" for side in (ours, theirs)),
@@ -219,7 +220,8 @@ def step_profile_section() -> str:
         rows = []
         for name, case in result["cases"].items():
             shares = [f"{case['seconds'].get(kind, 0) / case['step_seconds']:.0%}" for kind in kinds]
-            rows.append([name.split(", ")[1], f"{case['step_seconds']:.2f}", *shares, f"{case['floor_seconds']:.2f}"])
+            label = name.split(", ")[1] + (", compiled" if name.endswith(", compiled") else "")
+            rows.append([label, figures(case["step_seconds"]), *shares, figures(case["floor_seconds"])])
         models = ", ".join(dict.fromkeys(name.split(", ")[0] for name in result["cases"]))
         parts += [f"{measured_on(result)}, {models}", table(["", "step, s", *kinds, "floor, s"], rows)]
     if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/step_profile.json")):
@@ -243,6 +245,19 @@ def sampling_section() -> str:
                   for n, f in case["contenders"].items() if "failed" in f}
         parts += [measured_on(result), table(["", *names], rows), "\n".join(sorted(failed))]
     return "\n\n".join(part for part in parts if part) or f"{NOT_YET[0].upper()}{NOT_YET[1:]}."
+
+
+def sampling_on_gpu_section() -> str:
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/sample.json")):
+        result, rows = json.loads(path.read_text()), []
+        for name, case in result["cases"].items():
+            ours, theirs = case["strop"], case.get("transformers", {}).get("step_seconds")
+            rows.append([name, figures(ours["tokens"] / ours["seconds"]), figures(ours["step_seconds"] * 1e3),
+                         f"{ours['floor_seconds'] / ours['step_seconds']:.0%}", figures(theirs * 1e3) if theirs else ""])
+        header = ["", "tokens/s", "decode step, ms", "of the floor's rate", "transformers' step, ms"]
+        parts += [f"{measured_on(result)}, Llama-3.2-1B", table(header, rows)]
+    return "\n\n".join(parts)
 
 
 def dedup_section() -> str:
@@ -275,6 +290,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "train-step": train_step_section,
     "step-profile": step_profile_section,
     "sampling": sampling_section,
+    "sampling-gpu": sampling_on_gpu_section,
     "dedup": dedup_section,
     "reports": reports_section,
 }

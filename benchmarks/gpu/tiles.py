@@ -30,14 +30,14 @@ from . import cases
 
 # For sm_90 by kernel and head size; the first is what attention_launch takes. All compile without a spill (--list).
 CANDIDATES: dict[tuple[str, int], tuple[Blocks, ...]] = {
-    ("forward", 128): (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 4), Blocks(64, 64, 4, 3),
+    ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 4),
                        Blocks(64, 64, 4, 2)),
-    ("grad_q", 128): (Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 3)),
-    ("grad_kv", 128): (Blocks(32, 128, 8, 2), Blocks(32, 128, 8, 3), Blocks(32, 64, 8, 3), Blocks(16, 128, 8, 3),
+    ("grad_q", 128): (Blocks(64, 32, 4, 3), Blocks(128, 32, 8, 3), Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2)),
+    ("grad_kv", 128): (Blocks(32, 128, 8, 3), Blocks(32, 128, 8, 2), Blocks(32, 64, 8, 3), Blocks(16, 128, 8, 3),
                        Blocks(32, 64, 8, 2)),
-    ("forward", 64): (Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    ("grad_q", 64): (Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 2)),
-    ("grad_kv", 64): (Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 3), Blocks(32, 128, 8, 3)),
+    ("forward", 64): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("grad_q", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
+    ("grad_kv", 64): (Blocks(64, 64, 4, 3), Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 3)),
 }
 SHAPES = {
     128: (Case("attention", attention.LLAMA_8B, attention.SHARED, attention._tokens(attention.SHARED)),
