@@ -68,6 +68,13 @@ def test_bf16_steps_do_not_wait(tiny_model, keys):
     assert last.isfinite() and last < first
 
 
+def test_layers_are_ligers(tiny_model):
+    pytest.importorskip("liger_kernel")
+    model = ModelFolder(tiny_model).load(torch.bfloat16, torch.device("cuda"))
+    code = {type(module).forward.__globals__["__name__"] for module in model.modules()}
+    assert any(name.startswith("liger_kernel") for name in code)
+
+
 def test_the_probe_accepts_the_model(tiny_model):
     for dtype in (torch.float32, torch.bfloat16):
         assert probe(ModelFolder(tiny_model).load(dtype, torch.device("cuda")), Console(enabled=False))

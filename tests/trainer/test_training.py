@@ -327,6 +327,16 @@ def test_compiled_layers_change_nothing(tmp_path, tiny_model, keys):
     assert largest_difference(plain.dir / "model", compiled.dir / "model") < 1e-4
 
 
+def test_layers_of_a_gpu_are_fused_for_training(tiny_model, monkeypatch):
+    """Not for inference, whose layers have no gradients."""
+    fused = []
+    monkeypatch.setattr("strop.kernels.integrations.transformers._fuse_with_liger", fused.append)
+    model = ModelFolder(tiny_model).load(torch.float32, torch.device("cuda"), on_host=True)
+    assert fused == [model]
+    ModelFolder(tiny_model).load(torch.float32, torch.device("cuda"), on_host=True, fuse=False)
+    assert len(fused) == 1
+
+
 def test_a_layer_that_does_not_compile(tmp_path, tiny_model, monkeypatch):
     def compile(layer, **options):
         def fails(*_, **__):
