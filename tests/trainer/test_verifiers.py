@@ -400,6 +400,18 @@ def test_no_module_of_the_working_directory_is_imported(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
+@needs_gym
+def test_reasoning_gym_loads_where_nobody_has_used_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("MPLCONFIGDIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    child = Child()
+    task = {"dataset": "chain_sum", "text": "3", "entry": {"answer": "3", "metadata": {}}, "strict": True}
+    assert child.judge("reasoning_gym", task, 20.0) == {"score": 1.0, "extracted": "3"}
+    child.close()
+
+
 def test_the_limit_is_cpu_time(monkeypatch):
     """A stopped child loses no CPU time. A task that computes for longer than its limit ends, its child does not."""
     child, task = Child(), {"pattern": "(a+)+$", "text": "a" * 40 + "!", "answer": None}

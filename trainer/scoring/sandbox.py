@@ -8,6 +8,8 @@ empty network where the user may make one, and ends it with its parent.
 """
 
 import ast
+import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -17,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from strop.trainer.errors import UserError
 from strop.trainer.scoring.confine import (
@@ -31,7 +34,8 @@ from strop.trainer.scoring.confine import (
 from strop.trainer.scoring.process import Process
 
 MEMORY_BYTES = 4 << 30
-KEPT_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
+KEPT_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "MPLCONFIGDIR",
+                    "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
 FUNCTIONS = {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log",
              "ln", "sqrt", "Abs", "abs", "Symbol", "Integer", "Float", "Rational", "factorial"}
 COMPUTES = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Tuple, ast.List,
@@ -43,6 +47,8 @@ class Child(Process):
     """The process in which JUDGES of rules.py run."""
 
     def __init__(self):
+        if importlib.util.find_spec("reasoning_gym"):
+            _make_matplotlib_folders()
         kept = {k: os.environ[k] for k in KEPT_ENVIRONMENT if k in os.environ}
         super().__init__("a rule", "strop.trainer.scoring.sandbox", [], kept | {
             "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
@@ -58,6 +64,14 @@ class Child(Process):
         if answer is not None and "error" in answer:
             raise UserError(f"verifier {kind} cannot load what it needs: {answer['error']}")
         return answer
+
+
+def _make_matplotlib_folders() -> None:
+    """reasoning_gym imports Matplotlib, which makes its folders where there are none; the child may not."""
+    for name, usual in (("XDG_CACHE_HOME", "~/.cache"), ("XDG_CONFIG_HOME", "~/.config")):
+        folder = Path(os.environ.get(name) or usual, "matplotlib").expanduser()
+        with contextlib.suppress(OSError):
+            Path(os.environ.get("MPLCONFIGDIR") or folder).mkdir(parents=True, exist_ok=True)
 
 
 # ---- in the child
