@@ -123,7 +123,7 @@ def test_states_are_the_bytes_of_an_engine(tmp_path, tiny_model, dtype, lora, se
         groups = PackedGroups.pack(rows(2))
         (-Scorer(engine.model)(groups).sum()).backward()
     engine.step()
-    optimizer = [v for state in engine.weights.optimizer.state.values() for k, v in state.items() if k != "step"]
+    optimizer = [v for state in engine.weights.moments() for v in state.values()]
     parts = {"weights": engine.model.parameters(), "masters": engine.masters, "moments": optimizer,
              "gradient sums": engine.weights.sums or [], "averages": [*(engine.ema or []), *(engine.start or [])]}
     counted = {name: bytes_of(tensors) for name, tensors in parts.items()}

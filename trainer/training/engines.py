@@ -26,6 +26,8 @@ def open_engine(folder: ModelFolder, section: Train, stage: Stage, steps: int, *
         raise UserError(f"{stage.name}: compile=true needs engine.kind=local, this is {options.kind}")
     if isinstance(compute.engine, Auto) and not isinstance(options, Local):
         stage.console.line(f"{stage.name}: engine {options.kind}, because the model does not fit on one rank")
+    if why := section.unfit(options.kind, str(DTYPES[compute.dtype]).removeprefix("torch.")):
+        raise UserError(f"{stage.name}: {why}")
     engine = {"local": local, "fsdp": fsdp}[options.kind].Engine
     return engine(folder, section, stage, steps, compute=compute, lora=lora, seed=seed, reward=reward, options=options)
 
