@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 # AdamW's state of a parameter: its moments, and of 8-bit ones the scales
 STATE = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 BLOCK = 256  # elements of a row that share a scale
-NARROWEST = 64  # width of rows below which moments stay fp32: their scales would take as much
+NARROWEST = 32  # width of rows below which moments stay fp32: their scales would take half as much as the codes
 SIGNED, UNSIGNED = 6, 7  # decades of 8-bit codes below the first one: of exp_avg and of exp_avg_sq
 SMALLEST = 1e-37  # scale below which a block counts as zero: its inverse would overflow
 
@@ -136,11 +135,3 @@ def new_moments(like: Tensor, kind: str) -> dict[str, Tensor]:
     codes = {name: torch.zeros(shape, device=device, dtype=dtype)
              for name, dtype in zip(STATE[:2], (torch.int8, torch.uint8), strict=True)}
     return codes | {name: torch.zeros(scales_shape(shape), device=device) for name in STATE[2:]}
-
-
-def bytes_of_moments(shape: torch.Size, kind: str) -> int:
-    """Bytes of `new_moments`."""
-    count = math.prod(shape)
-    if kind == "float32" or not is_wide(shape):
-        return 8 * count
-    return 4 * count if kind == "bfloat16" else 2 * count + 8 * scales_shape(shape).numel()
