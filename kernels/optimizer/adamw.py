@@ -56,7 +56,7 @@ def adamw_(
     options = (lr, *betas, eps, weight_decay, step)
     if not grad.numel():
         return
-    if grad.is_cuda and HAS_TRITON:
+    if HAS_TRITON and (grad.is_cuda or grad.is_meta):
         _adamw(master, grad.contiguous(), exp_avg, exp_avg_sq, weight, factor, *(scales or (None, None)), *options, key,
                first)
     elif _cpu.takes(grad):

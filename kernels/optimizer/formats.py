@@ -37,6 +37,17 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 # -- bf16, rounded stochastically -------------------------------------------------------------------------------------
 
 
+def key_of(*numbers: int) -> int:
+    """A key for `noise`, from 0 to 2^31 - 1, that looks random."""
+    x = 0
+    for number in numbers:
+        x = (x ^ number) * 0x9E3779B1 & 0xFFFFFFFF
+        x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x735A2D97 & 0xFFFFFFFF
+        x ^= x >> 15
+    return x >> 1
+
+
 def noise(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """Random 32-bit numbers, int64 [count], a function of `key` and the elements' indices first, first + 1, ... alone:
     a resumed run and one on other ranks draw the same."""

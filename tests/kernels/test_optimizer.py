@@ -178,6 +178,8 @@ def test_rounding_stochastically_keeps_the_mean():
     for half in (halves & 0xFFFF, halves >> 16):
         assert abs(half.double().mean() / 65535 - 0.5) < 0.005 and 40000 < len(half.unique()) < 43000
     assert torch.equal(formats.noise(12345, 100, 50, torch.device("cpu")), halves[100:150])
+    keys = {formats.key_of(step, i) for step in range(100) for i in range(100)}
+    assert len(keys) > 9990 and abs(sum(keys) / len(keys) / 2**31 - 0.5) < 0.01 and max(keys) < 2**31
 
 
 @given(st.integers(1, 3), st.integers(1, 600), st.floats(0, 8), st.booleans(), st.integers(0, 1000))

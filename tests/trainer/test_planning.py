@@ -259,6 +259,9 @@ def test_the_order_of_cost():
 
         llama = "meta-llama/Llama-3.1-8B"
         assert keys(llama, eight, max_tokens=4096) == ("engine.kind=fsdp",)
+        # what fsdp cannot train is left out
+        assert keys(llama, eight, max_tokens=4096, split=True, moments="int8") == (
+            "engine.kind=fsdp", "sft.masters=float32")
         assert keys(llama, eight, max_tokens=65536) == ("engine.kind=fsdp", "sft.activation_checkpointing=true")
         assert keys("Qwen/Qwen2.5-0.5B", one, max_tokens=16384) == ("sft.activation_checkpointing=true",)
         big = keys("Qwen/Qwen2.5-0.5B", one, max_tokens=1 << 18)

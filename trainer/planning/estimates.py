@@ -256,12 +256,14 @@ def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Itera
         sizes.append(sizes[-1] // 2)
     for rank in dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)):
         for offload in dict.fromkeys((asked.offload, asked.offload or "cpu", "nvme")):
-            sharded = [e for e in there if e != "local" and shards(asked, e) and (e, offload) != ("fsdp", "nvme")]
+            sharded = [e for e in there if e != "local" and not (e == "fsdp" and offload == "nvme")]
             names = sharded if offload else (asked.engine, *(sharded if asked.ranks > 1 else ()))
             for tokens in sizes:
                 for checkpointing in dict.fromkeys((asked.checkpointing, True)):
                     for engine in dict.fromkeys(names):
-                        yield replace(asked, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
+                        form = asked if engine == "local" or shards(asked, engine) else replace(
+                            asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
+                        yield replace(form, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
                                       several=asked.several or tokens < asked.max_tokens,
                                       checkpointing=checkpointing)
 
@@ -271,6 +273,10 @@ def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
     found = []
     if (asked.engine, asked.offload) != (other.engine, other.offload):
         found += engine_keys(other.engine, other.offload)
+    for name, before, after in (("masters", asked.split, other.split), ("optimizer", asked.muon, other.muon),
+                                ("moments", asked.moments, other.moments)):
+        if before != after:
+            found.append(f"{key}.{name}={Train.model_fields[name].default}")
     if asked.checkpointing != other.checkpointing:
         found.append(f"{key}.activation_checkpointing=true")
     if asked.max_tokens != other.max_tokens:

@@ -167,11 +167,9 @@ class Masters:
         else:
             master = self.masters[i]
             weight = None if master is param else param
-        # another stream of random numbers for every parameter and step
-        key = (0x9E3779B1 * (i + 1) + 0x85EBCA77 * number) & 0x7FFFFFFF
-        optimizer.adamw_(master, grad, mean, square, weight, factor, scales=tuple(scales) or None, key=key,
-                         first=self.starts[i], lr=lr, betas=section.betas, eps=section.eps,
-                         weight_decay=section.weight_decay, step=number)
+        optimizer.adamw_(master, grad, mean, square, weight, factor, scales=tuple(scales) or None,
+                         key=optimizer.key_of(number, i), first=self.starts[i], lr=lr, betas=section.betas,
+                         eps=section.eps, weight_decay=section.weight_decay, step=number)
 
     def _update_fused(self, rest: list[int], grads: list[torch.Tensor], factor: torch.Tensor, lr: float) -> None:
         if self.section.grad_clip:
