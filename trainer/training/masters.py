@@ -43,8 +43,8 @@ class Masters:
         self.params, self.section, self.world = params, section, world
         self.starts = starts or [0] * len(params)
         self.is_split = section.masters == "split"
-        self.in_one_pass = self.is_split or section.moments != "float32"
-        for param in params if self.in_one_pass else ():
+        is_compact = self.is_split or section.moments != "float32"
+        for param in params if is_compact else ():
             param.data = param.data.contiguous()  # as all kernels take them
         if self.is_split:
             self.lows = [torch.zeros_like(p, dtype=torch.int16) for p in params]
@@ -55,7 +55,7 @@ class Masters:
         self.muon: dict[int, torch.optim.Muon] = {}
         if section.optimizer == "muon":
             self.muon = {i: self._muon_of(i) for i, is_matrix in enumerate(matrices) if is_matrix}
-        self.in_one_pass = self.in_one_pass or optimizer.available(self.masters)
+        self.in_one_pass = is_compact or optimizer.available(self.masters)
         self.fused = None
         if not self.in_one_pass:
             rest = [i for i in range(len(params)) if i not in self.muon]
@@ -222,8 +222,8 @@ class Masters:
 
     def set_moments(self, moments: list[dict[str, torch.Tensor]], step: int) -> None:
         """Sets the optimizer's state of each master after `step` steps."""
-        for master, state, found in zip(self.masters, self.state, moments, strict=True):
+        for param, state, found in zip(self.params, self.state, moments, strict=True):
             state.clear()
             state |= found
-            if found and self.fused is not None:
-                state["step"] = torch.tensor(float(step), device=master.device)
+            if "exp_avg" in found and self.fused:
+                state["step"] = torch.tensor(float(step), device=param.device)
