@@ -41,6 +41,7 @@ from strop.kernels._triton import (
 )
 from strop.kernels.attention import paged
 from strop.kernels.layout import TILE
+from strop.kernels.optimizer.formats import BLOCK
 
 # Shared memory one block may have, in bytes: CUDA programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"80": 163 << 10, "86": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
@@ -220,12 +221,24 @@ def segment_sum_cases() -> list[Case]:
 
 
 def adamw_cases() -> list[Case]:
-    pointers = dict.fromkeys(("master_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "factor_ptr"), "*fp32") | {"count": "i32"}
+    """Gradient, weight and form of the state."""
+    pointers = dict.fromkeys(("factor_ptr", "scale_ptr", "scale_sq_ptr"), "*fp32")
+    integers = dict.fromkeys(("count", "width", "key", "first"), "i32")
     numbers = dict.fromkeys(("keep", "step_size", "rest1", "beta2", "rest2", "root2", "eps"), "fp32")
+    states = {adamw.FLOAT32: ("*fp32", "*fp32"), adamw.BFLOAT16: ("*i16", "*i16"), adamw.INT8: ("*i8", "*u8")}
     found = []
-    for name, grad, weight in (("bf16", "bf16", True), ("fp32 sums", "fp32", True), ("fp32", "fp32", False)):
-        types = pointers | numbers | {"grad_ptr": f"*{grad}", "weight_ptr": "*bf16" if weight else "*fp32"}
-        constants = {"WEIGHT": weight, "BLOCK": adamw.BLOCK}
+    for name, grad, weight, moments, split in (
+        ("bf16", "bf16", "bf16", adamw.FLOAT32, False), ("fp32 sums", "fp32", "bf16", adamw.FLOAT32, False),
+        ("fp32", "fp32", "", adamw.FLOAT32, False), ("split", "bf16", "i16", adamw.FLOAT32, True),
+        ("moments bf16", "bf16", "bf16", adamw.BFLOAT16, False), ("moments int8", "bf16", "bf16", adamw.INT8, False),
+        ("moments bf16 split", "bf16", "i16", adamw.BFLOAT16, True),
+        ("moments int8 split", "bf16", "i16", adamw.INT8, True), ("moments int8 fp32", "fp32", "", adamw.INT8, False),
+    ):
+        mean, square = states[moments]
+        types = pointers | integers | numbers | {"grad_ptr": f"*{grad}", "weight_ptr": f"*{weight or 'fp32'}"}
+        types |= {"master_ptr": "*i16" if split else "*fp32", "exp_avg_ptr": mean, "exp_avg_sq_ptr": square}
+        constants = {"WEIGHT": bool(weight) and not split, "SPLIT": split, "MOMENTS": moments, "ROWS": adamw.ROWS}
+        constants["BLOCK"] = BLOCK if moments == adamw.INT8 else adamw.BLOCK
         found.append(Case(f"adamw {name}", adamw.adamw_kernel, types, constants, adamw.WARPS))
     return found
 
@@ -273,7 +286,7 @@ def compile_case(case: Case, target: str) -> Row:
     for i, name in enumerate(case.kernel.arg_names):
         signature[name] = "constexpr" if name in case.constants else case.types[name]
         # Launches specialise on what 16 divides, and chunk widths and allocations are such.
-        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count", "vocab")):
+        if signature[name].startswith("*") or name.endswith(("stride", "columns", "count", "vocab", "width")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     cuda = target.isdigit()
     gpu = GPUTarget("cuda", int(target), 32) if cuda else GPUTarget("hip", target, 64)

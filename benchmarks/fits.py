@@ -73,7 +73,8 @@ def predicted(result: dict) -> dict[str, int]:
         setting = Setting(
             device="cpu", width=width, max_tokens=case["max_tokens"], targets=case["max_tokens"] * 3 // 4,
             several=case["microbatches"] > 1, checkpointing=case.get("checkpointing", False),
-            lora_rank=case.get("lora", 0), averages=int("ema_decay" in case), scores=case["kind"] == "reward")
+            lora_rank=case.get("lora", 0), moments=case.get("moments", "float32"), split="masters" in case,
+            muon="optimizer" in case, averages=int("ema_decay" in case), scores=case["kind"] == "reward")
         need = (memory.scoring if case["kind"] == "reference" else memory.training)(shape, setting)
     return {name: size for name, size in need.device.items() if name != "process"}
 

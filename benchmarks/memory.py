@@ -58,6 +58,9 @@ CASES = {
     "sft, 4096 tokens, checkpointing": case("sft", max_tokens=4096, checkpointing=True),
     "sft, LoRA": case("sft", lora=16),
     "sft, EMA": case("sft", max_tokens=512, ema_decay=0.9),
+    "sft, int8 moments, split masters": case("sft", moments="int8", masters="split"),
+    "sft, bf16 moments": case("sft", moments="bfloat16"),
+    "sft, Muon": case("sft", optimizer="muon"),
     "sft, fp32": case("sft", dtype="float32", max_tokens=1024),
     "sft, random Llama": case("sft", "random", max_tokens=4096),
     "dpo, 2048 tokens": case("dpo"),
@@ -128,6 +131,7 @@ def run(case: dict, model: Path, folder: Path) -> dict:
     n = case["max_tokens"] // ROW * case["microbatches"]
     keys = {"batch_size": n, "max_tokens": case["max_tokens"], "epochs": 2, "lr": 1e-6,
             "activation_checkpointing": case.get("checkpointing", False), "ema_decay": case.get("ema_decay", 0.0)}
+    keys |= {name: case[name] for name in ("moments", "masters", "optimizer") if name in case}
     section = {"sft": Sft, "dpo": Dpo, "reference": Dpo, "reward": Reward}.get(kind, Sft)
     section = section(**keys, **({"held_out": 0.0} if kind == "reward" else {}))
     lora, part = Lora(rank=case.get("lora", 0)), Model()

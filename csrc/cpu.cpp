@@ -1,7 +1,7 @@
 // The element-wise operations of a training step on a CPU, each in one pass over memory: RMSNorm, SwiGLU, rotary
-// embeddings, the softmax in fp32 attention's backward, the head's softmax, and AdamW. Built against PyTorch's stable
-// ABI: one build works with every PyTorch from 2.11 on. setup.py compiles it once per instruction set; the compiler
-// vectorizes the loops.
+// embeddings, the softmax in fp32 attention's backward, and the head's softmax. Built against PyTorch's stable ABI: one
+// build works with every PyTorch from 2.11 on. setup.py compiles it once per instruction set; the compiler vectorizes
+// the loops.
 //
 // Sums have a fixed order, independent of the number of threads. Intermediates are rounded to the tensor's dtype where
 // PyTorch's composition rounds them, so that values match those of a transformers model.
@@ -279,79 +279,6 @@ void softmax_of(const Tensor& logits, const Tensor& lse, const Tensor& scale, co
   });
 }
 
-// -- AdamW ------------------------------------------------------------------------------------------------------------
-
-// sums [ceil(numel / 65536)] fp64: sums of squares of blocks of x.
-void square_sums(const Tensor& x, const Tensor& sums) {
-  dispatch(x, [&](auto element) {
-    using T = decltype(element);
-    constexpr int64_t block = 1 << 16, part = 1 << 10;
-    const int64_t numel = x.numel(), blocks = (numel + block - 1) / block;
-    check(x, type_of<T>, numel, "x");
-    check(sums, ScalarType::Double, blocks, "sums");
-    const T* xs = in<T>(x);
-    double* totals = out<double>(sums);
-    parallel_for(0, blocks, 1, [=](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        double total = 0;
-        for (int64_t at = b * block; at < std::min(numel, (b + 1) * block); at += part) {
-          const T* x = xs + at;  // local, or it does not vectorize
-          const int64_t count = std::min(numel - at, part);
-          float sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t i = 0; i < count; ++i) sum += wide(x[i]) * wide(x[i]);
-          total += sum;
-        }
-        totals[b] = total;
-      }
-    });
-  });
-}
-
-// One AdamW step on master, exp_avg and exp_avg_sq, fp32 of one shape, with gradient factor [1] fp32 * grad, bf16 or
-// fp32. weight, if not empty, receives the master in bf16.
-void adamw(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-           const Tensor& weight, const Tensor& factor, double lr, double beta1, double beta2, double eps,
-           double weight_decay, int64_t step) {
-  dispatch(grad, [&](auto element) {
-    using T = decltype(element);
-    constexpr int64_t part = 1 << 10;  // elements that stay in the L1 cache between the two loops
-    const int64_t numel = master.numel();
-    check(master, ScalarType::Float, numel, "master");
-    check(grad, type_of<T>, numel, "grad");
-    check(exp_avg, ScalarType::Float, numel, "exp_avg");
-    check(exp_avg_sq, ScalarType::Float, numel, "exp_avg_sq");
-    check(factor, ScalarType::Float, 1, "factor");
-    if (weight.numel()) check(weight, ScalarType::BFloat16, numel, "weight");
-    float *ps = out<float>(master), *ms = out<float>(exp_avg), *vs = out<float>(exp_avg_sq);
-    const T* gs = in<T>(grad);
-    bf16* ws = weight.numel() ? out<bf16>(weight) : nullptr;
-    const float scale = *in<float>(factor), kept = float(1 - lr * weight_decay);
-    const float first_share = float(1 - beta1), second = float(beta2), second_share = float(1 - beta2);
-    const float rate = float(lr / (1 - std::pow(beta1, double(step))));
-    const float root = float(std::sqrt(1 - std::pow(beta2, double(step)))), tiny = float(eps);
-    parallel_for(0, (numel + part - 1) / part, 8, [=](int64_t from, int64_t to) {
-      for (int64_t at = from * part; at < std::min(numel, to * part); at += part) {
-        const int64_t count = std::min(numel - at, part);
-        const T* g = gs + at;
-        float *p = ps + at, *m = ms + at, *v = vs + at;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          const float d = wide(g[i]) * scale;
-          m[i] += (d - m[i]) * first_share;
-          v[i] = v[i] * second + d * d * second_share;
-          p[i] = p[i] * kept - rate * m[i] / (std::sqrt(v[i]) / root + tiny);
-        }
-        if (ws) {
-          bf16* w = ws + at;
-#pragma omp simd
-          for (int64_t i = 0; i < count; ++i) narrow(p[i], w[i]);
-        }
-      }
-    });
-  });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
@@ -369,10 +296,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
   m.def(
       "cpu_scan_logits(Tensor logits, Tensor(a!) highest, Tensor(b!) total, Tensor(c!) decay, Tensor(d!) weights) -> ()");
   m.def("cpu_softmax_of(Tensor logits, Tensor lse, Tensor scale, Tensor(a!) gradient) -> ()");
-  m.def("cpu_square_sums(Tensor x, Tensor(a!) sums) -> ()");
-  m.def(
-      "cpu_adamw(Tensor(a!) master, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) weight,"
-      " Tensor factor, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
@@ -384,6 +307,4 @@ STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
   m.impl("cpu_causal_softmax_backward", TORCH_BOX(&causal_softmax_backward));
   m.impl("cpu_scan_logits", TORCH_BOX(&scan_logits));
   m.impl("cpu_softmax_of", TORCH_BOX(&softmax_of));
-  m.impl("cpu_square_sums", TORCH_BOX(&square_sums));
-  m.impl("cpu_adamw", TORCH_BOX(&adamw));
 }

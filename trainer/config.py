@@ -136,7 +136,16 @@ class Train(Section):
     max_length: Positive | None = Field(None,
                                         description="most tokens of prompt + completion; longer rows are dropped and "
                                         "counted. Default: the model's context")
-    weight_decay: float = Field(0.0, ge=0.0, le=1e6, description="AdamW weight decay")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: Muon for the matrices of the layers, with "
+                                                "AdamW's learning rate and weight decay (arXiv 2502.16982); AdamW for "
+                                                "the rest. Local engine only")
+    moments: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="what AdamW's moments of matrices are kept in: 8 bytes a parameter; bfloat16 4, rounded "
+        "stochastically; int8 2, by blocks (arXiv 2110.02861)")
+    masters: Literal["float32", "split"] = Field(
+        "float32", description="split: no fp32 copy of the weights, only the 16 bits that bfloat16 lacks: 2 bytes a "
+        "parameter less. Local engine in bfloat16 only")
+    weight_decay: float = Field(0.0, ge=0.0, le=1e6, description="weight decay")
     betas: tuple[BelowOne, BelowOne] = Field((0.9, 0.95), description="AdamW betas")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0.0, description="largest norm of the gradient; 0 is off")
@@ -154,6 +163,24 @@ class Train(Section):
     bema_ema_power: float = Field(0.5, ge=0.0, le=100.0, description="and the newest weights' share in the EMA is "
                                   "(bema_lag + t) to this negative power")
     bema_lag: Positive = Field(10, description="steps that the average counts as old at its start")
+
+    def unfit(self, engine: str, dtype: str) -> str | None:
+        """Why this section cannot train with a kind of engine, or a compute dtype: the key and what to set; None if it
+        can, or if either is "auto"."""
+        whole = engine in ("local", "auto")
+        if self.optimizer == "muon" and not whole:
+            return (f"optimizer=muon needs whole matrices, and engine.kind={engine} keeps parts; set optimizer=adamw, "
+                    "or engine.kind=local")
+        if self.moments != "float32" and not whole and engine != "fsdp":
+            return (f"moments={self.moments} is not for engine.kind={engine}, which has an optimizer of its own; leave "
+                    "it out, or set engine.kind=local or fsdp")
+        if self.masters == "split" and not whole:
+            return (f"masters=split is not for engine.kind={engine}, whose fp32 masters have no weights beside them; "
+                    "leave it out, or set engine.kind=local")
+        if self.masters == "split" and dtype == "float32":
+            return ("masters=split needs bfloat16 compute, and dtype is float32, in which the weights are the masters; "
+                    "leave it out, or set dtype=bfloat16")
+        return None
 
     @model_validator(mode="after")
     def one_average(self):
@@ -354,6 +381,14 @@ class Recipe(Section):
     merge: Merge = Field(Merge(), description="averaging the round's weights")
     evaluate: AnyEvaluate = Field(Evaluate(), description="greedy pass rate on validation and test prompts")
     log: Log = Field(Log(), json_schema_extra=UNKEYED, description="metrics and trackers")
+
+    @model_validator(mode="after")
+    def trainable(self):
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Train) and section.enabled and (why := section.unfit(self.engine.kind, self.dtype)):
+                raise ValueError(f"{name}.{why}")
+        return self
 
     @model_validator(mode="after")
     def agree(self):

@@ -39,3 +39,21 @@ def test_steps_are_no_further_from_fp64_than_pytorchs(dtype: torch.dtype):
         for (master, *_, weight), truth, other in zip(states, exact, plain, strict=True):
             assert torch.equal(weight, master.bfloat16())
             assert (master - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_cheaper_state_is_that_of_the_cpu(kind: str, is_split: bool):
+    """Numbers halfway between two codes, or two bf16 numbers, go either way."""
+    start, grads = torch.randn(64, 1000), torch.randn(5, 64, 1000).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        weight, low = (x.to(device) for x in optimizer.split(start))
+        master = low if is_split else start.to(device, copy=True)
+        mean, square, *scales = optimizer.new_moments(weight, kind).values()
+        for step, grad in enumerate(grads, 1):
+            optimizer.adamw_(master, grad.to(device), mean, square, weight, torch.tensor(0.7, device=device), step=step,
+                             scales=tuple(scales) or None, key=7919 * step, **OPTIONS)
+        found.append((optimizer.join(weight, master) if is_split else master).cpu())
+    far = (found[0] - found[1]).abs() > 1e-5
+    assert far.float().mean() < 2e-3 and (found[0] - found[1]).norm() < 1e-3 * (found[0] - start).norm()

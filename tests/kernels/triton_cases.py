@@ -9,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.kernels import LOSS_TYPES, _triton, preference, preference_loss
+from strop.kernels import LOSS_TYPES, _triton, optimizer, preference, preference_loss
 from strop.kernels._triton import adamw
 from strop.kernels._triton import logprob as kernels
 from strop.kernels._triton import segment_sum as segments
 from strop.kernels.head import chunked, passes, reference
 from strop.kernels.head.passes import LogitTransform
+from strop.kernels.optimizer import formats
+from strop.kernels.optimizer import reference as optimizer_reference
 
 HEADS = [LogitTransform(), LogitTransform(0.5, temperature=0.7), LogitTransform(2.0, temperature=1.3, softcap=3.0)]
 STATS = ("lse", "entropy", "mean_logit", "top1", "log_sum_p2")
@@ -224,18 +226,42 @@ def test_adamw_is_no_further_from_fp64_than_pytorchs(count: int, dtype: torch.dt
     for step in range(1, 6):
         grad = (torch.randn(count, generator=generator) * 10.0 ** (step - 3)).to(dtype)
         factor = torch.rand((), generator=generator)
-        adamw.adamw_(ours[0], grad, ours[1], ours[2], weight, factor, **ADAMW, step=step)
-        for parameter, optimizer in zip((exact, plain), optimizers, strict=True):
+        adamw.adamw_(ours[0], grad, ours[1], ours[2], weight, factor, None, **ADAMW, step=step, key=0, first=0)
+        for parameter, other in zip((exact, plain), optimizers, strict=True):
             parameter.grad = grad.to(parameter.dtype) * factor
-            optimizer.step()
+            other.step()
         assert torch.equal(weight, ours[0].half())
         for mine, key in zip(ours, (None, "exp_avg", "exp_avg_sq"), strict=True):
             truth, other = (p.detach() if key is None else o.state[p][key]
                             for p, o in zip((exact, plain), optimizers, strict=True))
             assert (mine.double() - truth).norm() <= 2 * (other.double() - truth).norm() + 1e-6 * truth.norm()
     before = weight.clone()
-    adamw.adamw_(ours[0], grad, ours[1], ours[2], None, factor, **ADAMW, step=6)
+    adamw.adamw_(ours[0], grad, ours[1], ours[2], None, factor, None, **ADAMW, step=6, key=0, first=0)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize(("kind", "shape"), [("float32", (3, 700)), ("bfloat16", (3, 700)), ("int8", (3, 700)),
+                                             ("int8", (9, 33)), ("int8", (2, 1024))])
+def test_adamw_on_cheaper_state_equals_plain_pytorch(kind: str, shape: tuple[int, int], is_split: bool):
+    generator = torch.Generator().manual_seed(0)
+    start, found = torch.randn(shape, generator=generator), []
+    grads = torch.randn(3, *shape, generator=generator) * torch.randn(3, *shape, generator=generator).exp()
+    for step_of in (adamw.adamw_, optimizer_reference.adamw_):
+        moments, (weight, low) = optimizer.new_moments(start, kind), (x.clone() for x in optimizer.split(start))
+        master = low if is_split else start.clone()
+        mean, square, *scales = moments.values()
+        for step, grad in enumerate(grads, 1):
+            step_of(master, grad, mean, square, weight if is_split else None, torch.tensor(0.7), tuple(scales) or None,
+                    **ADAMW, step=step, key=7919 * step, first=5)
+        moments = [mean.float(), square.float()]
+        if scales:
+            moments = [formats.dequantize(*pair) for pair in zip((mean, square), scales, strict=True)]
+        found.append((optimizer.join(weight, master) if is_split else master, *moments))
+    for mine, other in zip(*found, strict=True):
+        close = (mine - other).abs() <= 1e-6 + 1e-5 * other.abs()
+        assert close.float().mean() > 0.998  # a number halfway between two codes or bf16 numbers goes either way
+        torch.testing.assert_close(mine, other, rtol=0.2, atol=1e-4)
 
 
 def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch):

@@ -166,6 +166,7 @@ TABLE = {
        for key, value, own in (
            ("epochs", 2.0, rows), ("batch_size", 3, rows), ("max_tokens", 4096, rows), ("max_length", 400, rows),
            ("lr", 0.5, own), ("schedule", "linear", own), ("warmup_ratio", 0.2, own), ("min_lr_ratio", 0.1, own),
+           ("optimizer", "muon", own), ("moments", "int8", own),
            ("weight_decay", 0.1, own), ("betas", [0.9, 0.99], own), ("eps", 1e-6, own), ("grad_clip", 2.0, own),
            ("activation_checkpointing", True, own), ("compile", True, own), ("snapshots", 2, own),
            ("ema_decay", 0.25, own),
@@ -174,6 +175,8 @@ TABLE = {
            ("bema", True, own), ("checkpoint_steps", 3, NOTHING))},
     **{f"{stage}.{key}": (Also(value, {f"{stage}.bema": True}), own) for stage, own in (("sft", SFT), ("dpo", DPO))
        for key, value in (("bema_bias_power", 0.3), ("bema_ema_power", 0.4), ("bema_lag", 5))},
+    # in another dtype, which these stages see too; test_state.py changes it alone
+    **{f"{stage}.masters": (Also("split", {"dtype": "bfloat16"}), NUMBERS) for stage in ("sft", "dpo")},
     "merge.method": ("average", {"merge", "final"}),
     "merge.members": (Also(["dpo", "sft"], {"merge.method": "average"}), {"merge", "final"}),
     "merge.weights": (Also([1.0, 2.0], {"merge.method": "average"}), {"merge", "final"}),

@@ -193,23 +193,41 @@ def guarded(world, folder, engine):
 
 def resumed(world, folder, engine):
     """Killed and resumed on the same ranks: the same bits. Resumed by a local engine: the same but for rounding."""
-    keys = {"checkpoint_steps": 1, "ema_decay": 0.5, "snapshots": 1, "read": False}
-    Run("sft", folder / "whole", world, engine, **keys)
+    resumes(world, folder, engine, "", 1e-5)
+
+
+def resumed_int8(world, folder, engine):
+    """The same with 8-bit moments, where other last bits of a gradient can give other codes."""
+    resumes(world, folder, engine, "8", 1e-3, moments="int8", model="untied")
+
+
+def resumes(world, folder, engine, name, allowed, **keys):
+    keys |= {"checkpoint_steps": 1, "ema_decay": 0.5, "snapshots": 1, "read": False}
+    whole, killed, elsewhere = (folder / f"{part}{name}" for part in ("whole", "killed", "elsewhere"))
+    Run("sft", whole, world, engine, **keys)
     with contextlib.suppress(KeyboardInterrupt):
-        Run("sft", folder / "killed", world, engine, log=Log(stop_at=3), **keys)
+        Run("sft", killed, world, engine, log=Log(stop_at=3), **keys)
         raise AssertionError("was not killed")
     if world.first:
-        shutil.copytree(folder / "killed", folder / "elsewhere")
+        shutil.copytree(killed, elsewhere)
     world.barrier()
-    run = Run("sft", folder / "killed", world, engine, **keys)
+    run = Run("sft", killed, world, engine, **keys)
     assert run.log.rewound_to == 2
     for part in ("model", "ema"):
-        assert largest(folder / "whole" / part, folder / "killed" / part) == 0.0
+        assert largest(whole / part, killed / part) == 0.0
     if world.first:
-        other = Run("sft", folder / "elsewhere", World(), {"kind": "local"}, **keys)
+        other = Run("sft", elsewhere, World(), {"kind": "local"}, **keys)
         assert other.log.rewound_to == 2
-        assert largest(folder / "whole/model", folder / "elsewhere/model") < 1e-5
+        assert largest(whole / "model", elsewhere / "model") < allowed
     world.barrier()
+
+
+def smaller_moments(world, folder, engine):
+    """Blocks of codes and random numbers are those of the local engine, whatever the cut."""
+    for moments in ("bfloat16", "int8"):
+        run, one = (Run("sft", folder / f"{moments}-{kind}", world, one, model="untied", moments=moments)
+                    for kind, one in (("all", engine), ("one", {"kind": "local"})))
+        run.equals(one, "float32", 50)
 
 
 def damaged(world, folder, engine):

@@ -24,7 +24,8 @@ from strop.trainer.training.fsdp import check_unshared
 from strop.trainer.training.policy import layers_of
 
 HERE = Path(__file__).parent
-CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed"]
+CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
+          "resumed_int8"]
 
 
 def folder_of(tiny_model, folder: Path) -> Path:
@@ -56,7 +57,7 @@ def passed(folder: Path, check: str, output: str) -> None:
 
 
 GRID = ["sft_tied", "sft_bf16", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "bema_of_dpo",
-        "guarded", "resumed"]
+        "guarded", "resumed", "resumed_int8", "smaller_moments"]
 
 
 @pytest.mark.parametrize(("keys", "lora", "per_weight"), [

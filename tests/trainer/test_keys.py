@@ -32,24 +32,30 @@ UPSTREAM = "its inputs are re-run"
 
 REWARD = {f"reward.{key}": (value, {"reward"}) for key, value in {
     "epochs": 2.0, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
-    "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
+    "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "optimizer": "muon", "moments": "int8", "weight_decay": 0.1,
+    "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
     "activation_checkpointing": True, "compile": True, "snapshots": 2, "ema_decay": 0.25, "bema": True,
     "bema_bias_power": Also(0.3, {"reward.bema": True}), "bema_ema_power": Also(0.4, {"reward.bema": True}),
     "bema_lag": Also(5, {"reward.bema": True}), "pairs": "all", "margin": 1.0,
-    "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {"reward.checkpoint_steps": (3, NOTHING)}
+    "label_smoothing": 0.1, "centering": 0.01, "held_out": 0.2}.items()} | {
+    "reward.checkpoint_steps": (3, NOTHING),
+    "reward.masters": (Also("split", {"dtype": "bfloat16"}), {"sample", "reward"})}
 
 
 # the keys of online, in a run of method committee with that stage alone
 ONLINE = {f"online.{key}": (value, {"online", "final"}) for key, value in {
     "epochs": 3, "batch_size": 3, "max_tokens": 4096, "max_length": 400, "lr": 0.5, "schedule": "linear",
-    "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
+    "warmup_ratio": 0.2, "min_lr_ratio": 0.1, "optimizer": "muon", "moments": "int8", "weight_decay": 0.1,
+    "betas": [0.9, 0.99], "eps": 1e-6, "grad_clip": 2.0,
     "activation_checkpointing": True, "compile": True, "snapshots": 2, "ema_decay": 0.25, "bema": True, "eval_steps": 3,
     "bema_bias_power": Also(0.3, {"online.bema": True}), "bema_ema_power": Also(0.4, {"online.bema": True}),
     "bema_lag": Also(5, {"online.bema": True}), "eval_prompts": 5, "max_cut_rise": 0.5, "max_length_ratio": 3.0,
     "max_kl": 0.5, "steps": 3, "k": 3, "loss": Also("rloo", {"online.epochs": 1}), "beta": 0.0, "mirror_weight": 2.0,
     "missing_eos_penalty": 0.5, "max_new_tokens": 9, "decode_batch": 16,
     "temperature": Also(0.5, {"online.loss": "ipo", "online.epochs": 1})}.items()} | {
-    "online.checkpoint_steps": (3, NOTHING), "online.enabled": (False, {"held-out", "final"})}
+    "online.checkpoint_steps": (3, NOTHING), "online.masters": (Also("split", {"dtype": "bfloat16"}), {
+        "baseline-held-out", "sample-start", "online", "held-out", "final"}),
+    "online.enabled": (False, {"held-out", "final"})}
 
 
 @pytest.fixture(scope="module")

@@ -215,8 +215,10 @@ def test_dpo_steps_wait_for_nothing(device, tmp_path, keys):
     assert device.run(dpo, tmp_path, recipe) == INTERVAL
 
 
-def test_sft_steps_wait_for_nothing(device, tmp_path):
-    recipe = recipe_of(dtype="bfloat16", sft=KEYS, log={"interval": 3})
+@pytest.mark.parametrize("keys", [{}, {"moments": "int8"}, {"optimizer": "muon", "moments": "bfloat16",
+                                                            "masters": "split"}], ids=str)
+def test_sft_steps_wait_for_nothing(device, tmp_path, keys):
+    recipe = recipe_of(dtype="bfloat16", sft=KEYS | keys, log={"interval": 3})
     assert device.run(sft, tmp_path, recipe) == INTERVAL
 
 

@@ -111,7 +111,9 @@ def engine_in(folder: Path, model: Path, dtype: str, lora: int = 0, **section) -
 
 @pytest.mark.parametrize("dtype, lora, several, section", [
     ("bfloat16", 0, True, {}), ("bfloat16", 0, False, {"ema_decay": 0.9}), ("float32", 0, True, {"bema": True}),
-    ("bfloat16", 4, True, {})], ids=str)
+    ("bfloat16", 4, True, {}), ("bfloat16", 0, True, {"moments": "int8", "masters": "split"}),
+    ("bfloat16", 32, True, {"moments": "int8"}), ("float32", 0, True, {"moments": "bfloat16"}),
+    ("bfloat16", 0, False, {"optimizer": "muon", "masters": "split", "moments": "bfloat16"})], ids=str)
 def test_states_are_the_bytes_of_an_engine(tmp_path, tiny_model, dtype, lora, several, section):
     """Every tensor that stays between steps, counted after a step of one or two microbatches."""
     if lora:
@@ -123,15 +125,17 @@ def test_states_are_the_bytes_of_an_engine(tmp_path, tiny_model, dtype, lora, se
         groups = PackedGroups.pack(rows(2))
         (-Scorer(engine.model)(groups).sum()).backward()
     engine.step()
-    optimizer = [v for state in engine.weights.optimizer.state.values() for k, v in state.items() if k != "step"]
-    parts = {"weights": engine.model.parameters(), "masters": engine.masters, "moments": optimizer,
+    optimizer = [v for state in engine.weights.moments() for v in state.values()]
+    masters = engine.weights.lows if section.get("masters") else engine.masters
+    parts = {"weights": engine.model.parameters(), "masters": masters, "moments": optimizer,
              "gradient sums": engine.weights.sums or [], "averages": [*(engine.ema or []), *(engine.start or [])]}
     counted = {name: bytes_of(tensors) for name, tensors in parts.items()}
     if dtype == "float32":
         counted["masters"] = 0  # the weights themselves
     averages = 2 if section.get("bema") else int("ema_decay" in section)
     setting = Setting(device="cpu", width=2 if dtype == "bfloat16" else 4, several=several, lora_rank=lora,
-                      averages=averages)
+                      averages=averages, moments=section.get("moments", "float32"), split="masters" in section,
+                      muon="optimizer" in section)
     assert memory.states(read_shape(tiny_model), setting)[0] == counted
 
 
@@ -187,16 +191,20 @@ SETTINGS = st.builds(
     Setting, engine=st.sampled_from(memory.ENGINES), ranks=st.integers(1, 64), zero=st.integers(1, 3),
     offload=st.sampled_from(["", "cpu", "nvme"]), device=st.just("cuda"), width=st.sampled_from([2, 4]),
     max_tokens=st.integers(64, 1 << 15), several=st.booleans(), checkpointing=st.booleans(),
-    lora_rank=st.sampled_from([0, 8]), averages=st.integers(0, 2), scores=st.booleans())
+    lora_rank=st.sampled_from([0, 8]), averages=st.integers(0, 2), scores=st.booleans(),
+    moments=st.sampled_from(["float32", "bfloat16", "int8"]), split=st.booleans(), muon=st.booleans())
 SHAPES = st.sampled_from(sorted(CONFIGS)).map(known_shape)
 
 
 @settings(max_examples=150, deadline=None)
 @given(SHAPES, SETTINGS)
 def test_more_takes_more(shape: Shape, s: Setting):
-    """Memory grows with microbatches and averages; checkpointing, ranks of a sharded engine and offload save some."""
-    if s.engine == "local" and s.offload:
+    """Memory grows with microbatches and averages; checkpointing, ranks of a sharded engine and offload save some, and
+    so do cheaper forms of the optimizer's state."""
+    if s.offload if s.engine == "local" else not estimates.shards(s, s.engine):
         return
+    plain = replace(s, moments="float32", split=False, muon=False)
+    assert memory.training(shape, s).on_device <= memory.training(shape, plain).on_device
     need = memory.training(shape, s)
     assert min(*need.device.values(), *need.host.values(), need.once) >= 0
     larger = memory.training(shape, replace(s, max_tokens=2 * s.max_tokens)).on_device
@@ -251,6 +259,9 @@ def test_the_order_of_cost():
 
         llama = "meta-llama/Llama-3.1-8B"
         assert keys(llama, eight, max_tokens=4096) == ("engine.kind=fsdp",)
+        # what fsdp cannot train is left out
+        assert keys(llama, eight, max_tokens=4096, split=True, moments="int8") == (
+            "engine.kind=fsdp", "sft.masters=float32")
         assert keys(llama, eight, max_tokens=65536) == ("engine.kind=fsdp", "sft.activation_checkpointing=true")
         assert keys("Qwen/Qwen2.5-0.5B", one, max_tokens=16384) == ("sft.activation_checkpointing=true",)
         big = keys("Qwen/Qwen2.5-0.5B", one, max_tokens=1 << 18)

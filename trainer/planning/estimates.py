@@ -98,11 +98,18 @@ def engine_of(recipe: Recipe) -> dict:
 
 
 def settled(shape: Shape, setting: Setting, on: Hardware) -> Setting:
-    """The setting with engine "auto" resolved: local on one rank or where it fits, else fsdp."""
+    """The setting with engine "auto" resolved: local on one rank, where it fits and where fsdp cannot train so, else
+    fsdp."""
     if setting.engine != "auto":
         return setting
     local = replace(setting, engine="local")
-    return local if on.ranks == 1 or fits_on(memory.training(shape, local), on) else replace(setting, engine="fsdp")
+    is_local = on.ranks == 1 or not shards(setting, "fsdp") or fits_on(memory.training(shape, local), on)
+    return local if is_local else replace(setting, engine="fsdp")
+
+
+def shards(setting: Setting, engine: str) -> bool:
+    """Whether a sharded engine can train with the setting's form of the optimizer."""
+    return not (setting.split or setting.muon) and (engine == "fsdp" or setting.moments == "float32")
 
 
 def engines() -> list[str]:
@@ -133,7 +140,8 @@ def setting_of(section: Train, shape: Shape, *, ranks: int, device: str, width: 
     most = share * longest * (1 + isinstance(section, Dpo))
     return Setting(
         ranks=ranks, device=device, width=width, max_tokens=min(section.max_tokens, most), lora_rank=lora_rank,
-        several=most > section.max_tokens, checkpointing=section.activation_checkpointing,
+        several=most > section.max_tokens, checkpointing=section.activation_checkpointing, moments=section.moments,
+        split=section.masters == "split", muon=section.optimizer == "muon",
         averages=2 if section.bema else int(section.ema_decay > 0), scores=isinstance(section, Reward), **more)
 
 
@@ -161,7 +169,7 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
         remedy = cheapest(shape, setting, on, key, least)
     trained = shape.adapters(setting.lora_rank) if setting.lora_rank else shape.parameters
     kept = width * shape.parameters * (1 + section.snapshots + (setting.averages > 0))
-    scratch = 2 * (3 + setting.averages) * 4 * trained if steps > section.checkpoint_steps else 0
+    scratch = 2 * memory.resume_point(shape, setting) if steps > section.checkpoint_steps else 0
     scratch += 2 * width * shape.parameters if checks else 0
     seconds, why = None, _no_rate(on)
     if not why and not rows:
@@ -170,7 +178,10 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
         flops = speed.step_flops(shape, section.batch_size, completions, lengths, lora=setting.lora_rank > 0,
                                  checkpointing=setting.checkpointing, scores=setting.scores)
         shards = 1 if setting.engine == "local" else on.ranks
-        seconds = steps * speed.step_seconds(shape, on, flops, trained, offload=setting.offload, shards=shards)
+        state = speed.state_bytes(trained, memory.of_moments(shape, setting, trained), setting.split)
+        seconds = steps * speed.step_seconds(shape, on, flops, trained, state, offload=setting.offload, shards=shards)
+        if setting.muon:  # on every rank
+            seconds += steps * speed.muon_flops(shape, setting.lora_rank) / (speed.OF_FLOPS * on.flops)
     return Estimate(asked.name, need, seconds, kept, scratch, does_fit, remedy, why)
 
 
@@ -250,7 +261,9 @@ def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Itera
             for tokens in sizes:
                 for checkpointing in dict.fromkeys((asked.checkpointing, True)):
                     for engine in dict.fromkeys(names):
-                        yield replace(asked, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
+                        form = asked if engine == "local" or shards(asked, engine) else replace(
+                            asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
+                        yield replace(form, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
                                       several=asked.several or tokens < asked.max_tokens,
                                       checkpointing=checkpointing)
 
@@ -260,6 +273,10 @@ def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
     found = []
     if (asked.engine, asked.offload) != (other.engine, other.offload):
         found += engine_keys(other.engine, other.offload)
+    for name, before, after in (("masters", asked.split, other.split), ("optimizer", asked.muon, other.muon),
+                                ("moments", asked.moments, other.moments)):
+        if before != after:
+            found.append(f"{key}.{name}={Train.model_fields[name].default}")
     if asked.checkpointing != other.checkpointing:
         found.append(f"{key}.activation_checkpointing=true")
     if asked.max_tokens != other.max_tokens:

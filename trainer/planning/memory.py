@@ -9,6 +9,8 @@ from strop.trainer.planning.shape import Shape
 
 ENGINES = ("local", "fsdp", "deepspeed")
 FP32 = 4
+# kernels/optimizer/formats.py: elements of a row that share a scale, and the width from which rows have any
+STATE_BLOCK, STATE_WIDTH = 256, 32
 # beyond the tensors: Python, libraries and their caches; on a GPU its context, workspaces and, over ranks, NCCL's
 # buffers. The CPU's is measured (benchmarks/memory.py); the GPU's is assumed.
 PROCESS, CONTEXT, NCCL = 700 << 20, 1 << 30, 1 << 30
@@ -32,9 +34,9 @@ class Setting:
     device, "cpu" or "nvme"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
     weights, or whole fp32 sums of gradients, through a step. width: bytes of a number in compute. max_tokens: of a
     microbatch. targets: predicted tokens in it, None for all. kept: bytes up to which the head keeps all logits, None
-    for KEPT. several: a step has several microbatches. averages: fp32 copies of the weights, 1 for an EMA, 2 for
-    BEMA. scores: a reward model, which has no vocabulary. checks: completions that are sampled in training, of
-    new_tokens. fused: the layers are."""
+    for KEPT. several: a step has several microbatches. moments, split, muon: the keys moments, masters and optimizer
+    of the section. averages: fp32 copies of the weights, 1 for an EMA, 2 for BEMA. scores: a reward model, which has no
+    vocabulary. checks: completions that are sampled in training, of new_tokens. fused: the layers are."""
 
     engine: str = "local"
     ranks: int = 1
@@ -51,6 +53,9 @@ class Setting:
     several: bool = True
     checkpointing: bool = False
     lora_rank: int = 0
+    moments: str = "float32"
+    split: bool = False
+    muon: bool = False
     averages: int = 0
     scores: bool = False
     checks: int = 0
@@ -87,7 +92,10 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], in
     shard = -(-trained // s.ranks) if s.engine != "local" else trained
     apart = s.width != FP32 or s.engine == "deepspeed"  # fp32 parameters are their own masters
     sums = FP32 * shard if s.engine != "local" or (apart and (s.several or s.ranks > 1)) else 0
-    device = {"weights": s.width * (trained + frozen), "masters": FP32 * shard * apart, "moments": 2 * FP32 * shard,
+    masters = (2 if s.split else FP32) * shard * apart
+    moments = of_moments(shape, s, trained)
+    device = {"weights": s.width * (trained + frozen), "masters": masters,
+              "moments": moments if s.engine == "local" else -(-moments // s.ranks),
               "gradient sums": sums, "averages": s.averages * FP32 * shard}
     if s.engine == "fsdp":  # what is trained is sharded in fp32
         device |= {"weights": -(-s.width * frozen // s.ranks), "masters": FP32 * shard,
@@ -99,6 +107,31 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], in
     if s.offload != "nvme":
         return device, away, 0
     return device, {"buffers": 2 * s.width * min(BUCKETS, shard)}, sum(away.values())
+
+
+def of_moments(shape: Shape, s: Setting, trained: int) -> int:
+    """Bytes of the optimizer's moments of `trained` parameters, over all ranks: of narrow matrices, and of what is no
+    matrix, two fp32 ones; of a matrix that Muon trains one."""
+    layers, ends = [(out, inside) for inside, out in shape.matrices], []
+    if s.lora_rank:
+        layers = [m for out, inside in layers for m in ((s.lora_rank, inside), (out, s.lora_rank))]
+    else:
+        ends = [(shape.vocab, shape.hidden)] * (1 if shape.tied or s.scores else 2)
+
+    def one(rows: int, width: int) -> int:
+        if s.moments == "float32" or width < STATE_WIDTH:
+            return 2 * FP32 * rows * width
+        return 2 * rows * (2 * width if s.moments == "bfloat16" else width + FP32 * -(-width // STATE_BLOCK))
+
+    matrices = shape.layers * sum(FP32 * r * w if s.muon else one(r, w) for r, w in layers) + sum(one(*m) for m in ends)
+    rest = trained - shape.layers * sum(r * w for r, w in layers) - sum(r * w for r, w in ends)
+    return matrices + 2 * FP32 * rest
+
+
+def resume_point(shape: Shape, s: Setting) -> int:
+    """Bytes of a resume point: masters, moments and averages."""
+    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
+    return (1 + s.averages) * FP32 * trained + of_moments(shape, s, trained)
 
 
 def gathered(shape: Shape, s: Setting) -> int:
@@ -209,8 +242,7 @@ def _checks(shape: Shape, s: Setting) -> int:
 def _saving(shape: Shape, s: Setting) -> tuple[int, int]:
     """Host bytes of (a resume point's masters, moments and averages on every rank, what only the first rank copies
     from its GPU: the whole resume point of a local engine, or the weights)."""
-    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
-    point, weights = (3 + s.averages) * FP32 * trained, s.width * shape.parameters
+    point, weights = resume_point(shape, s), s.width * shape.parameters
     if s.engine == "local":
         return 0, max(point, weights)
     return 0 if s.offload else -(-point // s.ranks), weights

@@ -8,7 +8,7 @@ from strop.trainer.planning.shape import Shape
 # Shares of the peak rates that the work reaches. Assumed; benchmarks/memory.py prints the CPU's.
 OF_FLOPS, OF_BANDWIDTH = 0.4, 0.6
 HOST_BANDWIDTH, LINK, DISK = 100e9, 25e9, 3e9  # bytes/s of a node's memory, of a GPU's link to it, of an NVMe disk
-STATE_BYTES = 28  # that AdamW reads and writes per parameter: masters and moments twice, the gradient, the weight
+NEWTON_SCHULZ = 5  # iterations of Muon
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,25 @@ def step_flops(shape: Shape, examples: int, completions: int, lengths: Lengths, 
     return examples * (passes * forward + (3 - lora) * 2 * shape.embedding * targets)
 
 
-def step_seconds(shape: Shape, on: Hardware, flops: float, trained: int, *, offload: str, shards: int) -> float:
-    """Of an optimizer step on every rank: its FLOPs, then AdamW's bytes where masters and moments are. Communication
-    is not counted."""
+def state_bytes(trained: int, moments: int, split: bool) -> int:
+    """That AdamW reads and writes: masters and moments twice, the gradient, the weight; of split masters the low half
+    and the weight twice. moments: their bytes."""
+    return (10 if split else 12) * trained + 2 * moments
+
+
+def muon_flops(shape: Shape, lora_rank: int) -> float:
+    """FLOPs of Muon's Newton-Schulz iterations over the matrices of all layers: three products each."""
+    pairs = [(lora_rank, n) for pair in shape.matrices for n in pair] if lora_rank else shape.matrices
+    sizes = [(min(pair), max(pair)) for pair in pairs]
+    return shape.layers * NEWTON_SCHULZ * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
+
+
+def step_seconds(shape: Shape, on: Hardware, flops: float, trained: int, state: int, *, offload: str,
+                 shards: int) -> float:
+    """Of an optimizer step on every rank: its FLOPs, then AdamW's bytes, `state` over all ranks, where masters and
+    moments are. Communication is not counted."""
     compute = flops / on.ranks / (OF_FLOPS * on.flops)
-    state = STATE_BYTES * trained / shards
+    state /= shards
     if not offload:
         return compute + state / (OF_BANDWIDTH * on.bandwidth)
     update = state * on.per_node / HOST_BANDWIDTH + 4 * trained / shards / LINK

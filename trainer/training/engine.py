@@ -6,14 +6,14 @@ gradients and optimizer are, and in how ranks exchange them.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from strop.kernels import Group, PackedGroups
+from strop.kernels import Group, PackedGroups, optimizer
 from strop.kernels.integrations.compiled import compile_layers
 from strop.trainer.config import Lora, Part, Train
 from strop.trainer.errors import UserError, is_out_of_memory
@@ -52,6 +52,15 @@ def bema_powers(step: int, section: Train) -> tuple[float, float]:
     return age**-section.bema_bias_power, age**-section.bema_ema_power
 
 
+def slice_of(kind: str, shape: torch.Size, start: int) -> tuple[int, torch.Size]:
+    """(first element, shape) of what belongs to a master of `shape`, whose first element is `start` of the whole
+    tensor's: as many elements, or the scales of its rows."""
+    if not kind.endswith("_scale"):
+        return start, shape
+    scales = optimizer.scales_shape(shape)
+    return start // shape[1:].numel() * scales[1], scales
+
+
 class Training:
     """A model in training. An engine sets `names` and `masters`, the fp32 weights that this rank keeps, whole tensors
     or slices, and has `backward`, `_update`, `_set_weights`, `_moments`, `_slices`, `_set_moments` and `_weights`.
@@ -62,7 +71,7 @@ class Training:
 
     together = False
     names: list[str]
-    masters: list[torch.Tensor]
+    masters: Sequence[torch.Tensor]
     scorer: Scorer | Rewarder
 
     def __init__(self, folder: ModelFolder, section: Train, stage: Stage, steps: int, *, compute: Part, lora: Lora,
@@ -158,7 +167,11 @@ class Training:
         if self.ema is not None:
             section = self.section
             share = bema_powers(self.step_index + 1, section)[1] if section.bema else 1 - section.ema_decay
-            torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], share)
+            if isinstance(self.masters, list):
+                torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], share)
+            else:  # not all at once in memory
+                for average, master in zip(self.ema, self.masters, strict=True):
+                    average.lerp_(master, share)
         self.step_index += 1
         return norm
 
@@ -211,7 +224,9 @@ class Training:
         Raises UserError if it cannot be written; the previous checkpoint is then kept."""
         if not self.writes:
             return
-        tensors = {f"master/{name}": m.detach() for name, m in zip(self.names, self.masters, strict=True)}
+        copies = not isinstance(self.masters, list)  # of which all at once would fill the device
+        tensors = {f"master/{name}": m.cpu() if copies else m.detach()
+                   for name, m in zip(self.names, self.masters, strict=True)}
         for name, moments in zip(self.names, self._moments(), strict=True):
             tensors |= {f"{key}/{name}": value for key, value in moments.items()}
         for name, value in zip(self.names, self.ema or [], strict=self.ema is not None):
@@ -223,9 +238,11 @@ class Training:
                 self.kept |= {f"snapshots/{folder.name}/{n}": entry for n, entry in list_files(folder).items()}
         starts = None
         if self.together:
-            where = {name: start for name, (start, _) in zip(self.names, self._slices(), strict=True)}
+            where = {name: (master.shape, start) for name, master, (start, _) in zip(
+                self.names, self.masters, self._slices(), strict=True)}
             tensors = {key: value.flatten() for key, value in tensors.items()}
-            starts = {key: where.get(key.split("/", 1)[1], 0) for key in tensors}
+            of = {key: key.split("/", 1) for key in tensors}
+            starts = {key: slice_of(kind, *where[name])[0] if name in where else 0 for key, (kind, name) in of.items()}
         write_checkpoint(work, {"step": self.step_index, "steps": self.steps, "kept": self.kept}, tensors, self.world,
                          starts)
 
@@ -241,12 +258,13 @@ class Training:
         self.kept, self.step_index = state["kept"], state["step"]
         saved = Saved(point, list(state["files"]))
         masters, moments, ema = [], [], []
-        for name, master, (start, count) in zip(self.names, self.masters, self._slices(), strict=True):
-            def read(kind: str, name=name, master=master, start=start, count=count) -> torch.Tensor:
-                return saved.read(f"{kind}/{name}", start, count).view(master.shape).to(master.device)
+        for name, master, (start, _) in zip(self.names, self.masters, self._slices(), strict=True):
+            def read(kind: str, name=name, master=master, start=start) -> torch.Tensor:
+                first, shape = slice_of(kind, master.shape, start)
+                return saved.read(f"{kind}/{name}", first, shape.numel()).view(shape).to(master.device)
 
             masters.append(read("master"))
-            keys = [k for k in ("exp_avg", "exp_avg_sq") if f"{k}/{name}" in saved]
+            keys = [k for k in (*optimizer.STATE, "momentum_buffer") if f"{k}/{name}" in saved]
             moments.append({k: read(k) for k in keys})
             if self.ema is not None:
                 ema.append(read("ema"))
@@ -268,11 +286,11 @@ class Training:
         raise NotImplementedError
 
     def _moments(self) -> list[dict[str, torch.Tensor]]:
-        """The optimizer's state of each master."""
+        """The optimizer's state of each master, by optimizer.STATE or momentum_buffer."""
         raise NotImplementedError
 
     def _set_moments(self, moments: list[dict[str, torch.Tensor]]) -> None:
-        """Sets exp_avg and exp_avg_sq of each master, after step `step_index`."""
+        """Sets what `_moments` returned, after step `step_index`."""
         raise NotImplementedError
 
     def _slices(self) -> list[tuple[int, int]]:

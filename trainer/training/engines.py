@@ -26,6 +26,8 @@ def open_engine(folder: ModelFolder, section: Train, stage: Stage, steps: int, *
         raise UserError(f"{stage.name}: compile=true needs engine.kind=local, this is {options.kind}")
     if isinstance(compute.engine, Auto) and not isinstance(options, Local):
         stage.console.line(f"{stage.name}: engine {options.kind}, because the model does not fit on one rank")
+    if why := section.unfit(options.kind, str(DTYPES[compute.dtype]).removeprefix("torch.")):
+        raise UserError(f"{stage.name}: {why}")
     engine = {"local": local, "fsdp": fsdp}[options.kind].Engine
     return engine(folder, section, stage, steps, compute=compute, lora=lora, seed=seed, reward=reward, options=options)
 
@@ -45,22 +47,25 @@ def open_frozen(folder: ModelFolder, stage: Stage, *, compute: Part) -> tuple[nn
 
 
 def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torch.dtype, world: World) -> Trainer:
-    """`options` with kind=auto resolved, the same on every rank: local for one rank and where it fits, else fsdp."""
+    """`options` with kind=auto resolved, the same on every rank: local for one rank, where it fits and for what fsdp
+    cannot train, else fsdp."""
     if not isinstance(options, Auto):
         return options
-    fits = world.size == 1 or bytes_needed(path, section, lora, dtype) <= SHARE * free_memory(world)
-    return Local(timeout=options.timeout) if all(world.gather(fits)) else Fsdp(timeout=options.timeout)
+    is_local = world.size == 1 or section.unfit("fsdp", "auto") is not None or (
+        bytes_needed(path, section, lora, dtype) <= SHARE * free_memory(world))
+    return Local(timeout=options.timeout) if all(world.gather(is_local)) else Fsdp(timeout=options.timeout)
 
 
 def bytes_needed(path: Path, section: Train, lora: Lora, dtype: torch.dtype) -> int:
     """Bytes on each rank of what a local engine keeps. Of a trained parameter 20: in bfloat16 weight 2, gradient 2,
-    fp32 master 4, moments 8, gradient sum 4; in float32 weight 4, gradient 4, moments 8, gradient sum 4. Averages come
-    on top. Of a frozen one its weight."""
+    fp32 master 4, moments 8, gradient sum 4; in float32 weight 4, gradient 4, moments 8, gradient sum 4. Cheaper forms
+    of the state take less, averages come on top. Of a frozen one its weight."""
     count = count_of(path)
     if lora.rank:  # adapters are small beside the weights
         return dtype.itemsize * count
     averages = 8 if section.bema else 4 if section.ema_decay else 0
-    return (20 + averages) * count
+    state = {"float32": 8, "bfloat16": 4, "int8": 2}[section.moments] if section.optimizer == "adamw" else 4
+    return (12 + state - 2 * (section.masters == "split") + averages) * count
 
 
 def count_of(path: Path) -> int:

@@ -42,7 +42,8 @@ class Engine(Training):
         self.names, self.params = [n for n, _ in trained], [p for _, p in trained]
         # the same memory as the parts that FSDP gathers from
         shards = [nn.Parameter(p.detach().to_local()) for p in self.params]
-        self.weights = Masters(shards, section, World(device=self.world.device), norm_of_all=self._norm_of_all)
+        self.weights = Masters(shards, section, World(device=self.world.device), norm_of_all=self._norm_of_all,
+                               starts=[start for start, _ in self._slices()])
         self._begin_averages()
 
     @property
@@ -74,12 +75,10 @@ class Engine(Training):
         return total.sqrt().to(norm.device)
 
     def _set_weights(self, values: list[torch.Tensor]) -> None:
-        for master, value in zip(self.masters, values, strict=True):
-            master.copy_(value)
+        self.weights.set(values)
 
     def _moments(self) -> list[dict[str, torch.Tensor]]:
-        found = (self.weights.optimizer.state[master] for master in self.masters)
-        return [{k: v for k, v in state.items() if k != "step"} for state in found]
+        return self.weights.moments()
 
     def _set_moments(self, moments: list[dict[str, torch.Tensor]]) -> None:
         self.weights.set_moments(moments, self.step_index)

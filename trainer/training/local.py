@@ -1,5 +1,7 @@
 """The engine that keeps everything on every rank, and sums gradients over the ranks once a step."""
 
+from collections.abc import Sequence
+
 import torch
 
 from strop.trainer.config import Lora, Part, Train
@@ -9,7 +11,7 @@ from strop.trainer.sharding import Local
 from strop.trainer.training.buckets import Buckets
 from strop.trainer.training.engine import Training
 from strop.trainer.training.masters import Masters
-from strop.trainer.training.policy import merged_weights
+from strop.trainer.training.policy import layers_of, merged_weights
 
 
 class Engine(Training):
@@ -24,11 +26,13 @@ class Engine(Training):
         self.buckets = None
         if self.world.size > 1:
             self.buckets = Buckets(params, self.world.group(self.timeout), self.waits)
-        self.weights = Masters(params, section, stage.world, self.buckets)
+        # Muon is for matrices of layers: embedding, head and score head are not
+        inside = {id(p) for layer in layers_of(self.base) for p in layer.parameters() if p.dim() == 2}
+        self.weights = Masters(params, section, stage.world, self.buckets, matrices=[id(p) in inside for p in params])
         self._begin_averages()
 
     @property
-    def masters(self) -> list[torch.Tensor]:
+    def masters(self) -> Sequence[torch.Tensor]:
         return self.weights.masters
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -50,12 +54,10 @@ class Engine(Training):
         return self.weights.step(number, lr)
 
     def _set_weights(self, values: list[torch.Tensor]) -> None:
-        for master, value in zip(self.masters, values, strict=True):
-            master.copy_(value)
-        self.weights.copy(self.masters)
+        self.weights.set(values)
 
     def _moments(self) -> list[dict[str, torch.Tensor]]:
-        return [self.weights.optimizer.state[master] for master in self.masters]
+        return self.weights.moments()
 
     def _set_moments(self, moments: list[dict[str, torch.Tensor]]) -> None:
         self.weights.set_moments(moments, self.step_index)
