@@ -30,7 +30,7 @@ def available(masters: Sequence[Tensor]) -> bool:
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm over all gradients, each bf16 or fp32, as an fp32 scalar on their device."""
     if grads[0].device.type != "cpu" or not _cpu.load():
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads), dtype=torch.float32)))
     blocks = [-(-grad.numel() // _BLOCK) for grad in grads]
     sums = torch.empty(sum(blocks), dtype=torch.float64)
     for grad, part in zip(grads, sums.split(blocks), strict=True):
