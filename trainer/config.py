@@ -150,8 +150,8 @@ class Train(Section):
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0.0, description="largest norm of the gradient; 0 is off")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    compile: bool = Field(False, description="torch.compile each layer: less host time and memory traffic in a step, "
-                          "after about a minute of compiling; with engine.kind=local")
+    compile: bool = Field(False, description="torch.compile each layer, in the first step: less host time in the "
+                          "others; with engine.kind=local")
     checkpoint_steps: Positive = Field(50, json_schema_extra=UNKEYED, description="steps between resume points")
     snapshots: NotNegative = Field(0, le=1000, description="intermediate weights to keep for merge, evenly spaced")
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0,
