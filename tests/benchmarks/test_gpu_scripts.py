@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,12 @@ def test_a_case_is_written_when_both_sides_have_it(tmp_path: Path):
     assert "cases" not in json.loads((tmp_path / "train_step.json").read_text())
     text = steps.keep(tmp_path, theirs, record | {"seconds": 6.0}, 5.0, model_folder("tiny"))
     (case,) = json.loads((tmp_path / "train_step.json").read_text())["cases"].values()
-    assert "3.00 times Strop's time" in text
+    assert "3.00 times the time of strop" in text
     assert case["strop"]["seconds"] == 2.0 and case["peer"]["seconds"] == 6.0 and case["side"] == "trl masters"
+    faster = record | {"seconds": 1.5, "flops": 10.0}
+    steps.keep(tmp_path, replace(ours, side="strop compiled"), faster, 5.0, model_folder("tiny"))
+    (case,) = json.loads((tmp_path / "train_step.json").read_text())["cases"].values()
+    assert case["strop"]["seconds"] == 1.5 and case["of"] == "strop compiled" and case["peer"]["seconds"] == 6.0
 
 
 def test_tile_candidates_start_with_what_is_used():
