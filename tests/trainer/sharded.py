@@ -20,18 +20,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from stagecalls import dpo, reference, reward, sft
+from torch.utils._pytree import tree_leaves
 from training import Log, recipe_of, weights_of
 
 from strop.trainer.errors import UserError
 from strop.trainer.method_recipes import RewardRecipe
+from strop.trainer.models.sequence import SlicedGroups
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
 from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table
 from strop.trainer.run.world import World, join
 from strop.trainer.stages import preference as preference_stage
 from strop.trainer.stages import reward as reward_stage
 from strop.trainer.stages import sft as sft_stage
-from strop.trainer.training import buckets, local
+from strop.trainer.training import buckets, local, logprobs
 from strop.trainer.training.checkpoint import Saved, newest_checkpoint
 
 SECTION = {"batch_size": 5, "lr": 1e-3, "max_tokens": 48, "weight_decay": 0.1, "grad_clip": 0.2}
@@ -115,8 +118,8 @@ def table_of(top: Path, model: str, dtype: str, rows: int) -> Path:
 
 
 def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype: str = "float32", **keys) -> Run:
-    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, and the local engine
-    itself, are compared with one rank."""
+    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, the local engine itself
+    and ranks that share rows are compared with one rank."""
     if kind == "dpo" and world.first and not table_of(folder, keys.get("model", "tied"), dtype, 14).exists():
         table = table_of(folder, keys.get("model", "tied"), dtype, 14)
         table.mkdir()
@@ -125,7 +128,7 @@ def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype:
                   model=folder / keys.get("model", "tied"))
     world.barrier()
     run = Run(kind, folder / f"{name}-all", world, engine, dtype=dtype, **keys)
-    alone = engine["kind"] == "local" or name == "sft_tied"
+    alone = engine["kind"] == "local" or name == "sft_tied" or "sequence_parallel" in engine
     if not alone or world.first:
         one = Run(kind, folder / f"{name}-one", World() if alone else world, {"kind": "local"}, dtype=dtype, **keys)
         # in other microbatches bf16 rounds otherwise
@@ -166,6 +169,49 @@ def reward_model(world, folder, engine):
     equal("reward", world, folder, engine, "reward", held_out=0.3, batch_size=3)
     one, all_ = (read_json(folder / f"reward-{n}/reward.json") for n in ("one", "all"))
     assert one["all"].keys() == all_["all"].keys() and one["all"]["accuracy"] == all_["all"]["accuracy"]
+
+
+def sliced(world, folder, engine):
+    """All ranks share every row: what one rank gives, by the local engine and by FSDP, with the reference's table of
+    all ranks, and no module sees more tokens than this rank's slice."""
+    seen, real = [], logprobs.hidden_states
+
+    def watched(body, groups):
+        if not isinstance(groups, SlicedGroups):
+            return real(body, groups)
+        most = -(-groups.num_tokens // world.size)
+
+        def note(module, inputs, output):
+            for x in tree_leaves(output if torch.is_tensor(output) else tuple(output)):
+                assert not torch.is_tensor(x) or x.dim() < 3 or x.shape[1] == most, (type(module), x.shape, most)
+
+        hook = torch.nn.modules.module.register_module_forward_hook(note)
+        seen.append(groups.num_tokens)
+        try:
+            return real(body, groups)
+        finally:
+            hook.remove()
+
+    shared, logprobs.hidden_states = {"sequence_parallel": world.size}, watched
+    equal("sft", world, folder, {"kind": "local"} | shared, "sliced-local")
+    keys = {"model": "untied", "activation_checkpointing": True}
+    run = equal("dpo", world, folder, {"kind": "fsdp"} | shared, "sliced-fsdp", **keys)
+    assert run.stage.counts["rank_balance"] == 1 and any(n % world.size for n in seen) and max(seen) > 40, seen
+    table = folder / "sliced-reference"
+    if world.first:
+        table.mkdir()
+    world.barrier()
+    recipe = recipe_of(dpo=SECTION, engine={"kind": "local"} | shared)
+    reference(Stage("reference", table, world, Console(enabled=False), Log()), recipe, select=folder / "select-14",
+              model=folder / "untied")
+    logprobs.hidden_states = real
+    if world.first:
+        one, all_ = (read_table(t / "reference.parquet").to_pylist()
+                     for t in (table_of(folder, "untied", "float32", 14), table))
+        for a, b in zip(one, all_, strict=True):
+            assert a["row_id"] == b["row_id"] and a["fingerprint"] == b["fingerprint"]
+            for mine, theirs in zip(a["logps"], b["logps"], strict=True):
+                assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5, rtol=0)
 
 
 def one_row_a_step(world, folder, engine):

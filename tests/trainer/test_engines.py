@@ -25,7 +25,7 @@ from strop.trainer.training.policy import layers_of
 
 HERE = Path(__file__).parent
 CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
-          "resumed_int8"]
+          "resumed_int8", "sliced"]
 
 
 def folder_of(tiny_model, folder: Path) -> Path:
