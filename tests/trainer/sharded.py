@@ -140,7 +140,7 @@ def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype:
 def sft_tied(world, folder, engine):
     run = equal("sft", world, folder, engine, "sft_tied", ema_decay=0.5)
     assert largest(folder / "sft_tied-one/ema", folder / "sft_tied-all/ema") < 1e-5
-    assert run.stage.counts["rank_balance"] < 1, "the ranks have different shares"
+    assert run.stage.counts["rank_balance"] < 1 or run.engine.mesh.size == 1, "the ranks have different shares"
 
 
 def sft_bf16(world, folder, engine):
@@ -194,7 +194,8 @@ def sliced(world, folder, engine):
 
     shared, logprobs.hidden_states = {"sequence_parallel": world.size}, watched
     equal("sft", world, folder, {"kind": "local"} | shared, "sliced-local")
-    keys = {"model": "untied", "activation_checkpointing": True}
+    # with a large eps AdamW does not blow up the rounding of the smallest gradients
+    keys = {"model": "untied", "activation_checkpointing": True, "eps": 1e-4}
     run = equal("dpo", world, folder, {"kind": "fsdp"} | shared, "sliced-fsdp", **keys)
     assert run.stage.counts["rank_balance"] == 1 and any(n % world.size for n in seen) and max(seen) > 40, seen
     table = folder / "sliced-reference"
@@ -212,6 +213,30 @@ def sliced(world, folder, engine):
             assert a["row_id"] == b["row_id"] and a["fingerprint"] == b["fingerprint"]
             for mine, theirs in zip(a["logps"], b["logps"], strict=True):
                 assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5, rtol=0)
+
+
+def labels(world, folder, engine):
+    """KTO: its baseline is a pass of its own over a step, and the reference's table has mismatched completions."""
+    found = []
+    for name, ranks, how in (("all", world, engine), ("one", World(), {"kind": "local"})):
+        if ranks.size > 1 or world.first:
+            recipe = recipe_of(engine=how, dpo=SECTION | {"loss": "kto", "eval_steps": 0, "max_tokens": 96})
+            stages = [Stage(part, folder / f"kto-{name}-{part}", ranks, Console(enabled=False), Log())
+                      for part in ("reference", "dpo")]
+            for stage in stages if world.first else ():
+                stage.dir.mkdir()
+            ranks.barrier()
+            reference(stages[0], recipe, select=folder / "select-rated", model=folder / "tied")
+            ranks.barrier()
+            dpo(stages[1], recipe, select=folder / "select-rated", policy=folder / "tied", reference=stages[0].dir,
+                same_weights=True)
+            found.append(stages[1].metrics.rows)
+    world.barrier()
+    if world.first:
+        assert largest(folder / "kto-all-dpo/model", folder / "kto-one-dpo/model") < 1e-5
+        for all_, one in zip(*found, strict=True):
+            for key in ("loss", "kl", "grad_norm", "rewards/chosen"):
+                assert abs(all_[key] - one[key]) <= 1e-4 * (1 + abs(one[key])), (key, all_, one)
 
 
 def one_row_a_step(world, folder, engine):
@@ -259,6 +284,7 @@ def resumes(world, folder, engine, name, allowed, **keys):
     world.barrier()
     run = Run("sft", killed, world, engine, **keys)
     assert run.log.rewound_to == 2
+    world.barrier()  # a local engine saves on the first rank
     for part in ("model", "ema"):
         assert largest(whole / part, killed / part) == 0.0
     if world.first:
@@ -359,14 +385,14 @@ def times_out(world, folder, engine):
     train = section.train
 
     def late(stage, engine, *args, **options):
-        step = engine.step
+        backward = engine.backward
 
-        def slow():
+        def slow(loss, last):  # not in step: buckets leave before it
             if world.rank and engine.step_index == 1:
                 time.sleep(7)
-            return step()
+            return backward(loss, last)
 
-        engine.step = slow
+        engine.backward = slow
         return train(stage, engine, *args, **options)
 
     section.train = late
