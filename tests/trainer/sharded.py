@@ -358,7 +358,7 @@ def overlaps(world, folder, engine):
     def one_by_one(self):
         for tensor in self.sums:
             dist.all_reduce(tensor, group=self.group)
-        self._reset()
+        self.reset()
 
     backward, complete, finish = local.Engine.backward, buckets.Buckets.complete, buckets.Buckets.finish
     for dtype in ("float32", "bfloat16"):

@@ -3,6 +3,7 @@ copies are made within its memory; test_gpu.py has the streams, test_engines.py 
 
 import pytest
 import torch
+from test_families import FAMILIES, model_of
 from torch.multiprocessing.reductions import StorageWeakRef
 from training import recipe_of
 
@@ -65,6 +66,17 @@ def test_layers_inputs_go_and_come_back_one_ahead(tiny_model, monkeypatch):
     assert events == [("out", 0), ("out", 1)] and [storage.expired() for storage in inputs] == [True, False]
     logp.sum().backward()
     assert events[2:] == [("used", 1), ("back", 0), ("used", 0)] and inputs[1].expired()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_hands_its_layers_inputs_over(family, monkeypatch):
+    model, seen, pack = model_of(family).train(), [], offload.Offload.pack
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    offload.offload(model, CPU)
+    monkeypatch.setattr(offload.Offload, "pack", lambda self, tensor: seen.append(pack(self, tensor)) or seen[-1])
+    Scorer(model)(GROUPS)
+    assert sum(isinstance(kept, offload.Kept) for kept in seen) == model.config.num_hidden_layers
 
 
 def test_a_pass_after_one_that_failed(tiny_model):

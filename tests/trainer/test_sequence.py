@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_families import FAMILIES, model_of
 from training import recipe_of, stage_in
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -255,6 +256,13 @@ def test_the_probe_refuses_what_cannot_be_sliced():
     model.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match=r"does not run in slices .*; set engine.sequence_parallel=1"):
         probe(model, QUIET, Sequence(0, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_in_slices(family):
+    model = model_of(family)
+    assert on_ranks(4, lambda s: probe(copy.deepcopy(model), QUIET, s)) == [True] * 4
 
 
 @pytest.mark.parametrize("kind", [Auto, Local, Fsdp])
