@@ -190,6 +190,9 @@ class Train(Section):
         if self.activation_offload and not self.activation_checkpointing:
             raise ValueError("activation_offload is read with activation_checkpointing=true only; set both, or leave "
                              "it out")
+        if self.activation_offload and self.compile:
+            raise ValueError("activation_offload is not read with compile=true, which decides itself what a layer "
+                             "saves; set one of them to false")
         return self
 
     @model_validator(mode="after")

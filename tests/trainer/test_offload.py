@@ -97,5 +97,7 @@ def test_it_is_read_with_checkpointing_only():
     data = {"data": {"sft": [{"name": "x", "path": "x"}]}}
     with pytest.raises(UserError, match=r"activation_offload is read with activation_checkpointing=true only"):
         load_recipe(data | {"sft": {"activation_offload": True}})
+    with pytest.raises(UserError, match=r"activation_offload is not read with compile=true"):
+        load_recipe(data | {"sft": {"activation_checkpointing": True, "activation_offload": True, "compile": True}})
     sections = [Sft(activation_checkpointing=True, activation_offload=on) for on in (False, True)]
     assert sections[0].key() == sections[1].key()  # nothing runs again

@@ -1,6 +1,7 @@
 """What fits, known beforehand: formulas against counted bytes, hardware, the cheapest setting, --plan, recipes."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -352,6 +353,15 @@ def test_a_plan_says_what_it_needs(tiny_recipe, capsys):
         assert stage in shown
     assert main([str(tiny_recipe), "--plan", "--on", "8xH100"]) == 0
     assert "about 0:" in capsys.readouterr().out
+
+
+def test_a_remedy_is_a_recipe_that_loads(tiny_recipe, capsys):
+    """What a plan advises for compiled layers turns compiling off where it must."""
+    keys = [str(tiny_recipe), "--plan", "--on", "8x80GB", "model.path=meta-llama/Llama-3.1-8B", "sft.compile=true"]
+    assert main([*keys, "engine.kind=local"]) == 0
+    advice = re.search(r"sft does not fit: .*that fits: (.*)", capsys.readouterr().out)[1].split()
+    assert "engine.kind=fsdp" in advice and "sft.compile=false" in advice
+    assert main([*keys, *advice]) == 0 and "sft does not fit" not in capsys.readouterr().out
 
 
 def test_every_writer_of_several_is_estimated(tiny_recipe, capsys):

@@ -269,12 +269,12 @@ def test_every_family_runs_in_slices(family):
 def test_ranks_and_heads_that_it_does_not_divide_are_refused(tiny_model, tmp_path, kind):
     folder = ModelFolder(tiny_model)
     for size, ranks in ((1, 3), (2, 2), (4, 8), (2, None)):
-        check_sequence(kind(sequence_parallel=size), folder, ranks)
+        check_sequence(kind(sequence_parallel=size), folder, ranks, {})
     with pytest.raises(UserError, match=r"sequence_parallel=2: 3 rank\(s\) cannot be divided into groups of 2"):
-        check_sequence(kind(sequence_parallel=2), folder, 3)
+        check_sequence(kind(sequence_parallel=2), folder, 3, {})
     with pytest.raises(UserError, match=r"sequence_parallel=3: .* has 4 attention heads"):
-        check_sequence(kind(sequence_parallel=3), folder, 6)
-    check_sequence(kind(sequence_parallel=3), ModelFolder(tmp_path), 6)  # not downloaded yet
+        check_sequence(kind(sequence_parallel=3), folder, 6, {})
+    check_sequence(kind(sequence_parallel=3), ModelFolder(tmp_path), 6, {})  # not downloaded yet
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -284,7 +284,7 @@ def test_rotary_embeddings_that_look_at_the_whole_row_are_refused(tiny_model, tm
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     with pytest.raises(UserError, match=f"rope_type={kind}, which depend on the longest position"):
-        check_sequence(Local(sequence_parallel=2), ModelFolder(tmp_path), 2)
+        check_sequence(Local(sequence_parallel=2), ModelFolder(tmp_path), 2, {})
 
 
 def test_it_is_refused_before_anything_runs(tiny_recipe, capsys):
@@ -295,6 +295,8 @@ def test_it_is_refused_before_anything_runs(tiny_recipe, capsys):
     assert main([str(tiny_recipe), "engine.sequence_parallel=2", "--plan", "--on", "8x80GB"]) == 0
     assert main([str(tiny_recipe), "engine.sequence_parallel=2", "--plan", "--on", "3x80GB"]) == 0
     assert "needs: unknown: engine.sequence_parallel=2: 3 rank(s)" in capsys.readouterr().out
+    assert main([str(tiny_recipe), "engine.sequence_parallel=2", "dpo.compile=true", "--plan"]) == 1
+    assert "the layers that dpo.compile=true compiles would have to exchange slices" in capsys.readouterr().err
     for keys in ({"sequence_parallel": 0}, {"sequence_parallel": 1.5}):
         with pytest.raises(UserError, match=r"engine.sequence_parallel"):
             load_recipe({"data": {"sft": [{"name": "x", "path": "x"}]}, "engine": keys})

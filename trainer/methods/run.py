@@ -18,6 +18,7 @@ from strop.trainer.config import (
     Select,
     Sft,
     Source,
+    Train,
     Writing,
 )
 from strop.trainer.data.ready import check_ready
@@ -95,8 +96,8 @@ class Run:
         for key, dpo_section in (("dpo", recipe.dpo), ("rpo", getattr(recipe, "rpo", None))):
             if dpo_section and dpo_section.enabled:
                 check_loss(dpo_section, key)
-        ranks = None if store.planning else store.world.size
-        check_sequence(recipe.engine, ModelFolder(base.path, recipe.model), ranks)
+        ranks, trained = None if store.planning else store.world.size, {n: s for n, s in recipe if isinstance(s, Train)}
+        check_sequence(recipe.engine, ModelFolder(base.path, recipe.model), ranks, trained)
         who = f"method {recipe.method}" if "dpo" in getattr(recipe, "UNREAD", ()) else f"dpo.loss={recipe.dpo.loss}"
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():

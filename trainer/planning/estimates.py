@@ -176,6 +176,8 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
         least = PROMPT + (2 if completions == 2 else 1) * recipe.sample.max_new_tokens
         least = max(least, min(section.max_length or 0, setting.max_tokens))  # rows that the recipe wants
         remedy = cheapest(shape, setting, on, key, least)
+        if section.compile and any(k.startswith(("engine.", f"{key}.activation_offload")) for k in remedy):
+            remedy = (*remedy, f"{key}.compile=false")  # which these refuse
     trained = shape.adapters(setting.lora_rank) if setting.lora_rank else shape.parameters
     kept = width * shape.parameters * (1 + section.snapshots + (setting.averages > 0))
     scratch = 2 * memory.resume_point(shape, setting) if steps > section.checkpoint_steps else 0

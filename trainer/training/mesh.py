@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from strop.trainer.config import Train
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.models.sequence import Sequence
@@ -54,9 +55,10 @@ def mesh_of(world: World, options: Trainer) -> Mesh:
     return Mesh(world, world.rank // size, world.size // size, Sequence(world.rank % size, size, mine), across)
 
 
-def check_sequence(options: Trainer, folder: ModelFolder, ranks: int | None) -> None:
+def check_sequence(options: Trainer, folder: ModelFolder, ranks: int | None, sections: dict[str, Train]) -> None:
     """Raises UserError, before anything runs, if `ranks` (None: not known yet) or the model of `folder`, where it is
-    there, cannot be divided by engine.sequence_parallel."""
+    there, cannot be divided by engine.sequence_parallel, and if one of the training `sections` compiles layers, which
+    would have to exchange slices."""
     size = size_of(options)
     if size == 1:
         return
@@ -64,6 +66,9 @@ def check_sequence(options: Trainer, folder: ModelFolder, ranks: int | None) -> 
     if ranks is not None and ranks % size:
         raise UserError(f"{key}: {ranks} rank(s) cannot be divided into groups of {size}; start a multiple of {size} "
                         f"ranks (torchrun --nproc-per-node={size}), or set a divisor of {ranks}")
+    if name := next((name for name, section in sections.items() if section.enabled and section.compile), None):
+        raise UserError(f"{key}: the layers that {name}.compile=true compiles would have to exchange slices; set "
+                        f"{name}.compile=false")
     if not (folder.path / "config.json").exists():
         return
     config = folder.config().get_text_config()
