@@ -51,6 +51,8 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
     peak = peak_flops(world.device, engine.dtype)
     costs = [training_flops(engine.sizes, example) for example in examples]
     budget = Budget(stage, section)
+    if engine.together or mesh.sequence:  # ranks that run passes together must agree, also where each node kept its own
+        budget.tokens = min(world.gather(budget.tokens))
     whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
     for rows in plan[:engine.step_index]:  # steps before the resume count too
         whole.add(microbatches(examples, rows, costs, section.max_tokens, mesh.size))
