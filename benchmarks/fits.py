@@ -33,7 +33,9 @@ def cell(name: str, text: str, lora: int) -> str:
         if setting.lora_rank == lora and estimates.fits_on(need := memory.training(shape, setting), on):
             how = setting.engine + (f", {setting.offload.upper()} offload" if setting.offload else "")
             how += ", checkpointing" if setting.checkpointing else ""
-            host = f" + {on.on_node(need) / GB:,.0f} host" if setting.offload else ""
+            how += " with offload" if setting.offload_activations else ""
+            how += f", sequence {setting.sequence}" if setting.sequence > 1 else ""
+            host = f" + {on.on_node(need) / GB:,.0f} host" if setting.offload or setting.offload_activations else ""
             disk = f" + {on.per_node * need.nvme / GB:,.0f} NVMe" if need.nvme else ""
             return f"{how}: {need.on_device / GB:.0f}{host}{disk}"
     return "no"

@@ -150,6 +150,9 @@ class Train(Section):
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     grad_clip: float = Field(1.0, ge=0.0, description="largest norm of the gradient; 0 is off")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    activation_offload: bool = Field(False, json_schema_extra=UNKEYED,
+                                     description="with activation_checkpointing on a GPU: keep what it saves, each "
+                                     "layer's input, in the host's memory until the backward pass")
     compile: bool = Field(False, description="torch.compile each layer, in the first step: less host time in the "
                           "others; with engine.kind=local")
     checkpoint_steps: Positive = Field(50, json_schema_extra=UNKEYED, description="steps between resume points")
@@ -181,6 +184,16 @@ class Train(Section):
             return ("masters=split needs bfloat16 compute, and dtype is float32, in which the weights are the masters; "
                     "leave it out, or set dtype=bfloat16")
         return None
+
+    @model_validator(mode="after")
+    def offloads_checkpoints(self):
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError("activation_offload is read with activation_checkpointing=true only; set both, or leave "
+                             "it out")
+        if self.activation_offload and self.compile:
+            raise ValueError("activation_offload is not read with compile=true, which decides itself what a layer "
+                             "saves; set one of them to false")
+        return self
 
     @model_validator(mode="after")
     def one_average(self):

@@ -12,17 +12,23 @@ class Trainer(Section):
                               "training step before the run stops with an error")
 
 
-class Auto(Trainer):
+class Sequenced(Trainer):
+    sequence_parallel: Positive = Field(1, le=1024, description="ranks that share a microbatch, for long rows "
+                                        "(DeepSpeed-Ulysses): each holds a slice of its tokens, and in attention a "
+                                        "slice of the heads; must divide the ranks and the model's attention heads")
+
+
+class Auto(Sequenced):
     kind: Literal["auto"] = Field("auto", description="what holds weights, gradients and optimizer: local (whole on "
                                   "every rank), fsdp (a part on every rank, PyTorch's FSDP2), auto (local where it "
                                   "fits into memory, else fsdp)")
 
 
-class Local(Trainer):
+class Local(Sequenced):
     kind: Literal["local"] = Field("local", description="whole on every rank; gradients are summed once a step")
 
 
-class Fsdp(Trainer):
+class Fsdp(Sequenced):
     kind: Literal["fsdp"] = Field("fsdp", description="PyTorch's FSDP2: a part on every rank")
     reshard_after_forward: bool = Field(True, description="free a layer's gathered weights after its forward pass and "
                                         "gather them again for the backward pass; false is faster and keeps all of "

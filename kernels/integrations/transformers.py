@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ NAME = "strop"
 
 # Keywords that transformers passes to every attention function and that do not change packed attention's values.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+class Exchange(Protocol):
+    """Ranks that hold slices of a packed row's tokens, and in attention slices of its heads over all tokens."""
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """From [1, heads, own tokens, D] to [1, own heads, tokens, D]; differentiable."""
+
+    def to_tokens(self, out: Tensor) -> Tensor:
+        """Back: from [1, own heads, tokens, D] to [1, heads, own tokens, D]; differentiable."""
 
 
 def register(model: nn.Module | None = None, backend: str | None = None) -> str:
@@ -53,12 +64,13 @@ def _refuse_mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    groups: PackedGroups | None = None, is_causal: bool | None = None, **kwargs,
+    groups: PackedGroups | None = None, is_causal: bool | None = None, exchange: Exchange | None = None, **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature over strop.kernels.prefix_attention.
 
-    query: [1, H, T, D]; key, value: [1, Hkv, T, D]. Returns ([1, T, H, D], None). Raises ValueError on missing groups,
-    a mask, dropout, non-causal attention and any keyword that could change the result: nothing is ignored silently.
+    query: [1, H, T, D]; key, value: [1, Hkv, T, D]. Returns ([1, T, H, D], None). With an exchange T are this rank's
+    tokens of the groups. Raises ValueError on missing groups, a mask, dropout, non-causal attention and any keyword
+    that could change the result: nothing is ignored silently.
     """
     where = f"strop attention in {type(module).__name__}"
     if groups is None:
@@ -73,7 +85,11 @@ def attention_forward(
     if unknown:
         raise ValueError(f"{where}: unsupported keywords {unknown}")
     options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap}
+    if exchange is not None:
+        query, key, value = exchange.to_heads(query, key, value, groups.num_tokens)
     out = prefix_attention(query, key, value, groups, **options, backend=getattr(module, "strop_backend", None))
+    if exchange is not None:
+        out = exchange.to_tokens(out)
     return out.transpose(1, 2), None
 
 

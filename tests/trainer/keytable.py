@@ -42,6 +42,7 @@ TABLE = {
     "model.trust_remote_code": (True, LOADING),
     "engine.kind": ("local", NOTHING),
     "engine.timeout": (99, NOTHING),
+    "engine.sequence_parallel": (2, NOTHING),
     "lora.rank": (4, LORA),
     "lora.alpha": (8.0, LORA),
     "lora.dropout": (0.5, LORA),
@@ -173,6 +174,8 @@ TABLE = {
            ("eval_steps", 3, own), ("eval_prompts", 5, own), ("max_cut_rise", 0.5, own),
            ("max_length_ratio", 3.0, own), ("max_kl", 0.5, own),
            ("bema", True, own), ("checkpoint_steps", 3, NOTHING))},
+    **{f"{stage}.activation_offload": (Also(True, {f"{stage}.activation_checkpointing": True}), own)  # which counts
+       for stage, own in (("sft", SFT), ("dpo", DPO))},
     **{f"{stage}.{key}": (Also(value, {f"{stage}.bema": True}), own) for stage, own in (("sft", SFT), ("dpo", DPO))
        for key, value in (("bema_bias_power", 0.3), ("bema_ema_power", 0.4), ("bema_lag", 5))},
     # in another dtype, which these stages see too; test_state.py changes it alone

@@ -20,18 +20,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from stagecalls import dpo, reference, reward, sft
+from torch.utils._pytree import tree_leaves
 from training import Log, recipe_of, weights_of
 
 from strop.trainer.errors import UserError
 from strop.trainer.method_recipes import RewardRecipe
+from strop.trainer.models.sequence import SlicedGroups
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
 from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table
 from strop.trainer.run.world import World, join
 from strop.trainer.stages import preference as preference_stage
 from strop.trainer.stages import reward as reward_stage
 from strop.trainer.stages import sft as sft_stage
-from strop.trainer.training import buckets, local
+from strop.trainer.training import buckets, local, logprobs
 from strop.trainer.training.checkpoint import Saved, newest_checkpoint
 
 SECTION = {"batch_size": 5, "lr": 1e-3, "max_tokens": 48, "weight_decay": 0.1, "grad_clip": 0.2}
@@ -115,8 +118,8 @@ def table_of(top: Path, model: str, dtype: str, rows: int) -> Path:
 
 
 def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype: str = "float32", **keys) -> Run:
-    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, and the local engine
-    itself, are compared with one rank."""
+    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, the local engine itself
+    and ranks that share rows are compared with one rank."""
     if kind == "dpo" and world.first and not table_of(folder, keys.get("model", "tied"), dtype, 14).exists():
         table = table_of(folder, keys.get("model", "tied"), dtype, 14)
         table.mkdir()
@@ -125,7 +128,7 @@ def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype:
                   model=folder / keys.get("model", "tied"))
     world.barrier()
     run = Run(kind, folder / f"{name}-all", world, engine, dtype=dtype, **keys)
-    alone = engine["kind"] == "local" or name == "sft_tied"
+    alone = engine["kind"] == "local" or name == "sft_tied" or "sequence_parallel" in engine
     if not alone or world.first:
         one = Run(kind, folder / f"{name}-one", World() if alone else world, {"kind": "local"}, dtype=dtype, **keys)
         # in other microbatches bf16 rounds otherwise
@@ -137,7 +140,7 @@ def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype:
 def sft_tied(world, folder, engine):
     run = equal("sft", world, folder, engine, "sft_tied", ema_decay=0.5)
     assert largest(folder / "sft_tied-one/ema", folder / "sft_tied-all/ema") < 1e-5
-    assert run.stage.counts["rank_balance"] < 1, "the ranks have different shares"
+    assert run.stage.counts["rank_balance"] < 1 or run.engine.mesh.size == 1, "the ranks have different shares"
 
 
 def sft_bf16(world, folder, engine):
@@ -166,6 +169,74 @@ def reward_model(world, folder, engine):
     equal("reward", world, folder, engine, "reward", held_out=0.3, batch_size=3)
     one, all_ = (read_json(folder / f"reward-{n}/reward.json") for n in ("one", "all"))
     assert one["all"].keys() == all_["all"].keys() and one["all"]["accuracy"] == all_["all"]["accuracy"]
+
+
+def sliced(world, folder, engine):
+    """All ranks share every row: what one rank gives, by the local engine and by FSDP, with the reference's table of
+    all ranks, and no module sees more tokens than this rank's slice."""
+    seen, real = [], logprobs.hidden_states
+
+    def watched(body, groups):
+        if not isinstance(groups, SlicedGroups):
+            return real(body, groups)
+        most = -(-groups.num_tokens // world.size)
+
+        def note(module, inputs, output):
+            for x in tree_leaves(output if torch.is_tensor(output) else tuple(output)):
+                assert not torch.is_tensor(x) or x.dim() < 3 or x.shape[1] == most, (type(module), x.shape, most)
+
+        hook = torch.nn.modules.module.register_module_forward_hook(note)
+        seen.append(groups.num_tokens)
+        try:
+            return real(body, groups)
+        finally:
+            hook.remove()
+
+    shared, logprobs.hidden_states = {"sequence_parallel": world.size}, watched
+    equal("sft", world, folder, {"kind": "local"} | shared, "sliced-local")
+    # with a large eps AdamW does not blow up the rounding of the smallest gradients
+    keys = {"model": "untied", "activation_checkpointing": True, "activation_offload": True, "eps": 1e-4}
+    run = equal("dpo", world, folder, {"kind": "fsdp"} | shared, "sliced-fsdp", **keys)
+    assert run.stage.counts["rank_balance"] == 1 and any(n % world.size for n in seen) and max(seen) > 40, seen
+    table = folder / "sliced-reference"
+    if world.first:
+        table.mkdir()
+    world.barrier()
+    recipe = recipe_of(dpo=SECTION, engine={"kind": "local"} | shared)
+    reference(Stage("reference", table, world, Console(enabled=False), Log()), recipe, select=folder / "select-14",
+              model=folder / "untied")
+    logprobs.hidden_states = real
+    if world.first:
+        one, all_ = (read_table(t / "reference.parquet").to_pylist()
+                     for t in (table_of(folder, "untied", "float32", 14), table))
+        for a, b in zip(one, all_, strict=True):
+            assert a["row_id"] == b["row_id"] and a["fingerprint"] == b["fingerprint"]
+            for mine, theirs in zip(a["logps"], b["logps"], strict=True):
+                assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-5, rtol=0)
+
+
+def labels(world, folder, engine):
+    """KTO: its baseline is a pass of its own over a step, and the reference's table has mismatched completions."""
+    found = []
+    for name, ranks, how in (("all", world, engine), ("one", World(), {"kind": "local"})):
+        if ranks.size > 1 or world.first:
+            recipe = recipe_of(engine=how, dpo=SECTION | {"loss": "kto", "eval_steps": 0, "max_tokens": 96})
+            stages = [Stage(part, folder / f"kto-{name}-{part}", ranks, Console(enabled=False), Log())
+                      for part in ("reference", "dpo")]
+            for stage in stages if world.first else ():
+                stage.dir.mkdir()
+            ranks.barrier()
+            reference(stages[0], recipe, select=folder / "select-rated", model=folder / "tied")
+            ranks.barrier()
+            dpo(stages[1], recipe, select=folder / "select-rated", policy=folder / "tied", reference=stages[0].dir,
+                same_weights=True)
+            found.append(stages[1].metrics.rows)
+    world.barrier()
+    if world.first:
+        assert largest(folder / "kto-all-dpo/model", folder / "kto-one-dpo/model") < 1e-5
+        for all_, one in zip(*found, strict=True):
+            for key in ("loss", "kl", "grad_norm", "rewards/chosen"):
+                assert abs(all_[key] - one[key]) <= 1e-4 * (1 + abs(one[key])), (key, all_, one)
 
 
 def one_row_a_step(world, folder, engine):
@@ -213,6 +284,7 @@ def resumes(world, folder, engine, name, allowed, **keys):
     world.barrier()
     run = Run("sft", killed, world, engine, **keys)
     assert run.log.rewound_to == 2
+    world.barrier()  # a local engine saves on the first rank
     for part in ("model", "ema"):
         assert largest(whole / part, killed / part) == 0.0
     if world.first:
@@ -286,7 +358,7 @@ def overlaps(world, folder, engine):
     def one_by_one(self):
         for tensor in self.sums:
             dist.all_reduce(tensor, group=self.group)
-        self._reset()
+        self.reset()
 
     backward, complete, finish = local.Engine.backward, buckets.Buckets.complete, buckets.Buckets.finish
     for dtype in ("float32", "bfloat16"):
@@ -313,14 +385,14 @@ def times_out(world, folder, engine):
     train = section.train
 
     def late(stage, engine, *args, **options):
-        step = engine.step
+        backward = engine.backward
 
-        def slow():
+        def slow(loss, last):  # not in step: buckets leave before it
             if world.rank and engine.step_index == 1:
                 time.sleep(7)
-            return step()
+            return backward(loss, last)
 
-        engine.step = slow
+        engine.backward = slow
         return train(stage, engine, *args, **options)
 
     section.train = late

@@ -86,6 +86,8 @@ def desk(tiny_model, tiny_run, tmp_path_factory):
     (folder / "my_rules.py").write_text(scoring_example()[0])
     (folder / "models/my-model").symlink_to(tiny_model)
     (folder / "mine.yaml").write_text(blocks(REPO / "README.md", "yaml")[0])
+    (folder / "long.yaml").write_text(blocks(REPO / "docs/engines.md", "yaml")[0])
+    (folder / "long.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     for name in ("mine", "warmer", "quickstart"):
         shutil.copytree(tiny_run, folder / "runs" / name)
         config = yaml.safe_load((tiny_run / "config.yaml").read_text()) | {"name": name}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rounds import prompts_of
+from test_rated import rated_of
 from training import recipe_of, select_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ from strop.trainer.training.policy import layers_of
 
 HERE = Path(__file__).parent
 CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
-          "resumed_int8"]
+          "resumed_int8", "sliced"]
 
 
 def folder_of(tiny_model, folder: Path) -> Path:
@@ -40,6 +41,7 @@ def folder_of(tiny_model, folder: Path) -> Path:
     shutil.copy(tiny_model / "chat_template.jinja", folder / "untied")
     for rows in (6, 14):
         select_of(folder / f"select-{rows}", rows)
+    rated_of(folder / "select-rated")
     prompts_of(folder / "prompts", [f"{i:02}" for i in range(5)], split="validation")
     return folder
 
@@ -118,6 +120,19 @@ ENGINES = [
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine):
     checks = [*GRID, *(["overlaps"] if engine["kind"] == "local" else ["damaged", "full_disk"]), "times_out"]
+    output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
+    for check in checks:
+        passed(tmp_path, check, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "engine"), [
+    (2, {"kind": "local", "sequence_parallel": 2}), (2, {"kind": "fsdp", "sequence_parallel": 2}),
+    (4, {"kind": "local", "sequence_parallel": 2}), (4, {"kind": "fsdp", "sequence_parallel": 2}),
+    (4, {"kind": "local", "sequence_parallel": 4}), (4, {"kind": "fsdp", "sequence_parallel": 4, "cpu_offload": True})],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None)
+def test_ranks_that_share_rows_equal_one_rank(tiny_model, tmp_path, ranks, engine):
+    checks = [*(check for check in GRID if check != "dpo_untied"), "labels", "sliced", "times_out"]  # sliced has it
     output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
     for check in checks:
         passed(tmp_path, check, output)

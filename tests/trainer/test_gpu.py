@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from strop.kernels import Group, preference_loss
 from strop.kernels.integrations.transformers import _norm_forward
-from strop.trainer.config import Recipe
+from strop.trainer.config import Lora, Recipe, Sft
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.console import Console
 from strop.trainer.run.world import World
@@ -15,6 +16,7 @@ from strop.trainer.sampling.in_process import Generator, load_for_generation
 from strop.trainer.training.batch import Example, collate
 from strop.trainer.training.local import Engine
 from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.policy import load_policy
 from strop.trainer.training.probe import probe
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -22,10 +24,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PROMPTS = [[3 + (7 * i + j) % 60 for j in range(5 + i)] for i in range(6)]
 
 
+def _recipe(dtype: str, **keys) -> Recipe:
+    data = {"sft": [{"name": "none", "path": "none"}]}
+    return Recipe.model_validate({"dtype": dtype, "data": data} | keys)
+
+
 def _engine(folder, device: str, dtype: str = "float32", **keys) -> Engine:
     section = {"lr": 1e-3, "schedule": "constant", "warmup_ratio": 0.0}
-    recipe = Recipe.model_validate({"dtype": dtype, "data": {"sft": [{"name": "none", "path": "none"}]},
-                                    "sft": section, "dpo": section} | keys)
+    recipe = _recipe(dtype, **({"sft": section, "dpo": section} | keys))
     stage = SimpleNamespace(world=World(device=torch.device(device)), console=Console(enabled=False))
     return Engine(ModelFolder(folder), recipe.dpo, stage, 8, compute=recipe, lora=recipe.lora, seed=0)
 
@@ -73,6 +79,33 @@ def test_layers_are_ligers(tiny_model):
     model = ModelFolder(tiny_model).load(torch.bfloat16, torch.device("cuda"))
     code = {type(module).forward.__globals__["__name__"] for module in model.modules()}
     assert any(name.startswith("liger_kernel") for name in code)
+
+
+def test_offloaded_inputs_change_no_bits_and_leave_the_device(tiny_model, tmp_path):
+    """Many layers and tokens, several passes: a copy that came too late would change gradients."""
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.update({"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64,
+                   "initializer_range": 0.05, "max_position_embeddings": 8192})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deep")
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 90, (4, 4096), generator=draw).tolist()
+    rows = [Example(str(i), Group(row[:64], [row[64:]])) for i, row in enumerate(ids)]
+    groups = collate(rows, [0, 1, 2, 3], torch.device("cuda"))
+    found, peaks = [], []
+    for offloads in (False, True):
+        section = Sft(activation_checkpointing=True, activation_offload=offloads)
+        model = load_policy(ModelFolder(tmp_path / "deep"), section, torch.device("cuda"), compute=_recipe("bfloat16"),
+                            lora=Lora(), seed=0, reward=False)
+        for _ in range(4):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            Scorer(model)(groups).sum().backward()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+        found.append([p.grad.cpu() for p in model.parameters()])
+        del model
+    assert all(map(torch.equal, *found))
+    assert peaks[0] - peaks[1] > 8 * groups.num_tokens * 256 * 2  # of twelve layers' inputs
 
 
 def test_the_probe_accepts_the_model(tiny_model):

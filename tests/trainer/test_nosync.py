@@ -131,7 +131,7 @@ def device(request, monkeypatch, tiny_model):
             model = add_lora(*arguments)
         return on_device(model)
 
-    def collate(examples, indices, _):
+    def collate(examples, indices, *_):
         with unset_fake_temporarily():
             groups = PackedGroups.pack([examples[i].group for i in indices])
         on_host = {"segments": mode.from_tensor(groups.segments)} if is_fake else {}

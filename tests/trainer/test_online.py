@@ -375,6 +375,7 @@ def test_online_dpo_runs_and_is_exported(tiny_recipe, tmp_path, capsys):
     assert weights_of(run / "final") and (run / "report.html").exists()
     for change, said in (("sft.lr=1e-5", "is not read by method online_dpo; leave it out"),
                          ("sample.k=4", "is not read by method online_dpo"),
+                         ("engine.sequence_parallel=2", "in online training every rank has rows of its own"),
                          ("online.loss=rloo", "online.loss=rloo is no loss of pairs")):
-        assert main([str(path), change]) == 1
+        assert main([str(path), change, "--plan"]) == 1
         assert said in capsys.readouterr().err

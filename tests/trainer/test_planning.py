@@ -1,6 +1,7 @@
 """What fits, known beforehand: formulas against counted bytes, hardware, the cheapest setting, --plan, recipes."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -191,16 +192,18 @@ SETTINGS = st.builds(
     Setting, engine=st.sampled_from(memory.ENGINES), ranks=st.integers(1, 64), zero=st.integers(1, 3),
     offload=st.sampled_from(["", "cpu", "nvme"]), device=st.just("cuda"), width=st.sampled_from([2, 4]),
     max_tokens=st.integers(64, 1 << 15), several=st.booleans(), checkpointing=st.booleans(),
+    offload_activations=st.booleans(), sequence=st.sampled_from([1, 2, 4]),
     lora_rank=st.sampled_from([0, 8]), averages=st.integers(0, 2), scores=st.booleans(),
-    moments=st.sampled_from(["float32", "bfloat16", "int8"]), split=st.booleans(), muon=st.booleans())
+    moments=st.sampled_from(["float32", "bfloat16", "int8"]), split=st.booleans(), muon=st.booleans()).map(
+        lambda s: replace(s, checkpointing=s.checkpointing or s.offload_activations))
 SHAPES = st.sampled_from(sorted(CONFIGS)).map(known_shape)
 
 
 @settings(max_examples=150, deadline=None)
 @given(SHAPES, SETTINGS)
 def test_more_takes_more(shape: Shape, s: Setting):
-    """Memory grows with microbatches and averages; checkpointing, ranks of a sharded engine and offload save some, and
-    so do cheaper forms of the optimizer's state."""
+    """Memory grows with microbatches and averages; checkpointing, ranks of a sharded engine, ranks that share rows and
+    offload save some, and so do cheaper forms of the optimizer's state."""
     if s.offload if s.engine == "local" else not estimates.shards(s, s.engine):
         return
     plain = replace(s, moments="float32", split=False, muon=False)
@@ -212,6 +215,12 @@ def test_more_takes_more(shape: Shape, s: Setting):
     assert memory.training(shape, replace(s, averages=s.averages + 1)).on_device >= need.on_device
     if not s.checkpointing:
         assert memory.training(shape, replace(s, checkpointing=True)).on_device <= need.on_device
+    for shared in (2, 4, 8):
+        if s.sequence == 1 and shape.heads % shared == 0:
+            assert memory.training(shape, replace(s, sequence=shared)).on_device <= need.on_device + memory.KEPT["cuda"]
+    if s.checkpointing and not s.offload_activations:
+        away = memory.training(shape, replace(s, offload_activations=True))
+        assert away.on_device <= need.on_device and away.on_host > need.on_host
     if s.engine != "local" and s.ranks > 1:
         assert memory.training(shape, replace(s, ranks=2 * s.ranks)).on_device <= need.on_device
     if s.offload == "" and s.engine != "local":
@@ -224,17 +233,44 @@ def test_more_takes_more(shape: Shape, s: Setting):
     ["1x24GB", "1x80GB", "8x80GB", "8x8x80GB", "2x16GB+64GB"]))
 def test_the_cheapest_setting_fits_and_all_cheaper_ones_do_not(shape: Shape, s: Setting, text: str):
     on = hardware_of(text)
-    s = replace(s, ranks=on.ranks)
+    s = replace(s, ranks=on.ranks, sequence=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "engines", lambda: list(memory.ENGINES))
         tried = list(estimates.candidates(s, 512, memory.ENGINES))
-        fit = [estimates.fits_on(memory.training(shape, c), on) for c in tried]
+        fit = [shape.heads % c.sequence == 0 and estimates.fits_on(memory.training(shape, c), on) for c in tried]
         found = estimates.cheapest(shape, s, on, "sft", 512)
     assert tried[0] == s
     if not any(fit):
         assert found == ()
         return
     assert found == estimates.changes(s, tried[fit.index(True)], "sft")
+
+
+def test_long_rows_go_to_the_host_and_to_several_ranks():
+    """Rows that must not be cut: the inputs of layers go to the host, then ranks share a row, as many as its heads
+    allow."""
+    llama, eight = known_shape("meta-llama/Llama-3.1-8B"), hardware_of("8x80GB")
+    long = ("engine.kind=fsdp", "sft.activation_checkpointing=true", "sft.activation_offload=true")
+    for tokens, more in ((1 << 17, ()), (1 << 18, ("engine.sequence_parallel=2",)),
+                         (1 << 20, ("engine.sequence_parallel=8",))):
+        found = estimates.cheapest(llama, Setting(ranks=8, max_tokens=tokens), eight, "sft", tokens)
+        assert set(found) == {*long, *more} and len(found) == len(long) + len(more)
+    assert not estimates.cheapest(replace(llama, heads=9), Setting(ranks=8, max_tokens=1 << 20), eight, "sft", 1 << 20)
+
+
+def test_ranks_that_share_a_row_have_their_part_of_its_activations():
+    llama = known_shape("meta-llama/Llama-3.1-8B")
+    alone = Setting(engine="fsdp", ranks=8, max_tokens=1 << 17, checkpointing=True)
+    whole, part = (memory.activations(llama, s) for s in (alone, replace(alone, sequence=8)))
+    output = 2 * llama.heads * llama.head_size  # attention's, by heads and by tokens
+    assert part == whole / 8 + (1 << 14) * output
+    inputs = llama.layers * 2 * llama.hidden * (1 << 14)
+    away = memory.training(llama, replace(alone, sequence=8, offload_activations=True))
+    assert away.host["activations"] == inputs
+    assert memory.activations(llama, replace(alone, sequence=8, offload_activations=True)) == part - inputs * 30 / 32
+    section = Sft(max_tokens=1 << 17, batch_size=8, activation_checkpointing=True)
+    share = estimates.setting_of(section, llama, ranks=8, device="cuda", width=2, sequence=8)
+    assert share.tokens == 1 << 14 and share.several  # all eight rows of a step are this group's
 
 
 def test_an_engine_can_ask_whether_a_section_fits():
@@ -249,7 +285,7 @@ def test_an_engine_can_ask_whether_a_section_fits():
 
 
 def test_the_order_of_cost():
-    """On 8 x 80 GB: sharding first, then checkpointing, smaller microbatches, offload, LoRA."""
+    """On 8 x 80 GB: sharding first, then checkpointing, smaller microbatches, offload, LoRA; long rows are above."""
     eight, one = hardware_of("8x80GB"), hardware_of("1x24GB")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "engines", lambda: list(memory.ENGINES))
@@ -317,6 +353,15 @@ def test_a_plan_says_what_it_needs(tiny_recipe, capsys):
         assert stage in shown
     assert main([str(tiny_recipe), "--plan", "--on", "8xH100"]) == 0
     assert "about 0:" in capsys.readouterr().out
+
+
+def test_a_remedy_is_a_recipe_that_loads(tiny_recipe, capsys):
+    """What a plan advises for compiled layers turns compiling off where it must."""
+    keys = [str(tiny_recipe), "--plan", "--on", "8x80GB", "model.path=meta-llama/Llama-3.1-8B", "sft.compile=true"]
+    assert main([*keys, "engine.kind=local"]) == 0
+    advice = re.search(r"sft does not fit: .*that fits: (.*)", capsys.readouterr().out)[1].split()
+    assert "engine.kind=fsdp" in advice and "sft.compile=false" in advice
+    assert main([*keys, *advice]) == 0 and "sft does not fit" not in capsys.readouterr().out
 
 
 def test_every_writer_of_several_is_estimated(tiny_recipe, capsys):

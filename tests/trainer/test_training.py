@@ -353,7 +353,7 @@ def test_separate_rows_train_like_packed_ones(tmp_path, tiny_model, monkeypatch)
     packed, apart = Log(), Log()
     run_dpo(tmp_path, "packed", tiny_model, packed)
 
-    def refuses(model, console):
+    def refuses(model, *_):
         model.set_attn_implementation("sdpa")
         return False
 

@@ -18,6 +18,7 @@ from strop.trainer.config import (
     Select,
     Sft,
     Source,
+    Train,
     Writing,
 )
 from strop.trainer.data.ready import check_ready
@@ -29,6 +30,7 @@ from strop.trainer.method_recipes import Online, Safety
 from strop.trainer.models.embedder import find_embedder
 from strop.trainer.models.folders import Base, packaged_rows
 from strop.trainer.models.hub import is_loaded
+from strop.trainer.models.loading import ModelFolder
 from strop.trainer.models.reward import check_reward_model
 from strop.trainer.reports.statistics import merits
 from strop.trainer.run.artifacts import Artifact, check_unchanged, external
@@ -52,6 +54,7 @@ from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 from strop.trainer.stages.write_prompts import write_prompts
+from strop.trainer.training.mesh import check_sequence, size_of
 
 BY_REWARD = {"by": None, "sft_min_score": None, "pass_rate_min": 0.0, "pass_rate_max": 1.0}  # select without verdicts
 # keys of dpo that the reference table depends on
@@ -93,6 +96,8 @@ class Run:
         for key, dpo_section in (("dpo", recipe.dpo), ("rpo", getattr(recipe, "rpo", None))):
             if dpo_section and dpo_section.enabled:
                 check_loss(dpo_section, key)
+        ranks, trained = None if store.planning else store.world.size, {n: s for n, s in recipe if isinstance(s, Train)}
+        check_sequence(recipe.engine, ModelFolder(base.path, recipe.model), ranks, trained)
         who = f"method {recipe.method}" if "dpo" in getattr(recipe, "UNREAD", ()) else f"dpo.loss={recipe.dpo.loss}"
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():
@@ -377,6 +382,9 @@ class Run:
         if r.engine.kind not in ("auto", "local"):
             raise UserError(f"engine.kind={r.engine.kind}: online training samples from the weights in training, which "
                             "must be whole on every rank; set engine.kind=local")
+        if (size := size_of(r.engine)) > 1:
+            raise UserError(f"engine.sequence_parallel={size}: in online training every rank has rows of its own; set "
+                            "engine.sequence_parallel=1")
         scoring, files = self._scoring(r.sources)
         config = scoring | self._training(online=section, evaluate=self._checks) | {
             "score": r.score.only("max_errors", "workers"), "weights": weights_of(r.sources),

@@ -13,6 +13,7 @@ from strop.kernels import Group, PackedGroups
 from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.models.folders import TOKENIZER_FILES
 from strop.trainer.models.loading import ModelFolder, read_object, run_separately
+from strop.trainer.models.sequence import Sequence, SlicedGroups, hidden_states
 
 # largest difference between two ways to compute the same score, relative to the largest score, by compute dtype
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -27,18 +28,20 @@ class Rewarder:
         self.model, self.packed = model, packed
 
     def __call__(self, groups: PackedGroups) -> Tensor:
-        """fp32 [completions]: the head on the hidden state of each completion's last token."""
+        """fp32 [completions]: the head on the hidden state of each completion's last token. Of SlicedGroups each rank
+        computes those of its slice, and gets all."""
         base = base_of(self.model)
-        body, head = base.base_model, head_of(base)
+        body, head, is_sliced = base.base_model, head_of(base), isinstance(groups, SlicedGroups)
         if self.packed:
-            ends = groups.key_index.index_select(0, groups.key_offsets[1:] - 1)  # on the device: no copy to wait for
-            hidden = body(input_ids=groups.input_ids[None], position_ids=groups.position_ids[None], groups=groups,
-                          use_cache=False).last_hidden_state[0].index_select(0, ends)
+            # on the device: no copy to wait for
+            ends = groups.end_rows if is_sliced else groups.key_index.index_select(0, groups.key_offsets[1:] - 1)
+            hidden = hidden_states(body, groups).index_select(0, ends)
         else:
             hidden = torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[0, -1:]
                                 for row in rows_of(groups)])
         bias = None if head.bias is None else head.bias.float()
-        return F.linear(hidden.float(), head.weight.float(), bias)[:, 0]
+        scores = F.linear(hidden.float(), head.weight.float(), bias)[:, 0]
+        return groups.sequence.join(scores, groups.end_places) if is_sliced else scores
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -61,9 +64,10 @@ def rows_of(groups: PackedGroups) -> Iterable[Tensor]:
 
 
 @torch.no_grad()
-def runs_packed(model: nn.Module) -> str:
-    """Empty if packed scores equal those of the model's own forward on separate rows, else why they do not. The model
-    is left with an attention that runs as the answer says. An out-of-memory error is re-raised."""
+def runs_packed(model: nn.Module, sequence: Sequence | None = None) -> str:
+    """Empty if packed scores equal those of the model's own forward on separate rows, also where the ranks of
+    `sequence` share a row, else why they do not. The model is left with an attention that runs as the answer says. An
+    out-of-memory error is re-raised."""
     base = base_of(model)
     dtype, device, training = base.dtype, next(base.parameters()).device, base.training
     attention, vocab = base.config._attn_implementation, base.get_input_embeddings().weight.shape[0]
@@ -71,7 +75,9 @@ def runs_packed(model: nn.Module) -> str:
     draw = torch.Generator().manual_seed(0)
     ids = [i if i != pad else (i + 1) % vocab for i in torch.randint(0, vocab, (40,), generator=draw).tolist()]
     prompt, first, other, rest = ids[:8], ids[8:14], ids[14:20], [ids[20:25], ids[25:32], ids[32:40]]
-    groups = PackedGroups.pack([Group(prompt, [first, *rest])]).to(device)
+    groups = PackedGroups.pack([Group(prompt, [first, *rest])])
+    slices = sequence and SlicedGroups.of(groups, sequence).to(device)
+    groups = groups.to(device)
     base.eval()
     try:
         truth = own_scores(base, groups, "sdpa")
@@ -87,6 +93,8 @@ def runs_packed(model: nn.Module) -> str:
         # the same shapes with other tokens in a sibling: a difference is a leak, not rounding
         if (Rewarder(model)(changed)[1:] - packed[1:]).abs().max().item() > TOLERANCE[dtype] * 1e-3 * scale:
             return "a completion sees its sibling"
+        if slices and not (Rewarder(model)(slices) - packed).abs().max().item() <= TOLERANCE[dtype] * scale:
+            return "slices of a packed row differ from the whole"
         return ""
     except (ValueError, TypeError, RuntimeError) as e:
         if is_out_of_memory(e):
@@ -102,13 +110,17 @@ def own_scores(base: nn.Module, groups: PackedGroups, attention: str) -> Tensor:
     return torch.cat([base(input_ids=row).logits.float().flatten() for row in rows_of(groups)])
 
 
-def packs(model: nn.Module, console) -> bool:
+def packs(model: nn.Module, console, sequence: Sequence | None = None) -> bool:
     """Whether a reward model in training runs packed; if not it runs one completion per row, with a warning. Raises
-    UserError if it has no head that we can train."""
-    name, why = type(base_of(model)).__name__, runs_packed(model)
+    UserError if it has no head that we can train, and if it does not run packed where the ranks of `sequence` share a
+    row."""
+    name, why = type(base_of(model)).__name__, runs_packed(model, sequence)
     if head_of(base_of(model)) is None:
         raise UserError(f"{name} cannot be trained as a reward model: {why}; start from a decoder, e.g. a Llama or "
                         "Qwen")
+    if why and sequence:
+        raise UserError(f"engine.sequence_parallel={sequence.size}: {name} does not run in slices of a packed row "
+                        f"({why}); set engine.sequence_parallel=1")
     if why:
         run_separately(base_of(model))
         check = PackedGroups.pack([Group([1, 2, 3], [[4, 5], [6]])]).to(next(model.parameters()).device)

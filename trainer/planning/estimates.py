@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from strop.trainer.config import Dpo, Part, Recipe, Reward, Train
 from strop.trainer.engines import Evaluating, InProcess, Revising, Sampling, Vllm, sections_of
+from strop.trainer.errors import UserError
 from strop.trainer.planning import memory, speed
 from strop.trainer.planning.hardware import GB, USABLE, Hardware
 from strop.trainer.planning.memory import Memory, Setting
@@ -65,7 +67,11 @@ class Asked:
 
 
 def estimates(recipe: Recipe, stages: list[Asked], shape: Shape, on: Hardware) -> list[Estimate]:
-    """An estimate of every stage that runs a model or writes one, in the plan's order."""
+    """An estimate of every stage that runs a model or writes one, in the plan's order. Raises UserError if the ranks
+    cannot be divided as engine.sequence_parallel says."""
+    if on.ranks % (shared := engine_of(recipe)["sequence"]):
+        raise UserError(f"engine.sequence_parallel={shared}: {on.ranks} rank(s) cannot be divided into groups of "
+                        f"{shared}")
     width = 4 if recipe.dtype == "float32" else 2
     found = []
     for asked in stages:
@@ -94,7 +100,8 @@ def engine_of(recipe: Recipe) -> dict:
     return {"engine": kind, "zero": getattr(section, "zero_stage", 3), "offload": "" if offload == "none" else offload,
             "offload_weights": getattr(section, "offload_param", "none") != "none",
             "gathers_all": not getattr(section, "reshard_after_forward", True),
-            "sums_all": not getattr(section, "sync_each_microbatch", True)}
+            "sums_all": not getattr(section, "sync_each_microbatch", True),
+            "sequence": getattr(section, "sequence_parallel", 1)}
 
 
 def settled(shape: Shape, setting: Setting, on: Hardware) -> Setting:
@@ -133,16 +140,17 @@ def engine_keys(engine: str, offload: str) -> list[str]:
 
 
 def setting_of(section: Train, shape: Shape, *, ranks: int, device: str, width: int, lora_rank: int = 0,
-               **more) -> Setting:
+               sequence: int = 1, **more) -> Setting:
     """How a section trains on `ranks` devices; a microbatch is full. more: further keywords of Setting."""
-    share = -(-section.batch_size // ranks)
+    share = -(-section.batch_size * sequence // ranks)
     longest = min(section.max_tokens, section.max_length or shape.context, shape.context)
     most = share * longest * (1 + isinstance(section, Dpo))
     return Setting(
         ranks=ranks, device=device, width=width, max_tokens=min(section.max_tokens, most), lora_rank=lora_rank,
-        several=most > section.max_tokens, checkpointing=section.activation_checkpointing, moments=section.moments,
-        split=section.masters == "split", muon=section.optimizer == "muon",
-        averages=2 if section.bema else int(section.ema_decay > 0), scores=isinstance(section, Reward), **more)
+        several=most > section.max_tokens, checkpointing=section.activation_checkpointing, sequence=sequence,
+        offload_activations=section.activation_offload, moments=section.moments, split=section.masters == "split",
+        muon=section.optimizer == "muon", averages=2 if section.bema else int(section.ema_decay > 0),
+        scores=isinstance(section, Reward), **more)
 
 
 def fits(shape: Shape, section: Train, ranks: int, free: int, *, device: str = "cuda", width: int = 2,
@@ -166,7 +174,10 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
     does_fit, remedy = fits_on(need, on), ()
     if not does_fit:
         least = PROMPT + (2 if completions == 2 else 1) * recipe.sample.max_new_tokens
+        least = max(least, min(section.max_length or 0, setting.max_tokens))  # rows that the recipe wants
         remedy = cheapest(shape, setting, on, key, least)
+        if section.compile and any(k.startswith(("engine.", f"{key}.activation_offload")) for k in remedy):
+            remedy = (*remedy, f"{key}.compile=false")  # which these refuse
     trained = shape.adapters(setting.lora_rank) if setting.lora_rank else shape.parameters
     kept = width * shape.parameters * (1 + section.snapshots + (setting.averages > 0))
     scratch = 2 * memory.resume_point(shape, setting) if steps > section.checkpoint_steps else 0
@@ -242,30 +253,35 @@ def fits_on(need: Memory, on: Hardware) -> bool:
 
 def cheapest(shape: Shape, asked: Setting, on: Hardware, key: str, least_tokens: int) -> tuple[str, ...]:
     """The keys to change so that training fits, the cheapest first in this order: engine, activation checkpointing,
-    smaller microbatches, offload, LoRA; empty if nothing does. least_tokens: what a microbatch must hold."""
+    smaller microbatches, its offload, ranks that share them, offload, LoRA; empty if nothing does. least_tokens: what a
+    microbatch must hold."""
     for setting in candidates(asked, max(LEAST_TOKENS, least_tokens), engines()):
-        if fits_on(memory.training(shape, setting), on):
+        if shape.heads % setting.sequence == 0 and fits_on(memory.training(shape, setting), on):
             return changes(asked, setting, key)
     return ()
 
 
 def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Iterator[Setting]:
     """Settings in the order of what they cost, from the asked one. there: the engines to choose from."""
-    sizes = [asked.max_tokens]
+    sizes, shared = [asked.max_tokens], [asked.sequence]
     while sizes[-1] // 2 >= least_tokens:
         sizes.append(sizes[-1] // 2)
+    while asked.ranks % (2 * shared[-1]) == 0:
+        shared.append(2 * shared[-1])
+    aways = dict.fromkeys((asked.offload_activations, asked.offload_activations or asked.device != "cpu"))
     for rank in dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)):
         for offload in dict.fromkeys((asked.offload, asked.offload or "cpu", "nvme")):
             sharded = [e for e in there if e != "local" and not (e == "fsdp" and offload == "nvme")]
             names = sharded if offload else (asked.engine, *(sharded if asked.ranks > 1 else ()))
-            for tokens in sizes:
-                for checkpointing in dict.fromkeys((asked.checkpointing, True)):
-                    for engine in dict.fromkeys(names):
-                        form = asked if engine == "local" or shards(asked, engine) else replace(
-                            asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
+            for sequence, away, tokens in product(shared, aways, sizes):
+                for checkpointing, engine in product(dict.fromkeys((asked.checkpointing or away, True)),
+                                                     dict.fromkeys(names)):
+                    form = asked if engine == "local" or shards(asked, engine) else replace(
+                        asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
+                    if sequence == 1 or engine != "deepspeed":
                         yield replace(form, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
-                                      several=asked.several or tokens < asked.max_tokens,
-                                      checkpointing=checkpointing)
+                                      several=asked.several or tokens < asked.max_tokens, checkpointing=checkpointing,
+                                      sequence=sequence, offload_activations=away)
 
 
 def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
@@ -277,8 +293,12 @@ def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
                                 ("moments", asked.moments, other.moments)):
         if before != after:
             found.append(f"{key}.{name}={Train.model_fields[name].default}")
+    if asked.sequence != other.sequence:
+        found.append(f"engine.sequence_parallel={other.sequence}")
     if asked.checkpointing != other.checkpointing:
         found.append(f"{key}.activation_checkpointing=true")
+    if asked.offload_activations != other.offload_activations:
+        found.append(f"{key}.activation_offload=true")
     if asked.max_tokens != other.max_tokens:
         found.append(f"{key}.max_tokens={other.max_tokens}")
     if asked.lora_rank != other.lora_rank:

@@ -4,6 +4,7 @@ All sizes are bytes of one rank. `device` is where the model computes; on a CPU 
 """
 
 from dataclasses import dataclass, field, replace
+from math import lcm
 
 from strop.trainer.planning.shape import Shape
 
@@ -33,10 +34,11 @@ class Setting:
     engine: one of ENGINES. zero: DeepSpeed's stage, 1 to 3. offload: where masters and moments live, "" on the
     device, "cpu" or "nvme"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
     weights, or whole fp32 sums of gradients, through a step. width: bytes of a number in compute. max_tokens: of a
-    microbatch. targets: predicted tokens in it, None for all. kept: bytes up to which the head keeps all logits, None
-    for KEPT. several: a step has several microbatches. moments, split, muon: the keys moments, masters and optimizer
-    of the section. averages: fp32 copies of the weights, 1 for an EMA, 2 for BEMA. scores: a reward model, which has no
-    vocabulary. checks: completions that are sampled in training, of new_tokens. fused: the layers are."""
+    microbatch. sequence: ranks that share it. targets: predicted tokens in it, None for all. kept: bytes up to which
+    the head keeps all logits, None for KEPT. several: a step has several microbatches. offload_activations: what
+    checkpointing saves goes to the host. moments, split, muon: the keys moments, masters and optimizer of the section.
+    averages: fp32 copies of the weights, 1 for an EMA, 2 for BEMA. scores: a reward model, which has no vocabulary.
+    checks: completions that are sampled in training, of new_tokens. fused: the layers are."""
 
     engine: str = "local"
     ranks: int = 1
@@ -48,10 +50,12 @@ class Setting:
     device: str = "cuda"
     width: int = 2
     max_tokens: int = 8192
+    sequence: int = 1
     targets: int | None = None
     kept: int | None = None
     several: bool = True
     checkpointing: bool = False
+    offload_activations: bool = False
     lora_rank: int = 0
     moments: str = "float32"
     split: bool = False
@@ -61,6 +65,21 @@ class Setting:
     checks: int = 0
     new_tokens: int = 64
     fused: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Of a microbatch, on a rank."""
+        return -(-self.max_tokens // self.sequence)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of them that the head predicts."""
+        return self.tokens if self.targets is None else min(self.targets, self.tokens)
+
+    @property
+    def inputs_on_host(self) -> bool:
+        """Whether the inputs of checkpointed layers are in another memory than the rest."""
+        return self.checkpointing and self.offload_activations and self.device != "cpu"
 
 
 @dataclass(frozen=True)
@@ -164,10 +183,11 @@ def layer_token(shape: Shape, s: Setting) -> int:
     """Bytes that a layer saves of a token for its backward pass.
 
     The inputs of both norms, of q, k, v and of the MLP; q, k, v and attention's output with its log-sum-exp; gate and
-    up, and on a GPU or under LoRA their product. Unfused layers also keep the norms in fp32 and rounded, and silu."""
+    up, and on a GPU or under LoRA their product. Ranks that share a row have attention's output by heads and by tokens,
+    and at least a key head each. Unfused layers also keep the norms in fp32 and rounded, and silu."""
     d, f, q = shape.hidden, shape.ffn, shape.heads * shape.head_size
-    kv = shape.kv_heads * shape.head_size
-    saved = 4 * d + 2 * q + 2 * kv + 2 * f
+    kv = lcm(shape.kv_heads, s.sequence) * shape.head_size
+    saved = 4 * d + 2 * q + 2 * kv + 2 * f + q * (s.sequence > 1)
     if s.device != "cpu" or s.lora_rank or not s.fused:
         saved += f
     lse = (8 if s.device == "cpu" and s.width == FP32 else FP32) * shape.heads + 2 * FP32
@@ -177,13 +197,14 @@ def layer_token(shape: Shape, s: Setting) -> int:
 
 def activations(shape: Shape, s: Setting) -> int:
     """Bytes saved for the backward pass of a full microbatch: every layer, or with checkpointing the input of every
-    layer and one layer; the final norm and its output."""
+    layer, of which two are left where they go to the host, and one layer; the final norm and its output."""
     ends = 2 * s.width * shape.hidden
     if s.checkpointing:
-        per_token = shape.layers * s.width * shape.hidden + layer_token(shape, s)
+        inputs = min(2, shape.layers) if s.inputs_on_host else shape.layers
+        per_token = inputs * s.width * shape.hidden + layer_token(shape, s)
     else:
         per_token = shape.layers * layer_token(shape, s)
-    return s.max_tokens * (per_token + ends)
+    return s.tokens * (per_token + ends)
 
 
 def chunk(shape: Shape, s: Setting, targets: int) -> int:
@@ -198,7 +219,7 @@ def head(shape: Shape, s: Setting) -> int:
     kept logits."""
     if s.scores:
         return 0
-    targets = s.max_tokens if s.targets is None else s.targets
+    targets = s.predicted
     logits = targets * shape.vocab * s.width
     kept = logits if logits <= (s.kept or KEPT[s.device]) and not s.lora_rank else 0
     return targets * shape.hidden * (FP32 + 3 * s.width) + chunk(shape, s, targets) + kept
@@ -212,10 +233,10 @@ def training(shape: Shape, s: Setting) -> Memory:
     of_head = 0 if s.lora_rank or s.scores or s.engine == "fsdp" else s.width * shape.embedding
     if s.width == FP32 and s.several and s.engine == "local":  # autograd accumulates them over microbatches
         of_head += gradients(shape, s)
-    mlp = s.max_tokens * s.width * (4 * shape.ffn + 2 * shape.hidden)  # temporaries of its backward pass
+    mlp = s.tokens * s.width * (4 * shape.ffn + 2 * shape.hidden)  # temporaries of its backward pass
     saved = activations(shape, s)
     start = {"activations": saved, "gradients": of_head, "head and temporaries": max(head(shape, s), mlp)}
-    layer = s.max_tokens * (layer_token(shape, s) + 2 * s.width * shape.hidden)
+    layer = s.tokens * (layer_token(shape, s) + 2 * s.width * shape.hidden)
     end = {"activations": layer, "gradients": left, "head and temporaries": mlp}
     moments = [start, end]
     if s.checks:
@@ -229,6 +250,9 @@ def training(shape: Shape, s: Setting) -> Memory:
         device["context"] = CONTEXT + (NCCL if s.ranks > 1 else 0)
         own, once = _saving(shape, s)
         host |= {"process": 2 * PROCESS, "resume point": own}
+        if s.inputs_on_host:
+            block = s.tokens * s.width * shape.hidden  # pinned memory comes in powers of two
+            host["activations"] = shape.layers * (1 << (block - 1).bit_length())
     return Memory({k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}, once, nvme)
 
 
@@ -251,14 +275,13 @@ def _saving(shape: Shape, s: Setting) -> tuple[int, int]:
 def scoring(shape: Shape, s: Setting) -> Memory:
     """The peak of log-probs without gradients, as the reference needs: the weights, a layer's temporaries, the head's
     scratch."""
-    targets = s.max_tokens if s.targets is None else s.targets
     weights = s.width * shape.parameters
     if s.engine == "fsdp" or (s.engine == "deepspeed" and s.zero == 3):
         weights = -(-weights // s.ranks)
-    forward = s.max_tokens * s.width * (3 * shape.ffn + 4 * shape.hidden)
-    of_head = 0 if s.scores else targets * shape.hidden * s.width + chunk(shape, s, targets)
+    forward = s.tokens * s.width * (3 * shape.ffn + 4 * shape.hidden)
+    of_head = 0 if s.scores else s.predicted * shape.hidden * s.width + chunk(shape, s, s.predicted)
     device = {"weights": weights, "gathered": gathered(shape, replace(s, lora_rank=1)),
-              "activations": max(forward, of_head + 2 * s.max_tokens * s.width * shape.hidden)}
+              "activations": max(forward, of_head + 2 * s.tokens * s.width * shape.hidden)}
     return _with_process(device, s.device, s.ranks)
 
 

@@ -85,6 +85,16 @@ class World:
             _groups[seconds, backend] = dist.new_group(timeout=timedelta(seconds=seconds), backend=backend)
         return _groups[seconds, backend]
 
+    def grid(self, seconds: float, size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Process groups whose collectives fail after so many seconds: this rank's `size` consecutive ranks, and the
+        ranks at its place in every such row. `size` divides the number of ranks."""
+        if (seconds, size, "row") not in _groups:
+            ranks = torch.arange(self.size).view(-1, size)
+            for name, members in (("row", ranks), ("column", ranks.T)):
+                _groups[seconds, size, name], _ = dist.new_subgroups_by_enumeration(
+                    members.tolist(), timeout=timedelta(seconds=seconds))
+        return _groups[seconds, size, "row"], _groups[seconds, size, "column"]
+
     @contextmanager
     def within(self, seconds: float, what: str):
         """Makes a time-out of a group(seconds) a UserError that says `what` was going on."""

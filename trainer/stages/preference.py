@@ -50,7 +50,7 @@ def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: 
     table = ReferenceTable(reference / "reference.parquet")
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
     engine = open_engine(folder, dpo, stage, len(plan), compute=compute, lora=lora, seed=seed)
-    engine.score_with(Scorer(engine.model, engine.run(probe, engine.model, stage.console)))
+    engine.score_with(Scorer(engine.model, engine.run(probe, engine.model, stage.console, engine.mesh.sequence)))
     rounding = 0.0  # largest mean difference between policy and reference in a microbatch of step 0
     names, finish, baseline = PREFERENCE_METRICS, preference_means, None
     if dpo.rows == "labels":

@@ -10,13 +10,14 @@ import torch
 
 from strop.trainer.config import Part
 from strop.trainer.models.loading import ModelFolder
+from strop.trainer.models.sequence import Sequence
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table, write_table
-from strop.trainer.run.world import World
 from strop.trainer.training.batch import Example, collate, microbatches, nothing, plan_steps
 from strop.trainer.training.engines import open_frozen
 from strop.trainer.training.flops import Sizes, sizes_of, training_flops
 from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.mesh import Mesh, mesh_of
 from strop.trainer.training.pairs import load_pairs
 from strop.trainer.training.probe import probe
 from strop.trainer.training.rated import limit_of, load_rated, mismatched
@@ -42,29 +43,34 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
     else:
         pairs = load_rated(stage, select / "rated.parquet", dpo, rows, context, record=False)
     loaded, run, is_sharded = open_frozen(folder, stage, compute=compute)
+    mesh = mesh_of(world, compute.engine)
     sizes = sizes_of(loaded)
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)
-    mine = looks(pairs, plan, sizes, dpo.max_tokens, world)
+    mine = looks(pairs, plan, sizes, dpo.max_tokens, mesh)
     if mismatches:
         others, steps = mismatched(pairs, plan, min(limit_of(dpo, context), dpo.max_tokens))
-        theirs = looks(others, steps, sizes, dpo.max_tokens, world)
+        theirs = looks(others, steps, sizes, dpo.max_tokens, mesh)
         mine += [([len(pairs) + i for i in indices], positions) for indices, positions in theirs]
         pairs = [*pairs, *others]
     todo = [mine[i:i + CHUNK] for i in range(0, len(mine), CHUNK)]
-    parts = [stage.work / f"part-{world.size}-{world.rank}-{i:05}.parquet" for i in range(len(todo))]
-    passes = sum(len(chunk) for chunk, part in zip(todo, parts, strict=True) if not part.exists())
+    parts = [stage.work / f"part-{mesh.size}-{mesh.rank}-{i:05}.parquet" for i in range(len(todo))]
+    missing = [i for i, part in enumerate(parts) if not part.exists()]
+    if mesh.sequence:  # the ranks of a group must agree, and only one of them writes
+        missing = world.gather(missing)[world.rank - mesh.sequence.rank]
+    passes = sum(len(todo[i]) for i in missing)
     most = max(world.gather(passes)) if is_sharded else passes
     if most:
-        scorer = Scorer(loaded, run(probe, loaded, stage.console))
+        scorer = Scorer(loaded, run(probe, loaded, stage.console, mesh.sequence))
         with stage.console.progress(stage.name, total=len(mine), unit="batches") as bar:
-            for chunk, part in zip(todo, parts, strict=True):
-                if not part.exists():
-                    write_table(part, score_chunk(partial(run, scorer), pairs, chunk, world.device, bar))
+            for i in missing:
+                table = score_chunk(partial(run, scorer), pairs, todo[i], world.device, bar, mesh.sequence)
+                if mesh.speaks:
+                    write_table(parts[i], table)
             for _ in range(most - passes):
-                run(scorer, nothing(world.device))
+                run(scorer, nothing(world.device, mesh.sequence))
     stage.meet()
     if world.first:
-        tables = [read_table(p) for p in sorted(stage.work.glob(f"part-{world.size}-*.parquet"))]
+        tables = [read_table(p) for p in sorted(stage.work.glob(f"part-{mesh.size}-*.parquet"))]
         table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         assert table.num_rows == len(pairs), (table.num_rows, len(pairs))
         write_table(stage.dir / "reference.parquet", table.sort_by("row_id"))
@@ -72,9 +78,9 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
 
 
 def looks(pairs: list[Example], plan: list[list[int]], sizes: Sizes, budget: int,
-          world: World) -> list[tuple[list[int], list[int]]]:
+          mesh: Mesh) -> list[tuple[list[int], list[int]]]:
     """This rank's microbatches of first_looks."""
-    return first_looks(pairs, plan, [training_flops(sizes, pair) for pair in pairs], budget, world.size)[world.rank]
+    return first_looks(pairs, plan, [training_flops(sizes, pair) for pair in pairs], budget, mesh.size)[mesh.rank]
 
 
 def first_looks(pairs: list[Example], plan: list[list[int]], costs: list[int], budget: int,
@@ -96,10 +102,10 @@ def first_looks(pairs: list[Example], plan: list[list[int]], costs: list[int], b
 
 
 def score_chunk(scorer: Callable, pairs: list[Example], chunk: list[tuple[list[int], list[int]]], device: torch.device,
-                bar) -> pa.Table:
+                bar, sequence: Sequence | None = None) -> pa.Table:
     rows = []
     for indices, positions in chunk:
-        groups = collate(pairs, indices, device)
+        groups = collate(pairs, indices, device, sequence)
         logp = scorer(groups).cpu()
         for j in positions:
             pair = pairs[indices[j]]

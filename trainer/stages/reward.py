@@ -50,7 +50,7 @@ def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Pa
     plan = plan_steps(examples, reward.epochs, reward.batch_size, seed if order is None else order)
     engine = open_engine(folder, reward, stage, len(plan), compute=compute, lora=lora, seed=seed, reward=True)
     set_padding(engine, folder, [*rows, *held], stage)
-    rewarder = Rewarder(engine.model, engine.run(packs, engine.model, stage.console))
+    rewarder = Rewarder(engine.model, engine.run(packs, engine.model, stage.console, engine.mesh.sequence))
     engine.score_with(rewarder)
 
     def totals(indices):
@@ -89,7 +89,7 @@ def set_padding(engine: Training, folder: ModelFolder, rows: list[Ranked], stage
 @torch.no_grad()
 def held_out_rows(engine: Training, rewarder: Rewarder, held: list[Ranked], budget: int, stage: Stage) -> list[dict]:
     """A row of held_out.parquet per pair; every rank scores its share."""
-    world, scores = stage.world, []
+    world, mesh, scores = stage.world, engine.mesh, []
     bins = pack_evenly([row.example.tokens for row in held], budget)
     offsets, total = [], 0
     for row in held:
@@ -97,14 +97,14 @@ def held_out_rows(engine: Training, rewarder: Rewarder, held: list[Ranked], budg
         total += len(row.example.group.completions)
     scores = torch.zeros(total, dtype=torch.float64, device=world.device)
     rewarder.model.eval()
-    mine = bins[world.rank::world.size]
-    for _ in range(-(-len(bins) // world.size) - len(mine) if engine.together else 0):
+    mine = bins[mesh.rank::mesh.size]
+    for _ in range(-(-len(bins) // mesh.size) - len(mine) if engine.together else 0):
         engine.run(rewarder, engine.nothing)
     for indices in mine:
         places = [offsets[i] + j for i in indices for j in range(len(held[i].example.group.completions))]
-        groups = collate([row.example for row in held], indices, world.device)
+        groups = collate([row.example for row in held], indices, world.device, mesh.sequence)
         scores[torch.tensor(places, device=world.device)] = engine.run(rewarder, groups).double()
-    world.sum_([scores])
+    mesh.sum_([scores])
     values, found = scores.tolist(), []
     for row, first in zip(held, offsets, strict=True):
         lengths = [len(c) for c in row.example.group.completions]

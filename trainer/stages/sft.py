@@ -30,7 +30,7 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
     examples = load_examples(stage, select / "sft.parquet", limit)
     plan = plan_steps(examples, sft.epochs, sft.batch_size, seed)
     engine = open_engine(folder, sft, stage, len(plan), compute=compute, lora=lora, seed=seed)
-    engine.score_with(Scorer(engine.model, engine.run(probe, engine.model, stage.console)))
+    engine.score_with(Scorer(engine.model, engine.run(probe, engine.model, stage.console, engine.mesh.sequence)))
 
     def totals(rows):
         return {"tokens": sum(sum(examples[i].targets()) for i in rows)}

@@ -14,6 +14,7 @@ import torch
 
 from strop.kernels.layout import Group, PackedGroups
 from strop.trainer.errors import UserError
+from strop.trainer.models.sequence import Sequence, SlicedGroups
 
 MOST_ROWS = 50_000_000  # of a plan, which is a list of indices
 
@@ -183,12 +184,14 @@ class Packing:
                 "rank_balance": self.flops / max(1, self.busiest)}
 
 
-def nothing(device: torch.device) -> PackedGroups:
-    """A row without a target, for a rank that must take part in a pass but has no row left."""
-    return PackedGroups.pack([Group([0], [[0]], [[False]])]).to(device)
+def nothing(device: torch.device, sequence: Sequence | None = None) -> PackedGroups:
+    """A row without a target, for ranks that must take part in a pass but have no row left."""
+    return collate([Example("", Group([0], [[0]], [[False]]))], [0], device, sequence)
 
 
-def collate(examples: list[Example], indices: list[int], device: torch.device) -> PackedGroups:
-    """One packed row on `device`, copied without a host sync."""
+def collate(examples: list[Example], indices: list[int], device: torch.device,
+            sequence: Sequence | None = None) -> PackedGroups:
+    """One packed row on `device`, copied without a host sync; SlicedGroups where ranks share it."""
     groups = PackedGroups.pack([examples[i].group for i in indices])
+    groups = groups if sequence is None else SlicedGroups.of(groups, sequence)
     return groups.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else groups

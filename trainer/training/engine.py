@@ -28,6 +28,7 @@ from strop.trainer.training.batch import nothing
 from strop.trainer.training.checkpoint import Saved, check_checkpoint, newest_checkpoint, write_checkpoint
 from strop.trainer.training.flops import sizes_of
 from strop.trainer.training.logprobs import Scorer
+from strop.trainer.training.mesh import mesh_of
 from strop.trainer.training.policy import base_of, load_policy
 from strop.trainer.training.probe import TOLERANCE
 from strop.trainer.training.waits import Waits
@@ -66,7 +67,7 @@ class Training:
     or slices, and has `backward`, `_update`, `_set_weights`, `_moments`, `_slices`, `_set_moments` and `_weights`.
 
     together: every rank must take part in every forward and backward pass. scorer: computes what the loss is made of
-    (log-probs, a reward model's scores); the stage sets it after its probe.
+    (log-probs, a reward model's scores); the stage sets it after its probe. mesh: which ranks share microbatches.
     """
 
     together = False
@@ -80,6 +81,7 @@ class Training:
         rank. reward: train a sequence classifier with one output, not a causal LM. options: the section engine.
         on_host: load the weights into the host's memory."""
         self.options, self.timeout = options, options.timeout
+        self.mesh = mesh_of(stage.world, options)
         self.section, self.world, self.steps, self.folder = section, stage.world, steps, folder
         self.lora, self.seed, self.dtype = lora, seed, DTYPES[compute.dtype]
         self.tokenizer_files = folder.path  # the folder whose tokenizer is saved with the weights
@@ -145,7 +147,7 @@ class Training:
 
     @functools.cached_property
     def nothing(self) -> PackedGroups:
-        return nothing(self.world.device)
+        return nothing(self.world.device, self.mesh.sequence)
 
     def fill(self, last: bool) -> None:
         """Takes part in the passes over a microbatch that only other ranks have."""

@@ -53,7 +53,8 @@ def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torc
         return options
     is_local = world.size == 1 or section.unfit("fsdp", "auto") is not None or (
         bytes_needed(path, section, lora, dtype) <= SHARE * free_memory(world))
-    return Local(timeout=options.timeout) if all(world.gather(is_local)) else Fsdp(timeout=options.timeout)
+    kind = Local if all(world.gather(is_local)) else Fsdp
+    return kind(timeout=options.timeout, sequence_parallel=options.sequence_parallel)
 
 
 def bytes_needed(path: Path, section: Train, lora: Lora, dtype: torch.dtype) -> int:

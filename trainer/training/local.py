@@ -43,7 +43,7 @@ class Engine(Training):
             self.weights.fold()
 
     def discard(self) -> bool:
-        if self.buckets and self.buckets.works:
+        if self.mesh.sequence or (self.buckets and self.buckets.works):
             return False
         self.weights.discard()
         if self.buckets:

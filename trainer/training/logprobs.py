@@ -7,6 +7,7 @@ from torch import nn
 
 from strop.kernels import PackedGroups, linear_logprob
 from strop.trainer.models.head import head_of
+from strop.trainer.models.sequence import SlicedGroups, hidden_states
 
 
 class Scorer:
@@ -17,10 +18,18 @@ class Scorer:
         self.model, self.packed = model, packed
 
     def __call__(self, groups: PackedGroups, stats: tuple[str, ...] = ()):
-        """fp32 log-probs [targets] of `groups.target`; with `stats` also a dict of fp32 [targets] tensors."""
-        head = head_of(self.base)
-        return linear_logprob(self.hidden(groups), head.weight, groups.target, head.bias, logit_scale=head.scale,
-                              softcap=head.softcap, stats=stats)
+        """fp32 log-probs [targets] of `groups.target`; with `stats` also a dict of fp32 [targets] tensors. Of
+        SlicedGroups each rank computes those that its slice predicts, and gets all."""
+        head, is_sliced = head_of(self.base), isinstance(groups, SlicedGroups)
+        found = linear_logprob(self.hidden(groups), head.weight, groups.own_target if is_sliced else groups.target,
+                               head.bias, logit_scale=head.scale, softcap=head.softcap, stats=stats)
+        if not is_sliced:
+            return found
+
+        def joined(values: torch.Tensor) -> torch.Tensor:
+            return groups.sequence.join(values, groups.target_places)
+
+        return (joined(found[0]), {name: joined(x) for name, x in found[1].items()}) if stats else joined(found)
 
     @property
     def base(self) -> nn.Module:
@@ -28,11 +37,11 @@ class Scorer:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def hidden(self, groups: PackedGroups) -> torch.Tensor:
-        """Hidden states [targets, D] that predict `groups.target`."""
+        """Hidden states [targets, D] that predict `groups.target`; of SlicedGroups `own_target`."""
         body = self.base.get_decoder()
         if self.packed:
-            return body(input_ids=groups.input_ids[None], position_ids=groups.position_ids[None], groups=groups,
-                        use_cache=False).last_hidden_state[0].index_select(0, groups.pred_index)
+            rows = groups.pred_rows if isinstance(groups, SlicedGroups) else groups.pred_index
+            return hidden_states(body, groups).index_select(0, rows)
         return torch.cat([body(input_ids=row, use_cache=False).last_hidden_state[0].index_select(0, index)
                           for row, index, _ in separate_rows(groups)])
 

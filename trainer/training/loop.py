@@ -41,7 +41,7 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
     fp32 vector of sums in the order of `names`) of a microbatch, normalized by the step's totals, so that the sum over
     microbatches and ranks is the step's loss. finish(sums [names] on the host) -> the values to log.
     """
-    section, world, work = engine.section, engine.world, stage.work
+    section, world, mesh, work = engine.section, engine.world, engine.mesh, stage.work
     if engine.resume(work):
         stage.console.line(f"{stage.name}: resumed at step {engine.step_index} of {len(plan)}")
         stage.metrics.rewind(stage.name, engine.step_index)
@@ -51,9 +51,11 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
     peak = peak_flops(world.device, engine.dtype)
     costs = [training_flops(engine.sizes, example) for example in examples]
     budget = Budget(stage, section)
+    if engine.together or mesh.sequence:  # ranks that run passes together must agree, also where each node kept its own
+        budget.tokens = min(world.gather(budget.tokens))
     whole, packing = (Packing(examples, costs, section.max_tokens) for _ in range(2))
     for rows in plan[:engine.step_index]:  # steps before the resume count too
-        whole.add(microbatches(examples, rows, costs, section.max_tokens, world.size))
+        whole.add(microbatches(examples, rows, costs, section.max_tokens, mesh.size))
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
     ahead = Ahead(batches(engine, examples, plan[engine.step_index:], costs, budget), world.device)
     started = time.perf_counter()
@@ -79,11 +81,11 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
             if engine.step_index % interval == 0 or engine.step_index == len(plan) or checks:
                 seconds = time.perf_counter() - started
                 packed = torch.cat([sums, *seen])
-                world.sum_([packed])  # the only reduction of the interval
+                mesh.sum_([packed])  # the only reduction of the interval
                 host = packed.cpu()  # and the only host sync
                 stop_if_not_finite(stage, engine, examples, plan, host[len(names):])
                 values = finish(host[:len(names)])
-                values |= {"grad_norm": host[len(names) + 1::2].mean().item() / world.size,
+                values |= {"grad_norm": host[len(names) + 1::2].mean().item() / mesh.size,
                            "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
                            "tokens_per_second": packing.tokens / seconds,
                            "mfu": packing.flops / seconds / peak / world.size, **packing.values()}
@@ -102,7 +104,7 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
             is_point = engine.step_index % section.checkpoint_steps == 0 and not ends
             if seen and (is_point or engine.step_index in keep):  # never write weights that are not finite
                 packed = torch.cat(seen)
-                world.sum_([packed])
+                mesh.sum_([packed])
                 stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
@@ -152,17 +154,18 @@ def attempt(engine: Training, ahead: Ahead, step: Step, loss, count: int
 
 def batches(engine: Training, examples: list[Example], plan: list[list[int]], costs: list[int], budget: Budget
             ) -> Iterator[tuple[list, int] | tuple[list[int], PackedGroups | None]]:
-    """What this rank needs, in the order in which the loop takes it: of every step (every rank's microbatches, the
-    number of microbatches that this rank runs), then of each microbatch (its rows, the packed row on the device). No
-    rows and None: only other ranks have that microbatch, and this one must take part."""
-    world = engine.world
+    """What this rank needs, in the order in which the loop takes it: of every step (the microbatches of every rank, or
+    of every group of ranks that share them, the number of microbatches that this rank runs), then of each microbatch
+    (its rows, the packed row on the device). No rows and None: only other ranks have that microbatch, and this one must
+    take part."""
+    mesh = engine.mesh
     for rows in plan:
-        shares = microbatches(examples, rows, costs, budget.tokens, world.size)
-        mine = shares[world.rank]
+        shares = microbatches(examples, rows, costs, budget.tokens, mesh.size)
+        mine = shares[mesh.rank]
         count = max(map(len, shares)) if engine.together else len(mine)
         yield shares, count
         for indices in mine:
-            yield indices, collate(examples, indices, world.device)
+            yield indices, collate(examples, indices, engine.world.device, mesh.sequence)
         for _ in range(count - len(mine)):
             yield [], None
 
@@ -179,7 +182,7 @@ def waited(world: World, steps: int, **waits: Waits) -> dict[str, float]:
 def stop_if_not_finite(stage: Stage, engine: Training, examples: list[Example], plan: list[list[int]],
                        seen: torch.Tensor) -> None:
     """Raises UserError if the loss or gradient norm of a step is not finite, and writes its batch next to the
-    checkpoint. seen [2 * steps] on the host: loss and gradient norm of the last steps, summed over the ranks."""
+    checkpoint. seen [2 * steps] on the host: loss and gradient norm of the last steps, summed over the mesh."""
     bad = (~seen.view(-1, 2).isfinite()).any(1).nonzero()
     if not len(bad):
         return
@@ -195,7 +198,7 @@ def stop_if_not_finite(stage: Stage, engine: Training, examples: list[Example], 
             "loss_masks": [list(m) for m in e.group.loss_masks] if e.group.loss_masks else None,
             "nll_masks": [list(m) for m in e.group.nll_masks] if e.group.nll_masks else None} for e in rows]))
     ids = ", ".join(e.row_id for e in rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
-    raise UserError(f"{stage.name}: step {index + 1}: loss={loss:g} and grad_norm={norm / engine.world.size:g} must "
+    raise UserError(f"{stage.name}: step {index + 1}: loss={loss:g} and grad_norm={norm / engine.mesh.size:g} must "
                      f"be finite; its batch (rows {ids}) is in {path}, the last good checkpoint is "
                      f"{points[-1] if points else 'the start of the stage'}; lower {stage.name.split('/')[-1]}.lr or "
                      "check these rows")

@@ -10,6 +10,7 @@ from strop.trainer.config import Lora, Part, Train
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder
 from strop.trainer.run.world import World
+from strop.trainer.training.offload import offload
 
 
 class Policy(nn.Module):
@@ -36,6 +37,8 @@ def load_policy(folder: ModelFolder, section: Train, device: torch.device, *, co
         # transformers before 5.20 has the older name only
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        if section.activation_offload:
+            offload(model, device)
     disable_dropout(model)
     if lora.rank:
         model = add_lora(model, lora, seed, "SEQ_CLS" if reward else "CAUSAL_LM")

@@ -10,6 +10,7 @@ from torch import nn
 from strop.kernels import Group, PackedGroups
 from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.models.loading import run_separately
+from strop.trainer.models.sequence import Sequence, SlicedGroups
 from strop.trainer.training.logprobs import Scorer, separate_rows
 
 # mean difference of per-token log-probs due to rounding, by compute dtype, in addition to what the model itself shows
@@ -17,9 +18,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
 @torch.no_grad()
-def probe(model: nn.Module, console) -> bool:
-    """True if `model` runs packed, False if it must run one completion per row. Raises UserError if neither is correct;
-    an out-of-memory error is re-raised."""
+def probe(model: nn.Module, console, sequence: Sequence | None = None) -> bool:
+    """True if `model` runs packed, False if it must run one completion per row. Raises UserError if neither is correct,
+    and if `sequence`, the ranks that are to share packed rows, give other numbers than one; an out-of-memory error is
+    re-raised."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name, dtype, device = type(base).__name__, base.dtype, next(base.parameters()).device
     vocab = base.get_input_embeddings().weight.shape[0]
@@ -29,7 +31,9 @@ def probe(model: nn.Module, console) -> bool:
     training = base.training
     base.eval()
     try:
-        groups = PackedGroups.pack([Group(prompt, [first, second])]).to(device)
+        groups = PackedGroups.pack([Group(prompt, [first, second])])
+        slices = sequence and SlicedGroups.of(groups, sequence).to(device)
+        groups = groups.to(device)
         attention = base.config._attn_implementation
         base.set_attn_implementation("eager")
         eager = by_logits(base, groups)
@@ -48,10 +52,15 @@ def probe(model: nn.Module, console) -> bool:
             leak = Scorer(base)(changed)[len(first):] - packed[len(first):]
             if leak.abs().max().item() > TOLERANCE[dtype] * 2e-3:
                 raise UserError("a completion sees its sibling")
+            if slices:
+                same(Scorer(base)(slices), packed, TOLERANCE[dtype], "slices of a packed row differ from the whole")
             return True
         except (ValueError, TypeError, RuntimeError) as e:
             if is_out_of_memory(e):
                 raise
+            if sequence:
+                raise UserError(f"engine.sequence_parallel={sequence.size}: {name} does not run in slices of a packed "
+                                f"row ({str(e).splitlines()[0]}); set engine.sequence_parallel=1") from e
             run_separately(base)
             console.warn(f"{name} does not run packed ({str(e).splitlines()[0]}): one completion per row, slower")
             return False

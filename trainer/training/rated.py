@@ -152,15 +152,15 @@ class Baseline:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """fp32, 0-dim, on the device."""
-        world, rows = self.engine.world, self.steps[self.engine.step_index]
+        world, mesh, rows = self.engine.world, self.engine.mesh, self.steps[self.engine.step_index]
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        shares = microbatches(self.examples, rows, self.costs, self.section.max_tokens, world.size)
-        for indices in shares[world.rank]:
-            groups = collate(self.examples, indices, world.device)
+        shares = microbatches(self.examples, rows, self.costs, self.section.max_tokens, mesh.size)
+        for indices in shares[mesh.rank]:
+            groups = collate(self.examples, indices, world.device, mesh.sequence)
             total += (self.engine.logprobs(groups) - self.table.of(self.examples, indices, world.device)).double().sum()
-        for _ in range(max(map(len, shares)) - len(shares[world.rank]) if self.engine.together else 0):
+        for _ in range(max(map(len, shares)) - len(shares[mesh.rank]) if self.engine.together else 0):
             self.engine.logprobs(self.engine.nothing)
-        world.sum_([total])
+        mesh.sum_([total])
         if self.section.loss == "kto":
             return (total / max(1, len(rows))).clamp_min(0).float()
         self.engine.extra["rewards"] += torch.stack([self.section.beta * total, torch.full_like(total, len(rows))])
