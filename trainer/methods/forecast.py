@@ -1,5 +1,6 @@
 """What a plan's stages need on this machine or on named hardware, as `--plan` prints it."""
 
+import functools
 import os
 import shutil
 import time
@@ -48,8 +49,9 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+@functools.cache
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy, read and written bytes both counted."""
+    """Bytes/s of a copy, read and written bytes both counted; measured once a process."""
     source, seconds = torch.ones(COPIED // 4, device=device), []
     target = torch.empty_like(source)
     for _ in range(4):
