@@ -106,8 +106,10 @@ def test_neighbours_refills_and_batch_size_change_no_token(llama):
     assert flat([whole[0][:2]]) == flat(llama.generate(prompts[:1], ids=ids[:1], **how | {"k": 2}))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [2, 128])
+# of layers, full and with windows and caps; the others by default in batches of the one size
+@pytest.mark.parametrize(("family", "batch_size"), [
+    *((family, 128) for family in ("Llama", "Gemma2", "Gemma3")), ("Llama", 2),
+    *(pytest.param(family, n, marks=pytest.mark.slow) for family in FAMILIES for n in (2, 128))])
 def test_a_beginning_in_common_is_computed_once(family, batch_size, monkeypatch):
     system, ask, tell, *ends = make_prompts(30, 9, 11, 3, 1, 6, 12, 2)
     prompts = [system + kind + end for end in ends for kind in (ask, tell)]
