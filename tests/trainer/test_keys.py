@@ -96,11 +96,8 @@ def run(tiny_model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_plans(monkeypatch):
-    """Plans look at no weights: they are the same in hundreds of plans. Afterwards the threads are those of before."""
+    """Plans look at no weights: they are the same in hundreds of plans."""
     monkeypatch.setattr(folders, "check_model", lambda *_, **__: None)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def plan(path, overrides=None) -> list[dict]:
