@@ -159,10 +159,6 @@ class PackedGroups:
         return self.input_ids.numel()
 
     @property
-    def num_groups(self) -> int:
-        return len(self.prompt_bounds)
-
-    @property
     def num_completions(self) -> int:
         return len(self.completion_bounds)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from strop.trainer.config import Checked, Dpo, Recipe, Reward, Sft, Train
-from strop.trainer.engines import AnyRevise, AnySample, OpenAI, Revise, Sample, SampleModels, sections_of
+from strop.trainer.engines import AnyRevise, AnySample, Revise, Sample, SampleModels, sections_of
 from strop.trainer.section import UNKEYED, NotNegative, Positive, PositiveFloat, Section, Share
 
 MERGING = ("merge.method", "merge.members", "merge.weights", "merge.t", "merge.interpolate")  # those of a round
@@ -72,6 +72,9 @@ class PromptedRecipe(MethodRecipe):
         if self.dpo.rows != "pairs":
             raise ValueError(f"dpo.loss={self.dpo.loss} needs no pairs, but other stages of method {self.method} learn "
                              "from those that are selected; set a loss of pairs")
+
+    def _names_other_writers(self) -> bool:
+        return isinstance(self.sample, SampleModels) or "{weights}" not in getattr(self.sample, "model", "{weights}")
 
     def _check_names(self, key: str, names: list[str], *known: list) -> None:
         there = [entry.name for entries in known for entry in entries]
@@ -250,7 +253,7 @@ class ConstitutionalRecipe(PromptedRecipe):
 
     @model_validator(mode="after")
     def samples_its_weights(self):
-        if isinstance(self.sample, SampleModels) or "{weights}" not in getattr(self.sample, "model", "{weights}"):
+        if self._names_other_writers():
             raise ValueError("method=constitutional samples its own weights, but sample names other writers; use "
                              "sample.engine in_process or vllm")
         return self
@@ -353,8 +356,7 @@ class CommitteeRecipe(OnlineRecipe):
 
     @model_validator(mode="after")
     def has_its_own_writers(self):
-        if isinstance(self.sample, SampleModels) or (
-                isinstance(self.sample, OpenAI) and "{weights}" not in self.sample.model):
+        if self._names_other_writers():
             raise ValueError("sample names other writers, but the committee's own models write; name an engine")
         if self.sample.k < 4:
             raise ValueError(f"sample.k={self.sample.k} completions cannot be divided among a committee of up to 4 "

@@ -3,16 +3,15 @@
 import importlib
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import in_a_fork
 
-from benchmarks import dpo, gather, head, measure, preference, suite
+from benchmarks import __main__, dpo, gather, head, measure, preference, suite
 from benchmarks.shapes import TINY, Head, head_inputs, heads
 from benchmarks.suite import Case
 
@@ -223,13 +222,13 @@ def test_device_and_environment():
     assert not [value for value in found.values() if str(value).startswith("/")]
 
 
-def test_the_command(tmp_path):
-    # What compiles takes seconds.
-    code = "import sys; from benchmarks import __main__, preference; del preference.CONTENDERS['torch.compile']; "
-    arguments = ["preference/.*sigmoid", "--rounds", "2", "--results", str(tmp_path)]
-    command = [sys.executable, "-c", code + f"sys.exit(__main__.main({arguments}))"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+def test_the_command(tmp_path, monkeypatch):
+    def check():
+        assert __main__.main(["preference/.*sigmoid", "--rounds", "2", "--results", str(tmp_path)]) == 0
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delitem(preference.CONTENDERS, "torch.compile")  # it takes seconds
+    in_a_fork(check)
     (path,) = tmp_path.glob("*/????-??-??.json")
     cases = json.loads(path.read_text())["cases"]
     assert len(cases) == 2

@@ -23,11 +23,11 @@ def __getattr__(name):
 """
 
 
-# Run from the repository root, with the root first on sys.path, as `python -c` does. Only PyTorch is loaded before: it
-# takes seconds, and knows neither of the two. A line of stdin is [code, more paths], its answer [status, output].
+# Run from the repository root, with the root first on sys.path, as `python -c` does. Loaded before is only what takes
+# seconds and knows neither of the two. A line of stdin is [code, more paths], its answer [status, output].
 SERVER = """
 import json, os, sys, tempfile, traceback
-import torch
+import huggingface_hub, torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 for line in sys.stdin:
     code, paths = json.loads(line)
     with tempfile.TemporaryFile() as out:

@@ -22,7 +22,7 @@ def test_rows_and_predictors():
     assert g.prompt_bounds == ((0, 3), (9, 9), (14, 16))
     assert g.completion_bounds == ((3, 5), (5, 6), (6, 9), (9, 11), (11, 14), (16, 19))
     assert g.completion_group == (0, 0, 0, 1, 1, 2)
-    assert (g.num_tokens, g.num_groups, g.num_completions, g.num_targets) == (19, 3, 6, 11)
+    assert (g.num_tokens, g.num_completions, g.num_targets) == (19, 6, 11)
     dtypes = (g.input_ids.dtype, g.position_ids.dtype, g.pred_index.dtype, g.target.dtype, g.target_segment.dtype)
     assert dtypes == (torch.int64,) * 4 + (torch.int32,)
 

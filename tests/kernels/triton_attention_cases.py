@@ -52,7 +52,7 @@ def _reference(qkv, grad_out, groups, scale, window, cap, dtype: torch.dtype) ->
     ],
 )
 def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries, keys, monkeypatch):
-    groups = PackedGroups.pack([*GROUPS, LONG] if max(queries, keys) > 32 else GROUPS)
+    groups = PackedGroups.pack([*GROUPS, LONG] if TILE in (queries, keys) else GROUPS)
     qkv = _qkv(groups, heads, key_heads, size, torch.float32)
     grad_out = torch.randn_like(qkv[0])
     case = (qkv, grad_out, groups, 0.3, window, cap)
@@ -64,7 +64,7 @@ def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries,
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (9, 2.0)])
 def test_gradients_of_keys_and_values_in_launches_of_their_own(window, cap, monkeypatch):
     """As on sm_90 at head size 256: the same bits."""
-    groups = PackedGroups.pack(GROUPS)
+    groups = PackedGroups.pack([_group(35, 9, 2), *GROUPS[1:]])
     qkv = _qkv(groups, 2, 1, 32, torch.float32)
     case = (qkv, torch.randn_like(qkv[0]), groups, 0.2, window, cap)
     together = _run(*case, monkeypatch, 32, 32)
@@ -91,7 +91,7 @@ def test_fp16_error_is_at_most_twice_that_of_plain_pytorch(window, cap, monkeypa
         assert (a - c).norm() <= 2 * (b - c).norm()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(0, 40), st.lists(st.integers(1, 30), min_size=1, max_size=4)), min_size=1, max_size=3

@@ -25,6 +25,15 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """A run sets the threads of its process. If they stayed, those of all workers would spin beside each other."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a random two-layer Llama."""

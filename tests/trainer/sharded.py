@@ -1,12 +1,11 @@
-"""Checks of the training engines on several ranks, in one job: `python sharded.py RANKS FOLDER ENGINE CHECK...`
+"""Checks of the training engines on several ranks, in one job: main(ranks, folder, engine, checks).
 
-FOLDER holds models and tables (see test_engines.py). The job forks its ranks once everything is imported. Each runs the
-named checks, functions of this file, one after another, with the recipe's section engine as JSON; a check that fails
-leaves FOLDER/CHECK.failed with the traceback, one that passes FOLDER/CHECK.passed.
+`folder` holds models and tables (see test_engines.py). The job forks its ranks once everything is imported. Each runs
+the named checks, functions of this file, one after another, with the recipe's section `engine`; a check that fails
+leaves CHECK.failed in the folder with the traceback, one that passes CHECK.passed.
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -454,7 +453,3 @@ def main(ranks: int, folder: Path, engine: dict, checks: list[str]) -> int:
                     os.kill(pid, 9)
         worst = worst or status
     return 1 if worst else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]))

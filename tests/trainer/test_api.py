@@ -1,6 +1,5 @@
 """The Python API: what docs/api.md says, from scripts and from notebooks."""
 
-import json
 import re
 import subprocess
 import sys
@@ -92,17 +91,38 @@ def test_a_table_that_is_not_there(tiny_run):
     assert run.table("round-00/score").num_rows == run.table("round-00/sample").num_rows == 24 * 8
 
 
-def test_a_notebook_shows_progress_and_the_report(workplace):
-    """Run by a real Jupyter kernel."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    cells = ['import strop\nrun = strop.train("tiny.yaml", {"rounds": 1})', "run"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3",
-                            resources={"metadata": {"path": str(workplace)}}).execute()
-    first, second = (cell["outputs"] for cell in notebook.cells)
-    bars = [o["data"] for o in first if o["output_type"] == "display_data"]
+KERNEL = """
+import os
+from ipykernel.kernelapp import IPKernelApp
+os.chdir({folder!r})
+del os.environ["CI"]
+IPKernelApp.launch_instance(["-f", {file!r}])
+os._exit(0)
+"""
+
+
+def test_a_notebook_shows_progress_and_the_report(launcher, workplace):
+    """Run by a real Jupyter kernel, which is forked."""
+    pytest.importorskip("ipykernel")
+    from jupyter_client import BlockingKernelClient, write_connection_file
+
+    file, _ = write_connection_file(str(workplace / "kernel.json"))
+    launcher.start(argv=[], log=str(workplace / "kernel.log"), code=KERNEL.format(folder=str(workplace), file=file))
+    client, shown = BlockingKernelClient(connection_file=file), []
+    client.load_connection_file()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    for cell in ('import strop\nrun = strop.train("tiny.yaml", {"rounds": 1})', "run"):
+        shown.append([])
+        reply = client.execute_interactive(cell, timeout=120, output_hook=shown[-1].append)
+        assert reply["content"]["status"] == "ok", reply
+    client.shutdown()
+    client.stop_channels()
+    assert launcher.wait() == 0
+    first, second = ([(m["msg_type"], m["content"]) for m in messages] for messages in shown)
+    bars = [content["data"] for kind, content in first if kind in ("display_data", "update_display_data")]
     assert any("<progress" in bar.get("text/html", "") and "round-00/dpo" in bar["text/plain"] for bar in bars)
-    printed = "".join(o["text"] for o in first if o["output_type"] == "stream")
-    assert "round-00: promoted" in printed and "Traceback" not in json.dumps(notebook)
-    (shown,) = [o["data"]["text/html"] for o in second]
-    assert shown.startswith("<iframe") and "Pass rates" in shown
+    printed = "".join(content["text"] for kind, content in first if kind == "stream")
+    assert "round-00: promoted" in printed and "Traceback" not in printed
+    (report,) = [content["data"]["text/html"] for kind, content in second if kind == "execute_result"]
+    assert report.startswith("<iframe") and "Pass rates" in report

@@ -105,8 +105,8 @@ FAKES = {  # what a program without a right answer tries
 
 
 # what attacks pytest itself, the end of its process or the way of its verdicts; a start of pytest takes a second
-OF_PYTEST = ("sys.exit(0)", "os._exit(0)", "the marker of success", "verdicts to every descriptor", "patched pytest",
-             "frames above", "files beside", "an exit handler", "a skip", "closing the channel")
+OF_PYTEST = ("os._exit(0)", "verdicts to every descriptor", "patched pytest", "frames above", "files beside", "a skip",
+             "closing the channel")
 
 
 @pytest.mark.parametrize("kind,what", [

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from strop.kernels.attention import cached as attention_cached
 from strop.trainer.sampling.in_process import Batch, Generator, attend_with_cache
-from strop.trainer.sampling.kv_cache import Decode, PromptKV, product
+from strop.trainer.sampling.kv_cache import Decode, PromptKV, fill_places, product
 
 CPU = torch.device("cpu")
 CONFIG = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -77,7 +77,7 @@ def test_a_decode_step_waits_once(monkeypatch):
     waits = Waits()
     batch = batch_on_meta(monkeypatch, waits)
     with torch.no_grad(), waits, HostLists(waits):
-        fresh = batch.refill()
+        fresh = fill_places(batch)
         batch.draw(fresh, batch.first_logits(fresh), SAMPLING, frozenset())
         for _ in range(40):
             before = waits.count
@@ -90,7 +90,7 @@ def test_prefill_and_moving_rows_do_not_wait(monkeypatch):
     waits = Waits()
     batch = batch_on_meta(monkeypatch, waits, batch_size=15)
     with torch.no_grad(), waits, HostLists(waits):
-        fresh = batch.refill()
+        fresh = fill_places(batch)
         logits = batch.first_logits(fresh)
         assert waits.count == 0
         batch.draw(fresh, logits, SAMPLING, frozenset())

@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import functools
 import json
 import re
 import shlex
@@ -241,6 +242,7 @@ def test_files_and_reasons_are_those_of_a_run(tiny_run):
 # -- the map ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def imports(path: Path, top_level: bool = False) -> set[str]:
     """Modules that a file imports, by their full names; with `top_level` only those it needs to be imported itself."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()

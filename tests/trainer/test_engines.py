@@ -1,11 +1,7 @@
 """Training engines on several ranks against the local one on one rank. Each job of ranks runs many checks, since a
 start takes long; what they check is in sharded.py."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +20,6 @@ from strop.trainer.training import engines
 from strop.trainer.training.fsdp import check_unshared
 from strop.trainer.training.policy import layers_of
 
-HERE = Path(__file__).parent
 CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
           "resumed_int8", "sliced"]
 
@@ -46,11 +41,21 @@ def folder_of(tiny_model, folder: Path) -> Path:
     return folder
 
 
-def launch(folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
-    command = [sys.executable, str(HERE / "sharded.py"), str(ranks), str(folder), json.dumps(engine), *checks]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=570,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"})
-    return f"{done.stdout}\n{done.stderr}"
+# in a process of the launcher, which finds sharded.py beside itself; if it hangs, its ranks end with it
+CODE = """
+import os, pathlib, signal, sys, sharded
+signal.alarm(570)
+status = sharded.main({ranks}, pathlib.Path({folder!r}), {engine!r}, {checks!r})
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+def launch(launcher, folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
+    log, code = folder / "log", CODE.format(ranks=ranks, folder=str(folder), engine=engine, checks=checks)
+    launcher.start(argv=[], log=str(log), code=code)
+    launcher.wait()
+    return log.read_text()
 
 
 def passed(folder: Path, check: str, output: str) -> None:
@@ -99,10 +104,10 @@ def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def fsdp(tiny_model, tmp_path_factory):
+def fsdp(launcher, tiny_model, tmp_path_factory):
     """(folder, output) of the checks of fsdp on two ranks."""
     folder = folder_of(tiny_model, tmp_path_factory.mktemp("fsdp"))
-    return folder, launch(folder, 2, {"kind": "fsdp"}, CHECKS)
+    return folder, launch(launcher, folder, 2, {"kind": "fsdp"}, CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -118,9 +123,9 @@ ENGINES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(map(str, engine.values())))
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine):
+def test_every_engine_equals_the_local_one(launcher, tiny_model, tmp_path, ranks, engine):
     checks = [*GRID, *(["overlaps"] if engine["kind"] == "local" else ["damaged", "full_disk"]), "times_out"]
-    output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
+    output = launch(launcher, folder_of(tiny_model, tmp_path), ranks, engine, checks)
     for check in checks:
         passed(tmp_path, check, output)
 

@@ -11,6 +11,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.sampling.in_process import Batch, Completion, Generator, load_for_generation
 from strop.trainer.sampling.kv_cache import Prefill
+from strop.trainer.sampling.on_device import DeviceEngine
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
@@ -47,9 +48,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def on_the_device(model) -> Generator:
+    """With the GPU's batches, on the CPU."""
+    generator = Generator(model)
+    generator.engine = DeviceEngine(model, torch.device("cpu"))
+    return generator
+
+
 @pytest.fixture(scope="module")
 def llama() -> Generator:
     return Generator(tiny("Llama"))
+
+
+@pytest.fixture(scope="module", params=[Generator, on_the_device], ids=["host", "device"])
+def either(request) -> Generator:
+    return request.param(tiny("Llama"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,14 +98,16 @@ def test_logp_is_the_teacher_forced_one(family, sampling):
             assert c.logp == pytest.approx(expected, abs=1e-4 * len(c.tokens))
 
 
-def test_same_call_same_completions_whatever_came_before(llama):
+def test_same_call_same_completions_whatever_came_before(either):
     prompts = make_prompts(5, 9, 3, 12)
     how = {"k": 4, "seed": 7, "max_new_tokens": 16, "stop_ids": STOP, "batch_size": 6}
-    first = llama.generate(prompts, **how)
-    llama.generate(make_prompts(40, 2), k=3, seed=1, max_new_tokens=30)
-    assert llama.generate(prompts, **how) == first
-    assert Generator(tiny("Llama")).generate(prompts, **how) == first
-    assert flat(llama.generate(prompts, **how | {"seed": 8})) != flat(first)
+    first = either.generate(prompts, **how)
+    either.generate(make_prompts(40, 2), k=3, seed=1, max_new_tokens=30)
+    assert either.generate(prompts, **how) == first
+    fresh = Generator(tiny("Llama")) if either.engine is None else on_the_device(tiny("Llama"))
+    assert fresh.generate(prompts, **how) == first
+    assert flat(either.generate(prompts, **how | {"batch_size": 128})) == flat(first)
+    assert flat(either.generate(prompts, **how | {"seed": 8})) != flat(first)
 
 
 def test_neighbours_refills_and_batch_size_change_no_token(llama):
@@ -106,8 +121,10 @@ def test_neighbours_refills_and_batch_size_change_no_token(llama):
     assert flat([whole[0][:2]]) == flat(llama.generate(prompts[:1], ids=ids[:1], **how | {"k": 2}))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [2, 128])
+# of layers, full and with windows and caps; the others by default in batches of the one size
+@pytest.mark.parametrize(("family", "batch_size"), [
+    *((family, 128) for family in ("Llama", "Gemma2", "Gemma3")), ("Llama", 2),
+    *(pytest.param(family, n, marks=pytest.mark.slow) for family in FAMILIES for n in (2, 128))])
 def test_a_beginning_in_common_is_computed_once(family, batch_size, monkeypatch):
     system, ask, tell, *ends = make_prompts(30, 9, 11, 3, 1, 6, 12, 2)
     prompts = [system + kind + end for end in ends for kind in (ask, tell)]
@@ -177,9 +194,9 @@ class Plain:
         return ((q @ k.transpose(-1, -2) * scaling).masked_fill(ahead, -9e9).softmax(-1) @ v).transpose(0, 1)
 
 
-def test_progress_counts_every_token_and_completion(llama):
+def test_progress_counts_every_token_and_completion(either):
     steps = []
-    got = llama.generate(make_prompts(5, 9, 3), k=4, max_new_tokens=16, stop_ids=STOP, batch_size=5,
+    got = either.generate(make_prompts(5, 9, 3), k=4, max_new_tokens=16, stop_ids=STOP, batch_size=5,
                          on_progress=lambda ended, drawn: steps.append((ended, drawn)))
     assert sum(ended for ended, _ in steps) == 12
     assert sum(drawn for _, drawn in steps) == sum(len(tokens) for tokens, _ in flat(got))

@@ -20,32 +20,19 @@ from strop.trainer.models.loading import ModelFolder
 
 REPO = Path(__file__).parents[2]
 
-# runs the program under an audit hook that notes what a run has no business with, and who asked for it
+# puts the program under an audit hook that notes what a run has no business with, and who asked for it
 AUDITED = """
 import json, sys, traceback
-seen = []
+import strop.trainer.methods.running  # what libraries do while they load is not the run's
 WATCHED = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "pickle.find_class",
            "os.system", "os.posix_spawn", "subprocess.Popen", "urllib.Request", "ftplib.connect", "smtplib.connect")
 def hook(event, args):
     if event in WATCHED:
         frames = [f"{f.filename}:{f.name}" for f in traceback.extract_stack()[:-1]]
-        seen.append([event, repr(args)[:200], frames[-6:]])
-from strop.trainer.main import main
-import strop.trainer.methods.running  # what libraries do while they load is not the run's
+        with open(REPORT, "a") as f:
+            f.write(json.dumps([event, repr(args)[:200], frames[-6:]]) + "\\n")
 sys.addaudithook(hook)
-code = main(sys.argv[2:])
-with open(sys.argv[1], "w") as f:
-    json.dump(seen, f)
-sys.exit(code)
 """
-
-
-def audited(tmp_path, recipe, *arguments, **environment):
-    """(finished process, what the hook saw)"""
-    report = tmp_path / "seen.json"
-    done = subprocess.run([sys.executable, "-c", AUDITED, str(report), str(recipe), *arguments], text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, timeout=300)
-    return done, json.loads(report.read_text())
 
 
 @pytest.mark.parametrize("program", [["-m", "strop.trainer.main"], [str(REPO / "trainer" / "main.py")]])
@@ -68,11 +55,14 @@ def test_a_run_in_an_empty_network_is_the_same(tiny_recipe, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_opens_no_connection_unpickles_nothing_and_writes_no_secret(tiny_recipe, tmp_path):
+def test_a_run_opens_no_connection_unpickles_nothing_and_writes_no_secret(launcher, tiny_recipe, tmp_path):
     secrets = {"HF_TOKEN": "hf_do_not_write_me", "WANDB_API_KEY": "do_not_write_me_1", "HF_HUB_OFFLINE": "0",
                "AWS_SECRET_ACCESS_KEY": "do_not_write_me_2", "OPENAI_API_KEY": "sk-do_not_write_me"}
-    done, seen = audited(tmp_path, tiny_recipe, "rounds=1", "log.tensorboard=true", **secrets)
-    assert done.returncode == 0, done.stderr
+    report, log = tmp_path / "seen.jsonl", tmp_path / "log"
+    launcher.start(argv=[str(tiny_recipe), "rounds=1", "log.tensorboard=true"], log=str(log), env=secrets,
+                   code=f"REPORT = {str(report)!r}\n{AUDITED}")
+    assert launcher.wait() == 0, log.read_text()
+    seen = [json.loads(line) for line in report.read_text().splitlines()]
     children = [s for s in seen if s[0] == "subprocess.Popen"]
     assert all("strop.trainer.scoring.sandbox" in s[1] for s in children) and children, children  # the verifier's child
     assert [s for s in seen if s[0] != "subprocess.Popen"] == []
@@ -81,7 +71,7 @@ def test_a_run_opens_no_connection_unpickles_nothing_and_writes_no_secret(tiny_r
     assert {"config.yaml", "report.html", "metrics.jsonl", "README.md"} <= {p.name for p in files}
     for file in files:
         assert b"do_not_write_me" not in file.read_bytes(), file
-    assert "do_not_write_me" not in done.stdout + done.stderr
+    assert "do_not_write_me" not in log.read_text()
     assert run.stat().st_mode & 0o777 == 0o700
 
 

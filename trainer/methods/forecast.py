@@ -1,5 +1,6 @@
 """What a plan's stages need on this machine or on named hardware, as `--plan` prints it."""
 
+import functools
 import os
 import shutil
 import time
@@ -48,8 +49,9 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+@functools.cache
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy, read and written bytes both counted."""
+    """Bytes/s of a copy, read and written bytes both counted; measured once a process."""
     source, seconds = torch.ones(COPIED // 4, device=device), []
     target = torch.empty_like(source)
     for _ in range(4):
@@ -114,7 +116,7 @@ def show(console: Console, recipe: Recipe, store: Store, on: Hardware | None) ->
         groups.setdefault(over_rounds(estimate.stage), []).append(estimate)
     console.table(f"needs on {on.name} (a rank may fill {on.usable / GB:.1f} GB)",
                   ["stage", "times", "GB", "most of it", "host GB", "time", "disk GB", "fits"],
-                  [row(name, group, on) for name, group in groups.items()])
+                  [row(name, group) for name, group in groups.items()])
     for name, group in groups.items():
         worst = next((e for e in group if e.fits is False), None)
         if worst:
@@ -155,7 +157,7 @@ def over_rounds(stage: str) -> str:
     return f"round-*/{rest}" if rest else first
 
 
-def row(name: str, group: list[Estimate], on: Hardware) -> list[str]:
+def row(name: str, group: list[Estimate]) -> list[str]:
     """The largest memory of the stages of a name, their time and disk together."""
     worst = max(group, key=lambda e: e.memory.on_device if e.memory else -1)
     memory, seconds = worst.memory, [e.seconds for e in group]

@@ -190,7 +190,7 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
                                  checkpointing=setting.checkpointing, scores=setting.scores)
         shards = 1 if setting.engine == "local" else on.ranks
         state = speed.state_bytes(trained, memory.of_moments(shape, setting, trained), setting.split)
-        seconds = steps * speed.step_seconds(shape, on, flops, trained, state, offload=setting.offload, shards=shards)
+        seconds = steps * speed.step_seconds(on, flops, trained, state, offload=setting.offload, shards=shards)
         if setting.muon:  # on every rank
             seconds += steps * speed.muon_flops(shape, setting.lora_rank) / (speed.OF_FLOPS * on.flops)
     return Estimate(asked.name, need, seconds, kept, scratch, does_fit, remedy, why)

@@ -45,8 +45,7 @@ def muon_flops(shape: Shape, lora_rank: int) -> float:
     return shape.layers * NEWTON_SCHULZ * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
 
 
-def step_seconds(shape: Shape, on: Hardware, flops: float, trained: int, state: int, *, offload: str,
-                 shards: int) -> float:
+def step_seconds(on: Hardware, flops: float, trained: int, state: int, *, offload: str, shards: int) -> float:
     """Of an optimizer step on every rank: its FLOPs, then AdamW's bytes, `state` over all ranks, where masters and
     moments are. Communication is not counted."""
     compute = flops / on.ranks / (OF_FLOPS * on.flops)

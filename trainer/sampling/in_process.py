@@ -17,6 +17,7 @@ from strop.kernels.integrations.compiled import eagerly
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
+from strop.trainer.sampling import kv_cache
 from strop.trainer.sampling.base import Completion
 from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Held, Prefill, PromptKV, attend_with_cache, onto
 from strop.trainer.sampling.on_device import DeviceBatch, DeviceEngine
@@ -25,7 +26,6 @@ from strop.trainer.sampling.pages import supports
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
 PREFILL_TOKENS = 1024  # per prefill, prompts padded to the longest
 SPARE_GROUPS = 16  # prompts prefilled ahead of need, so that prefills are batched too
-LOOK_AHEAD = 64  # prompts that a prefill skips because they are cheaper after it
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Generator:
                 on_progress(finished, len(rows))
 
         while True:
-            while fresh := batch.refill():
+            while fresh := kv_cache.fill_places(batch):
                 draw(fresh, batch.first_logits(fresh))
             if not batch.compact():
                 break
@@ -186,19 +186,6 @@ class Batch:
     def active(self) -> int:
         return sum(row is not None for row in self.rows)
 
-    def refill(self) -> list[int]:
-        """Assigns waiting completions to the free rows; returns these rows, which have no token yet."""
-        fresh = []
-        for r, row in enumerate(self.rows):
-            if row is None:
-                if not self.ready and self.waiting and self.free_groups:
-                    self.prefill()
-                if not self.ready:
-                    break
-                self.rows[r] = self.ready.popleft()
-                fresh.append(r)
-        return fresh
-
     def prefill(self) -> None:
         """Prefills some of the waiting prompts, each after the longest prefix that the cache holds. Prompts that share
         more with another prompt of this prefill wait for the next one."""
@@ -206,7 +193,7 @@ class Batch:
         later: list[int] = []
         running: list[int] = []  # groups
         longest = 0
-        while self.waiting and self.free_groups and len(later) < LOOK_AHEAD:
+        while self.waiting and self.free_groups and len(later) < kv_cache.LOOK_AHEAD:
             prompt = self.prompts[self.waiting[0]]
             common = self.held.common(prompt)
             coming, common[running] = max(common[running], default=0), 0
@@ -280,12 +267,7 @@ class Batch:
         tokens, logps = torch.stack((token.double(), logp.double())).tolist()  # the only host sync of the step
         ended = 0
         for r, row, t, lp in zip(rows, active, tokens, logps, strict=True):
-            completion = row.completion
-            completion.tokens.append(int(t))
-            completion.logp += lp
-            completion.logps.append(lp)
-            if int(t) in stop or len(completion.tokens) == self.max_new_tokens:
-                completion.finish = "stop" if int(t) in stop else "length"
+            if row.completion.take(int(t), lp, stop, self.max_new_tokens):
                 self.retire(r, row)
                 ended += 1
         return ended

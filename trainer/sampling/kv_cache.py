@@ -19,6 +19,7 @@ from strop.trainer.errors import UserError
 
 ATTENTION = "strop_generate"
 FIRST_CHUNK = 32  # positions
+LOOK_AHEAD = 64  # prompts that a prefill skips because they are cheaper after it
 IGNORED = {"dropout", "is_causal", "position_ids", "output_attentions", "output_hidden_states", "use_cache"}
 
 
@@ -56,7 +57,7 @@ class PromptKV:
     """
 
     def __init__(self, groups: int, prompt_length: int, rows: int, completion_length: int, device: torch.device):
-        self.prompt_shape, self.rows, self.completion_length = (groups, prompt_length), rows, completion_length
+        self.prompt_shape, self.rows = (groups, prompt_length), rows
         self.chunks: list[tuple[int, int]] = []  # (start, size), sizes doubling
         start, size = 0, FIRST_CHUNK
         while start < completion_length:
@@ -125,6 +126,21 @@ class Held:
     def put(self, group: int, prompt: list[int]) -> None:
         self.tokens[group] = -1
         self.tokens[group, : len(prompt)] = prompt
+
+
+def fill_places(batch) -> list[int]:
+    """Gives the free places among batch.rows to waiting completions, after a prefill where none is ready. Returns the
+    places that were filled, whose rows have no token yet."""
+    filled = []
+    for r, row in enumerate(batch.rows):
+        if row is None:
+            if not batch.ready and batch.waiting and batch.free_groups:
+                batch.prefill()
+            if not batch.ready:
+                break
+            batch.rows[r] = batch.ready.popleft()
+            filled.append(r)
+    return filled
 
 
 class CachedPrefix(NamedTuple):

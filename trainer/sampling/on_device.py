@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from strop.kernels.attention.paged import PAGE, SPLIT, Tables, tile_members
 from strop.kernels.sampling import advance_rows, sample_tokens
 from strop.trainer.sampling.base import Completion
-from strop.trainer.sampling.kv_cache import Held, onto
+from strop.trainer.sampling.kv_cache import LOOK_AHEAD, Held, fill_places, onto
 from strop.trainer.sampling.pages import PagedDecode, PagedPrefill, PagedPrompt, Pool, pages_of
 
 FEWEST_ROWS = 16
 PREFILL_TOKENS = 8192  # per prefill
 SPARE_GROUPS = 32  # prompts prefilled ahead of need, so that prefills are large
-LOOK_AHEAD = 64  # prompts that a prefill skips because they are cheaper after it
 
 
 @dataclass(eq=False)
@@ -210,18 +209,11 @@ class DeviceBatch:
 
     def admit(self) -> None:
         """Gives free places to waiting completions, and draws their first tokens."""
-        fresh = []
-        for r, row in enumerate(self.rows):
-            if row is None:
-                if not self.ready and self.waiting and self.free_groups:
-                    self.prefill()
-                if not self.ready:
-                    break
-                self.rows[r] = row = self.ready.popleft()
-                self.arena.on_host["group"][r] = row.group
-                fresh.append((len(fresh), r, row))
+        fresh = [(i, r, self.rows[r]) for i, r in enumerate(fill_places(self))]
         if not fresh:
             return
+        for _, r, row in fresh:
+            self.arena.on_host["group"][r] = row.group
         place, group, position, key = onto(
             self.device, [r for _, r, _ in fresh], [row.group for *_, row in fresh],
             [len(self.prompts[row.prompt]) for *_, row in fresh], [row.key for *_, row in fresh])
@@ -331,10 +323,7 @@ class DeviceBatch:
                 if completion.finish:  # ended before this step, which the host did not know when it launched it
                     continue
                 count += 1
-                completion.tokens.append(int(tokens[column]))
-                completion.logp += logps[column]
-                if completion.tokens[-1] in self.stop or len(completion.tokens) == self.max_new_tokens:
-                    completion.finish = "stop" if completion.tokens[-1] in self.stop else "length"
+                if completion.take(int(tokens[column]), logps[column], self.stop, self.max_new_tokens):
                     self.retire(r, row)
                     ended += 1
             self.on_progress(ended, count)

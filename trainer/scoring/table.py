@@ -106,7 +106,7 @@ class Verdicts:
             for scorer in mine:
                 version = self.versions[source, scorer.name] = version_of(scorer, files)
                 if version not in opened:  # sources share equal scorers
-                    opened[version] = open_scorer(scorer, file_of(scorer, files), workers_of(stage, score), where)
+                    opened[version] = open_scorer(scorer, file_of(scorer, files), workers_of(score), where)
                 self.live[source, scorer.name] = opened[version]
 
     def __call__(self, source: str, item: Item) -> dict[str, tuple[float | None, str | None]]:
@@ -206,7 +206,7 @@ def keep_verdicts(stage: Stage, table: pa.Table, scorers: dict[str, list[Scorer]
                            f"text in {stage.dir / 'verdicts.parquet'}")
 
 
-def workers_of(stage: Stage, score: Score) -> int:
+def workers_of(score: Score) -> int:
     """Processes that scorers of this rank use."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return score.workers or max(1, len(os.sched_getaffinity(0)) // local)

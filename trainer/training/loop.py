@@ -42,12 +42,7 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
     microbatches and ranks is the step's loss. finish(sums [names] on the host) -> the values to log.
     """
     section, world, mesh, work = engine.section, engine.world, engine.mesh, stage.work
-    if engine.resume(work):
-        stage.console.line(f"{stage.name}: resumed at step {engine.step_index} of {len(plan)}")
-        stage.metrics.rewind(stage.name, engine.step_index)
-        if guard:
-            guard.resume()
-    keep = {round(len(plan) * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {0, len(plan)}
+    keep = resume(stage, engine, len(plan), guard)
     peak = peak_flops(world.device, engine.dtype)
     costs = [training_flops(engine.sizes, example) for example in examples]
     budget = Budget(stage, section)
@@ -120,12 +115,29 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
             if asked and not ends:
                 raise KeyboardInterrupt
     stage.counts |= {"microbatches": whole.microbatches} | whole.values()
+    save_last(stage, engine, guard)
+    return engine.step_index
+
+
+def resume(stage: Stage, engine: Training, steps: int, guard: Guard | None) -> set[int]:
+    """Goes to the last resume point of a stage of `steps` optimizer steps, if there is one. Returns the steps after
+    which a snapshot is due."""
+    if engine.resume(stage.work):
+        stage.console.line(f"{stage.name}: resumed at step {engine.step_index} of {steps}")
+        stage.metrics.rewind(stage.name, engine.step_index)
+        if guard:
+            guard.resume()
+    count = engine.section.snapshots
+    return {round(steps * (i + 1) / (count + 1)) for i in range(count)} - {0, steps}
+
+
+def save_last(stage: Stage, engine: Training, guard: Guard | None) -> None:
+    """Writes the last weights and their average, or what the guard kept if it stopped the stage."""
     if not (guard and guard.stopped):
         engine.save(stage.dir / "model")
         engine.save_ema(stage.dir / "ema")
     if guard:
         guard.finish()
-    return engine.step_index
 
 
 def attempt(engine: Training, ahead: Ahead, step: Step, loss, count: int

@@ -21,7 +21,7 @@ from strop.trainer.training.engine import Training, learning_rate
 from strop.trainer.training.flops import peak_flops, training_flops
 from strop.trainer.training.guard import Guard
 from strop.trainer.training.logprobs import Scorer
-from strop.trainer.training.loop import stop_if_not_finite
+from strop.trainer.training.loop import resume, save_last, stop_if_not_finite
 from strop.trainer.training.rollouts import Rollouts, group_of, grouped
 
 # Mean difference, by dtype, of the log-probs that sampler and trainer give to the same tokens: rounding of two correct
@@ -138,13 +138,7 @@ def train_online(stage: Stage, engine: Training, scorer: Scorer, rollouts: Rollo
     Raises UserError if in the first step the sampler's log-probs of its own tokens are not those of the trainer.
     """
     section, world, work = engine.section, engine.world, stage.work
-    if engine.resume(work):
-        stage.console.line(f"{stage.name}: resumed at step {engine.step_index} of {engine.steps}")
-        stage.metrics.rewind(stage.name, engine.step_index)
-        if guard:
-            guard.resume()
-    keep = {round(engine.steps * (i + 1) / (section.snapshots + 1)) for i in range(section.snapshots)} - {
-        0, engine.steps}
+    keep = resume(stage, engine, engine.steps, guard)
     peak = peak_flops(world.device, engine.dtype)
     step, saved, logged = engine.step_index // section.epochs, engine.step_index, Means()
     check = FirstStep(stage)
@@ -199,11 +193,7 @@ def train_online(stage: Stage, engine: Training, scorer: Scorer, rollouts: Rollo
                 saved = engine.step_index
             if stops:
                 stopping.point()
-    if not (guard and guard.stopped):
-        engine.save(stage.dir / "model")
-        engine.save_ema(stage.dir / "ema")
-    if guard:
-        guard.finish()
+    save_last(stage, engine, guard)
     return engine.step_index
 
 
