@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from fake import Fake
 from hypothesis import given
 from hypothesis import strategies as st
 from training import stage_in
@@ -21,7 +20,7 @@ from strop.trainer.models.loading import ModelFolder
 from strop.trainer.reports.judging import about, between, concordance
 from strop.trainer.run.files import read_json
 from strop.trainer.run.tables import read_table
-from strop.trainer.sampling.base import Settings
+from strop.trainer.sampling.base import Fake, Settings
 from strop.trainer.scoring import judge as judging
 from strop.trainer.scoring.base import Compute, Item
 from strop.trainer.scoring.judge import (

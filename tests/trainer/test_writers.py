@@ -7,7 +7,6 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import write_recipe
-from fake import Fake
 from faultserver import FaultServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +24,7 @@ from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.files import read_json
 from strop.trainer.run.tables import read_table, write_table
 from strop.trainer.sampling import writers
-from strop.trainer.sampling.base import Completion, Settings
+from strop.trainer.sampling.base import Completion, Fake, Settings
 from strop.trainer.sampling.writers import same_tokens, until_enough
 from strop.trainer.stages import sample as sample_stage
 from strop.trainer.stages.prompts import SCHEMA
