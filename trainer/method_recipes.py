@@ -381,11 +381,33 @@ class OnlineDpoRecipe(OnlineRecipe):
         return data
 
 
+class InstructGptRecipe(AnnotatedRecipe, OnlineRecipe):
+    method: Literal["instructgpt"] = Field("instructgpt", description="InstructGPT (2203.02155): SFT, a reward model, "
+                                           "online training against it, and its policy beside the best of n")
+    rounds: Literal[1] = Field(1, description="always one")
+    compare: Sample = Field(Sample(k=32), description="answers to test prompts at temperature 1, half of them by the "
+                            "SFT weights and half by the policy, for the comparison")
+
+    DEFAULTS: ClassVar = {
+        "annotate.k": 4, "compare.k": 32, "sft.lr": 9.65e-6, "reward.pairs": "all", "reward.lr": 9e-6,
+        "reward.min_lr_ratio": 0.1, "reward.batch_size": 64, "online.loss": "rloo", "online.beta": 0.02}
+    UNREAD = ("write_prompts", "dpo", "sft.enabled", "sft.start", "select.accumulate", "online.enabled", *MERGING,
+              *(f"compare.{key}" for key in ("temperature", "top_k", "top_p", "enough")))
+
+    @model_validator(mode="after")
+    def has_best_of_two(self):
+        if self.compare.k < 6:
+            raise ValueError(f"compare.k={self.compare.k}: half of them are the SFT weights', and wins of the best of "
+                             "2 over another one take 3; set 6 or more")
+        return self
+
+
+# the keys of each method
 RECIPES: dict[str, type[Recipe]] = {"rounds": Recipe, "reward": RewardRecipe, "llama3": Llama3Recipe,
                                     "llama2": Llama2Recipe, "nemotron": NemotronRecipe,
                                     "constitutional": ConstitutionalRecipe, "self_distill": SelfDistillRecipe,
                                     "best_of_n": BestOfNRecipe, "committee": CommitteeRecipe,
-                                    "online_dpo": OnlineDpoRecipe}  # the keys of each method
+                                    "online_dpo": OnlineDpoRecipe, "instructgpt": InstructGptRecipe}
 
 
 def recipe_class(data: dict) -> type[Recipe]:

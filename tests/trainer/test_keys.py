@@ -154,7 +154,7 @@ def test_every_key_has_its_entry():
 
 
 # sections of other methods that are those of another one, with the keys below besides
-LIKE = {"annotate": "sample", "code": "sft", "rpo": "dpo"}
+LIKE = {"annotate": "sample", "compare": "sample", "code": "sft", "rpo": "dpo"}
 # keys of other methods, which test_methods.py changes
 OTHER_METHODS = {"average.reward.N.lr", "average.reward.N.seed", "average.sft.N.lr", "average.sft.N.seed",
                  "average.dpo.N.lr", "average.dpo.N.seed", "safety.sources", "safety.preferences", "safety.threshold",

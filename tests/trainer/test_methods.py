@@ -366,7 +366,8 @@ def test_reports_of_unfinished_runs_are_about_the_policy(runs, tmp_path):
     ("llama2", {"safety": {}}, "leave no data about safety"),
     ("llama2", {"safety.sources": ["digits", "letters"], "safety.preferences": ["first", "later"]},
      "leave no data about helpfulness"),
-    ("nemotron", {"annotate.k": 2}, "method=nemotron has no such key, method=llama3 or method=llama2 has"),
+    ("nemotron", {"annotate.k": 2}, "method=nemotron has no such key, method=llama3 or method=llama2 or "
+                                  "method=instructgpt has"),
     ("nemotron", {"rpo.loss": "sigmoid"}, "rpo.loss=sigmoid: input should be 'rpo'"),
     ("nemotron", {"rpo.reference": "base"}, "rpo.reference is not read by method nemotron; leave it out"),
     ("nemotron", {"code.sources": []}, "code.sources is empty: name the data.sources and data.sft about code"),

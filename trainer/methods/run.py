@@ -37,6 +37,7 @@ from strop.trainer.run.store import Store
 from strop.trainer.scoring.ahead import Ahead
 from strop.trainer.scoring.base import check_scorer
 from strop.trainer.scoring.table import models_of
+from strop.trainer.stages.compare import compare
 from strop.trainer.stages.evaluate import held_out
 from strop.trainer.stages.merge import average, merge
 from strop.trainer.stages.online import online
@@ -156,11 +157,11 @@ class Run:
         return self._files[path]
 
     def sample(self, section: Sampling, weights: Artifact | dict[str, Artifact], prompts: Artifact,
-               name: str = "sample", score: Score | None = None) -> Artifact:
+               name: str = "sample", score: Score | None = None, split: Literal["train", "test"] = "train") -> Artifact:
         """K completions of prompts by `weights`, or by the writers that the section lists. Several weights by name
         divide K among them. These are this round's prompts, or with another name than sample another draw of the
-        training prompts. score: for samples that are then scored with this section; scoring begins while they are
-        drawn.
+        training prompts, or of those of another split. score: for samples that are then scored with this section;
+        scoring begins while they are drawn.
 
         With several writers each is a stage of its own, so that a change of one asks no other again."""
         seed = self.recipe.seed if name == "sample" else int(hash_json([self.recipe.seed, name])[:15], 16)
@@ -172,7 +173,7 @@ class Run:
             there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
             there = {name: pair for name, pair in there.items() if pair[1] is not None}
         else:
-            return self._write(name, section, section, weights, prompts, seed, "samples", score)
+            return self._write(name, section, section, weights, prompts, seed, "samples", score, split)
         if not there:
             raise UserError(f"sample.models: no writer has weights in round {self.round}; add one with weights=current")
         share = allot(section.k, {n: w.share for n, (w, _) in there.items()}, dict.fromkeys(there, section.k))
@@ -182,7 +183,7 @@ class Run:
         made, first = {}, 0
         for n, (writer, folder) in there.items():
             made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
-                                  seed, "writer", score, first=first, k=share[n])
+                                  seed, "writer", score, split, first=first, k=share[n])
             first += share[n]
         return self.gather(made, name)
 
@@ -222,10 +223,11 @@ class Run:
         return named.get(writer.weights)
 
     def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, seed: int, kind: str,
-               score: Score | None, **share) -> Artifact:
+               score: Score | None, split: str, **share) -> Artifact:
         r = self.recipe
         config = {"sample": section, "shares": {s.name: s.share for s in r.sources}, "seed": seed,
                   "model": self._loading, "compute": self._numbers, **share}
+        config |= {} if split == "train" else {"split": split}
         inputs = {"round": self.round, "weights": weights, "prompts": prompts, "writer_hash": weights.hash}
         if writer is not section:
             config["writer"] = writer
@@ -370,21 +372,32 @@ class Run:
         return self._stage(name, average, "weights", {}, {"runs": [run.model for run in runs]})
 
     def online(self, section: Online, policy: Artifact, prompts: Artifact, reference: Artifact | None = None,
-               name: str = "online") -> Artifact:
+               name: str = "online", models: dict[str, Artifact] | None = None) -> Artifact:
         """`policy` trained on completions that it writes itself, step by step, with a KL penalty to `reference`, by
-        default `policy`; the weights are `.model`."""
+        default `policy`; the weights are `.model`. The scorers of data.sources reward it, or `models` in sum: reward
+        models that this run trained, by name."""
         r, reference = self.recipe, reference or policy
         if r.engine.kind not in ("auto", "local"):
             raise UserError(f"engine.kind={r.engine.kind}: online training samples from the weights in training, which "
                             "must be whole on every rank; set engine.kind=local")
-        scoring, files = self._scoring(r.sources)
+        scoring, files = self._scoring(r.sources) if models is None else self._rewarding(models)
+        weights = weights_of(r.sources) if models is None else {s.name: dict.fromkeys(models, 1.0) for s in r.sources}
         config = scoring | self._training(online=section, evaluate=self._checks) | {
-            "score": r.score.only("max_errors", "workers"), "weights": weights_of(r.sources),
+            "score": r.score.only("max_errors", "workers"), "weights": weights,
             "shares": {s.name: s.share for s in r.sources}}
         inputs = {"round": self.round, "policy": policy, "prompts": prompts, "files": files}
         if section.beta:
             inputs |= {"reference": reference, "same_weights": reference.hash == policy.hash}
         return self._stage(name, online, "training", config, inputs, title="online", all_ranks=True)
+
+    def compare(self, prompts: Artifact, samples: Artifact, scores: Artifact, rewards: Artifact, start: Artifact,
+                policies: dict[str, Artifact], name: str = "comparison") -> Artifact:
+        """KL and wins over one sample of `start`, of its best of n by `rewards` and of the policies. samples: of these
+        weights at temperature 1, those of the policies under their names as writers."""
+        config = {"weights": weights_of(self.recipe.sources), "model": self._loading, "compute": self._numbers}
+        return self._stage(name, compare, "comparison", config, {
+            "prompts": prompts, "sample": samples, "scores": scores, "rewards": rewards, "start": start,
+            "policies": policies})
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
         """The average of checkpoints of `trained` and `start`, as the section says."""
