@@ -95,6 +95,8 @@ def test_the_comparison_is_that_of_its_tables(run):
     assert "| best of 4 | ≤ 0.636 |" in text and "| online |" in text
     drawn = ElementTree.parse(run.dir / "round-00/comparison/comparison.svg").getroot()
     assert len([e for e in drawn if e.tag.endswith("svg")]) == 3
+    page = (run.dir / "report.html").read_text()
+    assert 'id="compared"' in page and "bound n/(n+1)" in page and page.count("≤ 0.636") == 1
 
 
 def test_keys_count_where_they_are_read(run, tmp_path):
