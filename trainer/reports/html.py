@@ -79,7 +79,8 @@ class Refresh:
 def templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.globals |= {"colors": COLORS, "comparison_columns": comparison.COLUMNS, "comparison_note": comparison.NOTE}
+    environment.globals |= {"colors": COLORS, "comparison_columns": comparison.COLUMNS,
+                            "comparison_note": comparison.NOTE}
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "duration": duration,
                             "points": lambda v: f"{100 * v:+.1f}", "count": count}
     return environment
