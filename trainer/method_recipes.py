@@ -293,6 +293,9 @@ class Online(Checked):
         "ipo and hinge: online pairs of a prompt's best and worst completion (OAIF)")
     beta: float = Field(0.05, ge=0.0, le=1e6, description="weight of the KL penalty to the reference; of pairs as in "
                         "dpo. 0 needs no reference, and is for mdloo and rloo only")
+    anchor: Literal["reference", "ema"] = Field(
+        "reference", description="weights that the KL penalty is to: the reference, as a rule those that the stage "
+        "starts from, or the EMA of the weights in training (WARP), which needs ema_decay; 0.99 is WARP's")
     mirror_weight: float = Field(1.0, ge=0.0, le=1e6, description="mdloo: weight of the KL to the policy that wrote "
                                  "the step's completions; it acts from the second of epochs on")
     missing_eos_penalty: float = Field(1.0, ge=0.0, le=1e6, description="what a completion's reward loses if it is cut "
@@ -332,6 +335,8 @@ class Online(Checked):
                              "that it samples; leave it out")
         if self.pairs and not self.beta:
             raise ValueError(f"beta=0 with loss={self.loss}, which needs a weight above 0; 0.1 is usual")
+        if self.anchor == "ema" and not (self.ema_decay and self.beta):
+            raise ValueError("anchor=ema is the EMA of ema_decay as the reference of beta; set both above 0")
         if self.max_tokens <= self.longest:
             raise ValueError(f"max_tokens={self.max_tokens} holds no prompt with {2 if self.pairs else 1} of max_new_"
                              f"tokens={self.max_new_tokens}; raise it")
@@ -381,6 +386,16 @@ class OnlineDpoRecipe(OnlineRecipe):
         return data
 
 
+class WarpRecipe(OnlineRecipe):
+    method: Literal["warp"] = Field("warp", description="WARP (2406.16768): two online runs anchored to their own "
+                                    "averages, merged and drawn back towards their start, in every round")
+
+    DEFAULTS: ClassVar = {"online.loss": "rloo", "online.anchor": "ema", "online.ema_decay": 0.99,
+                          "merge.method": "warp", "merge.interpolate": 0.3, "merge.promote": "last"}
+    UNREAD = ("sample", "select", "sft", "dpo", "write_prompts", "data.sft", "data.preferences", "online.enabled",
+              "merge.method", "merge.members", "merge.weights")
+
+
 class InstructGptRecipe(AnnotatedRecipe, OnlineRecipe):
     method: Literal["instructgpt"] = Field("instructgpt", description="InstructGPT (2203.02155): SFT, a reward model, "
                                            "online training against it, and its policy beside the best of n")
@@ -407,7 +422,8 @@ RECIPES: dict[str, type[Recipe]] = {"rounds": Recipe, "reward": RewardRecipe, "l
                                     "llama2": Llama2Recipe, "nemotron": NemotronRecipe,
                                     "constitutional": ConstitutionalRecipe, "self_distill": SelfDistillRecipe,
                                     "best_of_n": BestOfNRecipe, "committee": CommitteeRecipe,
-                                    "online_dpo": OnlineDpoRecipe, "instructgpt": InstructGptRecipe}
+                                    "online_dpo": OnlineDpoRecipe, "instructgpt": InstructGptRecipe,
+                                    "warp": WarpRecipe}
 
 
 def recipe_class(data: dict) -> type[Recipe]:

@@ -51,7 +51,8 @@ ONLINE = {f"online.{key}": (value, {"online", "final"}) for key, value in {
     "bema_bias_power": Also(0.3, {"online.bema": True}), "bema_ema_power": Also(0.4, {"online.bema": True}),
     "bema_lag": Also(5, {"online.bema": True}), "eval_prompts": 5, "max_cut_rise": 0.5, "max_length_ratio": 3.0,
     "max_kl": 0.5, "steps": 3, "k": 3, "loss": Also("rloo", {"online.epochs": 1}), "beta": 0.0, "mirror_weight": 2.0,
-    "missing_eos_penalty": 0.5, "max_new_tokens": 9, "decode_batch": 16,
+    "anchor": Also("ema", {"online.ema_decay": 0.5}), "missing_eos_penalty": 0.5, "max_new_tokens": 9,
+    "decode_batch": 16,
     "temperature": Also(0.5, {"online.loss": "ipo", "online.epochs": 1})}.items()} | {
     "online.checkpoint_steps": (3, NOTHING), "online.masters": (Also("split", {"dtype": "bfloat16"}), {
         "baseline-held-out", "sample-start", "online", "held-out", "final"}),

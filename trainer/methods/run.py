@@ -372,21 +372,22 @@ class Run:
         return self._stage(name, average, "weights", {}, {"runs": [run.model for run in runs]})
 
     def online(self, section: Online, policy: Artifact, prompts: Artifact, reference: Artifact | None = None,
-               name: str = "online", models: dict[str, Artifact] | None = None) -> Artifact:
+               name: str = "online", models: dict[str, Artifact] | None = None, seed: int | None = None) -> Artifact:
         """`policy` trained on completions that it writes itself, step by step, with a KL penalty to `reference`, by
-        default `policy`; the weights are `.model`. The scorers of data.sources reward it, or `models` in sum: reward
-        models that this run trained, by name."""
+        default `policy`, or with section.anchor=ema to its own average; the weights are `.model`. The scorers of
+        data.sources reward it, or `models` in sum: reward models that this run trained, by name. seed: instead of the
+        recipe's."""
         r, reference = self.recipe, reference or policy
         if r.engine.kind not in ("auto", "local"):
             raise UserError(f"engine.kind={r.engine.kind}: online training samples from the weights in training, which "
                             "must be whole on every rank; set engine.kind=local")
         scoring, files = self._scoring(r.sources) if models is None else self._rewarding(models)
         weights = weights_of(r.sources) if models is None else {s.name: dict.fromkeys(models, 1.0) for s in r.sources}
-        config = scoring | self._training(online=section, evaluate=self._checks) | {
+        config = scoring | self._training(seed, online=section, evaluate=self._checks) | {
             "score": r.score.only("max_errors", "workers"), "weights": weights,
             "shares": {s.name: s.share for s in r.sources}}
         inputs = {"round": self.round, "policy": policy, "prompts": prompts, "files": files}
-        if section.beta:
+        if section.beta and section.anchor == "reference":
             inputs |= {"reference": reference, "same_weights": reference.hash == policy.hash}
         return self._stage(name, online, "training", config, inputs, title="online", all_ranks=True)
 

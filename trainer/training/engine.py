@@ -7,7 +7,7 @@ gradients and optimizer are, and in how ranks exchange them.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -200,6 +200,27 @@ class Training:
                 self.model.save_pretrained(target / "adapter", state_dict=adapter)
         if self.together:
             self.world.barrier()  # not to wait for the first rank inside a step, which has a time-out
+
+    @contextmanager
+    def averaged(self):
+        """The model with the EMA's weights, without dropout. They change places with the masters and back, bit for bit,
+        which takes no memory."""
+        training = self.model.training
+        self._exchange_average()
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            self._exchange_average()
+
+    @torch.no_grad()
+    def _exchange_average(self) -> None:
+        for master, average in zip(self.masters, self.ema, strict=True):
+            kept = master.detach().clone()
+            master.copy_(average)
+            average.copy_(kept)
+        self._set_weights(self.masters)
 
     @torch.no_grad()
     def save_ema(self, target: Path) -> None:
