@@ -3,7 +3,7 @@
 `RECIPES` has the class of each method. A default that differs from that of `rounds` is in DEFAULTS.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -91,6 +91,8 @@ class RewardRecipe(MethodRecipe):
 class Variant(Section):
     lr: PositiveFloat | None = Field(None, description="peak learning rate of this run. Default: the stage's")
     seed: NotNegative | None = Field(None, description="seed of this run's order of the data. Default: the recipe's")
+    mix: dict[str, Annotated[float, Field(ge=0.0, le=1e6)]] = Field(
+        {}, description="factors of this run's rows, by source or ready data, e.g. {maths: 2, chat: 0}; others are 1")
 
 
 class Average(Section):
@@ -129,11 +131,21 @@ class Llama3Recipe(AnnotatedRecipe):
     UNREAD = ("write_prompts", "reward.margin", "sft.enabled", "sft.start", "dpo.enabled", "dpo.reference", "dpo.pairs",
               *MERGING)
 
+    @model_validator(mode="after")
+    def has_mixed_data(self):
+        for stage, ready in (("reward", self.data.preferences), ("sft", self.data.sft), ("dpo", self.data.preferences)):
+            for i, variant in enumerate(getattr(self.average, stage)):
+                self._check_names(f"average.{stage}.{i}.mix", list(variant.mix), self.data.sources, ready)
+                if not any(variant.mix.get(entry.name, 1.0) for entry in (*self.data.sources, *ready)):
+                    raise ValueError(f"average.{stage}.{i}.mix={variant.mix} leaves no data to learn from; give a "
+                                     "factor above 0")
+        return self
+
     def runs(self, stage: str) -> list[tuple[Train, dict[str, Any]]]:
-        """(section, name and seed) of each run of reward, sft or dpo."""
+        """(section, name, seed and mix) of each run of reward, sft or dpo."""
         section, variants = getattr(self, stage), getattr(self.average, stage)
         return [(section if variant.lr is None else section.model_copy(update={"lr": variant.lr}),
-                 {"name": stage if len(variants) == 1 else f"{stage}-{i}", "seed": variant.seed})
+                 {"name": stage if len(variants) == 1 else f"{stage}-{i}", "seed": variant.seed, "mix": variant.mix})
                 for i, variant in enumerate(variants)]
 
 

@@ -158,7 +158,8 @@ def test_every_key_has_its_entry():
 LIKE = {"annotate": "sample", "compare": "sample", "code": "sft", "rpo": "dpo"}
 # keys of other methods, which test_methods.py changes
 OTHER_METHODS = {"average.reward.N.lr", "average.reward.N.seed", "average.sft.N.lr", "average.sft.N.seed",
-                 "average.dpo.N.lr", "average.dpo.N.seed", "safety.sources", "safety.preferences", "safety.threshold",
+                 "average.dpo.N.lr", "average.dpo.N.seed", "average.reward.N.mix", "average.sft.N.mix",
+                 "average.dpo.N.mix", "safety.sources", "safety.preferences", "safety.threshold",
                  "code.sources", "code.replay", *(f"revise.{key}" for key in Revise.model_fields)}
 
 

@@ -327,41 +327,43 @@ class Run:
             config["topics"] = {s.name: s.topic for s in r.sources}
         return self._stage(name, select, "best" if rewards else "selection", config, inputs)
 
-    def _training(self, seed: int | None = None, **sections) -> dict:
+    def _training(self, seed: int | None = None, mix: dict[str, float] | None = None, **sections) -> dict:
+        sections |= {"mix": mix} if mix else {}
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
                            "log": self.recipe.log, "seed": self.recipe.seed if seed is None else seed}
 
     def sft(self, section: Sft, selected: Artifact, start: Artifact, prompts: Artifact | None = None,
-            name: str = "sft", seed: int | None = None) -> Artifact:
+            name: str = "sft", seed: int | None = None, mix: dict[str, float] | None = None) -> Artifact:
         """`start` fine-tuned on the selected completions; its weights are `.model`. prompts: for the checks. seed:
-        instead of the recipe's."""
+        instead of the recipe's. mix: factors of the rows' weights, by source or ready data."""
         inputs = {"select": selected, "start": start, "prompts": prompts if section.eval_steps else None}
-        return self._stage(name, sft, "training", self._training(seed, sft=section, evaluate=self._checks), inputs,
+        return self._stage(name, sft, "training", self._training(seed, mix, sft=section, evaluate=self._checks), inputs,
                            title="SFT", all_ranks=True)
 
     def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
-               prompts: Artifact | None = None, name: str = "dpo", seed: int | None = None) -> Artifact:
+               prompts: Artifact | None = None, name: str = "dpo", seed: int | None = None,
+               mix: dict[str, float] | None = None) -> Artifact:
         """`policy` trained on the selected pairs, or what else section.loss learns from, against the log-probs of
-        `reference_weights`. prompts: for the checks. seed: instead of the recipe's."""
+        `reference_weights`. prompts: for the checks. seed, mix: as in `sft`."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
                   "seed": self.recipe.seed if seed is None else seed, "rows": section.rows,
-                  "mismatches": section.loss == "kto"}
+                  "mismatches": section.loss == "kto"} | ({"mix": mix} if mix else {})
         table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
                   "same_weights": reference_weights.hash == policy.hash, "policy_hash": policy.hash,
                   "prompts": prompts if section.eval_steps else None}
-        return self._stage(name, dpo, "training", self._training(seed, dpo=section, evaluate=self._checks), inputs,
+        return self._stage(name, dpo, "training", self._training(seed, mix, dpo=section, evaluate=self._checks), inputs,
                            title="RPO" if section.loss == "rpo" else "DPO", all_ranks=True)
 
     def reward(self, section: Reward, selected: Artifact, start: Artifact,
                history: list[tuple[Artifact, Artifact]] = (), name: str = "reward",
-               seed: int | None = None) -> Artifact:
+               seed: int | None = None, mix: dict[str, float] | None = None) -> Artifact:
         """A reward model from `start`, a causal LM or a reward model, trained on the selected pairs; its weights are
         `.model`. history: (samples, selection) of rounds, whose completions section.pairs=all ranks. seed: of the
-        order of the data; which pairs are held out stays the recipe's."""
+        order of the data; which pairs are held out stays the recipe's. mix: as in `sft`."""
         inputs = {"select": selected, "start": start, "history": list(history) if section.pairs == "all" else []}
-        config = self._training(reward=section) | ({} if seed is None else {"order": seed})
+        config = self._training(mix=mix, reward=section) | ({} if seed is None else {"order": seed})
         return self._stage(name, reward, "reward", config, inputs, title="reward model", all_ranks=True)
 
     def average(self, name: str, runs: list[Artifact]) -> Artifact:
