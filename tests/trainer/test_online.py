@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -220,6 +221,27 @@ def test_the_anchor_is_the_average_of_the_weights_so_far(tmp_path, tiny_model, a
     whole = train(tmp_path / "fixed", tiny_model, asked, lora=lora, **keys)
     assert rows_of(whole, 1) == rows_of(stage, 1)
     assert largest_difference(whole.dir / "model", stage.dir / "model") > 1e-5
+
+
+@pytest.mark.parametrize("keys", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "masters": "split"}], ids=str)
+def test_average_and_masters_change_places_bit_for_bit(tmp_path, tiny_model, keys):
+    recipe = section_of(ema_decay=0.5)
+    section = recipe.online.model_copy(update={"masters": keys.get("masters", "float32")})
+    compute = recipe.model_copy(update={"dtype": keys.get("dtype", "float32")})
+    engine = Engine(ModelFolder(tiny_model), section, stage_in(tmp_path, "s"), 1, compute=compute, seed=0,
+                    lora=recipe.lora)
+    draw = torch.Generator().manual_seed(0)
+    values = [[torch.randn(m.shape, generator=draw) for m in engine.masters] for _ in range(2)]
+    with torch.no_grad():
+        engine._set_weights(values[0])
+    engine.ema = [v.clone() for v in values[1]]
+    for inside in (True, False):
+        with engine.averaged() if inside else nullcontext():
+            for masters, average, *both in zip(engine.masters, engine.ema, *values, strict=True):
+                assert torch.equal(masters, both[inside]) and torch.equal(average, both[not inside])
+            for weight, value in zip(engine.model.parameters(), values[inside], strict=True):
+                assert (weight.float() - value).abs().max() <= 0.01 * value.abs().max()
+            assert engine.model.training != inside
 
 
 def test_lora_samples_with_its_adapters_and_refers_to_the_weights_without(tmp_path, tiny_model, asked):

@@ -6,7 +6,7 @@ gradients and optimizer are, and in how ranks exchange them.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -216,11 +216,13 @@ class Training:
 
     @torch.no_grad()
     def _exchange_average(self) -> None:
-        for master, average in zip(self.masters, self.ema, strict=True):
-            kept = master.detach().clone()
-            master.copy_(average)
-            average.copy_(kept)
-        self._set_weights(self.masters)
+        def averages():  # a tensor at a time
+            for master, average in zip(self.masters, self.ema, strict=True):
+                kept = master.detach().clone()
+                yield average
+                average.copy_(kept)
+
+        self._set_weights(averages())
 
     @torch.no_grad()
     def save_ema(self, target: Path) -> None:
@@ -302,7 +304,7 @@ class Training:
         """The optimizer's step `number`, from 1. Returns the unclipped gradient norm, over all ranks."""
         raise NotImplementedError
 
-    def _set_weights(self, values: list[torch.Tensor]) -> None:
+    def _set_weights(self, values: Iterable[torch.Tensor]) -> None:
         """Sets masters and weights to `values`, one for each master."""
         raise NotImplementedError
 
