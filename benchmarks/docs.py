@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import measure, plots
+from . import field, measure, plots
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 NOT_YET = "not yet measured"
@@ -261,6 +261,17 @@ def sampling_on_gpu_section() -> str:
     return "\n\n".join(parts)
 
 
+def field_section() -> str:
+    parts = []
+    for path in sorted(measure.RESULTS.glob("*/field.json")):
+        result = json.loads(path.read_text())
+        for case in result["cases"].values():
+            parts += [f"{measured_on(result)}: {field.title(case)}", table(field.HEADER, field.lines(case))]
+    if not any("h100" in path.parent.name for path in measure.RESULTS.glob("*/field.json")):
+        parts.append(f"**{GPU}**: {NOT_YET}.")
+    return "\n\n".join(parts)
+
+
 def dedup_section() -> str:
     parts = []
     for path in sorted(measure.RESULTS.glob("*/dedup.json")):
@@ -289,6 +300,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "preference": lambda: family_section("preference", lambda case: case["variant"], memory=False),
     "attention": lambda: family_section("attention", lambda case: f"{case['preset']}, {case['variant']}"),
     "train-step": train_step_section,
+    "field": field_section,
     "step-profile": step_profile_section,
     "sampling": sampling_section,
     "sampling-gpu": sampling_on_gpu_section,

@@ -160,7 +160,7 @@ def read_yaml(text: str, at: tuple, where: Callable[[int], str], lines: dict[tup
         if node is None:
             return None
         _check_node(loader, node, at, where, lines)
-        return loader.construct_document(node)
+        return unshared(loader.construct_document(node))
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = mark.line if mark else text.count("\n", 0, getattr(e, "position", 0))
@@ -168,6 +168,18 @@ def read_yaml(text: str, at: tuple, where: Callable[[int], str], lines: dict[tup
         raise UserError(f"{where(line + 1)}: not YAML ({problem})") from None  # the cause quotes the text
     except RecursionError:
         raise UserError(f"{where(1)}: not YAML that a recipe needs (nested too deeply)") from None
+
+
+def unshared(value: Any, depth: int = 0) -> Any:
+    """A copy in which no two keys hold one object, as those with aliases of YAML do: an override of one must not change
+    the other. Raises UserError at more than DEEPEST levels."""
+    if depth > DEEPEST:
+        raise UserError(f"recipe: more than {DEEPEST} levels, or a value that holds itself; a recipe needs neither")
+    if isinstance(value, dict):
+        return {key: unshared(below, depth + 1) for key, below in value.items()}
+    if isinstance(value, list):
+        return [unshared(below, depth + 1) for below in value]
+    return copy.deepcopy(value)
 
 
 def _check_node(loader, node, at: tuple, where: Callable[[int], str], lines: dict) -> None:
@@ -229,7 +241,7 @@ def set_key(read: _Read, key: str, value: Any, where: str) -> None:
         elif not last and at.get(part) is None:
             at[part] = {}
         if last:
-            at[part] = value
+            at[part] = unshared(value)
         else:
             at = at[part]
     read.lines = {k: v for k, v in read.lines.items() if k[:len(path)] != path} | {path: where}
@@ -240,7 +252,7 @@ def load_recipe(recipe: str | Path | dict | Recipe = "quickstart", overrides: di
 
     overrides: dotted keys and their values, e.g. {"sample.k": 16}. Raises UserError, one mistake per line."""
     if isinstance(recipe, Recipe | dict):
-        read = _Read(copy.deepcopy(recipe) if isinstance(recipe, dict) else recipe.model_dump(mode="json"))
+        read = _Read(unshared(recipe) if isinstance(recipe, dict) else recipe.model_dump(mode="json"))
     else:
         read = read_recipe(find_recipe(str(recipe)))
     for key, value in (overrides or {}).items():

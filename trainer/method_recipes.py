@@ -3,7 +3,7 @@
 `RECIPES` has the class of each method. A default that differs from that of `rounds` is in DEFAULTS.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer, model_validator
 
@@ -94,6 +94,8 @@ class RewardRecipe(MethodRecipe):
 class Variant(Section):
     lr: PositiveFloat | None = Field(None, description="peak learning rate of this run. Default: the stage's")
     seed: NotNegative | None = Field(None, description="seed of this run's order of the data. Default: the recipe's")
+    mix: dict[str, Annotated[float, Field(ge=0.0, le=1e6)]] = Field(
+        {}, description="factors of this run's rows, by source or ready data, e.g. {maths: 2, chat: 0}; others are 1")
 
 
 class Average(Section):
@@ -132,11 +134,21 @@ class Llama3Recipe(AnnotatedRecipe):
     UNREAD = ("write_prompts", "reward.margin", "sft.enabled", "sft.start", "dpo.enabled", "dpo.reference", "dpo.pairs",
               *MERGING)
 
+    @model_validator(mode="after")
+    def has_mixed_data(self):
+        for stage, ready in (("reward", self.data.preferences), ("sft", self.data.sft), ("dpo", self.data.preferences)):
+            for i, variant in enumerate(getattr(self.average, stage)):
+                self._check_names(f"average.{stage}.{i}.mix", list(variant.mix), self.data.sources, ready)
+                if not any(variant.mix.get(entry.name, 1.0) for entry in (*self.data.sources, *ready)):
+                    raise ValueError(f"average.{stage}.{i}.mix={variant.mix} leaves no data to learn from; give a "
+                                     "factor above 0")
+        return self
+
     def runs(self, stage: str) -> list[tuple[Train, dict[str, Any]]]:
-        """(section, name and seed) of each run of reward, sft or dpo."""
+        """(section, name, seed and mix) of each run of reward, sft or dpo."""
         section, variants = getattr(self, stage), getattr(self.average, stage)
         return [(section if variant.lr is None else section.model_copy(update={"lr": variant.lr}),
-                 {"name": stage if len(variants) == 1 else f"{stage}-{i}", "seed": variant.seed})
+                 {"name": stage if len(variants) == 1 else f"{stage}-{i}", "seed": variant.seed, "mix": variant.mix})
                 for i, variant in enumerate(variants)]
 
 
@@ -296,6 +308,9 @@ class Online(Checked):
         "ipo and hinge: online pairs of a prompt's best and worst completion (OAIF)")
     beta: float = Field(0.05, ge=0.0, le=1e6, description="weight of the KL penalty to the reference; of pairs as in "
                         "dpo. 0 needs no reference, and is for mdloo and rloo only")
+    anchor: Literal["reference", "ema"] = Field(
+        "reference", description="weights that the KL penalty is to: the reference, as a rule those that the stage "
+        "starts from, or the EMA of the weights in training (WARP), which needs ema_decay; 0.99 is WARP's")
     mirror_weight: float = Field(1.0, ge=0.0, le=1e6, description="mdloo: weight of the KL to the policy that wrote "
                                  "the step's completions; it acts from the second of epochs on")
     missing_eos_penalty: float = Field(1.0, ge=0.0, le=1e6, description="what a completion's reward loses if it is cut "
@@ -335,6 +350,8 @@ class Online(Checked):
                              "that it samples; leave it out")
         if self.pairs and not self.beta:
             raise ValueError(f"beta=0 with loss={self.loss}, which needs a weight above 0; 0.1 is usual")
+        if self.anchor == "ema" and not (self.ema_decay and self.beta):
+            raise ValueError("anchor=ema is the EMA of ema_decay as the reference of beta; set both above 0")
         if self.max_tokens <= self.longest:
             raise ValueError(f"max_tokens={self.max_tokens} holds no prompt with {2 if self.pairs else 1} of max_new_"
                              f"tokens={self.max_new_tokens}; raise it")
@@ -383,11 +400,44 @@ class OnlineDpoRecipe(OnlineRecipe):
         return data
 
 
+class WarpRecipe(OnlineRecipe):
+    method: Literal["warp"] = Field("warp", description="WARP (2406.16768): two online runs anchored to their own "
+                                    "averages, merged and drawn back towards their start, in every round")
+
+    DEFAULTS: ClassVar = {"online.loss": "rloo", "online.anchor": "ema", "online.ema_decay": 0.99,
+                          "merge.method": "warp", "merge.interpolate": 0.3, "merge.promote": "last"}
+    UNREAD = ("sample", "select", "sft", "dpo", "write_prompts", "data.sft", "data.preferences", "online.enabled",
+              "merge.method", "merge.members", "merge.weights")
+
+
+class InstructGptRecipe(AnnotatedRecipe, OnlineRecipe):
+    method: Literal["instructgpt"] = Field("instructgpt", description="InstructGPT (2203.02155): SFT, a reward model, "
+                                           "online training against it, and its policy beside the best of n")
+    rounds: Literal[1] = Field(1, description="always one")
+    compare: Sample = Field(Sample(k=32), description="answers to test prompts at temperature 1, half of them by the "
+                            "SFT weights and half by the policy, for the comparison")
+
+    DEFAULTS: ClassVar = {
+        "annotate.k": 4, "compare.k": 32, "sft.lr": 9.65e-6, "reward.pairs": "all", "reward.lr": 9e-6,
+        "reward.min_lr_ratio": 0.1, "reward.batch_size": 64, "online.loss": "rloo", "online.beta": 0.02}
+    UNREAD = ("write_prompts", "dpo", "sft.enabled", "sft.start", "select.accumulate", "online.enabled", *MERGING,
+              *(f"compare.{key}" for key in ("temperature", "top_k", "top_p", "enough")))
+
+    @model_validator(mode="after")
+    def has_best_of_two(self):
+        if self.compare.k < 6:
+            raise ValueError(f"compare.k={self.compare.k}: half of them are the SFT weights', and wins of the best of "
+                             "2 over another one take 3; set 6 or more")
+        return self
+
+
+# the keys of each method
 RECIPES: dict[str, type[Recipe]] = {"rounds": Recipe, "reward": RewardRecipe, "llama3": Llama3Recipe,
                                     "llama2": Llama2Recipe, "nemotron": NemotronRecipe,
                                     "constitutional": ConstitutionalRecipe, "self_distill": SelfDistillRecipe,
                                     "best_of_n": BestOfNRecipe, "committee": CommitteeRecipe,
-                                    "online_dpo": OnlineDpoRecipe}  # the keys of each method
+                                    "online_dpo": OnlineDpoRecipe, "instructgpt": InstructGptRecipe,
+                                    "warp": WarpRecipe}
 
 
 def recipe_class(data: dict) -> type[Recipe]:

@@ -1,8 +1,11 @@
 from typing import get_origin
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from strop.trainer.cli import help_text, parse, shipped_recipes
+from strop.trainer.cli import help_text, load_recipe, parse, read_yaml, shipped_recipes
 from strop.trainer.config import Recipe, to_yaml
 from strop.trainer.engines import sections_of
 from strop.trainer.errors import UserError
@@ -43,6 +46,54 @@ def test_overrides_reach_every_depth(recipe):
     assert (r.name, r.sft.lr, r.merge.members) == ("mine", 3e-4, ["sft"])
     assert (r.data.sources[0].size, r.data.sources[0].system_prompt, r.dpo.enabled) == (7, "Be brief", False)
     assert parse([path]).recipe.sft.lr == 1e-5
+
+
+SHARED = {
+    "alias": "sft: &x {lr: 1e-3, betas: [0.5, 0.6]}\ndpo: *x\n",
+    "merge key": "sft: &x {lr: 1e-3, betas: [0.5, 0.6]}\ndpo: {<<: *x}\n",
+    "value below": "sft: {lr: 1e-3, betas: &x [0.5, 0.6]}\ndpo: {lr: 1e-3, betas: *x}\n",
+}
+
+
+@pytest.mark.parametrize("text", SHARED.values(), ids=SHARED)
+def test_an_override_of_an_alias_changes_no_other_key(recipe, text):
+    r = parse([recipe(GOOD + text), "dpo.lr=3e-4", "dpo.betas.0=0.9", "sft.betas.1=0.7"]).recipe
+    assert (r.sft.lr, r.sft.betas, r.dpo.lr, r.dpo.betas) == (1e-3, (0.5, 0.7), 3e-4, (0.9, 0.6))
+
+
+def test_an_override_of_a_shared_object_changes_no_other_key_nor_the_callers():
+    x = {"lr": 1e-3, "betas": [0.5, 0.6]}
+    sources = [{"name": "a", "path": "a.jsonl", "verifier": "exact"}]
+    for data, overrides in (({"sft": x, "dpo": x}, {}), ({}, {"sft": x, "dpo": x})):
+        r = load_recipe({"data": {"sources": sources}} | data, overrides | {"dpo.lr": 3e-4, "dpo.betas.0": 0.9})
+        assert (r.sft.lr, r.sft.betas, r.dpo.lr, r.dpo.betas) == (1e-3, (0.5, 0.6), 3e-4, (0.9, 0.6))
+        assert x == {"lr": 1e-3, "betas": [0.5, 0.6]}
+
+
+def test_a_recipe_that_holds_itself_is_refused():
+    data = {"sft": {}}
+    data["sft"]["x"] = data
+    with pytest.raises(UserError, match="a value that holds itself"):
+        load_recipe(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(st.integers(), lambda below: st.lists(below, max_size=3) | st.dictionaries(
+    st.sampled_from("abc"), below, max_size=3), max_leaves=8))
+def test_aliases_are_values_of_their_own(tree):
+    document = {"first": tree, "second": [tree, {"below": tree}], "third": {"x": tree}}
+    read = read_yaml(yaml.safe_dump(document), (), str, {})
+    assert read == document
+    objects = []
+
+    def walk(value):
+        if isinstance(value, dict | list):
+            objects.append(id(value))
+            for below in value.values() if isinstance(value, dict) else value:
+                walk(below)
+
+    walk(read)
+    assert len(objects) == len(set(objects))
 
 
 @pytest.mark.parametrize("text, arguments, message", [

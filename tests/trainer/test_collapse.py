@@ -1,5 +1,6 @@
-"""The experiment of replacing against accumulating data, with tiny settings."""
+"""The experiments that are one command each, with tiny settings."""
 
+import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from strop.trainer.run.tables import read_table
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks import collapse
+from benchmarks import collapse, field
 
 
 @pytest.mark.slow
@@ -28,3 +29,18 @@ def test_one_command_makes_runs_table_and_figure(tiny_recipe, tmp_path):
         "| round", "| 0", "| 1", "| 2", "| 3", "| 4"]
     figure = ElementTree.parse(folder / "collapse" / "collapse.svg").getroot()
     assert len([e for e in figure if e.tag.endswith("svg")]) == 3
+
+
+@pytest.mark.slow
+def test_one_command_trains_and_evaluates_all_sides(tiny_recipe, tmp_path, capsys):
+    pytest.importorskip("trl")
+    arguments = [str(tiny_recipe), "rounds=1", "sample.k=16", "--seeds", "2", "--device", "cpu"]
+    assert field.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.count(" ...\n") == 9 and first.splitlines()[-3].startswith("TRL | ")
+    folder = tmp_path / "runs/field-tiny.sides"
+    ours, theirs = (json.loads((folder / f"{side}-1.json").read_text()) for side in ("strop", "trl"))
+    assert ours["steps"] == theirs["steps"] and ours["losses"] == pytest.approx(theirs["losses"], rel=0.1)
+    assert ours["peak_bytes"] > 1 << 20 < theirs["peak_bytes"]
+    assert field.main(arguments) == 0  # all of it is kept
+    assert capsys.readouterr().out == first[first.index("recipe `tiny`"):]

@@ -54,7 +54,8 @@ ONLINE = {f"online.{key}": (value, {"online", "final"}) for key, value in {
     "bema_bias_power": Also(0.3, {"online.bema": True}), "bema_ema_power": Also(0.4, {"online.bema": True}),
     "bema_lag": Also(5, {"online.bema": True}), "eval_prompts": 5, "max_cut_rise": 0.5, "max_length_ratio": 3.0,
     "max_kl": 0.5, "steps": 3, "k": 3, "loss": Also("rloo", {"online.epochs": 1}), "beta": 0.0, "mirror_weight": 2.0,
-    "missing_eos_penalty": 0.5, "max_new_tokens": 9, "decode_batch": 16,
+    "anchor": Also("ema", {"online.ema_decay": 0.5}), "missing_eos_penalty": 0.5, "max_new_tokens": 9,
+    "decode_batch": 16,
     "temperature": Also(0.5, {"online.loss": "ipo", "online.epochs": 1})}.items()} | {
     "online.checkpoint_steps": (3, NOTHING), "online.masters": (Also("split", {"dtype": "bfloat16"}), {
         "baseline-held-out", "sample-start", "online", "held-out", "final"}),
@@ -156,10 +157,11 @@ def test_every_key_has_its_entry():
 
 
 # sections of other methods that are those of another one, with the keys below besides
-LIKE = {"annotate": "sample", "code": "sft", "rpo": "dpo"}
+LIKE = {"annotate": "sample", "compare": "sample", "code": "sft", "rpo": "dpo"}
 # keys of other methods, which test_methods.py changes
 OTHER_METHODS = {"average.reward.N.lr", "average.reward.N.seed", "average.sft.N.lr", "average.sft.N.seed",
-                 "average.dpo.N.lr", "average.dpo.N.seed", "safety.sources", "safety.preferences", "safety.threshold",
+                 "average.dpo.N.lr", "average.dpo.N.seed", "average.reward.N.mix", "average.sft.N.mix",
+                 "average.dpo.N.mix", "safety.sources", "safety.preferences", "safety.threshold",
                  "code.sources", "code.replay", *(f"revise.{key}" for key in Revise.model_fields)}
 
 

@@ -72,7 +72,9 @@ def recipes(folder: Path, model: Path) -> dict[str, dict]:
     del llama2["dpo"]
     nemotron = recipe(folder, model, "nemotron", rounds=4, rpo={**TRAINING}, code=TRAINING | {"sources": ["letters"]})
     nemotron["data"]["preferences"].pop(0)  # round 0 is SFT
-    return {"llama3": annotated(folder, model, "llama3", revise=REVISE), "llama2": llama2, "nemotron": nemotron}
+    average = {stage: [{}, {"seed": 1, "mix": {"letters": 0, "digits": 2}}] for stage in ("sft", "dpo")}
+    llama3 = annotated(folder, model, "llama3", revise=REVISE, average=average)
+    return {"llama3": llama3, "llama2": llama2, "nemotron": nemotron}
 
 
 # the training stages after whose first step each run dies once
@@ -140,7 +142,9 @@ KEYS = {
         "annotate.k": (3, {"answers", "final"}),
         **{f"average.{stage}.{i}.{key}": (value, {f"{stage}-{i}", "final"} | own) for stage, i, key, value, own in (
             ("reward", 0, "lr", 0.5, set()), ("reward", 1, "seed", 7, set()), ("sft", 0, "lr", 0.5, set()),
-            ("sft", 1, "seed", 7, set()), ("dpo", 0, "lr", 0.5, set()), ("dpo", 1, "seed", 7, {"dpo-1-reference"}))},
+            ("sft", 1, "seed", 7, set()), ("reward", 0, "mix", {"later": 0.5}, set()), ("sft", 1, "mix", {}, set()),
+            ("dpo", 0, "lr", 0.5, set()), ("dpo", 1, "seed", 7, {"dpo-1-reference"}),
+            ("dpo", 1, "mix", {"letters": 0.5}, {"dpo-1-reference"}))},
         "revise.times": (2, {"edits", "final"}), "revise.batch_size": (3, {"edits", "final"})},
     "llama2": {
         "safety.sources": (["digits"], {"helpfulness-pairs", "safety-pairs", "rewards-00", "rewards-01", "final"}),
@@ -252,6 +256,20 @@ def test_runs_are_averaged(runs):
         assert any(not torch.equal(one[name], two[name]) for name in one)
     held = [runs["llama3"].table(f"round-01/reward-{i}", "held_out")["row_id"].to_pylist() for i in range(2)]
     assert held[0] == held[1]  # no run learns what another one holds out
+
+
+def test_runs_of_an_average_learn_from_other_mixes(runs):
+    run = runs["llama3"]
+    for stage, data, table in (("sft", "best", "sft"), ("dpo", "newest", "pairs")):
+        rows = run.table(f"round-01/{data}", table).to_pylist()
+        letters = [r["row_id"] for r in rows if r["source"] == "letters"]
+        drops = [r for r in run.table(f"round-01/{stage}-1", "drops").to_pylist() if r["reason"] == "mix"]
+        assert letters and sorted(r["detail"] for r in drops) == sorted(letters)
+        steps = [run.manifests[f"round-01/{stage}-{i}"]["counts"]["steps"] for i in (0, 1)]
+        digits, others = (sum((r["source"] == "digits") == own for r in rows) for own in (True, False))
+        assert steps == [-(-(digits + others) // 4), -(-(2 * digits + others - len(letters)) // 4)]
+    there = set(run.table("round-01/dpo-1-reference", "reference")["row_id"].to_pylist())
+    assert there == {r["row_id"] for r in rows} - set(letters)
 
 
 def test_edits_rank_above_what_they_edit_unless_they_score_less(tmp_path):
@@ -369,13 +387,18 @@ def test_reports_of_unfinished_runs_are_about_the_policy(runs, tmp_path):
     ("llama3", {"safety.sources": []}, "safety={'sources': []}: unknown key; method=llama3 has no such key, "
                                        "method=llama2 has"),
     ("llama3", {"annotate.k": 1}, "annotate.k=1: a comparison takes 2 answers"),
+    ("llama3", {"average.dpo.0": {"mix": {"gone": 2}}}, "average.dpo.0.mix names gone; there are digits, letters"),
+    ("llama3", {"average.sft.0": {"mix": {"digits": 0, "letters": 0}}}, "average.sft.0.mix={'digits': 0.0, 'letters': "
+                                                                         "0.0} leaves no data"),
+    ("llama3", {"average.sft.0.mix": {"digits": -1}}, "average.sft.0.mix.digits=-1: input should be greater"),
     ("llama2", {"dpo.lr": 1e-5}, "dpo is not read by method llama2; leave it out, or set method=rounds or"),
     ("llama2", {"average.sft": [{}]}, "method=llama2 has no such key, method=llama3 has"),
     ("llama2", {"safety.sources": ["gone"]}, "safety.sources names gone; there are digits, letters"),
     ("llama2", {"safety": {}}, "leave no data about safety"),
     ("llama2", {"safety.sources": ["digits", "letters"], "safety.preferences": ["first", "later"]},
      "leave no data about helpfulness"),
-    ("nemotron", {"annotate.k": 2}, "method=nemotron has no such key, method=llama3 or method=llama2 has"),
+    ("nemotron", {"annotate.k": 2}, "method=nemotron has no such key, method=llama3 or method=llama2 or "
+                                  "method=instructgpt has"),
     ("nemotron", {"rpo.loss": "sigmoid"}, "rpo.loss=sigmoid: input should be 'rpo'"),
     ("nemotron", {"rpo.reference": "base"}, "rpo.reference is not read by method nemotron; leave it out"),
     ("nemotron", {"code.sources": []}, "code.sources is empty: name the data.sources and data.sft about code"),

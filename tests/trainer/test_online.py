@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -184,6 +185,65 @@ def test_sampler_and_trainer_agree_on_every_step(tmp_path, tiny_model, asked, lo
     assert (stage.counts["steps"], stage.counts["completions"]) == (4, 64)
 
 
+@pytest.mark.parametrize("lora", [{}, {"rank": 4}], ids=["full", "lora"])
+def test_the_anchor_is_the_average_of_the_weights_so_far(tmp_path, tiny_model, asked, monkeypatch, lora):
+    """Of every step, by a second model with an average in fp64; the weights in training are what they were."""
+    seen, step = [], Engine.step
+
+    def note(engine):
+        if not seen:
+            seen.append([m.detach().double().clone() for m in engine.masters])
+        norm = step(engine)
+        seen.append([m.detach().double().clone() for m in engine.masters])
+        return norm
+
+    monkeypatch.setattr(Engine, "step", note)
+    keys = {"loss": "mdloo", "epochs": 2, "beta": 0.5, "ema_decay": 0.75, "lr": 1e-2}
+    stage = train(tmp_path / "s", tiny_model, asked, lora=lora, anchor="ema", **keys)
+    averages = [seen[0]]
+    for masters in seen[1:]:
+        averages.append([0.75 * a + 0.25 * m for a, m in zip(averages[-1], masters, strict=True)])
+    other = stage_in(tmp_path / "other", "other")
+    engine = Engine(ModelFolder(tiny_model), section_of(**keys).online, other, 1, compute=section_of(), seed=0,
+                    lora=section_of(lora).lora)
+    engine.base.set_attn_implementation("sdpa")
+    for n in (1, 2, 3):
+        rows = rows_of(stage, n)
+        with torch.no_grad():
+            engine._set_weights([a.float() for a in averages[2 * (n - 1)]])
+            ref = by_transformers(engine.model.eval(), rows)
+        assert [row["ref_logp"] for row in rows] == pytest.approx([x.sum().item() for x in ref], abs=1e-3), n
+    with torch.no_grad():
+        engine._set_weights([m.float() for m in seen[-3]])
+        policy = by_transformers(engine.model.eval(), rows)
+    assert [sum(row["logprobs"]) for row in rows] == pytest.approx([x.sum().item() for x in policy], abs=1e-3)
+    assert max(abs(a.sum() - b.sum()) for a, b in zip(ref, policy, strict=True)) > 0.05
+    whole = train(tmp_path / "fixed", tiny_model, asked, lora=lora, **keys)
+    assert rows_of(whole, 1) == rows_of(stage, 1)
+    assert largest_difference(whole.dir / "model", stage.dir / "model") > 1e-5
+
+
+@pytest.mark.parametrize("keys", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "masters": "split"}], ids=str)
+def test_average_and_masters_change_places_bit_for_bit(tmp_path, tiny_model, keys):
+    recipe = section_of(ema_decay=0.5)
+    section = recipe.online.model_copy(update={"masters": keys.get("masters", "float32")})
+    compute = recipe.model_copy(update={"dtype": keys.get("dtype", "float32")})
+    engine = Engine(ModelFolder(tiny_model), section, stage_in(tmp_path, "s"), 1, compute=compute, seed=0,
+                    lora=recipe.lora)
+    draw = torch.Generator().manual_seed(0)
+    values = [[torch.randn(m.shape, generator=draw) for m in engine.masters] for _ in range(2)]
+    with torch.no_grad():
+        engine._set_weights(values[0])
+    engine.ema = [v.clone() for v in values[1]]
+    for inside in (True, False):
+        with engine.averaged() if inside else nullcontext():
+            for masters, average, *both in zip(engine.masters, engine.ema, *values, strict=True):
+                assert torch.equal(masters, both[inside]) and torch.equal(average, both[not inside])
+            for weight, value in zip(engine.model.parameters(), values[inside], strict=True):
+                assert (weight.float() - value).abs().max() <= 0.01 * value.abs().max()
+            assert engine.model.training != inside
+
+
 def test_lora_samples_with_its_adapters_and_refers_to_the_weights_without(tmp_path, tiny_model, asked):
     second = train(tmp_path / "second", tiny_model, asked, lora={"rank": 4}, lr=1e-2, steps=2)
     base, adapted = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_model, second.dir / "model"))
@@ -208,12 +268,13 @@ def test_a_lent_model_comes_back_as_it_was(tiny_model):
     assert model.config._attn_implementation == "strop"
 
 
-KILLS = [(keys, *when) for keys in ({"loss": "mdloo", "epochs": 2}, {"loss": "sigmoid"})
+KILLS = [(keys, *when) for keys in ({"loss": "mdloo", "epochs": 2}, {"loss": "sigmoid"},
+                                         {"loss": "mdloo", "epochs": 2, "anchor": "ema"})
          for when in ((1, 1), (3, 1), (3, 2), (2, 50))]
 
 
 @pytest.mark.parametrize(("keys", "stop_at", "checkpoint_steps"), [
-    pytest.param(*how, marks=() if i in (2, 7) else pytest.mark.slow) for i, how in enumerate(KILLS)], ids=str)
+    pytest.param(*how, marks=() if i in (7, 10) else pytest.mark.slow) for i, how in enumerate(KILLS)], ids=str)
 def test_killed_and_resumed_ends_as_if_never_killed(tmp_path, tiny_model, asked, monkeypatch, keys, stop_at,
                                                     checkpoint_steps):
     keys = keys | {"steps": 4, "snapshots": 1, "ema_decay": 0.5, "checkpoint_steps": checkpoint_steps, "eval_steps": 2}
@@ -320,7 +381,8 @@ def test_prompts_that_leave_no_room_are_refused(tmp_path, tiny_model, asked):
     ({"temperature": 0.7}, "online: temperature=0.7 with loss=mdloo"),
     ({"loss": "ipo", "beta": 0.0}, "online: beta=0 with loss=ipo"),
     ({"max_tokens": 8, "max_new_tokens": 8}, "online: max_tokens=8 holds no prompt"),
-    ({"k": 1}, "online.k=1"),
+    ({"k": 1}, "online.k=1"), ({"anchor": "ema"}, "online: anchor=ema is the EMA of ema_decay"),
+    ({"anchor": "ema", "ema_decay": 0.9, "beta": 0.0}, "online: anchor=ema is the EMA of ema_decay"),
 ])
 def test_keys_that_do_not_go_together_are_refused(keys, message):
     with pytest.raises(UserError, match=message):
@@ -335,7 +397,7 @@ def test_every_column_of_rollouts_is_documented():
 
 def recipe_file(tiny_recipe, method: str, **keys):
     text = tiny_recipe.read_text().replace("name: tiny", f"name: {method}\nmethod: {method}")
-    for key in ("sample", "sft", "dpo") if method == "online_dpo" else ():
+    for key in ("sample", "sft", "dpo") if method != "committee" else ():
         text = "\n".join(line for line in text.splitlines() if not line.startswith(f"{key}:")) + "\n"
     text = text if method == "committee" else text.replace("rounds: 2\n", "")
     section = {"steps": 3, "batch_size": 4, "max_new_tokens": 8, "lr": 1e-3, "checkpoint_steps": 1} | keys

@@ -233,7 +233,11 @@ def test_samples_are_ranked_in_one_group_with_every_pair(tmp_path):
     found = load_ranked(stage, section_of(pairs="all").reward, 100, folder / "select",
                         [(folder / "sample", folder / "select")])
     assert len(found) == 4 and found[-1].example.group.completions == [[3, 2], [5, 2], [4, 2]]
-    assert found[-1].source == "digits"
+    assert found[-1].source == "digits" and {row.example.weight for row in found} == {1.0}
+    mix = {"digits": 0.5, found[0].source: 0}
+    left = load_ranked(stage_in(tmp_path / "mix", "reward"), section_of(pairs="all").reward, 100, folder / "select",
+                       [(folder / "sample", folder / "select")], mix)
+    assert [row.example.weight for row in left] == [mix.get(row.source, 1.0) for row in found if mix.get(row.source, 1)]
     assert found[-1].pairs == [(0, 1, 0.5), (0, 2, 1.0), (1, 2, 0.5)]
     assert {k: v for k, v in stage.counts.items() if "dropped" in k} == {
         "dropped/duplicate": 1, "dropped/unscored": 1, "dropped/tie": 1}

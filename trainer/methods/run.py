@@ -39,6 +39,7 @@ from strop.trainer.run.store import Store
 from strop.trainer.scoring.ahead import Ahead
 from strop.trainer.scoring.base import check_scorer
 from strop.trainer.scoring.table import models_of
+from strop.trainer.stages.compare import compare
 from strop.trainer.stages.evaluate import held_out
 from strop.trainer.stages.merge import average, merge
 from strop.trainer.stages.online import online
@@ -161,11 +162,11 @@ class Run:
         return self._files[path]
 
     def sample(self, section: Sampling, weights: Artifact | dict[str, Artifact], prompts: Artifact,
-               name: str = "sample", score: Score | None = None) -> Artifact:
+               name: str = "sample", score: Score | None = None, split: Literal["train", "test"] = "train") -> Artifact:
         """K completions of prompts by `weights`, or by the writers that the section lists. Several weights by name
         divide K among them. These are this round's prompts, or with another name than sample another draw of the
-        training prompts. score: for samples that are then scored with this section; scoring begins while they are
-        drawn.
+        training prompts, or of those of another split. score: for samples that are then scored with this section;
+        scoring begins while they are drawn.
 
         With several writers each is a stage of its own, so that a change of one asks no other again."""
         seed = self.recipe.seed if name == "sample" else int(hash_json([self.recipe.seed, name])[:15], 16)
@@ -177,7 +178,7 @@ class Run:
             there = {w.name: (w, self._weights_of(w, weights)) for w in section.models}
             there = {name: pair for name, pair in there.items() if pair[1] is not None}
         else:
-            return self._write(name, section, section, weights, prompts, seed, "samples", score)
+            return self._write(name, section, section, weights, prompts, seed, "samples", score, split)
         if not there:
             raise UserError(f"sample.models: no writer has weights in round {self.round}; add one with weights=current")
         share = allot(section.k, {n: w.share for n, (w, _) in there.items()}, dict.fromkeys(there, section.k))
@@ -187,7 +188,7 @@ class Run:
         made, first = {}, 0
         for n, (writer, folder) in there.items():
             made[n] = self._write(f"{name}-{n}", section.only(*Sampling.model_fields), writer, folder, prompts,
-                                  seed, "writer", score, first=first, k=share[n])
+                                  seed, "writer", score, split, first=first, k=share[n])
             first += share[n]
         return self.gather(made, name)
 
@@ -227,10 +228,11 @@ class Run:
         return named.get(writer.weights)
 
     def _write(self, name: str, section, writer, weights: Artifact, prompts: Artifact, seed: int, kind: str,
-               score: Score | None, **share) -> Artifact:
+               score: Score | None, split: str, **share) -> Artifact:
         r = self.recipe
         config = {"sample": section, "shares": {s.name: s.share for s in r.sources}, "seed": seed,
                   "model": self._loading, "compute": self._numbers, **share}
+        config |= {} if split == "train" else {"split": split}
         inputs = {"round": self.round, "weights": weights, "prompts": prompts, "writer_hash": weights.hash}
         if writer is not section:
             config["writer"] = writer
@@ -330,41 +332,43 @@ class Run:
             config["topics"] = {s.name: s.topic for s in r.sources}
         return self._stage(name, select, "best" if rewards else "selection", config, inputs)
 
-    def _training(self, seed: int | None = None, **sections) -> dict:
+    def _training(self, seed: int | None = None, mix: dict[str, float] | None = None, **sections) -> dict:
+        sections |= {"mix": mix} if mix else {}
         return sections | {"lora": self.recipe.lora, "model": self._loading, "compute": self._compute,
                            "log": self.recipe.log, "seed": self.recipe.seed if seed is None else seed}
 
     def sft(self, section: Sft, selected: Artifact, start: Artifact, prompts: Artifact | None = None,
-            name: str = "sft", seed: int | None = None) -> Artifact:
+            name: str = "sft", seed: int | None = None, mix: dict[str, float] | None = None) -> Artifact:
         """`start` fine-tuned on the selected completions; its weights are `.model`. prompts: for the checks. seed:
-        instead of the recipe's."""
+        instead of the recipe's. mix: factors of the rows' weights, by source or ready data."""
         inputs = {"select": selected, "start": start, "prompts": prompts if section.eval_steps else None}
-        return self._stage(name, sft, "training", self._training(seed, sft=section, evaluate=self._checks), inputs,
+        return self._stage(name, sft, "training", self._training(seed, mix, sft=section, evaluate=self._checks), inputs,
                            title="SFT", all_ranks=True)
 
     def prefer(self, section: Dpo, selected: Artifact, policy: Artifact, reference_weights: Artifact,
-               prompts: Artifact | None = None, name: str = "dpo", seed: int | None = None) -> Artifact:
+               prompts: Artifact | None = None, name: str = "dpo", seed: int | None = None,
+               mix: dict[str, float] | None = None) -> Artifact:
         """`policy` trained on the selected pairs, or what else section.loss learns from, against the log-probs of
-        `reference_weights`. prompts: for the checks. seed: instead of the recipe's."""
+        `reference_weights`. prompts: for the checks. seed, mix: as in `sft`."""
         config = {"dpo": section.only(*PAIR_ROWS), "model": self._loading, "compute": self._compute,
                   "seed": self.recipe.seed if seed is None else seed, "rows": section.rows,
-                  "mismatches": section.loss == "kto"}
+                  "mismatches": section.loss == "kto"} | ({"mix": mix} if mix else {})
         table = self._stage("reference" if name == "dpo" else f"{name}-reference", reference, "log-probs", config,
                             {"select": selected, "weights": reference_weights}, all_ranks=True)
         inputs = {"select": selected, "policy": policy, "reference": table,
                   "same_weights": reference_weights.hash == policy.hash, "policy_hash": policy.hash,
                   "prompts": prompts if section.eval_steps else None}
-        return self._stage(name, dpo, "training", self._training(seed, dpo=section, evaluate=self._checks), inputs,
+        return self._stage(name, dpo, "training", self._training(seed, mix, dpo=section, evaluate=self._checks), inputs,
                            title="RPO" if section.loss == "rpo" else "DPO", all_ranks=True)
 
     def reward(self, section: Reward, selected: Artifact, start: Artifact,
                history: list[tuple[Artifact, Artifact]] = (), name: str = "reward",
-               seed: int | None = None) -> Artifact:
+               seed: int | None = None, mix: dict[str, float] | None = None) -> Artifact:
         """A reward model from `start`, a causal LM or a reward model, trained on the selected pairs; its weights are
         `.model`. history: (samples, selection) of rounds, whose completions section.pairs=all ranks. seed: of the
-        order of the data; which pairs are held out stays the recipe's."""
+        order of the data; which pairs are held out stays the recipe's. mix: as in `sft`."""
         inputs = {"select": selected, "start": start, "history": list(history) if section.pairs == "all" else []}
-        config = self._training(reward=section) | ({} if seed is None else {"order": seed})
+        config = self._training(mix=mix, reward=section) | ({} if seed is None else {"order": seed})
         return self._stage(name, reward, "reward", config, inputs, title="reward model", all_ranks=True)
 
     def average(self, name: str, runs: list[Artifact]) -> Artifact:
@@ -375,9 +379,11 @@ class Run:
         return self._stage(name, average, "weights", {}, {"runs": [run.model for run in runs]})
 
     def online(self, section: Online, policy: Artifact, prompts: Artifact, reference: Artifact | None = None,
-               name: str = "online") -> Artifact:
+               name: str = "online", models: dict[str, Artifact] | None = None, seed: int | None = None) -> Artifact:
         """`policy` trained on completions that it writes itself, step by step, with a KL penalty to `reference`, by
-        default `policy`; the weights are `.model`."""
+        default `policy`, or with section.anchor=ema to its own average; the weights are `.model`. The scorers of
+        data.sources reward it, or `models` in sum: reward models that this run trained, by name. seed: instead of the
+        recipe's."""
         r, reference = self.recipe, reference or policy
         if r.engine.kind not in ("auto", "local"):
             raise UserError(f"engine.kind={r.engine.kind}: online training samples from the weights in training, which "
@@ -385,14 +391,24 @@ class Run:
         if (size := size_of(r.engine)) > 1:
             raise UserError(f"engine.sequence_parallel={size}: in online training every rank has rows of its own; set "
                             "engine.sequence_parallel=1")
-        scoring, files = self._scoring(r.sources)
-        config = scoring | self._training(online=section, evaluate=self._checks) | {
-            "score": r.score.only("max_errors", "workers"), "weights": weights_of(r.sources),
+        scoring, files = self._scoring(r.sources) if models is None else self._rewarding(models)
+        weights = weights_of(r.sources) if models is None else {s.name: dict.fromkeys(models, 1.0) for s in r.sources}
+        config = scoring | self._training(seed, online=section, evaluate=self._checks) | {
+            "score": r.score.only("max_errors", "workers"), "weights": weights,
             "shares": {s.name: s.share for s in r.sources}}
         inputs = {"round": self.round, "policy": policy, "prompts": prompts, "files": files}
-        if section.beta:
+        if section.beta and section.anchor == "reference":
             inputs |= {"reference": reference, "same_weights": reference.hash == policy.hash}
         return self._stage(name, online, "training", config, inputs, title="online", all_ranks=True)
+
+    def compare(self, prompts: Artifact, samples: Artifact, scores: Artifact, rewards: Artifact, start: Artifact,
+                policies: dict[str, Artifact], name: str = "comparison") -> Artifact:
+        """KL and wins over one sample of `start`, of its best of n by `rewards` and of the policies. samples: of these
+        weights at temperature 1, those of the policies under their names as writers."""
+        config = {"weights": weights_of(self.recipe.sources), "model": self._loading, "compute": self._numbers}
+        return self._stage(name, compare, "comparison", config, {
+            "prompts": prompts, "sample": samples, "scores": scores, "rewards": rewards, "start": start,
+            "policies": policies})
 
     def merge(self, section: Merge, start: Artifact, trained: dict[str, Artifact], name: str = "merge") -> Artifact:
         """The average of checkpoints of `trained` and `start`, as the section says."""

@@ -13,15 +13,23 @@ BUDGET = 4096  # tokens per batch, with padding
 Row = tuple[list[int], list[int]]  # prompt and completion tokens
 
 
-@torch.no_grad()
 def drift(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start: ModelFolder, dtype: torch.dtype,
           device: torch.device) -> dict[str, dict]:
     """For each candidate: `kl` in nats per token, its `stderr`, and the numbers of `prompts` and `tokens`.
 
     rows: each candidate's own completions. KL(candidate || start) is exact at every token: summed over the vocabulary,
     at temperature 1. `kl` is its mean over tokens; `stderr` is that of a ratio of means over prompts, None for a single
-    prompt. One model is in memory at a time.
+    prompt.
     """
+    return {name: ratio(*found) for name, found in summed(candidates, rows, start, dtype, device).items()}
+
+
+@torch.no_grad()
+def summed(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start: ModelFolder, dtype: torch.dtype,
+           device: torch.device) -> dict[str, tuple[list[float], list[int]]]:
+    """For each candidate and each of its rows the sum over the completion's tokens of the KL(candidate || start) there,
+    and the number of tokens. Over completions that the candidate samples at temperature 1, the mean of the sums is the
+    KL of whole completions. One model is in memory at a time."""
     model = start.load(dtype, device, "sdpa")
     before, head, found = {name: hidden_states(model, rows[name]) for name in candidates}, exact(head_of(model)), {}
     del model
@@ -30,7 +38,7 @@ def drift(candidates: dict[str, ModelFolder], rows: dict[str, list[Row]], start:
         after, own = hidden_states(model, rows[name]), exact(head_of(model))
         lengths = [len(completion) for _, completion in rows[name]]
         parts = token_kl(torch.cat(after), own, torch.cat(before[name]), head).split(lengths)
-        found[name] = ratio([part.sum().item() for part in parts], lengths)
+        found[name] = [part.sum().item() for part in parts], lengths
         del model, own
     return found
 

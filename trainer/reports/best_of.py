@@ -53,7 +53,8 @@ def kl_bound(n: int) -> float:
 
 def curve(rows: list[dict]) -> list[dict]:
     """A row for n = 1, 2, 4, ... and K of judged.parquet's rows: estimates over the prompts with K scored samples, the
-    most that any prompt has. error: half of the pass rate's 95 % interval over prompts; left_out: other prompts."""
+    most that any prompt has. error, win_error: half of the pass rate's and the win rate's 95 % intervals over prompts;
+    left_out: other prompts. Instead of whether it is correct, `correct` may be any value of a sample."""
     by_prompt = defaultdict(list)
     for row in rows:
         if row["score"] is not None:
@@ -71,9 +72,14 @@ def curve(rows: list[dict]) -> list[dict]:
                 wins.append(wins_over_one(samples, n))
         found.append({"n": n, "pass_rate": float(np.mean(right)), "score": float(np.mean(scores)), "win_rate":
                       float(np.mean(wins)) if wins else None, "win_bound": n / (n + 1), "kl_bound": kl_bound(n),
-                      "error": 1.96 * float(np.std(right, ddof=1)) / len(right) ** 0.5 if len(right) > 1 else 1.0,
+                      "error": half_interval(right), "win_error": half_interval(wins) if wins else None,
                       "prompts": len(whole), "left_out": len(by_prompt) - len(whole)})
     return found
+
+
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of a mean over prompts; 1 for a single one."""
+    return 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 1.0
 
 
 def chances(scores: np.ndarray, n: int) -> np.ndarray:

@@ -34,14 +34,15 @@ class Dot:
     note: str = ""
 
 
-def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: bool = False) -> str:
-    """Curves over a shared x axis. zero: the y axis includes 0. Returns "" without any finite point. Of a curve with
-    more than MOST points the extremes of equal stretches are drawn."""
+def line_chart(lines: list[Line], width: int = 340, height: int = 190, zero: bool = False,
+               whole: bool = True) -> str:
+    """Curves over a shared x axis. zero: the y axis includes 0; whole: x counts something. Returns "" without any
+    finite point. Of a curve with more than MOST points the extremes of equal stretches are drawn."""
     points = [(x, y) for line in lines for x, y in zip(line.xs, line.ys, strict=True) if finite(y)]
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points] + [0.0] * zero
-    x_ticks = [t for t in ticks(min(xs), max(xs), 5) if t == int(t)]
+    x_ticks = [t for t in ticks(min(xs), max(xs), 5) if t == int(t) or not whole]
     y_ticks = ticks(min(ys), max(ys), 4)
     to_x = scale(min(xs), max(xs), LEFT, width - RIGHT)
     to_y = scale(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP)

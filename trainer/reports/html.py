@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from strop.trainer.errors import UserError
+from strop.trainer.reports import comparison
 from strop.trainer.reports.browse import held_out_rows, judged_of, sampled_rows
 from strop.trainer.reports.card import GGUF_NOTE
 from strop.trainer.reports.charts import COLORS, Dot, Line, bar_chart, column_chart, dot_chart, line_chart, number
@@ -78,7 +79,8 @@ class Refresh:
 def templates() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.globals["colors"] = COLORS
+    environment.globals |= {"colors": COLORS, "comparison_columns": comparison.COLUMNS,
+                            "comparison_note": comparison.NOTE}
     environment.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "duration": duration,
                             "points": lambda v: f"{100 * v:+.1f}", "count": count}
     return environment
@@ -129,6 +131,7 @@ def settled(run: RunRecord) -> dict:
         "change_charts": change_charts(results, kl),
         "judges": run.attempt("judges", judge_rows, run, default=[]),
         "rewards": run.attempt("reward models", reward_rows, run, default=[]),
+        "compared": run.attempt("comparison", comparison_rows, run, default=[]),
         "by_source": run.attempt("sources.json", source_rows, run, default=[]),
         "scorers": run.attempt("scores", scorer_table, run, results, default=[]),
         "sampling": sampling, "writers": run.attempt("writers", writer_rows, run, default=[]),
@@ -202,6 +205,12 @@ def reward_rows(run: RunRecord) -> list[dict]:
         chart = dot_chart(dots, 490, 200, label="accuracy by confidence with 95 % intervals")
         blocks.append({"stage": s["stage"], "rows": rows if len(rows) != 2 else rows[:1], "chart": Markup(chart)})
     return blocks
+
+
+def comparison_rows(run: RunRecord) -> list[tuple[list[list[str]], Markup]]:
+    """(table, figure) of each comparison of policies with the best of n."""
+    found = [read_json(run.dir / s["stage"] / "comparison.json") for s in run.of_kind("comparison")]
+    return [([comparison.cells(row) for row in rows], Markup(comparison.figure(rows))) for rows in found]
 
 
 def judge_rows(run: RunRecord) -> list[tuple[str, dict]]:

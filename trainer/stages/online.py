@@ -38,9 +38,9 @@ def online(stage: Stage, *, online: Online, lora: Lora, model: Part, compute: Pa
     rollouts/step-000001.parquet, ..., the completions of every step.
 
     score, scorers, columns and files: as in stage score. weights: source -> scorer -> its weight in the reward. shares:
-    each source's share of the prompts. reference: the weights of the KL penalty, None if there is none; same_weights:
-    they are those of the policy. Raises UserError if no prompt fits, if more than score.max_errors values fail, or if
-    sampler and trainer do not agree on the log-probs of the first step.
+    each source's share of the prompts. reference: the weights of the KL penalty, None without one or with anchor=ema;
+    same_weights: they are those of the policy. Raises UserError if no prompt fits, if more than score.max_errors values
+    fail, or if sampler and trainer do not agree on the log-probs of the first step.
     """
     world, folder = stage.world, ModelFolder(policy, model)
     tokenizer, drops = folder.tokenizer(), Drops(stage)
@@ -73,8 +73,8 @@ def online(stage: Stage, *, online: Online, lora: Lora, model: Part, compute: Pa
 
         rollouts = Rollouts(stage, engine, online, asked, shares, seed, (round or 0) * online.steps, tokenizer,
                             frozenset(stop_ids(tokenizer, folder.path)), score_all,
-                            reference and open_reference(stage, engine, scorer, ModelFolder(reference, model), compute,
-                                                         same_weights))
+                            open_reference(stage, engine, scorer, reference and ModelFolder(reference, model), compute,
+                                           same_weights))
         guard = open_guard(stage, engine, [], prompts, evaluate)
         objective = OnlinePairs(online) if online.pairs else PolicyGradient(online)
         steps = train_online(stage, engine, scorer, rollouts, objective, log.interval, guard, seen)
@@ -100,10 +100,15 @@ def fitting_prompts(stage: Stage, online: Online, folder: ModelFolder, tokenizer
     return found
 
 
-def open_reference(stage: Stage, engine: Engine, scorer: logprobs.Scorer, folder: ModelFolder, compute: Part,
+def open_reference(stage: Stage, engine: Engine, scorer: logprobs.Scorer, folder: ModelFolder | None, compute: Part,
                    same_weights: bool):
-    """Log-probs under the reference: with adapters on the same weights, of the model without them, else of a second
-    model, which is not trained."""
+    """Log-probs under the reference: with anchor=ema, of the model in training, which has the average's weights when it
+    is called; with adapters on the same weights, of the model without them; else of a second model, which is not
+    trained. None without a reference."""
+    if engine.section.anchor == "ema":
+        return scorer
+    if folder is None:
+        return None
     if same_weights and engine.lora.rank:
         def without_adapters(groups):
             with engine.model.disable_adapter():

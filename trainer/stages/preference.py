@@ -27,25 +27,25 @@ STEP_ZERO = {torch.float32: (5e-5, 8e-4), torch.bfloat16: (0.03, 1.0)}
 
 def dpo(stage: Stage, *, dpo: Dpo, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
         policy: Path, reference: Path, same_weights: bool, policy_hash: str | None = None,
-        evaluate: Part | None = None, prompts: Path | None = None) -> None:
+        evaluate: Part | None = None, prompts: Path | None = None, mix: dict[str, float] | None = None) -> None:
     """Trains the weights `policy` on select/pairs.parquet, or with the losses of labels and lists on rated.parquet;
     writes model/, snapshots/, ema/ and guard.json.
 
     compute: the recipe's dtype and attention. same_weights: policy and reference have the same weights, so all
     log-ratios of step 0 must be zero. policy_hash: tells which pairs the policy wrote. prompts and evaluate's
-    max_new_tokens: for the checks during training. Raises UserError if no pair is left to train on in the first round
-    (later the weights stay as they are), or step 0 fails this check.
+    max_new_tokens: for the checks during training. mix: factors of the rows' weights by source. Raises UserError if no
+    pair is left to train on in the first round (later the weights stay as they are), or step 0 fails this check.
     """
     folder = ModelFolder(policy, model)
     context, margins = folder.context_length(), None
     if dpo.rows == "pairs":
         path = select / "pairs.parquet"
-        pairs = load_pairs(stage, path, dpo, context, record=True)
+        pairs = load_pairs(stage, path, dpo, context, record=True, mix=mix)
         origins = origins_of(path, pairs)
         mixed = mixed_writers(stage, origins)
         margins = reward_margins(path, pairs) if dpo.loss == "rpo" else None
     else:
-        pairs = load_rated(stage, select / "rated.parquet", dpo, dpo.rows, context, record=True)
+        pairs = load_rated(stage, select / "rated.parquet", dpo, dpo.rows, context, record=True, mix=mix)
         origins, mixed = [pair.origins for pair in pairs], 0
     table = ReferenceTable(reference / "reference.parquet")
     plan = plan_steps(pairs, dpo.epochs, dpo.batch_size, seed)

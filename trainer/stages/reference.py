@@ -29,9 +29,10 @@ SCHEMA = pa.schema([("row_id", pa.string()), ("fingerprint", pa.string()),
 
 @torch.no_grad()
 def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int, select: Path, weights: Path,
-              rows: str = "pairs", mismatches: bool = False) -> None:
+              rows: str = "pairs", mismatches: bool = False, mix: dict[str, float] | None = None) -> None:
     """Writes reference.parquet: of each pair, labeled completion or list (`rows`) the fp32 log-probs of its loss tokens
     under `weights`, with a fingerprint of its tokens and masks. mismatches: also of KTO's mismatched completions.
+    mix: as the stage dpo gets it.
 
     They run in the microbatches in which DPO sees them first, so that equal weights give equal bits on the same number
     of ranks and the same machine, also in bf16.
@@ -39,9 +40,9 @@ def reference(stage: Stage, *, dpo: Part, model: Part, compute: Part, seed: int,
     world, folder = stage.world, ModelFolder(weights, model)
     context = folder.context_length()
     if rows == "pairs":
-        pairs = load_pairs(stage, select / "pairs.parquet", dpo, context, record=False)
+        pairs = load_pairs(stage, select / "pairs.parquet", dpo, context, record=False, mix=mix)
     else:
-        pairs = load_rated(stage, select / "rated.parquet", dpo, rows, context, record=False)
+        pairs = load_rated(stage, select / "rated.parquet", dpo, rows, context, record=False, mix=mix)
     loaded, run, is_sharded = open_frozen(folder, stage, compute=compute)
     mesh = mesh_of(world, compute.engine)
     sizes = sizes_of(loaded)

@@ -33,15 +33,16 @@ HELD_OUT = pa.schema([("row_id", pa.string()), ("source", pa.string()), ("prompt
 
 
 def reward(stage: Stage, *, reward: Reward, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
-           start: Path, history: list[tuple[Path, Path]], order: int | None = None) -> None:
+           start: Path, history: list[tuple[Path, Path]], order: int | None = None,
+           mix: dict[str, float] | None = None) -> None:
     """Trains a reward model from the weights `start`, a causal LM or a reward model; writes model/, snapshots/, ema/,
     held_out.parquet and reward.json.
 
     compute: the recipe's dtype and attention. history: the (sample, select) folders with reward.pairs=all. seed: of the
-    score head and of what is held out; order: of the data's order, by default seed. Raises UserError if no pair is left
-    to train on."""
+    score head and of what is held out; order: of the data's order, by default seed. mix: factors of the groups'
+    weights by source. Raises UserError if no pair is left to train on."""
     folder = ModelFolder(start, model)
-    rows = load_ranked(stage, reward, folder.context_length(), select, history)
+    rows = load_ranked(stage, reward, folder.context_length(), select, history, mix)
     rows, held = split(rows, reward.held_out, seed)
     if not rows:
         raise UserError(f"{select / 'pairs.parquet'}: no pair is left to train a reward model on, and {len(held)} are "

@@ -36,15 +36,15 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
            round: int, weights: Path, prompts: Path, writer: Sample | Writer | None = None, own: Part | None = None,
            first: int = 0, k: int | None = None, score: Score | None = None, student: Path | None = None,
            writer_hash: str | None = None, scorers: dict | None = None, columns: dict | None = None,
-           judging: dict | None = None, files: dict[str, Path] | None = None) -> None:
+           judging: dict | None = None, files: dict[str, Path] | None = None, split: str = "train") -> None:
     """Writes shard-00000.parquet, ... and drops.parquet; shard i runs on rank i modulo the number of ranks.
 
     shares: each source's share of the prompts. compute: the recipe's dtype. writer: the section with the engine, by
     default `sample`; it draws `k` of the sample.k completions, from number `first` on. own: how its weights are
     loaded if they are not of this run. student: the model folder whose tokens are wanted, by default `weights`.
     writer_hash: of the weights that write. scorers, columns, judging (weights of scorers) and files: with
-    sample.enough, see stages score and select. Raises UserError if no prompt fits the model's context, or no completion
-    can be used.
+    sample.enough, see stages score and select. split: of the prompts. Raises UserError if no prompt fits the model's
+    context, or no completion can be used.
     """
     writer, k = writer or sample, k or sample.k
     name = getattr(writer, "name", writer.model if isinstance(writer, OpenAI) else "current")
@@ -54,9 +54,10 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
     tokenizer = student_folder.tokenizer()
     unread = [] if sample.enough else ["metadata"]
     rows = read_table(prompts / "prompts.parquet").drop_columns(unread).to_pylist()
-    drawn = draw_prompts([r for r in rows if r["split"] == "train"], shares, sample.prompts, seed, round)
+    drawn = draw_prompts([r for r in rows if r["split"] == split], shares, sample.prompts, seed, round)
     if len(drawn) < sample.prompts:
-        stage.console.warn(f"sample.prompts={sample.prompts}, but there are only {len(drawn)} training prompts")
+        stage.console.warn(f"sample.prompts={sample.prompts}, but there are only {len(drawn)} "
+                           f"{'training' if split == 'train' else split} prompts")
     context, drops = student_folder.context_length(), Drops(stage)
     if not isinstance(writer, OpenAI):
         context = min(context, folder.context_length())

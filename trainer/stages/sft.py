@@ -9,7 +9,7 @@ from strop.trainer.config import Log, Lora, Part, Sft
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
-from strop.trainer.training.batch import Example, plan_steps
+from strop.trainer.training.batch import Example, mixed, plan_steps
 from strop.trainer.training.engines import open_engine
 from strop.trainer.training.guard import open_guard
 from strop.trainer.training.logprobs import Scorer
@@ -20,14 +20,16 @@ NAMES = ("nll", "tokens", "correct", "entropy")
 
 
 def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: Log, seed: int, select: Path,
-        start: Path, evaluate: Part | None = None, prompts: Path | None = None) -> None:
+        start: Path, evaluate: Part | None = None, prompts: Path | None = None,
+        mix: dict[str, float] | None = None) -> None:
     """Trains the weights `start` on select/sft.parquet; writes model/, snapshots/, ema/ and guard.json.
 
     compute: the recipe's dtype and attention. prompts and evaluate's max_new_tokens: for the checks during
-    training. Raises UserError if no row is left to train on in the first round; later the weights stay as they are."""
+    training. mix: factors of the rows' weights by source. Raises UserError if no row is left to train on in the first
+    round; later the weights stay as they are."""
     folder = ModelFolder(start, model)
     limit = min(sft.max_length or 1 << 30, folder.context_length(), sft.max_tokens)
-    examples = load_examples(stage, select / "sft.parquet", limit)
+    examples = load_examples(stage, select / "sft.parquet", limit, mix)
     plan = plan_steps(examples, sft.epochs, sft.batch_size, seed)
     engine = open_engine(folder, sft, stage, len(plan), compute=compute, lora=lora, seed=seed)
     engine.score_with(Scorer(engine.model, engine.run(probe, engine.model, stage.console, engine.mesh.sequence)))
@@ -52,11 +54,11 @@ def sft(stage: Stage, *, sft: Sft, lora: Lora, model: Part, compute: Part, log: 
     stage.counts |= {"rows": len(examples), "steps": steps, "tokens": tokens}
 
 
-def load_examples(stage: Stage, path: Path, limit: int) -> list[Example]:
+def load_examples(stage: Stage, path: Path, limit: int, mix: dict[str, float] | None = None) -> list[Example]:
     """Rows of sft.parquet as examples; rows over `limit` tokens or without a loss token are dropped. Raises UserError
     if no row is left in the first round."""
     examples, drops = [], Drops(stage)
-    for row in read_table(path).to_pylist():
+    for row in mixed(read_table(path).to_pylist(), mix, drops):
         example = Example(row["row_id"], Group(row["prompt_tokens"], [row["completion_tokens"]], [row["loss_mask"]]),
                           row["weight"])
         ids = {name: row[name] for name in ("prompt_id", "sample_index", "source")}

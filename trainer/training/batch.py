@@ -15,6 +15,7 @@ import torch
 from strop.kernels.layout import Group, PackedGroups
 from strop.trainer.errors import UserError
 from strop.trainer.models.sequence import Sequence, SlicedGroups
+from strop.trainer.run.tables import Drops
 
 MOST_ROWS = 50_000_000  # of a plan, which is a list of indices
 
@@ -50,6 +51,17 @@ class Example:
                  for kind in (group.loss_masks, group.nll_masks)]
         text = repr((list(group.prompt), [list(c) for c in group.completions], masks))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def mixed(rows: list[dict], mix: dict[str, float] | None, drops: Drops) -> list[dict]:
+    """The rows with their weight times the factor of their source, by default 1; rows of factor 0 are dropped."""
+    kept = []
+    for row in rows:
+        if factor := (mix or {}).get(row["source"], 1.0):
+            kept.append(row | {"weight": row["weight"] * factor})
+        else:
+            drops.add("mix", prompt_id=row["prompt_id"], source=row["source"], detail=row["row_id"])
+    return kept
 
 
 def plan_steps(examples: list[Example], epochs: float, batch_size: int, seed: int) -> list[list[int]]:

@@ -6,8 +6,8 @@ gradients and optimizer are, and in how ranks exchange them.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -203,6 +203,29 @@ class Training:
         if self.together:
             self.world.barrier()  # not to wait for the first rank inside a step, which has a time-out
 
+    @contextmanager
+    def averaged(self):
+        """The model with the EMA's weights, without dropout. They change places with the masters and back, bit for bit,
+        which takes no memory."""
+        training = self.model.training
+        self._exchange_average()
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            self._exchange_average()
+
+    @torch.no_grad()
+    def _exchange_average(self) -> None:
+        def averages():  # a tensor at a time
+            for master, average in zip(self.masters, self.ema, strict=True):
+                kept = master.detach().clone()
+                yield average
+                average.copy_(kept)
+
+        self._set_weights(averages())
+
     @torch.no_grad()
     def save_ema(self, target: Path) -> None:
         """Writes the averaged weights; the model's weights stay as they are. Every rank calls it.
@@ -283,7 +306,7 @@ class Training:
         """The optimizer's step `number`, from 1. Returns the unclipped gradient norm, over all ranks."""
         raise NotImplementedError
 
-    def _set_weights(self, values: list[torch.Tensor]) -> None:
+    def _set_weights(self, values: Iterable[torch.Tensor]) -> None:
         """Sets masters and weights to `values`, one for each master."""
         raise NotImplementedError
 

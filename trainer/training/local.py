@@ -1,6 +1,6 @@
 """The engine that keeps everything on every rank, and sums gradients over the ranks once a step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -53,7 +53,7 @@ class Engine(Training):
     def _update(self, number: int, lr: float) -> torch.Tensor:
         return self.weights.step(number, lr)
 
-    def _set_weights(self, values: list[torch.Tensor]) -> None:
+    def _set_weights(self, values: Iterable[torch.Tensor]) -> None:
         self.weights.set(values)
 
     def _moments(self) -> list[dict[str, torch.Tensor]]:

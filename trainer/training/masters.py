@@ -1,6 +1,6 @@
 """fp32 master weights, their gradients, and AdamW or Muon on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -211,7 +211,7 @@ class Masters:
             self.params[i].copy_(value)
 
     @torch.no_grad()
-    def set(self, values: Sequence[torch.Tensor]) -> None:
+    def set(self, values: Iterable[torch.Tensor]) -> None:
         """Sets masters and parameters to `values`, fp32, one tensor each."""
         for i, value in enumerate(values):
             self._store(i, value)

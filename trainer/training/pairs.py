@@ -11,7 +11,7 @@ from strop.trainer.config import Dpo, Part
 from strop.trainer.errors import UserError
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
-from strop.trainer.training.batch import Example
+from strop.trainer.training.batch import Example, mixed
 
 SIDES = ("chosen", "rejected")
 
@@ -24,14 +24,15 @@ class Origin(NamedTuple):
     logp: float | None
 
 
-def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool) -> list[Example]:
+def load_pairs(stage: Stage, path: Path, section: Dpo | Part, context: int, record: bool,
+               mix: dict[str, float] | None = None) -> list[Example]:
     """Rows of pairs.parquet as examples of two completions, chosen first. Their NLL masks keep what
     section.mask_template_tokens takes out of the loss: else nothing would teach to stop. Pairs that do not fit, whose
-    completions are equal or that lack a loss token on one side are dropped. record: write the drops. Raises UserError
-    if no pair is left in the first round."""
+    completions are equal or that lack a loss token on one side are dropped. record: write the drops. mix: factors of
+    the weights by source. Raises UserError if no pair is left in the first round."""
     drops, examples = Drops(stage), []
     limit = min(section.max_length or 1 << 30, context)
-    for row in read_table(path).to_pylist():
+    for row in mixed(read_table(path).to_pylist(), mix, drops):
         nll_masks, masks = None, [row["chosen_mask"], row["rejected_mask"]]
         if section.mask_template_tokens:
             nll_masks = masks

@@ -16,7 +16,7 @@ from strop.trainer.errors import UserError
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import Drops, read_table
 from strop.trainer.sampling.kv_cache import onto
-from strop.trainer.training.batch import Example, collate, ends_first, microbatches
+from strop.trainer.training.batch import Example, collate, ends_first, microbatches, mixed
 from strop.trainer.training.engine import Training
 from strop.trainer.training.flops import training_flops
 from strop.trainer.training.pairs import Origin, ReferenceTable
@@ -39,14 +39,16 @@ class Rated(Example):
         return [places[rating] for rating in self.ratings]
 
 
-def load_rated(stage: Stage, path: Path, section: Dpo | Part, rows: str, context: int, record: bool) -> list[Rated]:
+def load_rated(stage: Stage, path: Path, section: Dpo | Part, rows: str, context: int, record: bool,
+               mix: dict[str, float] | None = None) -> list[Rated]:
     """Rows of rated.parquet as examples: of a completion each (rows: labels), or of all completions of a list, the best
     first (lists). section.mask_template_tokens takes template tokens out of the loss.
 
     Completions that do not fit, that occur twice in a list or that have no loss token are dropped, and lists without
-    two different scores. record: write the drops. Raises UserError if nothing is left in the first round."""
+    two different scores. record: write the drops. mix: factors of the weights by source. Raises UserError if nothing is
+    left in the first round."""
     drops, examples = Drops(stage), []
-    table, limit = read_table(path).to_pylist(), limit_of(section, context)
+    table, limit = mixed(read_table(path).to_pylist(), mix, drops), limit_of(section, context)
     for row in table:
         masks = zip(row["loss_mask"], row["template"], strict=True)
         row["mask"] = [on and not (section.mask_template_tokens and template) for on, template in masks]

@@ -37,10 +37,11 @@ class Ranked:
 
 
 def load_ranked(stage: Stage, section: Reward | Part, context: int, select: Path,
-                history: list[tuple[Path, Path]]) -> list[Ranked]:
+                history: list[tuple[Path, Path]], mix: dict[str, float] | None = None) -> list[Ranked]:
     """The groups to train on: the rows of select/pairs.parquet, a pair each; with section.pairs=all the samples of
     `history`, (sample, select) folders, take the place of its rows that were made from samples: all of a prompt's
-    completions in one group, with every pair of different scores. Writes the drops."""
+    completions in one group, with every pair of different scores. mix: factors of the weights by source. Writes the
+    drops."""
     drops, found = Drops(stage), []
     limit = min(section.max_length or 1 << 30, context)
     for row in read_table(select / "pairs.parquet").to_pylist():
@@ -66,7 +67,11 @@ def load_ranked(stage: Stage, section: Reward | Part, context: int, select: Path
         gone = len(row.example.group.completions) - len(fitting.example.group.completions)
         for _ in range(gone):
             drops.add("overlong", **ids, detail="one of the completions, so that the others fit")
-        kept.append(fitting)
+        if factor := (mix or {}).get(row.source, 1.0):
+            example = replace(fitting.example, weight=factor * fitting.example.weight)
+            kept.append(replace(fitting, example=example))
+        else:
+            drops.add("mix", **ids, detail="its source has the factor 0")
     if stage.world.first:
         drops.write()
     return kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,18 +117,20 @@ class Rollouts:
 
     @torch.no_grad()
     def ref_logps(self, rows: list[dict]) -> list[float | None]:
-        """The reference's log-prob of every completion."""
+        """The reference's log-prob of every completion: with anchor=ema that of the average after the steps so far, as
+        in algorithm 1 of WARP (arXiv 2406.16768)."""
         if self.reference is None:
             return [None] * len(rows)
         found: list[float | None] = [None] * len(rows)
         parts = grouped(rows, list(range(len(rows))), self.section.max_tokens)
         examples = [Example(str(i), group_of([rows[j] for j in part])) for i, part in enumerate(parts)]
-        for indices in pack_evenly([e.tokens for e in examples], self.section.max_tokens):
-            groups = collate(examples, indices, self.stage.world.device)
-            logp = self.reference(groups).cpu().double()
-            sums = [logp[a:b].sum().item() for a, b in groups.target_bounds]
-            for j, value in zip((j for i in indices for j in parts[i]), sums, strict=True):
-                found[j] = value
+        with self.engine.averaged() if self.section.anchor == "ema" else nullcontext():
+            for indices in pack_evenly([e.tokens for e in examples], self.section.max_tokens):
+                groups = collate(examples, indices, self.stage.world.device)
+                logp = self.reference(groups).cpu().double()
+                sums = [logp[a:b].sum().item() for a, b in groups.target_bounds]
+                for j, value in zip((j for i in indices for j in parts[i]), sums, strict=True):
+                    found[j] = value
         return found
 
 
