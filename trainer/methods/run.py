@@ -52,6 +52,7 @@ from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 from strop.trainer.stages.write_prompts import write_prompts
+from strop.trainer.training.engines import check_engine
 
 BY_REWARD = {"by": None, "sft_min_score": None, "pass_rate_min": 0.0, "pass_rate_max": 1.0}  # select without verdicts
 # keys of dpo that the reference table depends on
@@ -93,6 +94,7 @@ class Run:
         for key, dpo_section in (("dpo", recipe.dpo), ("rpo", getattr(recipe, "rpo", None))):
             if dpo_section and dpo_section.enabled:
                 check_loss(dpo_section, key)
+        check_engine(recipe.engine, recipe.dtype)
         who = f"method {recipe.method}" if "dpo" in getattr(recipe, "UNREAD", ()) else f"dpo.loss={recipe.dpo.loss}"
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():
