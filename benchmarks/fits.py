@@ -34,8 +34,7 @@ def cell(name: str, text: str, lora: int) -> str:
             how = setting.engine + (f", {setting.offload.upper()} offload" if setting.offload else "")
             how += ", checkpointing" if setting.checkpointing else ""
             host = f" + {on.on_node(need) / GB:,.0f} host" if setting.offload else ""
-            disk = f" + {on.per_node * need.nvme / GB:,.0f} NVMe" if need.nvme else ""
-            return f"{how}: {need.on_device / GB:.0f}{host}{disk}"
+            return f"{how}: {need.on_device / GB:.0f}{host}"
     return "no"
 
 

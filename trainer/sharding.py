@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from strop.trainer.section import FilePath, NotNegative, Positive, Section
+from strop.trainer.section import Positive, Section
 
 
 class Trainer(Section):
@@ -37,27 +37,15 @@ class DeepSpeed(Trainer):
     kind: Literal["deepspeed"] = Field("deepspeed", description="ZeRO of DeepSpeed (the extra strop[deepspeed])")
     zero_stage: Literal[1, 2, 3] = Field(2, description="what each rank keeps a part of: 1 the optimizer, 2 also the "
                                          "gradients, 3 also the weights")
-    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="where the optimizer and the fp32 "
-                                                              "weights are; nvme needs zero_stage=3")
-    offload_param: Literal["none", "cpu", "nvme"] = Field("none", description="where the weights are while they are "
-                                                          "not used; needs zero_stage=3")
-    nvme_path: FilePath | None = Field(None, description="folder on a local NVMe disk of each machine, for nvme")
-    persistence_threshold: NotNegative = Field(100_000, description="with zero_stage=3 weights of fewer elements stay "
-                                               "whole on every rank")
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="cpu: the optimizer and the fp32 weights are "
+                                                      "in the host's memory, and are updated there")
+    offload_param: Literal["none", "cpu"] = Field("none", description="cpu: weights that are not in use are in the "
+                                                  "host's memory; needs zero_stage=3")
 
     @model_validator(mode="after")
     def agree(self):
-        nvme = [key for key in ("offload_optimizer", "offload_param") if getattr(self, key) == "nvme"]
-        if nvme and self.nvme_path is None:
-            raise ValueError(f"{nvme[0]}=nvme needs nvme_path, a folder on a local disk")
-        if self.nvme_path is not None and not nvme:
-            raise ValueError("nvme_path is read with offload_optimizer=nvme or offload_param=nvme only; leave it out")
-        if self.zero_stage < 3:
-            if self.offload_param != "none" or nvme:
-                key = "offload_param" if self.offload_param != "none" else nvme[0]
-                raise ValueError(f"{key}={getattr(self, key)} needs zero_stage=3, and zero_stage={self.zero_stage}")
-            if self.persistence_threshold != type(self).model_fields["persistence_threshold"].default:
-                raise ValueError("persistence_threshold is read with zero_stage=3 only; leave it out")
+        if self.zero_stage < 3 and self.offload_param != "none":
+            raise ValueError(f"offload_param={self.offload_param} needs zero_stage=3, and zero_stage={self.zero_stage}")
         return self
 
 

@@ -1,11 +1,14 @@
 """Training engines on several ranks against the local one on one rank. Each job of ranks runs many checks, since a
 start takes long; what they check is in sharded.py."""
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.trainer.cli import load_recipe
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
-from strop.trainer.sharding import Auto, Fsdp, Local
-from strop.trainer.training import engines
+from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local
+from strop.trainer.training import deepspeed, engines
 from strop.trainer.training.fsdp import check_unshared
 from strop.trainer.training.policy import layers_of
 
@@ -55,10 +58,6 @@ def passed(folder: Path, check: str, output: str) -> None:
     assert (folder / f"{check}.passed").exists(), failed.read_text() if failed.exists() else output[-5000:]
 
 
-GRID = ["sft_tied", "sft_bf16", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "bema_of_dpo",
-        "guarded", "resumed"]
-
-
 @pytest.mark.parametrize(("keys", "lora", "per_weight"), [
     ({}, 0, 20), ({"ema_decay": 0.9}, 0, 24), ({"bema": True}, 0, 28), ({}, 4, 2)])
 def test_auto_is_local_where_20_bytes_a_parameter_fit(tiny_model, monkeypatch, keys, lora, per_weight):
@@ -75,14 +74,59 @@ def test_auto_is_local_where_20_bytes_a_parameter_fit(tiny_model, monkeypatch, k
 
 
 @pytest.mark.parametrize(("engine", "said"), [
-    ({"kind": "fdsp"}, "engine.kind=fdsp: input should be auto or local or fsdp"),
+    ({"kind": "fdsp"}, "engine.kind=fdsp: input should be auto or local or fsdp or deepspeed"),
     ({"kind": "local", "cpu_offload": True}, "engine.cpu_offload=True: unknown key; kind=local has no"),
     ({"cpu_offload": True}, "engine.cpu_offload=True: unknown key; kind=auto has no such key, kind=fsdp has"),
+    ({"zero_stage": 3}, "engine.zero_stage=3: unknown key; kind=auto has no such key, kind=deepspeed has"),
+    ({"kind": "deepspeed", "offload_param": "cpu"}, "offload_param=cpu needs zero_stage=3, and zero_stage=2"),
 ])
 def test_a_key_that_an_engine_does_not_read_is_refused(engine, said):
     with pytest.raises(UserError) as error:
         load_recipe({"data": {"sft": [{"name": "x", "path": "x"}]}, "engine": engine})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("version", "said"), [
+    (None, r"DeepSpeed is not installed: pip install 'strop\[deepspeed]'"), ("0.19.7", r"DeepSpeed 0.19.7 is too old"),
+    ("0.19.8", None), ("0.20", None)])
+def test_a_missing_deepspeed_is_one_line(monkeypatch, version, said):
+    def find(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    engines.check_engine(Fsdp(), online=False)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        engines.check_engine(DeepSpeed(), online=False)
+
+
+@pytest.mark.parametrize("options", [Fsdp(), DeepSpeed()])
+def test_online_training_refuses_an_engine_that_it_does_not_use(monkeypatch, options):
+    monkeypatch.setattr(engines, "check_deepspeed", lambda: None)
+    engines.check_engine(Local(), online=True)
+    engines.check_engine(Auto(), online=True)
+    with pytest.raises(UserError, match=rf"engine.kind={options.kind}: online training .*engine.kind=local"):
+        engines.check_engine(options, online=True)
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_deepspeeds_optimizer_is_adamw(monkeypatch, in_one_pass):
+    monkeypatch.setattr(deepspeed.optimizer, "available", lambda params: in_one_pass)
+    options = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    one, other = deepspeed.AdamW([ours], fused=True, **options), torch.optim.AdamW([theirs], **options)
+    for number, lr in ((1, 0.0), (1, 0.1), (2, 0.05)):  # a step of lr 0 makes the state, and counts for nothing
+        ours.grad = torch.linspace(2, -1, 50) ** number * (lr > 0)
+        one.number = number
+        one.param_groups[0]["lr"] = lr
+        one.step()
+        if lr:
+            theirs.grad, other.param_groups[0]["lr"] = ours.grad, lr
+            other.step()
+    torch.testing.assert_close(ours, theirs)
+    for moment in deepspeed.MOMENTS:
+        torch.testing.assert_close(one.state[ours][moment], other.state[theirs][moment])
 
 
 def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
@@ -109,14 +153,25 @@ def test_fsdp_on_two_ranks(fsdp, check):
 
 ENGINES = [
     {"kind": "local"}, {"kind": "fsdp"}, {"kind": "fsdp", "cpu_offload": True},
-    {"kind": "fsdp", "sync_each_microbatch": False, "reshard_after_forward": False}]
+    {"kind": "fsdp", "sync_each_microbatch": False, "reshard_after_forward": False},
+    {"kind": "deepspeed", "zero_stage": 1}, {"kind": "deepspeed"}, {"kind": "deepspeed", "zero_stage": 3},
+    {"kind": "deepspeed", "offload_optimizer": "cpu"},
+    {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}]
+# what a launch of ranks checks; each takes less than three minutes on two cores
+PARTS = {"sft": ["sft_tied", "sft_bf16", "one_row_a_step", "lora_fp32", "lora_bf16"],
+         "pairs": ["dpo_untied", "dpo_bf16", "bema_of_dpo", "reward_model"],
+         "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "times_out"]}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(map(str, engine.values())))
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine):
-    checks = [*GRID, *(["overlaps"] if engine["kind"] == "local" else ["damaged", "full_disk"]), "times_out"]
+def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine, part):
+    if engine["kind"] == "deepspeed" and not find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed: pip install 'strop[deepspeed]'")
+    unfit = {"damaged", "full_disk"} if engine["kind"] == "local" else {"overlaps"}
+    checks = [check for check in PARTS[part] if check not in unfit]
     output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
     for check in checks:
         passed(tmp_path, check, output)

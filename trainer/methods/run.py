@@ -94,7 +94,8 @@ class Run:
         for key, dpo_section in (("dpo", recipe.dpo), ("rpo", getattr(recipe, "rpo", None))):
             if dpo_section and dpo_section.enabled:
                 check_loss(dpo_section, key)
-        check_engine(recipe.engine, recipe.dtype)
+        if not store.planning:  # a plan may be for another machine
+            check_engine(recipe.engine, hasattr(recipe, "online") and recipe.online.enabled)
         who = f"method {recipe.method}" if "dpo" in getattr(recipe, "UNREAD", ()) else f"dpo.loss={recipe.dpo.loss}"
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():

@@ -116,9 +116,7 @@ def engines() -> list[str]:
 def engine_keys(engine: str, offload: str) -> list[str]:
     """The keys of the recipe that ask for an engine."""
     if engine == "deepspeed":
-        away = {"cpu": ["engine.offload_optimizer=cpu"],
-                "nvme": ["engine.offload_optimizer=nvme", "engine.nvme_path=..."]}
-        return ["engine.kind=deepspeed", "engine.zero_stage=3", *away.get(offload, [])]
+        return ["engine.kind=deepspeed", "engine.zero_stage=3", *(["engine.offload_optimizer=cpu"] if offload else [])]
     return [f"engine.kind={engine}", *(["engine.cpu_offload=true"] if offload else [])]
 
 
@@ -170,7 +168,7 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
         flops = speed.step_flops(shape, section.batch_size, completions, lengths, lora=setting.lora_rank > 0,
                                  checkpointing=setting.checkpointing, scores=setting.scores)
         shards = 1 if setting.engine == "local" else on.ranks
-        seconds = steps * speed.step_seconds(shape, on, flops, trained, offload=setting.offload, shards=shards)
+        seconds = steps * speed.step_seconds(shape, on, flops, trained, offload=bool(setting.offload), shards=shards)
     return Estimate(asked.name, need, seconds, kept, scratch, does_fit, remedy, why)
 
 
@@ -244,15 +242,16 @@ def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Itera
     while sizes[-1] // 2 >= least_tokens:
         sizes.append(sizes[-1] // 2)
     for rank in dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)):
-        for offload in dict.fromkeys((asked.offload, asked.offload or "cpu", "nvme")):
-            sharded = [e for e in there if e != "local" and not (e == "fsdp" and offload == "nvme")]
+        for offload in dict.fromkeys((asked.offload, asked.offload or "cpu")):
+            sharded = [e for e in there if e != "local"]
             names = sharded if offload else (asked.engine, *(sharded if asked.ranks > 1 else ()))
             for tokens in sizes:
                 for checkpointing in dict.fromkeys((asked.checkpointing, True)):
                     for engine in dict.fromkeys(names):
+                        same = (engine, offload) == (asked.engine, asked.offload)
                         yield replace(asked, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
-                                      several=asked.several or tokens < asked.max_tokens,
-                                      checkpointing=checkpointing)
+                                      zero=asked.zero if same else 3, checkpointing=checkpointing,
+                                      several=asked.several or tokens < asked.max_tokens)
 
 
 def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Setting:
     """How a stage runs.
 
     engine: one of ENGINES. zero: DeepSpeed's stage, 1 to 3. offload: where masters and moments live, "" on the
-    device, "cpu" or "nvme"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
+    device, or "cpu"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
     weights, or whole fp32 sums of gradients, through a step. width: bytes of a number in compute. max_tokens: of a
     microbatch. targets: predicted tokens in it, None for all. kept: bytes up to which the head keeps all logits, None
     for KEPT. several: a step has several microbatches. averages: fp32 copies of the weights, 1 for an EMA, 2 for
@@ -65,7 +65,6 @@ class Memory:
     device: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     once: int = 0
-    nvme: int = 0
 
     @property
     def on_device(self) -> int:
@@ -79,8 +78,8 @@ class Memory:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], int]:
-    """(bytes on the device, on the host, on NVMe) of weights, masters, moments, sums of gradients and averages: what is
+def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes on the device, on the host) of weights, masters, moments, sums of gradients and averages: what is
     there in every step. The gradients that a backward pass leaves are in `gradients`."""
     total = shape.parameters - (shape.embedding if s.scores and not shape.tied else 0)
     frozen, trained = (total, shape.adapters(s.lora_rank)) if s.lora_rank else (0, total)
@@ -92,13 +91,13 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], in
     if s.engine == "fsdp":  # what is trained is sharded in fp32
         device |= {"weights": -(-s.width * frozen // s.ranks), "masters": FP32 * shard,
                    "gradient sums": FP32 * trained if s.sums_all else sums}
+    elif s.engine == "deepspeed" and s.zero == 1 and s.width != FP32 and not s.offload:
+        device["gradient sums"] = FP32 * trained
     elif s.engine == "deepspeed" and s.zero == 3:
         device["weights"] = -(-s.width * (trained + frozen) // s.ranks)
     names = ("masters", "moments", "gradient sums", "averages") if s.offload else ()
     away = {name: device.pop(name) for name in (*names, *(("weights",) if s.offload_weights else ()))}
-    if s.offload != "nvme":
-        return device, away, 0
-    return device, {"buffers": 2 * s.width * min(BUCKETS, shard)}, sum(away.values())
+    return device, away
 
 
 def gathered(shape: Shape, s: Setting) -> int:
@@ -107,15 +106,15 @@ def gathered(shape: Shape, s: Setting) -> int:
     if s.engine == "local":
         return 0
     trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
-    if s.engine == "fsdp" or s.zero == 3:
-        ends = shape.embedding * (1 if shape.tied or s.scores else 2)
-        layers = 2 * shape.layer
-        of_gradients = 0 if s.lora_rank else (s.width + FP32) * max(shape.layer, ends)
-        if s.gathers_all:
-            layers = shape.layers * shape.layer
-        live = layers + ends if s.engine == "fsdp" else max(layers + ends, min(BUCKETS, shape.parameters))
-        return s.width * live + of_gradients
-    return 2 * s.width * min(BUCKETS // 2, trained)
+    buckets = (s.width + FP32) * min(BUCKETS // 2, trained)  # of DeepSpeed: as they come, and in fp32 to send
+    if s.engine == "deepspeed" and s.zero < 3:
+        return buckets
+    ends, layers = shape.embedding * (1 if shape.tied or s.scores else 2), 2 * shape.layer
+    if s.engine == "deepspeed":
+        return s.width * max(layers + ends, min(BUCKETS, shape.parameters)) + buckets
+    if s.gathers_all:
+        layers = shape.layers * shape.layer
+    return s.width * (layers + ends) + (0 if s.lora_rank else (s.width + FP32) * max(shape.layer, ends))
 
 
 def gradients(shape: Shape, s: Setting) -> int:
@@ -174,7 +173,7 @@ def head(shape: Shape, s: Setting) -> int:
 def training(shape: Shape, s: Setting) -> Memory:
     """The peak of a training stage: the highest of the backward pass's start, where all activations live, its end,
     where all gradients do, and the checks of completions on the way."""
-    device, host, nvme = states(shape, s)
+    device, host = states(shape, s)
     whole, left = gathered(shape, s), gradients(shape, s)
     of_head = 0 if s.lora_rank or s.scores or s.engine == "fsdp" else s.width * shape.embedding
     if s.width == FP32 and s.several and s.engine == "local":  # autograd accumulates them over microbatches
@@ -196,7 +195,7 @@ def training(shape: Shape, s: Setting) -> Memory:
         device["context"] = CONTEXT + (NCCL if s.ranks > 1 else 0)
         own, once = _saving(shape, s)
         host |= {"process": 2 * PROCESS, "resume point": own}
-    return Memory({k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}, once, nvme)
+    return Memory({k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}, once)
 
 
 def _checks(shape: Shape, s: Setting) -> int:

@@ -7,7 +7,7 @@ from strop.trainer.planning.shape import Shape
 
 # Shares of the peak rates that the work reaches. Assumed; benchmarks/memory.py prints the CPU's.
 OF_FLOPS, OF_BANDWIDTH = 0.4, 0.6
-HOST_BANDWIDTH, LINK, DISK = 100e9, 25e9, 3e9  # bytes/s of a node's memory, of a GPU's link to it, of an NVMe disk
+HOST_BANDWIDTH, LINK = 100e9, 25e9  # bytes/s of a node's memory, and of a GPU's link to it
 STATE_BYTES = 28  # that AdamW reads and writes per parameter: masters and moments twice, the gradient, the weight
 
 
@@ -32,15 +32,14 @@ def step_flops(shape: Shape, examples: int, completions: int, lengths: Lengths, 
     return examples * (passes * forward + (3 - lora) * 2 * shape.embedding * targets)
 
 
-def step_seconds(shape: Shape, on: Hardware, flops: float, trained: int, *, offload: str, shards: int) -> float:
+def step_seconds(shape: Shape, on: Hardware, flops: float, trained: int, *, offload: bool, shards: int) -> float:
     """Of an optimizer step on every rank: its FLOPs, then AdamW's bytes where masters and moments are. Communication
     is not counted."""
     compute = flops / on.ranks / (OF_FLOPS * on.flops)
     state = STATE_BYTES * trained / shards
     if not offload:
         return compute + state / (OF_BANDWIDTH * on.bandwidth)
-    update = state * on.per_node / HOST_BANDWIDTH + 4 * trained / shards / LINK
-    return compute + update + (24 * trained / shards * on.per_node / DISK if offload == "nvme" else 0.0)
+    return compute + state * on.per_node / HOST_BANDWIDTH + 4 * trained / shards / LINK
 
 
 def sampling_seconds(shape: Shape, on: Hardware, *, prompts: int, k: int, rows: int, lengths: Lengths, width: int,

@@ -1,17 +1,16 @@
-"""The engine on DeepSpeed's ZeRO: optimizer (stage 1), gradients (2), weights (3) in parts, also on the host or a disk.
+"""The engine on DeepSpeed's ZeRO: optimizer (stage 1), gradients (2), weights (3) in parts, also on the host.
 
 Each rank keeps the fp32 masters and moments of its part of every parameter: with stages 1 and 2 where its slice of all
 parameters laid end to end meets the parameter, with stage 3 an equal part of it.
 """
 
-import ctypes.util
+import importlib.metadata
 import logging
 import os
-import shutil
+import re
+import weakref
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,10 @@ from strop.trainer.sharding import DeepSpeed
 from strop.trainer.training.engine import Training
 from strop.trainer.training.policy import Policy, export, layers_of, merged_weights
 
+LEAST = (0, 19, 8)  # the version
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 500_000_000  # gradients that are sent together, at most
+WHOLE = 100_000  # elements up to which stage 3 leaves a weight whole on every rank
 
 
 class AdamW(torch.optim.AdamW):
@@ -38,22 +40,20 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for param in params:
-                if not (state := self.state[param]):
-                    state |= {"step": torch.zeros((), device=param.device), **{m: torch.zeros_like(param)
-                                                                               for m in MOMENTS}}
-                state["step"].fill_(self.number)
-            if not optimizer.available(params):
-                for param in params:
-                    self.state[param]["step"].sub_(1)  # PyTorch counts
-                super().step()
-                return
-            for param in params:
-                optimizer.adamw_(param, param.grad, *(self.state[param][m] for m in MOMENTS), None,
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        in_one_pass = optimizer.available([param for param, _ in pairs])
+        for param, group in pairs:
+            state = self.state[param]
+            if not state:
+                state |= {"step": torch.zeros((), device=param.device)} | {m: torch.zeros_like(param) for m in MOMENTS}
+            if in_one_pass:
+                optimizer.adamw_(param, param.grad, *(state[m] for m in MOMENTS), None,
                                  torch.ones((), device=param.device), step=self.number,
                                  **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+            else:
+                state["step"].fill_(self.number - 1)  # PyTorch counts up itself
+        if not in_one_pass:
+            super().step()
 
 
 class Engine(Training):
@@ -72,7 +72,7 @@ class Engine(Training):
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.params = [n for n, _ in trained], [p for _, p in trained]
         self.shapes = [p.shape for p in self.params]
-        settings = settings_of(options, section, self.dtype)
+        settings = settings_of(options, section, self.dtype, sum(shape.numel() for shape in self.shapes))
         if self.is_cut:  # a parameter at a time; initialize would put the whole model on the device first
             where = None if options.offload_param == "none" else options.offload_param
             self.deepspeed.zero.Init(module=self.model, config_dict_or_path=settings, dtype=self.dtype,
@@ -88,6 +88,7 @@ class Engine(Training):
         self.engine, self.optimizer, *_ = self.deepspeed.initialize(
             model=policy, optimizer=self.adamw, model_parameters=self.params, config=settings,
             dist_init_required=False)
+        weakref.finalize(self, release, self.engine, list(self.model.parameters())).atexit = False
         self._begin_averages()
 
     @property
@@ -195,25 +196,36 @@ class Engine(Training):
                       bool(self.lora.rank))
 
 
+def release(engine, params: list[torch.nn.Parameter]) -> None:
+    """Frees the memory of a DeepSpeed engine, whose modules some of its global caches keep for ever."""
+    engine.destroy()
+    for param in params:
+        param.data = torch.empty(0, dtype=param.dtype)
+        vars(param).clear()
+    for held in (engine.basic_optimizer, engine.optimizer):
+        vars(held).clear()
+
+
 def import_deepspeed(device: torch.device):
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on it, also without torchrun
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # an operator for ranks on one machine without GPUs, which would be compiled for minutes
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
-def settings_of(options: DeepSpeed, section: Train, dtype: torch.dtype) -> dict:
-    """DeepSpeed's configuration."""
-    zero = {"stage": options.zero_stage, "overlap_comm": options.zero_stage == 2}
+def settings_of(options: DeepSpeed, section: Train, dtype: torch.dtype, count: int) -> dict:
+    """DeepSpeed's configuration. count: of trained parameters."""
+    zero = {"stage": options.zero_stage, "reduce_bucket_size": min(BUCKET, count)}
     if options.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = options.persistence_threshold
+        zero["stage3_param_persistence_threshold"] = WHOLE
     for key in ("offload_optimizer", "offload_param"):
         if (where := getattr(options, key)) != "none":
-            zero[key] = {"device": where} | ({"nvme_path": options.nvme_path} if where == "nvme" else {})
+            zero[key] = {"device": where}
     return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60,
             "managed_gradient_accumulation": False, "gradient_clipping": section.grad_clip,
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
@@ -221,20 +233,11 @@ def settings_of(options: DeepSpeed, section: Train, dtype: torch.dtype) -> dict:
             "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
 
 
-def check_deepspeed(options: DeepSpeed, dtype: str) -> None:
-    """Raises UserError, before anything runs, if DeepSpeed or what it needs for these options is missing."""
-    if find_spec("deepspeed") is None:
-        raise UserError("engine.kind=deepspeed: DeepSpeed is not installed: pip install 'strop[deepspeed]'")
-    if options.nvme_path is None:
-        return
-    if options.offload_param == "nvme" and dtype == "float32":
-        raise UserError("engine.offload_param=nvme works in bfloat16 only; set dtype=bfloat16 or "
-                        "engine.offload_param=cpu")
-    missing = [what for what, found in (("libaio (its headers, e.g. libaio-dev)", ctypes.util.find_library("aio")),
-                                        ("ninja", shutil.which("ninja"))) if not found]
-    if missing:
-        raise UserError(f"engine.nvme_path={options.nvme_path}: DeepSpeed reads and writes it with an operator that it "
-                        f"compiles when it is first used, which needs {' and '.join(missing)}")
-    folder = Path(options.nvme_path).expanduser()
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"engine.nvme_path={options.nvme_path}: is not a folder that can be written; create it")
+def check_deepspeed() -> None:
+    """Raises UserError if DeepSpeed is missing or too old: an older one ignores settings that we rely on."""
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("engine.kind=deepspeed: DeepSpeed is not installed: pip install 'strop[deepspeed]'") from None
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < LEAST:
+        raise UserError(f"engine.kind=deepspeed: DeepSpeed {found} is too old: pip install 'strop[deepspeed]'")

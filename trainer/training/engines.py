@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from strop.trainer.config import Lora, Part, Train
+from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder, read_tensors
 from strop.trainer.run.store import Stage
 from strop.trainer.run.world import World
@@ -42,10 +43,14 @@ def open_frozen(folder: ModelFolder, stage: Stage, *, compute: Part) -> tuple[nn
     return model, fsdp.sharded(model, world, dtype, Fsdp(timeout=options.timeout)), True
 
 
-def check_engine(options: Trainer, dtype: str) -> None:
-    """Raises UserError, before anything runs, if this machine lacks what the section engine needs."""
+def check_engine(options: Trainer, online: bool) -> None:
+    """Raises UserError, before anything runs, if a package that the section engine needs is missing, or if a stage of
+    `online` training cannot use it."""
     if isinstance(options, DeepSpeed):
-        check_deepspeed(options, dtype)
+        check_deepspeed()
+    if online and not isinstance(options, Auto | Local):
+        raise UserError(f"engine.kind={options.kind}: online training samples from whole weights on every rank; set "
+                        "engine.kind=local")
 
 
 def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torch.dtype, world: World) -> Trainer:
