@@ -33,7 +33,7 @@ from strop.trainer.stages import preference as preference_stage
 from strop.trainer.stages import reward as reward_stage
 from strop.trainer.stages import sft as sft_stage
 from strop.trainer.training import buckets, deepspeed, local
-from strop.trainer.training.checkpoint import Saved, newest_checkpoint
+from strop.trainer.training.checkpoint import Saved, checkpoints_in
 
 SECTION = {"batch_size": 5, "lr": 1e-3, "max_tokens": 48, "weight_decay": 0.1, "grad_clip": 0.2}
 SFT_TOKENS = {"max_tokens": 22}  # so that a rank has several microbatches in a step
@@ -92,8 +92,9 @@ class Run:
             work.mkdir()
         world.barrier()
         self.engine.save_checkpoint(work)
+        self.engine.checkpoints.finish()
         world.barrier()
-        point = newest_checkpoint(work)
+        point = checkpoints_in(work)[-1]
         saved = Saved(point, list(read_json(point / "state.json")["files"]))
         return {name.removeprefix("master/"): saved.read(name, 0, max(end for _, end, _ in parts))
                 for name, parts in list(saved.parts.items()) if name.startswith("master/")}

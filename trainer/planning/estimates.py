@@ -150,7 +150,8 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
     steps = -(-rows * section.epochs // section.batch_size) if rows else 0
     checks = getattr(section, "eval_prompts", 0) if 0 < getattr(section, "eval_steps", 0) <= steps else 0
     setting = setting_of(section, shape, ranks=on.ranks, device=on.device, width=width, lora_rank=recipe.lora.rank,
-                         kept=on.kept, checks=checks, new_tokens=recipe.evaluate.max_new_tokens, **engine_of(recipe))
+                         kept=on.kept, checks=checks, new_tokens=recipe.evaluate.max_new_tokens,
+                         points=steps > section.checkpoint_steps, **engine_of(recipe))
     setting = settled(shape, setting, on)
     need = memory.training(shape, setting)
     does_fit, remedy = fits_on(need, on), ()

@@ -34,7 +34,7 @@ class Setting:
     microbatch. targets: predicted tokens in it, None for all. kept: bytes up to which the head keeps all logits, None
     for KEPT. several: a step has several microbatches. averages: fp32 copies of the weights, 1 for an EMA, 2 for
     BEMA. scores: a reward model, which has no vocabulary. checks: completions that are sampled in training, of
-    new_tokens. fused: the layers are."""
+    new_tokens. points: resume points are written on the way. fused: the layers are."""
 
     engine: str = "local"
     ranks: int = 1
@@ -55,6 +55,7 @@ class Setting:
     scores: bool = False
     checks: int = 0
     new_tokens: int = 64
+    points: bool = False
     fused: bool = True
 
 
@@ -100,12 +101,17 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     return device, away
 
 
+def trained_of(shape: Shape, s: Setting) -> int:
+    """How many parameters are trained; a reward model has no head of the vocabulary, which is not taken off here."""
+    return shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
+
+
 def gathered(shape: Shape, s: Setting) -> int:
     """Bytes of weights and gradients that a sharded engine holds whole for a while: two layers, the embedding and the
     head; DeepSpeed's buckets."""
     if s.engine == "local":
         return 0
-    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
+    trained = trained_of(shape, s)
     buckets = (s.width + FP32) * min(BUCKETS // 2, trained)  # of DeepSpeed: as they come, and in fp32 to send
     if s.engine == "deepspeed" and s.zero < 3:
         return buckets
@@ -119,7 +125,7 @@ def gathered(shape: Shape, s: Setting) -> int:
 
 def gradients(shape: Shape, s: Setting) -> int:
     """Bytes of all gradients as the backward pass leaves them; a tied embedding has two for a moment."""
-    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
+    trained = trained_of(shape, s)
     if s.engine == "fsdp" or (s.engine == "deepspeed" and s.zero > 1):
         return 0  # reduced layer by layer into the sums
     twice = shape.tied and not (s.lora_rank or s.scores)
@@ -190,6 +196,9 @@ def training(shape: Shape, s: Setting) -> Memory:
         moments.append({"merged weights": s.width * shape.linear})
     device |= {"gathered": whole} | max(moments, key=lambda parts: sum(parts.values()))
     if s.device == "cpu":
+        if s.points:  # a copy, which is written while training goes on
+            device["resume point"] = (3 + s.averages) * FP32 * (trained_of(shape, s) // (
+                1 if s.engine == "local" else s.ranks))
         device, host, once = on_cpu(device | host, LORA_GAPS * saved if s.lora_rank else 0.0), {}, 0
     else:
         device["context"] = CONTEXT + (NCCL if s.ranks > 1 else 0)
@@ -208,11 +217,11 @@ def _checks(shape: Shape, s: Setting) -> int:
 def _saving(shape: Shape, s: Setting) -> tuple[int, int]:
     """Host bytes of (a resume point's masters, moments and averages on every rank, what only the first rank copies
     from its GPU: the whole resume point of a local engine, or the weights)."""
-    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
+    trained = trained_of(shape, s)
     point, weights = (3 + s.averages) * FP32 * trained, s.width * shape.parameters
     if s.engine == "local":
         return 0, max(point, weights)
-    return 0 if s.offload else -(-point // s.ranks), weights
+    return 0 if s.offload and not s.points else -(-point // s.ranks), weights
 
 
 def scoring(shape: Shape, s: Setting) -> Memory:
