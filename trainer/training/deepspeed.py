@@ -160,6 +160,8 @@ class Engine(Training):
             param.ds_tensor.data.copy_(padded)
 
     def _set_weights(self, values: list[torch.Tensor]) -> None:
+        if self.is_cut:  # small weights are whole, and would stay as they are
+            self.optimizer.empty_partition_cache()
         for i, value in enumerate(values):
             self._write(i, value)
         for param in self.params if not self.is_cut else ():
