@@ -28,6 +28,7 @@ from strop.trainer.method_recipes import RewardRecipe
 from strop.trainer.run.console import Console
 from strop.trainer.run.files import read_json
 from strop.trainer.run.store import Stage
+from strop.trainer.run.tables import read_table
 from strop.trainer.run.world import World, join
 from strop.trainer.stages import preference as preference_stage
 from strop.trainer.stages import reward as reward_stage
@@ -64,7 +65,8 @@ class Run:
             recipe = recipe_of(**options, evaluate={"max_new_tokens": 6})
         inputs = {"select": top / f"select-{rows}"}
         if kind == "dpo":
-            inputs |= {"policy": top / model, "reference": table_of(top, model, dtype, rows), "same_weights": True}
+            table = table_of(top, model, dtype, keys.get("loss", ""))
+            inputs |= {"policy": top / model, "reference": table, "same_weights": True}
         else:
             inputs |= {"start": top / model}
         if prompts:
@@ -112,25 +114,33 @@ class Run:
         assert share <= factor * SAME[dtype], share
         assert len(self.log.rows) == len(other.log.rows) > 1
         for one, two in zip(self.log.rows, other.log.rows, strict=True):
-            for key in one.keys() & two.keys() & {"loss", "grad_norm", "rewards/margins", "accuracy"}:
+            for key in one.keys() & two.keys() & {"loss", "grad_norm", "rewards/margins", "accuracy", "kl", "delta"}:
                 apart = abs(one[key] - two[key]) / (1 + abs(one[key]))
                 assert apart <= factor * LOGGED[dtype], (key, one[key], two[key])
 
 
-def table_of(top: Path, model: str, dtype: str, rows: int) -> Path:
-    return top / f"reference-{model}-{dtype}-{rows}"
+def table_of(top: Path, model: str, dtype: str, loss: str) -> Path:
+    return top / f"reference-{model}-{dtype}-{loss}"
+
+
+def referred(table: Path, world: World, recipe, model: Path) -> None:
+    """The stage reference on the rows of select-14."""
+    if world.first:
+        table.mkdir()
+    world.barrier()
+    stage = Stage("reference", table, world, Console(enabled=False), Log())
+    reference(stage, recipe, select=model.parent / "select-14", model=model)
 
 
 def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype: str = "float32", prepare=None,
           **keys) -> Run:
     """Training on these ranks gives the weights that the local engine gives on them. sft_tied, and the local engine
     itself, are compared with one rank. prepare(engine): of the local engine."""
-    if kind == "dpo" and world.first and not table_of(folder, keys.get("model", "tied"), dtype, 14).exists():
-        table = table_of(folder, keys.get("model", "tied"), dtype, 14)
-        table.mkdir()
-        reference(Stage("reference", table, World(), Console(enabled=False), Log()),
-                  recipe_of(dtype=dtype, dpo=SECTION), select=folder / "select-14",
-                  model=folder / keys.get("model", "tied"))
+    model, loss = keys.get("model", "tied"), keys.get("loss", "")
+    table = table_of(folder, model, dtype, loss)
+    if kind == "dpo" and world.first and not table.exists():
+        section = SECTION | {key: keys[key] for key in ("loss", "batch_size") if key in keys}
+        referred(table, World(), recipe_of(dtype=dtype, dpo=section), folder / model)
     world.barrier()
     run = Run(kind, folder / f"{name}-all", world, engine, dtype=dtype, **keys)
     alone = engine["kind"] == "local" or name == "sft_tied"
@@ -215,6 +225,29 @@ def bema_of_dpo(world, folder, engine):
     assert largest(folder / "bema-one/ema", folder / "bema-all/ema") < 1e-5
     (one,), (all_,) = (sorted((folder / f"bema-{n}/snapshots").iterdir()) for n in ("one", "all"))
     assert largest(one, all_) < 1e-5 and one.name == all_.name
+
+
+def unpaired(world, folder, engine):
+    """KTO and BCO also make passes without gradients, of other rows; in the last step most ranks have none."""
+    for loss in ("kto", "bco", "listwise"):
+        run = equal("dpo", world, folder, engine, loss, loss=loss, batch_size=5 if loss == "listwise" else 9)
+        assert loss == "listwise" or any(row["kl" if loss == "kto" else "delta"] for row in run.log.rows)
+
+
+def reference_table(world, folder, engine):
+    """The log-probs of a reference that is sharded, with engine.kind=fsdp, are those of a whole one."""
+    made = []
+    for name, ranks, kind in (("all", world, engine), ("one", World(), {"kind": "local"})):
+        table = folder / f"frozen-{name}"
+        if name == "all" or world.first:
+            referred(table, ranks, recipe_of(dpo=SECTION, engine=kind, dtype="float32"), folder / "untied")
+        world.barrier()
+        made.append(read_table(table / "reference.parquet").to_pylist())
+    assert len(made[0]) == 14
+    for one, two in zip(*made, strict=True):
+        assert one["row_id"] == two["row_id"] and one["fingerprint"] == two["fingerprint"]
+        for a, b in zip(one["logps"], two["logps"], strict=True):
+            assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
 def guarded(world, folder, engine):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rounds import prompts_of
+from test_rated import rated_of
 from training import recipe_of, select_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,13 +43,14 @@ def folder_of(tiny_model, folder: Path) -> Path:
     shutil.copy(tiny_model / "chat_template.jinja", folder / "untied")
     for rows in (6, 14):
         select_of(folder / f"select-{rows}", rows)
+    rated_of(folder / "select-14")
     prompts_of(folder / "prompts", [f"{i:02}" for i in range(5)], split="validation")
     return folder
 
 
 def launch(folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
     command = [sys.executable, str(HERE / "sharded.py"), str(ranks), str(folder), json.dumps(engine), *checks]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=570,
+    done = subprocess.run(command, text=True, capture_output=True, timeout=280,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"})
     return f"{done.stdout}\n{done.stderr}"
 
@@ -152,21 +154,23 @@ def test_fsdp_on_two_ranks(fsdp, check):
 
 
 ENGINES = [
-    {"kind": "local"}, {"kind": "fsdp"}, {"kind": "fsdp", "cpu_offload": True},
+    {"kind": "local"}, {"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 1}, {"kind": "deepspeed"},
+    {"kind": "deepspeed", "zero_stage": 3}]
+MORE = [
+    {"kind": "fsdp", "cpu_offload": True},
     {"kind": "fsdp", "sync_each_microbatch": False, "reshard_after_forward": False},
-    {"kind": "deepspeed", "zero_stage": 1}, {"kind": "deepspeed"}, {"kind": "deepspeed", "zero_stage": 3},
     {"kind": "deepspeed", "offload_optimizer": "cpu"},
     {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}]
 # what a launch of ranks checks; each takes less than three minutes on two cores
 PARTS = {"sft": ["sft_tied", "sft_bf16", "one_row_a_step", "lora_fp32", "lora_bf16"],
-         "pairs": ["dpo_untied", "dpo_bf16", "bema_of_dpo", "reward_model"],
+         "preferences": ["dpo_untied", "dpo_bf16", "bema_of_dpo", "unpaired", "reference_table", "reward_model"],
          "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "times_out"]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(map(str, engine.values())))
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("ranks", "engine"), [(2, e) for e in ENGINES + MORE] + [(4, e) for e in ENGINES],
+                         ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None)
 def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine, part):
     if engine["kind"] == "deepspeed" and not find_spec("deepspeed"):
         pytest.skip("DeepSpeed is not installed: pip install 'strop[deepspeed]'")
