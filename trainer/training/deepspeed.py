@@ -88,6 +88,7 @@ class Engine(Training):
         self.engine, self.optimizer, *_ = self.deepspeed.initialize(
             model=policy, optimizer=self.adamw, model_parameters=self.params, config=settings,
             dist_init_required=False)
+        self._wait(WAIT)
         weakref.finalize(self, release, self.engine, list(self.model.parameters())).atexit = False
         self._begin_averages()
 
@@ -101,13 +102,17 @@ class Engine(Training):
 
     @contextmanager
     def within(self, what: str):
-        """DeepSpeed's collectives are on the default group, which otherwise waits for days."""
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.timeout), dist.group.WORLD)
+        """DeepSpeed's collectives are on the default group and a copy of it, which wait for days outside of steps."""
+        self._wait(timedelta(seconds=self.timeout))
         try:
             with super().within(what):
                 yield
         finally:
-            dist.distributed_c10d._set_pg_timeout(WAIT, dist.group.WORLD)
+            self._wait(WAIT)
+
+    def _wait(self, limit: timedelta) -> None:
+        for group in (dist.group.WORLD, self.engine.data_parallel_group):
+            dist.distributed_c10d._set_pg_timeout(limit, group)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.backward(loss * self.world.size)  # it averages over the ranks; our losses sum up
@@ -202,7 +207,7 @@ def release(engine, params: list[torch.nn.Parameter]) -> None:
     """Frees the memory of a DeepSpeed engine, whose modules some of its global caches keep for ever."""
     engine.destroy()
     for param in params:
-        param.data = torch.empty(0, dtype=param.dtype)
+        param.data = torch.empty(0, dtype=param.dtype, device=param.device)  # in a context of another one, too
         vars(param).clear()
     for held in (engine.basic_optimizer, engine.optimizer):
         vars(held).clear()
