@@ -36,8 +36,7 @@ def cell(name: str, text: str, lora: int) -> str:
             how += " with offload" if setting.offload_activations else ""
             how += f", sequence {setting.sequence}" if setting.sequence > 1 else ""
             host = f" + {on.on_node(need) / GB:,.0f} host" if setting.offload or setting.offload_activations else ""
-            disk = f" + {on.per_node * need.nvme / GB:,.0f} NVMe" if need.nvme else ""
-            return f"{how}: {need.on_device / GB:.0f}{host}{disk}"
+            return f"{how}: {need.on_device / GB:.0f}{host}"
     return "no"
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from strop.trainer.section import Positive, Section
 
@@ -20,8 +20,8 @@ class Sequenced(Trainer):
 
 class Auto(Sequenced):
     kind: Literal["auto"] = Field("auto", description="what holds weights, gradients and optimizer: local (whole on "
-                                  "every rank), fsdp (a part on every rank, PyTorch's FSDP2), auto (local where it "
-                                  "fits into memory, else fsdp)")
+                                  "every rank), fsdp (a part on every rank, PyTorch's FSDP2), deepspeed (ZeRO), "
+                                  "auto (local where it fits into memory, else fsdp)")
 
 
 class Local(Sequenced):
@@ -39,6 +39,22 @@ class Fsdp(Sequenced):
                               "there")
 
 
+class DeepSpeed(Trainer):
+    kind: Literal["deepspeed"] = Field("deepspeed", description="ZeRO of DeepSpeed (the extra strop[deepspeed])")
+    zero_stage: Literal[1, 2, 3] = Field(2, description="what each rank keeps a part of: 1 the optimizer, 2 also the "
+                                         "gradients, 3 also the weights")
+    offload_optimizer: Literal["none", "cpu"] = Field("none", description="cpu: the optimizer and the fp32 weights are "
+                                                      "in the host's memory, and are updated there")
+    offload_param: Literal["none", "cpu"] = Field("none", description="cpu: weights that are not in use are in the "
+                                                  "host's memory; needs zero_stage=3")
+
+    @model_validator(mode="after")
+    def agree(self):
+        if self.zero_stage < 3 and self.offload_param != "none":
+            raise ValueError(f"offload_param={self.offload_param} needs zero_stage=3, and zero_stage={self.zero_stage}")
+        return self
+
+
 def kind_of(value: Any) -> str:
     """The tag of a section, or of the data for one, in the union of training engines."""
     if isinstance(value, Trainer):
@@ -46,5 +62,5 @@ def kind_of(value: Any) -> str:
     return str(value.get("kind", "auto")) if isinstance(value, dict) else "auto"
 
 
-AnyTrainer = Annotated[Annotated[Auto, Tag("auto")] | Annotated[Local, Tag("local")] | Annotated[Fsdp, Tag("fsdp")],
-                       Discriminator(kind_of)]
+AnyTrainer = Annotated[Annotated[Auto, Tag("auto")] | Annotated[Local, Tag("local")] | Annotated[Fsdp, Tag("fsdp")]
+                       | Annotated[DeepSpeed, Tag("deepspeed")], Discriminator(kind_of)]

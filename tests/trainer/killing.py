@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,11 +31,15 @@ class Job:
     def __init__(self, task: dict):
         self.run_dir, self.only = Path(task["run_dir"]), re.compile(task.get("only", ""))
         self.fired = Path(task["fired"]) if task.get("fired") else None
-        self.stage, self.draws = "start", 0
+        self.stage, self.draws, self.lock = "start", 0, threading.Lock()
 
     def point(self, name: str, before_death=None) -> None:
         """Dies here, with all of the job, unless it has done so before. `before_death` leaves half a file behind."""
         name = f"{self.stage}: {name}"
+        with self.lock:  # resume points are written on a thread
+            self._point(name, before_death)
+
+    def _point(self, name: str, before_death) -> None:
         if self.fired is None or not self.only.search(name) or name in self.fired.read_text().splitlines():
             return
         with open(self.fired, "a") as f:

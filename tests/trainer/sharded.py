@@ -6,6 +6,8 @@ leaves CHECK.failed in the folder with the traceback, one that passes CHECK.pass
 """
 
 import contextlib
+import gc
+import json
 import math
 import os
 import shutil
@@ -33,10 +35,11 @@ from strop.trainer.run.world import World, join
 from strop.trainer.stages import preference as preference_stage
 from strop.trainer.stages import reward as reward_stage
 from strop.trainer.stages import sft as sft_stage
-from strop.trainer.training import buckets, local, logprobs
-from strop.trainer.training.checkpoint import Saved, newest_checkpoint
+from strop.trainer.training import buckets, deepspeed, local, logprobs
+from strop.trainer.training.checkpoint import Saved, checkpoints_in
 
 SECTION = {"batch_size": 5, "lr": 1e-3, "max_tokens": 48, "weight_decay": 0.1, "grad_clip": 0.2}
+SFT_TOKENS = {"max_tokens": 22}  # so that a rank has several microbatches in a step
 STAGES = {"sft": (sft, sft_stage), "dpo": (dpo, preference_stage), "reward": (reward, reward_stage)}
 # norm of the difference of the masters, relative to the norm of the way that they went, on the same microbatches
 SAME = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -47,22 +50,25 @@ class Run:
     """A stage of a few steps that ran: its stage, engine, logged rows, and masters (fp32, flat, by name)."""
 
     def __init__(self, kind: str, folder: Path, world: World, engine: dict, *, model="tied", dtype="float32", rows=14,
-                 lora=None, log=None, read=True, prompts=None, **keys):
-        """folder: of the stage, which it resumes if it is there. read: also read the masters."""
+                 lora=None, log=None, read=True, prompts=None, prepare=None, **keys):
+        """folder: of the stage, which it resumes if it is there. read: also read the masters. prepare(engine): called
+        once it is open."""
         top = folder.parent
         if world.first:
             folder.mkdir(exist_ok=True)
         world.barrier()
         self.log = log or Log()
         self.stage = Stage(f"round-00/{kind}", folder, world, Console(enabled=False), self.log)
-        options = {"engine": engine, "dtype": dtype, "lora": lora or {}, kind: SECTION | keys}
+        section = SECTION | (SFT_TOKENS if kind == "sft" else {}) | keys
+        options = {"engine": engine, "dtype": dtype, "lora": lora or {}, kind: section}
         if kind == "reward":
             recipe = RewardRecipe.model_validate({"data": {"preferences": [{"name": "x", "path": "x"}]}} | options)
         else:
             recipe = recipe_of(**options, evaluate={"max_new_tokens": 6})
         inputs = {"select": top / f"select-{rows}"}
         if kind == "dpo":
-            inputs |= {"policy": top / model, "reference": table_of(top, model, dtype, rows), "same_weights": True}
+            table = table_of(top, model, dtype, keys.get("loss", ""))
+            inputs |= {"policy": top / model, "reference": table, "same_weights": True}
         else:
             inputs |= {"start": top / model}
         if prompts:
@@ -72,6 +78,8 @@ class Run:
 
         def opens(*args, **options):
             self.engine = opened(*args, **options)
+            if prepare:
+                prepare(self.engine)
             return self.engine
 
         module.open_engine = opens
@@ -88,8 +96,9 @@ class Run:
             work.mkdir()
         world.barrier()
         self.engine.save_checkpoint(work)
+        self.engine.checkpoints.finish()
         world.barrier()
-        point = newest_checkpoint(work)
+        point = checkpoints_in(work)[-1]
         saved = Saved(point, list(read_json(point / "state.json")["files"]))
         return {name.removeprefix("master/"): saved.read(name, 0, max(end for _, end, _ in parts))
                 for name, parts in list(saved.parts.items()) if name.startswith("master/")}
@@ -107,29 +116,39 @@ class Run:
         assert share <= factor * SAME[dtype], share
         assert len(self.log.rows) == len(other.log.rows) > 1
         for one, two in zip(self.log.rows, other.log.rows, strict=True):
-            for key in one.keys() & two.keys() & {"loss", "grad_norm", "rewards/margins", "accuracy"}:
+            for key in one.keys() & two.keys() & {"loss", "grad_norm", "rewards/margins", "accuracy", "kl", "delta"}:
                 apart = abs(one[key] - two[key]) / (1 + abs(one[key]))
                 assert apart <= factor * LOGGED[dtype], (key, one[key], two[key])
 
 
-def table_of(top: Path, model: str, dtype: str, rows: int) -> Path:
-    return top / f"reference-{model}-{dtype}-{rows}"
+def table_of(top: Path, model: str, dtype: str, loss: str) -> Path:
+    return top / f"reference-{model}-{dtype}-{loss}"
 
 
-def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype: str = "float32", **keys) -> Run:
-    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, the local engine itself
-    and ranks that share rows are compared with one rank."""
-    if kind == "dpo" and world.first and not table_of(folder, keys.get("model", "tied"), dtype, 14).exists():
-        table = table_of(folder, keys.get("model", "tied"), dtype, 14)
+def referred(table: Path, world: World, recipe, model: Path) -> None:
+    """The stage reference on the rows of select-14."""
+    if world.first:
         table.mkdir()
-        reference(Stage("reference", table, World(), Console(enabled=False), Log()),
-                  recipe_of(dtype=dtype, dpo=SECTION), select=folder / "select-14",
-                  model=folder / keys.get("model", "tied"))
+    world.barrier()
+    stage = Stage("reference", table, world, Console(enabled=False), Log())
+    reference(stage, recipe, select=model.parent / "select-14", model=model)
+
+
+def equal(kind: str, world: World, folder: Path, engine: dict, name: str, dtype: str = "float32", prepare=None,
+          **keys) -> Run:
+    """Training on these ranks gives the weights that the local engine gives on them. sft_tied, and the local engine
+    itself, are compared with one rank. prepare(engine): of the local engine."""
+    model, loss = keys.get("model", "tied"), keys.get("loss", "")
+    table = table_of(folder, model, dtype, loss)
+    if kind == "dpo" and world.first and not table.exists():
+        section = SECTION | {key: keys[key] for key in ("loss", "batch_size") if key in keys}
+        referred(table, World(), recipe_of(dtype=dtype, dpo=section), folder / model)
     world.barrier()
     run = Run(kind, folder / f"{name}-all", world, engine, dtype=dtype, **keys)
     alone = engine["kind"] == "local" or name == "sft_tied" or "sequence_parallel" in engine
     if not alone or world.first:
-        one = Run(kind, folder / f"{name}-one", World() if alone else world, {"kind": "local"}, dtype=dtype, **keys)
+        one = Run(kind, folder / f"{name}-one", World() if alone else world, {"kind": "local"}, dtype=dtype,
+                  prepare=prepare, **keys)
         # in other microbatches bf16 rounds otherwise
         run.equals(one, dtype, 20 if alone and dtype == "bfloat16" else 1)
     world.barrier()
@@ -140,6 +159,8 @@ def sft_tied(world, folder, engine):
     run = equal("sft", world, folder, engine, "sft_tied", ema_decay=0.5)
     assert largest(folder / "sft_tied-one/ema", folder / "sft_tied-all/ema") < 1e-5
     assert run.stage.counts["rank_balance"] < 1 or run.engine.mesh.size == 1, "the ranks have different shares"
+    assert world.size > 2 or "sequence_parallel" in engine or (
+        run.stage.counts["microbatches"] > world.size * run.stage.counts["steps"])
 
 
 def sft_bf16(world, folder, engine):
@@ -155,8 +176,35 @@ def dpo_bf16(world, folder, engine):
     equal("dpo", world, folder, engine, "dpo_bf16", "bfloat16")
 
 
+class Passed(torch.autograd.Function):
+    """The identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def hooked(engine) -> None:
+    """Puts the identity around each module, as ZeRO 3's hooks are: in bf16 autograd then adds up the gradients of what
+    several modules read (a base layer, its adapter) in the same order."""
+    def hook(_, inputs):
+        return tuple(Passed.apply(x) if torch.is_tensor(x) and x.requires_grad else x for x in inputs)
+
+    for module in engine.model.modules():
+        module.register_forward_pre_hook(hook)
+
+
+def lora_fp32(world, folder, engine):
+    equal("sft", world, folder, engine, "lora_fp32", lora={"rank": 4})
+
+
 def lora_bf16(world, folder, engine):
-    equal("sft", world, folder, engine, "lora_bf16", "bfloat16", lora={"rank": 4})
+    prepare = hooked if engine.get("zero_stage") == 3 else None
+    equal("sft", world, folder, engine, "lora_bf16", "bfloat16", prepare=prepare, lora={"rank": 4})
     assert largest(folder / "lora_bf16-one/model", folder / "lora_bf16-all/model") < 2e-2
     names = [set(load_file(folder / f"lora_bf16-{n}/model/adapter/adapter_model.safetensors")) for n in ("one", "all")]
     assert names[0] == names[1] and names[0]
@@ -207,7 +255,7 @@ def sliced(world, folder, engine):
     logprobs.hidden_states = real
     if world.first:
         one, all_ = (read_table(t / "reference.parquet").to_pylist()
-                     for t in (table_of(folder, "untied", "float32", 14), table))
+                     for t in (table_of(folder, "untied", "float32", ""), table))
         for a, b in zip(one, all_, strict=True):
             assert a["row_id"] == b["row_id"] and a["fingerprint"] == b["fingerprint"]
             for mine, theirs in zip(a["logps"], b["logps"], strict=True):
@@ -248,6 +296,29 @@ def bema_of_dpo(world, folder, engine):
     assert largest(folder / "bema-one/ema", folder / "bema-all/ema") < 1e-5
     (one,), (all_,) = (sorted((folder / f"bema-{n}/snapshots").iterdir()) for n in ("one", "all"))
     assert largest(one, all_) < 1e-5 and one.name == all_.name
+
+
+def unpaired(world, folder, engine):
+    """KTO and BCO also make passes without gradients, of other rows; in the last step most ranks have none."""
+    for loss in ("kto", "bco", "listwise"):
+        run = equal("dpo", world, folder, engine, loss, loss=loss, batch_size=5 if loss == "listwise" else 9)
+        assert loss == "listwise" or any(row["kl" if loss == "kto" else "delta"] for row in run.log.rows)
+
+
+def reference_table(world, folder, engine):
+    """The log-probs of a reference that is sharded, with engine.kind=fsdp, are those of a whole one."""
+    made = []
+    for name, ranks, kind in (("all", world, engine), ("one", World(), {"kind": "local"})):
+        table = folder / f"frozen-{name}"
+        if name == "all" or world.first:
+            referred(table, ranks, recipe_of(dpo=SECTION, engine=kind, dtype="float32"), folder / "untied")
+        world.barrier()
+        made.append(read_table(table / "reference.parquet").to_pylist())
+    assert len(made[0]) == 14
+    for one, two in zip(*made, strict=True):
+        assert one["row_id"] == two["row_id"] and one["fingerprint"] == two["fingerprint"]
+        for a, b in zip(one["logps"], two["logps"], strict=True):
+            assert len(a) == len(b) and max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-4
 
 
 def guarded(world, folder, engine):
@@ -299,6 +370,16 @@ def smaller_moments(world, folder, engine):
         run, one = (Run("sft", folder / f"{moments}-{kind}", world, one, model="untied", moments=moments)
                     for kind, one in (("all", engine), ("one", {"kind": "local"})))
         run.equals(one, "float32", 50)
+def freed(world, folder, engine):
+    """A stage leaves none of its tensors in memory."""
+    held = []
+    for i in range(3):
+        run = Run("sft", folder / f"freed-{i}", world, engine, ema_decay=0.5, read=False)
+        del run
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+    assert held[2] <= held[1], held
 
 
 def damaged(world, folder, engine):
@@ -414,7 +495,7 @@ def largest(a: Path, b: Path) -> float:
 
 
 def rank_of(folder: Path, engine: dict, checks: list[str]) -> None:
-    world = join("cpu", 1)
+    world, deepspeed.WHOLE = join("cpu", 1), 100  # of our small weights, stage 3 divides all but the norms
     for check in checks:
         started = time.perf_counter()
         try:
@@ -453,3 +534,7 @@ def main(ranks: int, folder: Path, engine: dict, checks: list[str]) -> int:
                     os.kill(pid, 9)
         worst = worst or status
     return 1 if worst else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]))

@@ -1,7 +1,14 @@
 """Training engines on several ranks against the local one on one rank. Each job of ranks runs many checks, since a
 start takes long; what they check is in sharded.py."""
 
+import importlib.metadata
+import json
+import os
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +22,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.trainer.cli import load_recipe
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
-from strop.trainer.sharding import Auto, Fsdp, Local
-from strop.trainer.training import engines
+from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local
+from strop.trainer.training import deepspeed, engines
 from strop.trainer.training.fsdp import check_unshared
 from strop.trainer.training.policy import layers_of
 
+HERE = Path(__file__).parent
 CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
           "resumed_int8", "sliced"]
 
@@ -37,6 +45,7 @@ def folder_of(tiny_model, folder: Path) -> Path:
     for rows in (6, 14):
         select_of(folder / f"select-{rows}", rows)
     rated_of(folder / "select-rated")
+    rated_of(folder / "select-14")
     prompts_of(folder / "prompts", [f"{i:02}" for i in range(5)], split="validation")
     return folder
 
@@ -51,11 +60,18 @@ os._exit(status)
 """
 
 
-def launch(launcher, folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
+def launch_forked(launcher, folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
     log, code = folder / "log", CODE.format(ranks=ranks, folder=str(folder), engine=engine, checks=checks)
     launcher.start(argv=[], log=str(log), code=code)
     launcher.wait()
     return log.read_text()
+
+
+def launch(folder: Path, ranks: int, engine: dict, checks: list[str]) -> str:
+    command = [sys.executable, str(HERE / "sharded.py"), str(ranks), str(folder), json.dumps(engine), *checks]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=570,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CI": "true"})
+    return f"{done.stdout}\n{done.stderr}"
 
 
 def passed(folder: Path, check: str, output: str) -> None:
@@ -83,14 +99,59 @@ def test_auto_is_local_where_20_bytes_a_parameter_fit(tiny_model, monkeypatch, k
 
 
 @pytest.mark.parametrize(("engine", "said"), [
-    ({"kind": "fdsp"}, "engine.kind=fdsp: input should be auto or local or fsdp"),
+    ({"kind": "fdsp"}, "engine.kind=fdsp: input should be auto or local or fsdp or deepspeed"),
     ({"kind": "local", "cpu_offload": True}, "engine.cpu_offload=True: unknown key; kind=local has no"),
     ({"cpu_offload": True}, "engine.cpu_offload=True: unknown key; kind=auto has no such key, kind=fsdp has"),
+    ({"zero_stage": 3}, "engine.zero_stage=3: unknown key; kind=auto has no such key, kind=deepspeed has"),
+    ({"kind": "deepspeed", "offload_param": "cpu"}, "offload_param=cpu needs zero_stage=3, and zero_stage=2"),
 ])
 def test_a_key_that_an_engine_does_not_read_is_refused(engine, said):
     with pytest.raises(UserError) as error:
         load_recipe({"data": {"sft": [{"name": "x", "path": "x"}]}, "engine": engine})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("version", "said"), [
+    (None, r"DeepSpeed is not installed: pip install 'strop\[deepspeed]'"), ("0.19.7", r"DeepSpeed 0.19.7 is too old"),
+    ("0.19.8", None), ("0.20", None)])
+def test_a_missing_deepspeed_is_one_line(monkeypatch, version, said):
+    def find(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    engines.check_engine(Fsdp(), online=False)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        engines.check_engine(DeepSpeed(), online=False)
+
+
+@pytest.mark.parametrize("options", [Fsdp(), DeepSpeed()])
+def test_online_training_refuses_an_engine_that_it_does_not_use(monkeypatch, options):
+    monkeypatch.setattr(engines, "check_deepspeed", lambda: None)
+    engines.check_engine(Local(), online=True)
+    engines.check_engine(Auto(), online=True)
+    with pytest.raises(UserError, match=rf"engine.kind={options.kind}: online training .*engine.kind=local"):
+        engines.check_engine(options, online=True)
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_deepspeeds_optimizer_is_adamw(monkeypatch, in_one_pass):
+    monkeypatch.setattr(deepspeed.optimizer, "available", lambda params: in_one_pass)
+    options = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.2}
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 50)) for _ in range(2))
+    one, other = deepspeed.AdamW([ours], fused=True, **options), torch.optim.AdamW([theirs], **options)
+    for number, lr in ((1, 0.0), (1, 0.1), (2, 0.05)):  # a step of lr 0 makes the state, and counts for nothing
+        ours.grad = torch.linspace(2, -1, 50) ** number * (lr > 0)
+        one.number = number
+        one.param_groups[0]["lr"] = lr
+        one.step()
+        if lr:
+            theirs.grad, other.param_groups[0]["lr"] = ours.grad, lr
+            other.step()
+    torch.testing.assert_close(ours, theirs)
+    for moment in deepspeed.MOMENTS:
+        torch.testing.assert_close(one.state[ours][moment], other.state[theirs][moment])
 
 
 def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
@@ -107,7 +168,7 @@ def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
 def fsdp(launcher, tiny_model, tmp_path_factory):
     """(folder, output) of the checks of fsdp on two ranks."""
     folder = folder_of(tiny_model, tmp_path_factory.mktemp("fsdp"))
-    return folder, launch(launcher, folder, 2, {"kind": "fsdp"}, CHECKS)
+    return folder, launch_forked(launcher, folder, 2, {"kind": "fsdp"}, CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -116,16 +177,31 @@ def test_fsdp_on_two_ranks(fsdp, check):
 
 
 ENGINES = [
-    {"kind": "local"}, {"kind": "fsdp"}, {"kind": "fsdp", "cpu_offload": True},
-    {"kind": "fsdp", "sync_each_microbatch": False, "reshard_after_forward": False}]
+    {"kind": "local"}, {"kind": "fsdp"}, {"kind": "deepspeed", "zero_stage": 1}, {"kind": "deepspeed"},
+    {"kind": "deepspeed", "zero_stage": 3}]
+MORE = [
+    {"kind": "fsdp", "cpu_offload": True},
+    {"kind": "fsdp", "sync_each_microbatch": False, "reshard_after_forward": False},
+    {"kind": "deepspeed", "offload_optimizer": "cpu"},
+    {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}]
+# what a launch of ranks checks; each takes less than three minutes on two cores
+PARTS = {"sft": ["sft_tied", "sft_bf16", "one_row_a_step", "lora_fp32", "lora_bf16"],
+         "preferences": ["dpo_untied", "dpo_bf16", "bema_of_dpo", "unpaired", "reference_table", "reward_model"],
+         "moments": ["resumed_int8", "smaller_moments"],
+         "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "times_out"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: "-".join(map(str, engine.values())))
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_every_engine_equals_the_local_one(launcher, tiny_model, tmp_path, ranks, engine):
-    checks = [*GRID, *(["overlaps"] if engine["kind"] == "local" else ["damaged", "full_disk"]), "times_out"]
-    output = launch(launcher, folder_of(tiny_model, tmp_path), ranks, engine, checks)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("ranks", "engine"), [(2, e) for e in ENGINES + MORE] + [(4, e) for e in ENGINES],
+                         ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None)
+def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine, part):
+    if engine["kind"] == "deepspeed" and not find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed: pip install 'strop[deepspeed]'")
+    unfit = {"local": {"damaged", "full_disk"}, "fsdp": {"overlaps"},
+             "deepspeed": {"overlaps", "resumed_int8", "smaller_moments"}}[engine["kind"]]
+    checks = [check for check in PARTS[part] if check not in unfit]
+    output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
     for check in checks:
         passed(tmp_path, check, output)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -229,13 +230,16 @@ def test_of_two_ranks_one_says_what_is_wrong(launcher, recipe, argument, said):
 
 
 @pytest.mark.slow
-def test_killed_while_two_ranks_write_a_sharded_model_it_ends_with_the_same_bits(server, recipe):
+@pytest.mark.parametrize("engine", [
+    ["engine.kind=fsdp"], ["engine.kind=deepspeed"], ["engine.kind=deepspeed", "engine.zero_stage=3"]], ids="-".join)
+def test_killed_while_two_ranks_write_a_sharded_model_it_ends_with_the_same_bits(launcher, recipe, engine):
+    if "engine.kind=deepspeed" in engine and not find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed: pip install 'strop[deepspeed]'")
     runs, fired, ranks = recipe.parent / "runs", recipe.with_name("fired"), {"ranks": 2}
     points = r"/(sft|dpo): (half of .*(state-0000.-of-00002|model)|.*work/step-|step 1 has|the weights)"
-    finish(server, job(recipe, "whole", "rounds=1", "engine.kind=fsdp", **ranks))
+    finish(launcher, job(recipe, "whole", "rounds=1", *engine, **ranks))
     fired.touch()
-    killed = finish(server, job(recipe, "killed", "rounds=1", "engine.kind=fsdp", fired=str(fired), only=points,
-                                **ranks))
+    killed = finish(launcher, job(recipe, "killed", "rounds=1", *engine, fired=str(fired), only=points, **ranks))
     assert killed >= 12 and "state-00001-of-00002.safetensors is written" in fired.read_text(), fired.read_text()
     same_end(runs / "whole", runs / "killed")
 

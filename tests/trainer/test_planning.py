@@ -190,7 +190,7 @@ def test_the_cache_is_the_bytes_of_the_samplers(tiny_model):
 
 SETTINGS = st.builds(
     Setting, engine=st.sampled_from(memory.ENGINES), ranks=st.integers(1, 64), zero=st.integers(1, 3),
-    offload=st.sampled_from(["", "cpu", "nvme"]), device=st.just("cuda"), width=st.sampled_from([2, 4]),
+    offload=st.sampled_from(["", "cpu"]), device=st.just("cuda"), width=st.sampled_from([2, 4]),
     max_tokens=st.integers(64, 1 << 15), several=st.booleans(), checkpointing=st.booleans(),
     offload_activations=st.booleans(), sequence=st.sampled_from([1, 2, 4]),
     lora_rank=st.sampled_from([0, 8]), averages=st.integers(0, 2), scores=st.booleans(),
@@ -304,8 +304,6 @@ def test_the_order_of_cost():
         assert big[0] == "sft.activation_checkpointing=true" and big[1].startswith("sft.max_tokens=")
         assert keys("Qwen/Qwen2.5-1.5B", one, max_tokens=4096, checkpointing=True)[0] == "engine.kind=fsdp"
         small = hardware_of("1x24GB+32GB")  # too little for masters and moments on the host
-        assert keys("Qwen/Qwen2.5-1.5B", small, max_tokens=4096)[0] == "engine.kind=deepspeed"
-        patch.setattr(estimates, "engines", lambda: ["local", "fsdp"])
         assert keys("Qwen/Qwen2.5-1.5B", small, max_tokens=4096) == ("lora.rank=16",)
 
 

@@ -55,6 +55,7 @@ from strop.trainer.stages.score import score
 from strop.trainer.stages.select import select
 from strop.trainer.stages.sft import sft
 from strop.trainer.stages.write_prompts import write_prompts
+from strop.trainer.training.engines import check_engine
 from strop.trainer.training.mesh import check_sequence, size_of
 
 BY_REWARD = {"by": None, "sft_min_score": None, "pass_rate_min": 0.0, "pass_rate_max": 1.0}  # select without verdicts
@@ -99,6 +100,8 @@ class Run:
                 check_loss(dpo_section, key)
         ranks, trained = None if store.planning else store.world.size, {n: s for n, s in recipe if isinstance(s, Train)}
         check_sequence(recipe.engine, ModelFolder(base.path, recipe.model), ranks, trained)
+        if not store.planning:  # a plan may be for another machine
+            check_engine(recipe.engine, hasattr(recipe, "online") and recipe.online.enabled)
         who = f"method {recipe.method}" if "dpo" in getattr(recipe, "UNREAD", ()) else f"dpo.loss={recipe.dpo.loss}"
         for ready in recipe.data.preferences if recipe.dpo.enabled and store.world.first else ():
             if (file := self._rows(ready.path).path).exists():

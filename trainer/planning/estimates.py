@@ -130,9 +130,7 @@ def engines() -> list[str]:
 def engine_keys(engine: str, offload: str) -> list[str]:
     """The keys of the recipe that ask for an engine."""
     if engine == "deepspeed":
-        away = {"cpu": ["engine.offload_optimizer=cpu"],
-                "nvme": ["engine.offload_optimizer=nvme", "engine.nvme_path=..."]}
-        return ["engine.kind=deepspeed", "engine.zero_stage=3", *away.get(offload, [])]
+        return ["engine.kind=deepspeed", "engine.zero_stage=3", *(["engine.offload_optimizer=cpu"] if offload else [])]
     return [f"engine.kind={engine}", *(["engine.cpu_offload=true"] if offload else [])]
 
 
@@ -168,7 +166,8 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
     steps = -(-rows * section.epochs // section.batch_size) if rows else 0
     checks = getattr(section, "eval_prompts", 0) if 0 < getattr(section, "eval_steps", 0) <= steps else 0
     setting = setting_of(section, shape, ranks=on.ranks, device=on.device, width=width, lora_rank=recipe.lora.rank,
-                         kept=on.kept, checks=checks, new_tokens=recipe.evaluate.max_new_tokens, **engine_of(recipe))
+                         kept=on.kept, checks=checks, new_tokens=recipe.evaluate.max_new_tokens,
+                         points=steps > section.checkpoint_steps, **engine_of(recipe))
     setting = settled(shape, setting, on)
     need = memory.training(shape, setting)
     does_fit, remedy = fits_on(need, on), ()
@@ -190,7 +189,7 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
                                  checkpointing=setting.checkpointing, scores=setting.scores)
         shards = 1 if setting.engine == "local" else on.ranks
         state = speed.state_bytes(trained, memory.of_moments(shape, setting, trained), setting.split)
-        seconds = steps * speed.step_seconds(on, flops, trained, state, offload=setting.offload, shards=shards)
+        seconds = steps * speed.step_seconds(on, flops, trained, state, offload=bool(setting.offload), shards=shards)
         if setting.muon:  # on every rank
             seconds += steps * speed.muon_flops(shape, setting.lora_rank) / (speed.OF_FLOPS * on.flops)
     return Estimate(asked.name, need, seconds, kept, scratch, does_fit, remedy, why)
@@ -270,18 +269,19 @@ def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Itera
         shared.append(2 * shared[-1])
     aways = dict.fromkeys((asked.offload_activations, asked.offload_activations or asked.device != "cpu"))
     for rank in dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)):
-        for offload in dict.fromkeys((asked.offload, asked.offload or "cpu", "nvme")):
-            sharded = [e for e in there if e != "local" and not (e == "fsdp" and offload == "nvme")]
+        for offload in dict.fromkeys((asked.offload, asked.offload or "cpu")):
+            sharded = [e for e in there if e != "local"]
             names = sharded if offload else (asked.engine, *(sharded if asked.ranks > 1 else ()))
             for sequence, away, tokens in product(shared, aways, sizes):
                 for checkpointing, engine in product(dict.fromkeys((asked.checkpointing or away, True)),
                                                      dict.fromkeys(names)):
                     form = asked if engine == "local" or shards(asked, engine) else replace(
                         asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
+                    same = (engine, offload) == (asked.engine, asked.offload)
                     if sequence == 1 or engine != "deepspeed":
                         yield replace(form, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
-                                      several=asked.several or tokens < asked.max_tokens, checkpointing=checkpointing,
-                                      sequence=sequence, offload_activations=away)
+                                      zero=asked.zero if same else 3, sequence=sequence, checkpointing=checkpointing,
+                                      several=asked.several or tokens < asked.max_tokens, offload_activations=away)
 
 
 def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:

@@ -32,13 +32,14 @@ class Setting:
     """How a stage runs.
 
     engine: one of ENGINES. zero: DeepSpeed's stage, 1 to 3. offload: where masters and moments live, "" on the
-    device, "cpu" or "nvme"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
+    device, or "cpu"; offload_weights: the weights, too. gathers_all and sums_all: FSDP keeps all gathered
     weights, or whole fp32 sums of gradients, through a step. width: bytes of a number in compute. max_tokens: of a
     microbatch. sequence: ranks that share it. targets: predicted tokens in it, None for all. kept: bytes up to which
     the head keeps all logits, None for KEPT. several: a step has several microbatches. offload_activations: what
     checkpointing saves goes to the host. moments, split, muon: the keys moments, masters and optimizer of the section.
     averages: fp32 copies of the weights, 1 for an EMA, 2 for BEMA. scores: a reward model, which has no vocabulary.
-    checks: completions that are sampled in training, of new_tokens. fused: the layers are."""
+    checks: completions that are sampled in training, of new_tokens. points: resume points are written on the way.
+    fused: the layers are."""
 
     engine: str = "local"
     ranks: int = 1
@@ -64,6 +65,7 @@ class Setting:
     scores: bool = False
     checks: int = 0
     new_tokens: int = 64
+    points: bool = False
     fused: bool = True
 
     @property
@@ -89,7 +91,6 @@ class Memory:
     device: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
     once: int = 0
-    nvme: int = 0
 
     @property
     def on_device(self) -> int:
@@ -103,8 +104,8 @@ class Memory:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], int]:
-    """(bytes on the device, on the host, on NVMe) of weights, masters, moments, sums of gradients and averages: what is
+def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes on the device, on the host) of weights, masters, moments, sums of gradients and averages: what is
     there in every step. The gradients that a backward pass leaves are in `gradients`."""
     total = shape.parameters - (shape.embedding if s.scores and not shape.tied else 0)
     frozen, trained = (total, shape.adapters(s.lora_rank)) if s.lora_rank else (0, total)
@@ -119,13 +120,18 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int], in
     if s.engine == "fsdp":  # what is trained is sharded in fp32
         device |= {"weights": -(-s.width * frozen // s.ranks), "masters": FP32 * shard,
                    "gradient sums": FP32 * trained if s.sums_all else sums}
+    elif s.engine == "deepspeed" and s.zero == 1 and s.width != FP32 and not s.offload:
+        device["gradient sums"] = FP32 * trained
     elif s.engine == "deepspeed" and s.zero == 3:
         device["weights"] = -(-s.width * (trained + frozen) // s.ranks)
     names = ("masters", "moments", "gradient sums", "averages") if s.offload else ()
     away = {name: device.pop(name) for name in (*names, *(("weights",) if s.offload_weights else ()))}
-    if s.offload != "nvme":
-        return device, away, 0
-    return device, {"buffers": 2 * s.width * min(BUCKETS, shard)}, sum(away.values())
+    return device, away
+
+
+def trained_of(shape: Shape, s: Setting) -> int:
+    """How many parameters are trained; a reward model has no head of the vocabulary, which is not taken off here."""
+    return shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
 
 
 def of_moments(shape: Shape, s: Setting, trained: int) -> int:
@@ -158,21 +164,21 @@ def gathered(shape: Shape, s: Setting) -> int:
     head; DeepSpeed's buckets."""
     if s.engine == "local":
         return 0
-    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
-    if s.engine == "fsdp" or s.zero == 3:
-        ends = shape.embedding * (1 if shape.tied or s.scores else 2)
-        layers = 2 * shape.layer
-        of_gradients = 0 if s.lora_rank else (s.width + FP32) * max(shape.layer, ends)
-        if s.gathers_all:
-            layers = shape.layers * shape.layer
-        live = layers + ends if s.engine == "fsdp" else max(layers + ends, min(BUCKETS, shape.parameters))
-        return s.width * live + of_gradients
-    return 2 * s.width * min(BUCKETS // 2, trained)
+    trained = trained_of(shape, s)
+    buckets = (s.width + FP32) * min(BUCKETS // 2, trained)  # of DeepSpeed: as they come, and in fp32 to send
+    if s.engine == "deepspeed" and s.zero < 3:
+        return buckets
+    ends, layers = shape.embedding * (1 if shape.tied or s.scores else 2), 2 * shape.layer
+    if s.engine == "deepspeed":
+        return s.width * max(layers + ends, min(BUCKETS, shape.parameters)) + buckets
+    if s.gathers_all:
+        layers = shape.layers * shape.layer
+    return s.width * (layers + ends) + (0 if s.lora_rank else (s.width + FP32) * max(shape.layer, ends))
 
 
 def gradients(shape: Shape, s: Setting) -> int:
     """Bytes of all gradients as the backward pass leaves them; a tied embedding has two for a moment."""
-    trained = shape.adapters(s.lora_rank) if s.lora_rank else shape.parameters
+    trained = trained_of(shape, s)
     if s.engine == "fsdp" or (s.engine == "deepspeed" and s.zero > 1):
         return 0  # reduced layer by layer into the sums
     twice = shape.tied and not (s.lora_rank or s.scores)
@@ -228,7 +234,7 @@ def head(shape: Shape, s: Setting) -> int:
 def training(shape: Shape, s: Setting) -> Memory:
     """The peak of a training stage: the highest of the backward pass's start, where all activations live, its end,
     where all gradients do, and the checks of completions on the way."""
-    device, host, nvme = states(shape, s)
+    device, host = states(shape, s)
     whole, left = gathered(shape, s), gradients(shape, s)
     of_head = 0 if s.lora_rank or s.scores or s.engine == "fsdp" else s.width * shape.embedding
     if s.width == FP32 and s.several and s.engine == "local":  # autograd accumulates them over microbatches
@@ -245,6 +251,9 @@ def training(shape: Shape, s: Setting) -> Memory:
         moments.append({"merged weights": s.width * shape.linear})
     device |= {"gathered": whole} | max(moments, key=lambda parts: sum(parts.values()))
     if s.device == "cpu":
+        if s.points:  # a copy, which is written while training goes on
+            device["resume point"] = (3 + s.averages) * FP32 * (trained_of(shape, s) // (
+                1 if s.engine == "local" else s.ranks))
         device, host, once = on_cpu(device | host, LORA_GAPS * saved if s.lora_rank else 0.0), {}, 0
     else:
         device["context"] = CONTEXT + (NCCL if s.ranks > 1 else 0)
@@ -253,7 +262,7 @@ def training(shape: Shape, s: Setting) -> Memory:
         if s.inputs_on_host:
             block = s.tokens * s.width * shape.hidden  # pinned memory comes in powers of two
             host["activations"] = shape.layers * (1 << (block - 1).bit_length())
-    return Memory({k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}, once, nvme)
+    return Memory({k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}, once)
 
 
 def _checks(shape: Shape, s: Setting) -> int:
@@ -269,7 +278,7 @@ def _saving(shape: Shape, s: Setting) -> tuple[int, int]:
     point, weights = resume_point(shape, s), s.width * shape.parameters
     if s.engine == "local":
         return 0, max(point, weights)
-    return 0 if s.offload else -(-point // s.ranks), weights
+    return 0 if s.offload and not s.points else -(-point // s.ranks), weights
 
 
 def scoring(shape: Shape, s: Setting) -> Memory:

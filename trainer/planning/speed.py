@@ -7,7 +7,7 @@ from strop.trainer.planning.shape import Shape
 
 # Shares of the peak rates that the work reaches. Assumed; benchmarks/memory.py prints the CPU's.
 OF_FLOPS, OF_BANDWIDTH = 0.4, 0.6
-HOST_BANDWIDTH, LINK, DISK = 100e9, 25e9, 3e9  # bytes/s of a node's memory, of a GPU's link to it, of an NVMe disk
+HOST_BANDWIDTH, LINK = 100e9, 25e9  # bytes/s of a node's memory, and of a GPU's link to it
 NEWTON_SCHULZ = 5  # iterations of Muon
 
 
@@ -45,15 +45,14 @@ def muon_flops(shape: Shape, lora_rank: int) -> float:
     return shape.layers * NEWTON_SCHULZ * sum(4 * m * m * n + 2 * m**3 for m, n in sizes)
 
 
-def step_seconds(on: Hardware, flops: float, trained: int, state: int, *, offload: str, shards: int) -> float:
+def step_seconds(on: Hardware, flops: float, trained: int, state: int, *, offload: bool, shards: int) -> float:
     """Of an optimizer step on every rank: its FLOPs, then AdamW's bytes, `state` over all ranks, where masters and
     moments are. Communication is not counted."""
     compute = flops / on.ranks / (OF_FLOPS * on.flops)
     state /= shards
     if not offload:
         return compute + state / (OF_BANDWIDTH * on.bandwidth)
-    update = state * on.per_node / HOST_BANDWIDTH + 4 * trained / shards / LINK
-    return compute + update + (24 * trained / shards * on.per_node / DISK if offload == "nvme" else 0.0)
+    return compute + state * on.per_node / HOST_BANDWIDTH + 4 * trained / shards / LINK
 
 
 def sampling_seconds(shape: Shape, on: Hardware, *, prompts: int, k: int, rows: int, lengths: Lengths, width: int,

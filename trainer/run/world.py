@@ -75,15 +75,16 @@ class World:
             dist.all_gather_object(found, value)
         return found
 
-    def group(self, seconds: float, backend: str | None = None) -> dist.ProcessGroup:
+    def group(self, seconds: float, backend: str | None = None, use: str = "") -> dist.ProcessGroup:
         """A process group of all ranks whose collectives fail after so many seconds; also for a run of one rank.
-        backend: by default that of the device."""
+        backend: by default that of the device. use: the same arguments give the same group; threads need their own."""
         if not dist.is_initialized():
             default = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(default, store=dist.HashStore(), rank=0, world_size=1)
-        if (seconds, backend) not in _groups:
-            _groups[seconds, backend] = dist.new_group(timeout=timedelta(seconds=seconds), backend=backend)
-        return _groups[seconds, backend]
+        key = seconds, backend, use
+        if key not in _groups:
+            _groups[key] = dist.new_group(timeout=timedelta(seconds=seconds), backend=backend)
+        return _groups[key]
 
     def grid(self, seconds: float, size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """Process groups whose collectives fail after so many seconds: this rank's `size` consecutive ranks, and the

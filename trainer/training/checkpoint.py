@@ -6,69 +6,138 @@ rank. So what one number of ranks or one engine wrote, another one reads.
 
 import json
 import os
-import shutil
+import threading
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from strop.trainer.errors import UserError
+from strop.trainer.run import mirror, stopping
 from strop.trainer.run.artifacts import check_file, list_files
-from strop.trainer.run.files import read_json, write_json, writing
+from strop.trainer.run.files import read_json, remove, write_json, writing
 from strop.trainer.run.world import World
 
+PATIENCE = 60.0  # seconds that a write may still take when training fails
+_writing: threading.Thread | None = None  # of this process, also of a training that failed
 
-def write_checkpoint(work: Path, about: dict, tensors: dict[str, torch.Tensor], world: World,
-                     starts: dict[str, int] | None = None) -> None:
+
+class Checkpoints:
+    """Writes resume points on a thread while training goes on, one after another. As a context it waits for the last.
+
+    An error of a write, on any rank, is raised by `finish`."""
+
+    def __init__(self, world: World, group: dist.ProcessGroup | None = None):
+        """group: of all ranks, which nothing else uses, if each writes a part; else only the first rank writes."""
+        self.world, self.group = world, group
+        self.error: Exception | None = None
+
+    def begin(self, work: Path, about: dict, kept: Callable[[], dict], tensors: dict[str, torch.Tensor],
+              starts: dict[str, int] | None = None) -> None:
+        """Waits for the last write, copies the tensors to the host and returns while they are written; see
+        write_checkpoint."""
+        global _writing
+        self.finish()
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        arguments = work, about, kept, copies, self.world, self.group, starts
+
+        def write() -> None:
+            try:
+                write_checkpoint(*arguments)
+            except Exception as e:
+                self.error = e
+
+        _writing = threading.Thread(target=write, name="checkpoint", daemon=True)
+        _writing.start()
+
+    def finish(self) -> None:
+        """Waits until nothing is written any more. Raises UserError if that failed."""
+        if _writing:
+            _writing.join()
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def __enter__(self) -> None:
+        self.finish()
+
+    def __exit__(self, kind, *error) -> None:
+        if kind is None:
+            self.finish()
+        elif _writing:  # what is whole a moment later is better than the point before it
+            _writing.join(stopping.PATIENCE if stopping.requested() else PATIENCE)
+
+
+def write_checkpoint(work: Path, about: dict, kept: Callable[[], dict], tensors: dict[str, torch.Tensor], world: World,
+                     group: dist.ProcessGroup | None = None, starts: dict[str, int] | None = None) -> None:
     """Writes work/step-NNNNNN and deletes older ones.
 
-    about: "step" and what else state.json shall hold. Without `starts` the first rank writes whole tensors; with it
-    every rank writes flat slices, the first element of each at starts[name]. Raises UserError on every rank that
-    writes, if one cannot; the older ones are then kept.
+    about: "step" and what else state.json shall hold; kept(): further files that the resume point needs, with their
+    hashes. Without a group the first rank writes whole tensors, and only this one calls it. With a group every rank
+    does, and writes flat slices, the first element of each at starts[name]. Raises UserError on every rank if one
+    cannot write; the older ones are then kept.
     """
-    if starts is None and not world.first:
-        return
     target, temporary = (work / f"{prefix}-{about['step']:06}" for prefix in ("step", ".checkpoint"))
-    name = "state.safetensors" if starts is None else f"state-{world.rank:05}-of-{world.size:05}.safetensors"
-    error, entry = None, {}
-    if world.first:
-        with writing(target, temporary):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-    if starts is not None:
-        world.barrier()
-    try:
-        with writing(target, temporary):
-            metadata = None if starts is None else {"starts": json.dumps(starts)}
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / name, metadata)
-            with open(temporary / name, "rb") as f:
-                os.fsync(f.fileno())
-            entry = list_files(temporary / name)
-    except UserError as e:
-        if starts is None:
-            raise
-        error = str(e)
-    if starts is not None:
-        found = world.gather((error, entry))
-        if errors := [e for e, _ in found if e]:
+    name = "state.safetensors" if group is None else f"state-{world.rank:05}-of-{world.size:05}.safetensors"
+    keeps = mirror.keeps(world)  # nodes without shared storage have a folder each, with the files of their ranks
+
+    def on_all(act: Callable[[], dict | None]) -> list[dict]:
+        """What act() returns on every rank, once it has on all of them."""
+        error, found = None, None
+        try:
+            with writing(target):
+                found = act()
+        except UserError as e:
+            error = str(e)
+        results = [(error, found)] * (1 if group is None else world.size)
+        if group is not None:
+            dist.all_gather_object(results, (error, found), group=group)
+        if errors := [e for e, _ in results if e]:
+            if keeps:
+                remove([temporary])
             raise UserError(errors[0])
-        entry = {name: value for _, files in found for name, value in files.items()}
-    if world.first:
-        with writing(target, temporary):
-            write_json(temporary / "state.json", about | {"files": entry})
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-        for old in work.glob("step-*"):
-            if old != target:
-                shutil.rmtree(old)
-    if starts is not None:
-        world.barrier()
+        return [found for _, found in results]
+
+    def begin() -> None:
+        if keeps:
+            remove([temporary])
+            temporary.mkdir()
+
+    def write() -> dict:
+        save_file(tensors, temporary / name, None if starts is None else {"starts": json.dumps(starts)})
+        with open(temporary / name, "rb") as f:
+            os.fsync(f.fileno())
+        return list_files(temporary / name)
+
+    def rename() -> None:
+        remove([target])
+        os.replace(temporary, target)
+
+    def rename_last() -> None:
+        if world.first:
+            files = {name: entry for part in parts for name, entry in part.items()}
+            write_json(temporary / "state.json", about | {"files": files, "kept": kept()})
+            rename()
+
+    def clean() -> None:
+        if keeps:
+            remove(old for old in work.glob("step-*") if old != target)
+
+    on_all(begin)
+    parts = on_all(write)
+    if mirror.is_on():
+        on_all(lambda: rename() if keeps and not world.first else None)
+    on_all(rename_last)
+    on_all(clean)
 
 
-def newest_checkpoint(work: Path) -> Path | None:
-    return max(work.glob("step-*"), default=None)
+def checkpoints_in(work: Path) -> list[Path]:
+    """The whole resume points, oldest first; a folder without state.json is the part of another node."""
+    return sorted(path.parent for path in work.glob("step-*/state.json"))
 
 
 def check_checkpoint(point: Path, world: World) -> dict:

@@ -23,9 +23,10 @@ from strop.trainer.models.reward import Rewarder
 from strop.trainer.run.artifacts import list_files
 from strop.trainer.run.files import reason_of
 from strop.trainer.run.store import Stage
+from strop.trainer.run.world import WAIT
 from strop.trainer.sharding import Trainer
 from strop.trainer.training.batch import nothing
-from strop.trainer.training.checkpoint import Saved, check_checkpoint, newest_checkpoint, write_checkpoint
+from strop.trainer.training.checkpoint import Checkpoints, Saved, check_checkpoint, checkpoints_in
 from strop.trainer.training.flops import sizes_of
 from strop.trainer.training.logprobs import Scorer
 from strop.trainer.training.mesh import mesh_of
@@ -90,6 +91,8 @@ class Training:
         self.sizes = sizes_of(self.model)  # for FLOPs
         self.waits = Waits(stage.world.device)  # for other ranks, inside steps
         self.hosts = stage.world.group(self.timeout, "gloo") if self.together else None
+        self.checkpoints = Checkpoints(self.world, self.world.group(WAIT.total_seconds(), "gloo", "checkpoints")
+                                       if self.together else None)
         self.step_index = 0
         self.ema = self.start = None
         self.extra: dict[str, torch.Tensor] = {}  # what a loss keeps from step to step, the same on every rank
@@ -178,11 +181,17 @@ class Training:
         return norm
 
     def agree(self, stop: bool, sound: bool) -> tuple[bool, bool]:
-        """(whether any rank says stop, whether all are sound), for engines whose ranks save together."""
-        flags = torch.tensor([stop, not sound], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts)
-        stops, unsound = flags.tolist()
-        return bool(stops), not unsound
+        """(whether to stop, whether what is trained is sound): what this rank says or, if ranks save together, whether
+        any says stop and all are sound. Raises UserError if a resume point could not be written."""
+        failed = self.checkpoints.error is not None
+        if self.together:
+            flags = torch.tensor([stop, not sound, failed], dtype=torch.int32)
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.hosts)
+            stop, unsound, failed = map(bool, flags.tolist())
+            sound = not unsound
+        if failed:
+            self.checkpoints.finish()
+        return stop, sound
 
     @property
     def writes(self) -> bool:
@@ -244,9 +253,11 @@ class Training:
         self._set_weights(current)
 
     def save_checkpoint(self, work: Path) -> None:
-        """Writes masters, moments, EMA, step and hashes, then deletes the previous checkpoint. Every rank calls it.
+        """Begins to write masters, moments, EMA, step and hashes; then the previous checkpoint is deleted. Every rank
+        calls it.
 
-        Raises UserError if it cannot be written; the previous checkpoint is then kept."""
+        Raises UserError if the previous one could not be written. `agree` or `checkpoints.finish` raise it for this
+        one; the previous checkpoint is then kept."""
         if not self.writes:
             return
         copies = not isinstance(self.masters, list)  # of which all at once would fill the device
@@ -258,9 +269,14 @@ class Training:
             tensors[f"ema/{name}"] = value
         if self.world.first:
             tensors |= {f"extra/{name}": value for name, value in self.extra.items()}
-        for folder in (work.parent / "snapshots").glob("step-*") if self.world.first else ():
-            if not any(name.startswith(f"snapshots/{folder.name}/") for name in self.kept):
+        snapshots = [folder for folder in (work.parent / "snapshots").glob("step-*")
+                     if not any(name.startswith(f"snapshots/{folder.name}/") for name in self.kept)]
+
+        def kept() -> dict:
+            for folder in snapshots:
                 self.kept |= {f"snapshots/{folder.name}/{n}": entry for n, entry in list_files(folder).items()}
+            return self.kept
+
         starts = None
         if self.together:
             where = {name: (master.shape, start) for name, master, (start, _) in zip(
@@ -268,17 +284,17 @@ class Training:
             tensors = {key: value.flatten() for key, value in tensors.items()}
             of = {key: key.split("/", 1) for key in tensors}
             starts = {key: slice_of(kind, *where[name])[0] if name in where else 0 for key, (kind, name) in of.items()}
-        write_checkpoint(work, {"step": self.step_index, "steps": self.steps, "kept": self.kept}, tensors, self.world,
-                         starts)
+        self.checkpoints.begin(work, {"step": self.step_index, "steps": self.steps}, kept, tensors, starts)
 
     @torch.no_grad()
     def resume(self, work: Path) -> bool:
         """Loads the newest checkpoint, if there is one, of any engine and number of ranks. Raises UserError if it is
         damaged."""
         self.world.barrier()
-        point = newest_checkpoint(work)
-        if point is None:
+        points = checkpoints_in(work)
+        if not points:
             return False
+        point = points[-1]
         state = check_checkpoint(point, self.world)
         self.kept, self.step_index = state["kept"], state["step"]
         saved = Saved(point, list(state["files"]))

@@ -11,8 +11,9 @@ from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder, read_tensors
 from strop.trainer.run.store import Stage
 from strop.trainer.run.world import World
-from strop.trainer.sharding import Auto, Fsdp, Local, Trainer
-from strop.trainer.training import fsdp, local
+from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local, Trainer
+from strop.trainer.training import deepspeed, fsdp, local
+from strop.trainer.training.deepspeed import check_deepspeed
 from strop.trainer.training.engine import Training
 
 SHARE = 0.8  # of the free memory that weights and their training state may take; the rest is for activations
@@ -28,13 +29,13 @@ def open_engine(folder: ModelFolder, section: Train, stage: Stage, steps: int, *
         stage.console.line(f"{stage.name}: engine {options.kind}, because the model does not fit on one rank")
     if why := section.unfit(options.kind, str(DTYPES[compute.dtype]).removeprefix("torch.")):
         raise UserError(f"{stage.name}: {why}")
-    engine = {"local": local, "fsdp": fsdp}[options.kind].Engine
+    engine = {"local": local, "fsdp": fsdp, "deepspeed": deepspeed}[options.kind].Engine
     return engine(folder, section, stage, steps, compute=compute, lora=lora, seed=seed, reward=reward, options=options)
 
 
 def open_frozen(folder: ModelFolder, stage: Stage, *, compute: Part) -> tuple[nn.Module, Callable, bool]:
     """(causal LM, run, whether it is sharded), to score with: run(function, *arguments) calls a function of the model,
-    on every rank at once if it is sharded: with engine.kind=fsdp, and with auto where it does not fit."""
+    on every rank at once if it is sharded: with engine.kind=fsdp, and with auto and deepspeed where it does not fit."""
     world, dtype = stage.world, DTYPES[compute.dtype]
     options = compute.engine
     fits = world.size == 1 or isinstance(options, Local) or (
@@ -44,6 +45,16 @@ def open_frozen(folder: ModelFolder, stage: Stage, *, compute: Part) -> tuple[nn
                 lambda function, *arguments: function(*arguments), False)
     model = folder.load(dtype, world.device, backend=compute.attention, on_host=True).requires_grad_(False)
     return model, fsdp.sharded(model, world, dtype, Fsdp(timeout=options.timeout)), True
+
+
+def check_engine(options: Trainer, online: bool) -> None:
+    """Raises UserError, before anything runs, if a package that the section engine needs is missing, or if a stage of
+    `online` training cannot use it."""
+    if isinstance(options, DeepSpeed):
+        check_deepspeed()
+    if online and not isinstance(options, Auto | Local):
+        raise UserError(f"engine.kind={options.kind}: online training samples from whole weights on every rank; set "
+                        "engine.kind=local")
 
 
 def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torch.dtype, world: World) -> Trainer:

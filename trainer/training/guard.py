@@ -26,6 +26,7 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table
 from strop.trainer.sampling.in_process import lent
 from strop.trainer.training.batch import Example, collate
+from strop.trainer.training.checkpoint import checkpoints_in
 from strop.trainer.training.engine import Training
 
 KL_TOKENS = 128  # positions whose next-token distributions under the start weights are kept
@@ -127,7 +128,7 @@ class Guard:
 
     def _forget(self) -> None:
         """Deletes kept weights that no stage resumed from the newest checkpoint can want."""
-        resumable = max((int(p.name.removeprefix("step-")) for p in self.stage.work.glob("step-*")), default=0)
+        resumable = max((int(p.name.removeprefix("step-")) for p in checkpoints_in(self.stage.work)), default=0)
         kept = sorted(int(p.name.removeprefix("good-")) for p in self.stage.work.glob("good-*"))
         oldest = max((step for step in kept if step <= resumable), default=0)
         for step in kept:

@@ -16,6 +16,7 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
 from strop.trainer.run.world import World
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
+from strop.trainer.training.checkpoint import checkpoints_in
 from strop.trainer.training.engine import Training, learning_rate
 from strop.trainer.training.flops import peak_flops, training_flops
 from strop.trainer.training.guard import Guard
@@ -54,8 +55,8 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
     ahead = Ahead(batches(engine, examples, plan[engine.step_index:], costs, budget), world.device)
     started = time.perf_counter()
-    with closing(ahead), stage.console.progress(stage.name, total=len(plan), unit="steps",
-                                                done=engine.step_index) as bar:
+    with engine.checkpoints, closing(ahead), stage.console.progress(
+            stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
         while engine.step_index < len(plan) and not (guard and guard.stopped):
             rows = plan[engine.step_index]
             step, added = Step(engine.step_index, [], totals(rows)), None
@@ -107,12 +108,12 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
             asked, sound = stopping.requested(), True
             if asked:
                 sound = all(values.isfinite().all() for values in seen)
-            if engine.together:  # then they stop at the same step, since they save it together
-                with engine.within(f"{stage.name}: step {engine.step_index}"):
-                    asked, sound = engine.agree(asked, sound)
+            with engine.within(f"{stage.name}: step {engine.step_index}"):
+                asked, sound = engine.agree(asked, sound)
             if is_point or (asked and sound and not ends):
                 engine.save_checkpoint(work)
             if asked and not ends:
+                engine.checkpoints.finish()
                 raise KeyboardInterrupt
     stage.counts |= {"microbatches": whole.microbatches} | whole.values()
     save_last(stage, engine, guard)
@@ -202,7 +203,7 @@ def stop_if_not_finite(stage: Stage, engine: Training, examples: list[Example], 
     index = engine.step_index - len(seen) // 2 + first
     loss, norm = seen[2 * first:2 * first + 2].tolist()
     rows = [examples[i] for i in plan[index]]
-    path, points = stage.work / f"bad-step-{index + 1:06}.parquet", sorted(stage.work.glob("step-*"))
+    path, points = stage.work / f"bad-step-{index + 1:06}.parquet", checkpoints_in(stage.work)
     if engine.world.first:
         write_table(path, pa.Table.from_pylist([{
             "row_id": e.row_id, "prompt_tokens": list(e.group.prompt), "weight": e.weight,

@@ -1,5 +1,6 @@
 """fp32 master weights, their gradients, and AdamW or Muon on them."""
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -68,8 +69,9 @@ class Masters:
         self.sums: list[torch.Tensor | None] | None = buckets.sums if buckets else None
         self.filled = [False] * len(params)  # whether the sum holds gradients of this step
         if buckets:
+            arrived = weakref.WeakMethod(self._arrived)  # Python does not see the cycle that a hook makes, nor frees it
             for i, param in enumerate(params):
-                param.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i))
+                param.register_post_accumulate_grad_hook(lambda _, i=i: arrived()(i))
 
     def _muon_of(self, i: int) -> torch.optim.Muon:
         """PyTorch's Muon on one matrix. A split master is there during its update only."""

@@ -142,7 +142,7 @@ def train_online(stage: Stage, engine: Training, scorer: Scorer, rollouts: Rollo
     peak = peak_flops(world.device, engine.dtype)
     step, saved, logged = engine.step_index // section.epochs, engine.step_index, Means()
     check = FirstStep(stage)
-    with stage.console.progress(stage.name, total=section.steps, unit="steps", done=step) as bar:
+    with engine.checkpoints, stage.console.progress(stage.name, total=section.steps, unit="steps", done=step) as bar:
         while step < section.steps and not (guard and guard.stopped):
             rows = rollouts.of(step)
             seen(rows)
@@ -187,11 +187,12 @@ def train_online(stage: Stage, engine: Training, scorer: Scorer, rollouts: Rollo
             bar.advance(1, tokens=sum(len(row["completion_tokens"]) for row in rows))
             # a stage that the guard stopped is resumed from before that check, and comes to it again
             ends = step == section.steps or (guard is not None and bool(guard.stopped))
-            stops = stopping.requested() and not ends
+            stops, _ = engine.agree(stopping.requested() and not ends, True)
             if not ends and (stops or engine.step_index - saved >= section.checkpoint_steps):
                 engine.save_checkpoint(work)
                 saved = engine.step_index
             if stops:
+                engine.checkpoints.finish()
                 stopping.point()
     save_last(stage, engine, guard)
     return engine.step_index

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     shard the weights of some engines."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for name, value in (module._parameters | kept).items():
+        for name, value in chain(module._parameters.items(), kept.items()):
             if value is not None:
                 yield f"{prefix}.{name}" if prefix else name, value.detach()
 
