@@ -244,7 +244,7 @@ def sliced(world, folder, engine):
     # with a large eps AdamW does not blow up the rounding of the smallest gradients
     keys = {"model": "untied", "activation_checkpointing": True, "activation_offload": True, "eps": 1e-4}
     run = equal("dpo", world, folder, {"kind": "fsdp"} | shared, "sliced-fsdp", **keys)
-    assert run.stage.counts["rank_balance"] == 1 and any(n % world.size for n in seen) and max(seen) > 40, seen
+    assert run.stage.counts["rank_balance"] == 1 and any(n % world.size for n in seen) and max(seen) >= 40, seen
     table = folder / "sliced-reference"
     if world.first:
         table.mkdir()
