@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from sharded_run import SECTION, STAGES, Run, largest
+from sharded_run import SECTION, STAGES, Run, largest, table_of
 from stagecalls import dpo, reference
 from torch.utils._pytree import tree_leaves
 from training import Log, recipe_of
@@ -32,10 +32,6 @@ from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table
 from strop.trainer.run.world import World, join
 from strop.trainer.training import buckets, deepspeed, local, logprobs
-
-
-def table_of(top: Path, model: str, dtype: str, loss: str) -> Path:
-    return top / f"reference-{model}-{dtype}-{loss}"
 
 
 def referred(table: Path, world: World, recipe, model: Path) -> None:

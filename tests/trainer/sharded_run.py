@@ -104,3 +104,7 @@ def largest(a: Path, b: Path) -> float:
     one, two = weights_of(a), weights_of(b)
     assert one.keys() == two.keys() and all(one[k].dtype == two[k].dtype for k in one)
     return max((one[k].float() - two[k].float()).abs().max().item() for k in one)
+
+
+def table_of(top: Path, model: str, dtype: str, loss: str) -> Path:
+    return top / f"reference-{model}-{dtype}-{loss}"
