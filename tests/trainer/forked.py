@@ -4,6 +4,8 @@ import os
 import tempfile
 import traceback
 
+import torch
+
 
 def in_a_fork(check) -> None:
     """Runs check() in a fork of this process. Raises AssertionError with the traceback if it raises."""
@@ -11,6 +13,7 @@ def in_a_fork(check) -> None:
         pid = os.fork()
         if pid == 0:
             try:
+                torch.set_num_threads(1)  # OpenMP's other threads are not in the fork, and it would wait for them
                 check()
             except BaseException:
                 os.write(report.fileno(), traceback.format_exc().encode())
