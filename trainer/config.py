@@ -180,6 +180,9 @@ class Train(Section):
         if self.masters == "split" and not whole:
             return (f"masters=split is not for engine.kind={engine}, whose fp32 masters have no weights beside them; "
                     "leave it out, or set engine.kind=local")
+        if self.compile and not whole:
+            return (f"compile=true is not for engine.kind={engine}, which gathers the weights that a layer needs; set "
+                    "compile=false, or engine.kind=local")
         if self.masters == "split" and dtype == "float32":
             return ("masters=split needs bfloat16 compute, and dtype is float32, in which the weights are the masters; "
                     "leave it out, or set dtype=bfloat16")

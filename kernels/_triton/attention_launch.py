@@ -23,8 +23,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By head size: up to 64, 128 and 256. All compile without a spill. Those of SM90 up to 128 are the fastest of
-# benchmarks.gpu.tiles on an H100; the others are the largest that do not spill, not tuned on hardware yet.
+# By head size: up to 64, 128 and 256. All compile without a spill. Those of SM90 up to 128 are the fastest over all
+# shapes of benchmarks.gpu.tiles on an H100; the others are the largest that do not spill, not tuned on hardware yet.
 Row = tuple[Blocks, ...]
 # Tensor cores of Hopper and of Blackwell, 227 KiB of shared memory.
 SM90: dict[str, Row] = {

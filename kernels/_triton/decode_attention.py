@@ -249,8 +249,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By head size: up to 64, 128 and 256. Reading keys takes the time, so tiles are small and many programs run at once. On
-# an H100 two stages are 3 to 5 % faster than three at head size 64, and 32 or 128 keys no faster; others not tuned yet.
+# By head size: up to 64, 128 and 256. Reading keys takes the time, so tiles are small and many programs run at once.
+# Only the first is tuned on hardware, an H100.
 NVIDIA = (Blocks(64, 4, 2), Blocks(64, 4, 3), Blocks(32, 4, 2))
 HIP = (Blocks(32, 4, 2), Blocks(32, 4, 2), Blocks(16, 4, 2))
 FP32 = (Blocks(32, 4, 2), Blocks(32, 4, 2), Blocks(16, 8, 2))

@@ -26,8 +26,8 @@ def compile_layers(model: nn.Module) -> int:
 
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
-    """Run the model's modules as if none was compiled: with other attention, or once without gradients, a layer would
-    be compiled anew."""
+    """Run the model's modules uncompiled. For a few calls with another attention, or without gradients, where a layer
+    would be compiled again."""
     held = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     for module, _ in held:
         module._compiled_call_impl = None

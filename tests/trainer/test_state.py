@@ -117,6 +117,7 @@ def test_muon_has_the_matrices_of_layers(tmp_path, tiny_model):
     ({"sft": {"optimizer": "muon"}, "engine": {"kind": "fsdp"}},
      "sft.optimizer=muon needs whole matrices, and engine.kind=fsdp keeps parts; set optimizer=adamw"),
     ({"dpo": {"masters": "split"}, "engine": {"kind": "fsdp"}}, "dpo.masters=split is not for engine.kind=fsdp"),
+    ({"sft": {"compile": True}, "engine": {"kind": "fsdp"}}, "sft.compile=true is not for engine.kind=fsdp"),
     ({"sft": {"masters": "split"}, "dtype": "float32"}, "sft.masters=split needs bfloat16 compute"),
     ({"sft": {"moments": "float16"}}, "sft.moments=float16: input should be 'float32', 'bfloat16' or 'int8'"),
 ])

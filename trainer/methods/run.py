@@ -388,9 +388,7 @@ class Run:
         data.sources reward it, or `models` in sum: reward models that this run trained, by name. seed: instead of the
         recipe's."""
         r, reference = self.recipe, reference or policy
-        if r.engine.kind not in ("auto", "local"):
-            raise UserError(f"engine.kind={r.engine.kind}: online training samples from the weights in training, which "
-                            "must be whole on every rank; set engine.kind=local")
+        check_engine(r.engine, online=True)
         if (size := size_of(r.engine)) > 1:
             raise UserError(f"engine.sequence_parallel={size}: in online training every rank has rows of its own; set "
                             "engine.sequence_parallel=1")

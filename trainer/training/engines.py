@@ -23,8 +23,6 @@ def open_engine(folder: ModelFolder, section: Train, stage: Stage, steps: int, *
                 reward: bool = False) -> Training:
     """The engine that compute.engine names, with the model of `folder`; see Training for the arguments."""
     options = settle(compute.engine, folder.path, section, lora, DTYPES[compute.dtype], stage.world)
-    if section.compile and not isinstance(options, Local):
-        raise UserError(f"{stage.name}: compile=true needs engine.kind=local, this is {options.kind}")
     if isinstance(compute.engine, Auto) and not isinstance(options, Local):
         stage.console.line(f"{stage.name}: engine {options.kind}, because the model does not fit on one rank")
     if why := section.unfit(options.kind, str(DTYPES[compute.dtype]).removeprefix("torch.")):
@@ -48,13 +46,13 @@ def open_frozen(folder: ModelFolder, stage: Stage, *, compute: Part) -> tuple[nn
 
 
 def check_engine(options: Trainer, online: bool) -> None:
-    """Raises UserError, before anything runs, if a package that the section engine needs is missing, or if a stage of
-    `online` training cannot use it."""
-    if isinstance(options, DeepSpeed):
-        check_deepspeed()
+    """Raises UserError, before anything runs, if a stage of `online` training cannot use the section engine, or if a
+    package that it needs is missing."""
     if online and not isinstance(options, Auto | Local):
         raise UserError(f"engine.kind={options.kind}: online training samples from whole weights on every rank; set "
                         "engine.kind=local")
+    if isinstance(options, DeepSpeed):
+        check_deepspeed()
 
 
 def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torch.dtype, world: World) -> Trainer:
