@@ -22,7 +22,7 @@ LOCK = requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo run).
 
 help:
 	@echo "make run                       train the quickstart; the same command resumes a run that stopped"
-	@echo "make run ARGS='FILE key=value' another recipe, with overrides; ARGS=--help lists all keys, ARGS=--plan plans"
+	@echo "make run ARGS='FILE key=value' another recipe, with overrides; ARGS=--help explains, ARGS=--plan plans"
 	@echo "make run NPROC=2               two processes"
 	@echo "make test                      all tests but the slow ones; ARGS go to pytest, e.g. ARGS='-k merge'"
 	@echo "make bench                     the kernels beside their peers, and docs/performance.md; ARGS=dpo for a part"

@@ -147,6 +147,8 @@ class BuildCsrc(build_ext):
 
 
 if __name__ == "__main__":
+    # not in this folder: another environment's Python that runs here would take it for an installed Strop
+    (HERE / "build").mkdir(exist_ok=True)
     setup(
         packages=list(PACKAGE_DIR),
         package_dir=PACKAGE_DIR,
@@ -154,5 +156,6 @@ if __name__ == "__main__":
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildCsrc},
         # a wheel with the library serves every Python from 3.11 on; libraries are compiled side by side
-        options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": True}},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}, "build_ext": {"parallel": True},
+                 "egg_info": {"egg_base": "build"}},
     )

@@ -114,8 +114,9 @@ def strop(job: Job) -> dict:
         done = run.prefer(dpo, selected, tuned.model, tuned.model, name=f"{job.name}-dpo", seed=job.seed)
         meter.lap()
         logged = read_metrics(run.store.run_dir / "metrics.jsonl")
-        losses = [[row["loss"] for row in logged if row["stage"] == f"round-00/{job.name}-{task}" and "loss" in row]
-                  for task in ("sft", "dpo")]
+        # TRL logs the sum of its losses
+        losses = [[row["loss"] + run.recipe.dpo.nll_weight * row.get("nll_loss", 0.0) for row in logged
+                   if row["stage"] == f"round-00/{job.name}-{task}" and "loss" in row] for task in ("sft", "dpo")]
         return meter.found() | {"steps": [len(mine) for mine in losses], "losses": [fmean(mine) for mine in losses],
                                 "weights": [str(a.model.path) for a in (tuned, done)]}
 

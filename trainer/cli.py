@@ -2,20 +2,19 @@
 
 import copy
 import difflib
-import itertools
 import re
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from strop.trainer.config import Recipe
-from strop.trainer.engines import picked, sections_of, tag_key, tag_of
+from strop.trainer.engines import picked, sections_of, spoken, tag_key, tag_of
 from strop.trainer.errors import UserError
+from strop.trainer.help import SHIPPED, help_text, shipped_recipes
 from strop.trainer.method_recipes import RECIPES, has_key, recipe_class
 from strop.trainer.planning.hardware import Hardware, hardware_of
 from strop.trainer.reports.commands import VERBS, run_verb
@@ -24,40 +23,13 @@ SECRET = re.compile(r"(api|access|private|secret|auth|ssh|account|signing|encryp
                     r"|token(?!(?-i:[a-z]))|(api|access|auth|hf|hub|bearer|refresh)[\W_]*tokens|secrets?(?!(?-i:[a-z]))"
                     r"|passphrase|passw(or)?ds?|(^|[\W_])(auth|pwd)(?![a-z])|authorization|bearer|credentials?", re.I)
 MOST, DEEPEST, LONGEST = 100_000, 32, 1 << 20  # entries (aliases written out), levels and bytes of a recipe
-SHIPPED = Path(__file__).parent / "recipes"
-USAGE = """\
-usage: strop [RECIPE | FILE.yaml] [key=value ...] [--plan [--on HARDWARE]] [--debug] [--help]
-{verbs}
-Runs a post-training method: rounds of sampling, scoring and training. Without arguments it runs the recipe quickstart.
-
-  RECIPE      a recipe that ships with Strop, see below
-  FILE.yaml   a recipe of your own
-  key=value   overrides a key, e.g. sample.k=16 dpo.beta=0.2 merge.members='[sft, dpo]' data.sources.0.size=500
-  --plan      print the resolved recipe, what each stage would do, and the memory, time and disk it needs; start nothing
-  --on        with --plan: needs on other hardware than this machine: devices x memory or GPU, e.g. 8x80GB, 1x24GB,
-              8xH100; 8x8x80GB is 8 nodes of 8, 8x80GB+1000GB names a node's host memory
-  --debug     show the traceback of an error
-  --help      this text
-
-The same command resumes a run that stopped; changing a key re-runs what depends on it.
-Each of the other commands has its own --help, e.g. `strop show --help`.
-In a checkout, `torchrun trainer/main.py` is `strop`; two processes: torchrun --nproc-per-node=2 trainer/main.py ...
-
-Recipes:
-{recipes}
-Methods, one of which a recipe names as `method`:
-{methods}
-Keys, with type, default and meaning:
-"""
-
-
 @dataclass
 class Command:
     recipe: Recipe | None = None
     plan: bool = False
     on: Hardware | None = None  # what the plan is for, if not this machine
     debug: bool = False
-    help: bool = False
+    help: list[str] | None = None  # what --help is about; empty: everything in short
     verb: str | None = None  # one of VERBS, with its arguments, instead of a recipe
     arguments: list[str] = field(default_factory=list)
 
@@ -77,7 +49,7 @@ def parse(argv: list[str]) -> Command:
     command, read, overrides, rest = Command(), None, [], iter(argv)
     for argument in rest:
         if argument in ("--help", "-h"):
-            command.help = True
+            command.help = []
         elif argument == "--plan":
             command.plan = True
         elif argument == "--debug":
@@ -88,11 +60,15 @@ def parse(argv: list[str]) -> Command:
             raise UserError(f"{argument.partition('=')[0]}: unknown option; see --help")
         elif "=" in argument:
             overrides.append(argument)
+        elif command.help is not None:
+            command.help.append(argument)
         elif read is None:
             read = read_recipe(find_recipe(argument))
         else:
             raise UserError(f"{argument}: a second recipe; give one, and override its keys with key=value")
-    if command.help:
+    if command.help is not None:
+        if read and not command.help and read.data.get("method", "rounds") != "rounds":
+            command.help.append(str(read.data["method"]))
         return command
     if command.on and not command.plan:
         raise UserError("--on: is read with --plan only, a run takes the machine it is started on; add --plan")
@@ -108,7 +84,7 @@ def answer(command: Command) -> None:
     if command.verb:
         run_verb(command.verb, command.arguments)
     else:
-        print(help_text(), flush=True)
+        print(help_text(command.help), flush=True)
 
 
 def find_recipe(argument: str) -> Path:
@@ -125,10 +101,6 @@ def find_recipe(argument: str) -> Path:
         raise UserError(f"{argument}: no such recipe; {hint}there are {', '.join(shipped_recipes())}, or name a .yaml "
                          f"file (other commands: {', '.join(VERBS)})")
     return shipped
-
-
-def shipped_recipes() -> list[str]:
-    return sorted(p.stem for p in SHIPPED.glob("*.yaml"))
 
 
 def read_recipe(path: Path) -> _Read:
@@ -321,8 +293,8 @@ def _explain(error: dict, read: _Read) -> str:
         near = difflib.get_close_matches(str(path[-1]), [n for s in engines for n in s.model_fields], n=1, cutoff=0.5)
         prefix = "".join(f"{p}." for p in path[:-1])
         hint = f"did you mean {prefix}{near[0]}?" if near else f"known there: {', '.join(known)}"
-        if theirs := [_spoken(s) for s in engines if path[-1] in s.model_fields]:
-            mine = _spoken(_sections_at(path[:-1], read.data)[0])
+        if theirs := [spoken(s) for s in engines if path[-1] in s.model_fields]:
+            mine = spoken(_sections_at(path[:-1], read.data)[0])
             hint = f"{mine} has no such key, {' or '.join(theirs)} has; remove one of them"
         elif others := [f"method={method}" for method, recipe in RECIPES.items() if has_key(recipe, path)]:
             hint = f"method={read.data.get('method', 'rounds')} has no such key, {' or '.join(others)} has"
@@ -340,10 +312,6 @@ def _explain(error: dict, read: _Read) -> str:
     if not path or (isinstance(at, dict | list) and error["type"] == "value_error"):
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key}={shown(at)}: {message}"
-
-
-def _spoken(section: type[BaseModel]) -> str:
-    return "models" if tag_of(section) == "models" else f"{tag_key(section)}={tag_of(section)}"
 
 
 def _sections_at(path: list, data: Any = None, every: bool = False) -> list[type[BaseModel]]:
@@ -372,111 +340,3 @@ def fields_meaning(path: list, data: Any = None) -> str:
         if path[-1] in section.model_fields:
             return section.model_fields[path[-1]].description or ""
     return ""
-
-
-def type_name(annotation) -> str:
-    """A field's type as a reader of recipes says it."""
-    if annotation is type(None):
-        return "null"
-    name = getattr(get_origin(annotation), "__name__", "")
-    if name == "Literal":
-        return " | ".join(map(str, get_args(annotation)))
-    if name == "Annotated":
-        return type_name(get_args(annotation)[0])
-    if name in ("Union", "UnionType"):
-        return " | ".join(type_name(a) for a in get_args(annotation))
-    if name in ("list", "tuple"):
-        inner = " | ".join(dict.fromkeys(type_name(a) for a in get_args(annotation)))
-        return f"list of {inner}"
-    return "mapping" if name == "dict" else getattr(annotation, "__name__", str(annotation))
-
-
-def help_text() -> str:
-    """Usage and every key."""
-    verbs = "".join(f"       {verb.usage:<32} {verb.purpose}\n" for verb in VERBS.values())
-    recipes = "".join(f"  {name:<15} {about(SHIPPED / f'{name}.yaml')}\n" for name in shipped_recipes())
-    methods = "".join(f"  {method:<15} {recipe.model_fields['method'].description}\n"
-                      for method, recipe in RECIPES.items())
-    lines = [USAGE.format(recipes=recipes, methods=methods, verbs=verbs)]
-
-    def field(name: str, info, prefix: str) -> None:
-        inner, key = sections_of(info.annotation), prefix + name
-        listed = get_origin(info.annotation) is list
-        if not inner:
-            default = "required" if info.is_required() else f"default {show(info.default)}"
-            lines.append(f"  {key}  ({type_name(info.annotation)}, {default}{limits(info)})\n      {info.description}")
-            return
-        is_empty = "default empty" if not info.is_required() else "required"
-        optional = type(None) in get_args(info.annotation)
-        lines.append(f"  {key}  (list, {is_empty})\n      {info.description}; each entry has" if listed
-                     else f"  {key}  (mapping, default null)\n      {info.description}; it has" if optional
-                     else f"\n{key}: {info.description}")
-        prefix = key + (".N." if listed else ".")
-        tag = tag_key(inner[0])
-        engines = [tag_of(s) for s in inner if tag in s.model_fields] if len(inner) > 1 else []
-        shared = [n for n in inner[0].model_fields if n == tag or all(n in s.model_fields for s in inner)]
-        for n in shared if len(inner) > 1 else ():
-            if n == tag:
-                lines.append(f"  {prefix}{tag}  ({' | '.join(engines)}, default {engines[0]})\n      "
-                             f"{inner[0].model_fields[n].description}")
-            else:
-                field(n, inner[0].model_fields[n], prefix)
-        for model in inner:
-            if len(inner) > 1 and model.model_fields.keys() - set(shared):
-                lines.append(f"  with {prefix}{_spoken(model)}:")
-            for n, i in model.model_fields.items():
-                if len(inner) == 1 or n not in shared:
-                    field(n, i, prefix)
-
-    for name, info in Recipe.model_fields.items():
-        field(name, info, "")
-    sections = {id(annotation): name for name, info in Recipe.model_fields.items()
-                for annotation in (info.annotation, *sections_of(info.annotation))}
-    shown = set()
-    for method, recipe in list(RECIPES.items())[1:]:
-        lines.append(f"\nmethod={method}: {recipe.model_fields['method'].description}")
-        defaults = [f"{key}={show(value)}" for key, value in recipe.DEFAULTS.items()]
-        lines += wrap(f"without {', '.join(recipe.UNREAD)}", 6)
-        lines += wrap(f"other defaults: {' '.join(defaults)}", 6) if defaults else []
-        for name, info in recipe.model_fields.items():
-            if name in Recipe.model_fields:
-                continue
-            inner = sections_of(info.annotation)
-            like = sections.get(id(info.annotation)) or sections.get(id(inner[0].__base__))
-            if (name, id(info.annotation)) in shown:
-                lines.append(f"  {name}: as above")
-            elif like:
-                lines.append(f"  {name}: {info.description}; keys as in {like}")
-                own = inner[0].model_fields if info.annotation is inner[0] else {}
-                for key, one in own.items():
-                    if key in inner[0].__annotations__:
-                        field(key, one, f"{name}.")
-            else:
-                field(name, info, "")
-            shown.add((name, id(info.annotation)))
-    return "\n".join(lines)
-
-
-def wrap(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, 120, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2),
-                         break_long_words=False, break_on_hyphens=False)
-
-
-def about(path: Path) -> str:
-    """The first sentence of a shipped recipe's comment."""
-    comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    return re.split(r"(?<=[A-Za-z)])[.:] ", " ".join(line.strip("# ") for line in comment))[0].rstrip(".")
-
-
-def show(value) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def limits(info) -> str:
-    """What a number may be, e.g. ', >= 0, < 1'."""
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found = [f", {signs[a]} {getattr(m, a)}" for m in info.metadata for a in signs if getattr(m, a, None) is not None]
-    for m in info.metadata:
-        found += [f", {signs[a]} {getattr(x, a)}" for x in getattr(m, "metadata", []) for a in signs
-                  if getattr(x, a, None) is not None]
-    return "".join(found)

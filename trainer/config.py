@@ -364,7 +364,7 @@ class Log(Section):
 
 
 class Recipe(Section):
-    """All keys of a run; see `strop --help` for their meanings."""
+    """All keys of a run; see `strop --help all` for their meanings."""
 
     name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="name of the run")
     method: Literal["rounds"] = Field("rounds", description="rounds of rejection sampling, SFT, DPO and an average "

@@ -124,6 +124,11 @@ def tag_of(section: type[Section]) -> str:
     return section.model_fields[key].default if key in section.model_fields else "models"
 
 
+def spoken(section: type[Section]) -> str:
+    """What picks this section, as an error says it."""
+    return "models" if tag_of(section) == "models" else f"{tag_key(section)}={tag_of(section)}"
+
+
 class Writer(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
                       description="name of the writer in tables, reports and the folder of its completions")

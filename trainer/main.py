@@ -1,4 +1,4 @@
-"""The entry point of `strop` and torchrun: parse, run, print errors. `--help` lists every key."""
+"""The entry point of `strop` and torchrun: parse, run, print errors."""
 
 import os
 import sys

@@ -1,3 +1,4 @@
+import re
 from typing import get_origin
 
 import pytest
@@ -5,10 +6,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.trainer.cli import help_text, load_recipe, parse, read_yaml, shipped_recipes
+from strop.trainer.cli import load_recipe, parse, read_yaml
 from strop.trainer.config import Recipe, to_yaml
 from strop.trainer.engines import sections_of
 from strop.trainer.errors import UserError
+from strop.trainer.help import help_text, shipped_recipes
 from strop.trainer.main import main
 from strop.trainer.run.world import World
 
@@ -161,7 +163,7 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_help_names_every_key_with_type_default_and_meaning():
-    text = help_text()
+    text = help_text(["all"])
 
     def keys(model, prefix):
         for name, info in model.model_fields.items():
@@ -177,6 +179,22 @@ def test_help_names_every_key_with_type_default_and_meaning():
     assert "  sft.lr  (float, default 1e-05, > 0" in text
     assert "  dpo.lr  (float, default 1e-06" in text
     assert "data.sources.N.name  (str, required)" in text
+
+
+def test_help_is_short_and_says_more_of_what_it_is_asked_about(tmp_path):
+    short, sections = help_text([]), [n for n, i in Recipe.model_fields.items() if sections_of(i.annotation)]
+    assert len(short.splitlines()) < 120 and "sft.lr" not in short and "\n  seed  (int, default 0" in short
+    assert all(re.search(rf"^  {name:<15} \w", short, re.M) for name in sections)
+    text = help_text(["sft", "dpo"])
+    assert "  sft.lr  (float" in text and "  dpo.beta  (float" in text and "evaluate" not in text
+    assert "\n  annotate.k  (" in help_text(["annotate"]) and "method=llama3" in help_text(["annotate"])
+    assert "average.sft.N.lr" in help_text(["llama3"]) and "sft.lr  (" not in help_text(["llama3"])
+    with pytest.raises(UserError, match=r"--help smaple: no section or method has this name; did you mean sample\?"):
+        help_text(["smaple"])
+    assert parse(["--help", "sft", "dpo"]).help == ["sft", "dpo"] and parse(["quickstart", "-h"]).help == []
+    assert parse(["llama3", "--help"]).help == ["llama3"] and parse(["quickstart"]).help is None
+    (tmp_path / "a.yaml").write_text("method: nosuch\n")
+    assert main([str(tmp_path / "a.yaml"), "--help"]) == 1
 
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])

@@ -15,9 +15,10 @@ from test_keys import own_reasons
 from test_kills import TIMES, contents
 from training import stage_in, weights_of
 
-from strop.trainer.cli import help_text, load_recipe, parse
+from strop.trainer.cli import load_recipe, parse
 from strop.trainer.engines import Revise
 from strop.trainer.errors import UserError
+from strop.trainer.help import help_text
 from strop.trainer.main import main
 from strop.trainer.method_recipes import RECIPES, recipe_of
 from strop.trainer.methods import METHODS
@@ -433,7 +434,7 @@ def test_a_recipe_of_the_loop_under_its_old_name_says_which_it_is(tiny_run, tmp_
 
 
 def test_help_says_which_methods_there_are():
-    text = help_text()
+    text = help_text(["all"])
     assert RECIPES.keys() == METHODS.keys()
     for method, cls in RECIPES.items():
         assert f"\n  {method:<15} {cls.model_fields['method'].description}\n" in text

@@ -40,7 +40,8 @@ MORE = {"show": RUN, "watch": f"{RUN}\n--port N listens there instead of 8765. C
         "compare": f"{RUN}\nAll runs are compared with the first RUN.",
         "try": "SCORER is file.py:function or a rule (number, exact, ...). DATA is a file of rows with prompt and\n"
                "completion, or with prompt and answer, which is then scored. Keys: rows=10, prompt_column=,\n"
-               "completion_column=, answer_column=, and those of a scorer in --help, e.g. args='{tolerance: 0.1}'."}
+               "completion_column=, answer_column=, and those of a scorer in `strop --help data`,\n"
+               "e.g. args='{tolerance: 0.1}'."}
 
 
 def run_verb(name: str, arguments: list[str]) -> None:
