@@ -66,6 +66,21 @@ def test_a_check_function_and_a_pytest_file(scorers, kind, tests):
     assert judge(scorers, kind, "def add(a, b):\n    return 0", tests).value == (1 / 3 if kind == "asserts" else 1 / 2)
 
 
+def test_a_program_that_never_loads_is_at_fault_whoever_is_stopped_first(scorers, monkeypatch):
+    """On a busy machine that can be the tests, which wait for it. Tests that hang by themselves are at fault."""
+    start = Box.start
+
+    def hurried(self, do, source, limits, **more):
+        return start(self, do, source, limits._replace(seconds=1.0 if do == "check" else 3.0), **more)
+
+    monkeypatch.setattr(Box, "start", hurried)
+    found = judge(scorers, "asserts", "while True: pass\ndef add(a, b):\n    return a + b", ASSERTS)
+    assert found.value == 0 and found.error is None and "the program does not load" in found.detail
+    hanging = "import time\ntime.sleep(60)\ndef test_a(): pass"
+    found = judge(scorers, "pytest", "def add(a, b):\n    return a + b", hanging)
+    assert found.value is None and "the tests cannot be run: stopped after" in found.error
+
+
 ALWAYS = "class Any:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n" \
          "    def __bool__(self): return True\n    def __lt__(self, other): return True\n" \
          "    def __radd__(self, other): return self\n    __hash__ = None\n"

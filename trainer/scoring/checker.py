@@ -67,7 +67,8 @@ def script(source: str, names: dict) -> int:
 # ---- the side of the tests
 
 class Report:
-    """Verdicts, written as they come: {"total": n}, then {"test", "passed", "said"} each."""
+    """Lines written as they come: {"broken": why} or {"loaded": True} of the program, {"total": n} of the tests, then
+    {"test", "passed", "said"} each."""
 
     def __init__(self, fd: int):
         self.fd = fd
@@ -84,6 +85,7 @@ def check(source: str, fds: list[int]) -> int:
     except (Gone, Exception) as e:
         report(broken=said(e))
         return 1
+    report(loaded=True)
     (check_pytest if task["kind"] == "pytest" else check_asserts)(task, names, report)
     return 0
 
