@@ -33,7 +33,7 @@ ARCHITECTURES = ("80", "90a", "100a")
 SOURCES = ("csrc/gather.cu", "csrc/ops.cpp")
 
 # compiled once for each set of instructions; by the names that PyTorch has for them, so that it can choose
-CPU_SOURCES = ("csrc/cpu.cpp", "csrc/cpu_adamw.cpp", "csrc/cpu_attention.cpp", "csrc/cpu_cached.cpp")
+CPU_SOURCES = tuple(f"csrc/{name}.cpp" for name in ("cpu", "cpu_adamw", "cpu_attention", "cpu_cached", "cpu_decoder"))
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
 CPU_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),

@@ -228,6 +228,7 @@ struct RowsOf {
   T* data;
   int64_t by_head, by_token;
 
+  RowsOf(T* data, int64_t by_head, int64_t by_token) : data(data), by_head(by_head), by_token(by_token) {}
   explicit RowsOf(const Tensor& x) : data(const_cast<T*>(in<T>(x))), by_head(x.stride(0)), by_token(x.stride(1)) {
     STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == type_of<T> && x.dim() == 3 && x.stride(2) == 1,
                     "expected ", std::is_same_v<T, bf16> ? "bf16" : "fp32", " [heads, tokens, size] with dense rows");

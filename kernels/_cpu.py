@@ -14,7 +14,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 OPERATORS = (
     "rms_norm", "rms_norm_backward", "silu_mul", "silu_mul_backward", "rotate", "causal_softmax_backward",
     "prefix_attention", "prefix_attention_backward", "cached_attention", "scan_logits", "softmax_of", "square_sums",
-    "adamw",
+    "adamw", "use_huge_pages", "decoder_step",
 )
 
 
@@ -57,6 +57,11 @@ def multiplies(*tensors: Tensor) -> bool:
     if not takes(*tensors) or any(x.shape[-1] not in range(32, 257, 16) for x in tensors):
         return False
     return tensors[0].dtype == torch.bfloat16 or _loaded != "avx512_bf16"
+
+
+def multiplies_bf16() -> bool:
+    """Whether the library's products of bf16 run: on processors with instructions for pairs of bf16."""
+    return _loaded == "avx512_bf16"
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from strop.kernels import draw_key, sample_tokens
+from strop.kernels.decoder import Decoder
 from strop.kernels.integrations.compiled import eagerly
+from strop.kernels.integrations.decoder import decoder_of
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder, max_positions
 from strop.trainer.run.world import World
@@ -40,10 +42,13 @@ class Row:
 
 
 def load_for_generation(folder: ModelFolder, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A causal LM for a `Generator`: its layers are fused, and it can no longer be trained."""
+    """A causal LM for a `Generator` alone: its layers are fused, or a Decoder has their weights."""
     from strop.kernels.integrations.transformers import fuse_layers, merge_projections  # imports transformers
 
     model = folder.load(dtype, device, attention="sdpa")
+    model.strop_decoder = decoder_of(model, take=True)
+    if model.strop_decoder:
+        return model
     fuse_layers(model, inference=True)
     if device.type == "cuda":
         merge_projections(model)
@@ -72,12 +77,13 @@ def lent(model: nn.Module, pack: bool = True) -> Iterator[Generator]:
     layers stay. Raises UserError as Generator does."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention, training = base.config._attn_implementation, model.training
-    # adapters look at the layers' weights
-    packed = pack_linears(base) if pack and base is model else []
+    pack = pack and base is model  # adapters look at the layers' weights
+    decoder = decoder_of(model) if pack else None
+    packed = pack_linears(base) if pack and not decoder else []
     model.eval()
     try:
         with eagerly(base):
-            yield Generator(base)
+            yield Generator(base, decoder)
     finally:
         base.set_attn_implementation(attention)
         for parent, name, layer in packed:
@@ -99,15 +105,17 @@ class PackedLinear(nn.Module):
 
 class Generator:
     """Samples from a causal LM of transformers, whose attention implementation it replaces. Raises UserError on models
-    that keep state outside attention or use attention that the cache does not support."""
+    that keep state outside attention or use attention that the cache does not support. decoder: computes the model's
+    steps in its place; by default the one that it was loaded with."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, decoder: Decoder | None = None):
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
         if unknown := kinds - {"full_attention", "sliding_attention"}:
             raise UserError(f"{type(model).__name__} has layers of type {', '.join(sorted(unknown))}: the in-process "
                              "sampler supports full_attention and sliding_attention")
         self.model, self.context = model.eval(), max_positions(model.config)
         self.device = next(model.parameters()).device
+        self.decoder = decoder or getattr(model, "strop_decoder", None)
         attend_with_cache(model)
         self.engine = DeviceEngine(model, self.device) if supports(model) else None
 
@@ -136,7 +144,7 @@ class Generator:
             finished = DeviceBatch(self.engine, prompts, keys, max_new_tokens, sampling, stop_ids, batch_size,
                                    on_progress).run()
         else:
-            batch = Batch(self.model, self.device, prompts, keys, max_new_tokens, batch_size)
+            batch = Batch(self.model, self.device, prompts, keys, max_new_tokens, batch_size, self.decoder)
             finished = self._on_host(batch, sampling, frozenset(stop_ids), on_progress)
         done: list[list[Completion]] = [[] for _ in prompts]
         for row in sorted(finished, key=lambda row: row.sample):
@@ -165,8 +173,9 @@ class Batch:
     prompt the random key of each of its completions."""
 
     def __init__(self, model: nn.Module, device: torch.device, prompts: list[list[int]], keys: list[list[int]],
-                 max_new_tokens: int, batch_size: int):
+                 max_new_tokens: int, batch_size: int, decoder: Decoder | None = None):
         self.model, self.device, self.prompts, self.max_new_tokens = model, device, prompts, max_new_tokens
+        self.decoder = decoder
         self.keys, self.k = keys, len(keys[0])
         groups = min(len(prompts), -(-batch_size // self.k) + SPARE_GROUPS)
         batch_size = min(batch_size, len(prompts) * self.k)
@@ -213,15 +222,19 @@ class Batch:
             self.ready.extend(Row(i, s, g, key, Completion()) for s, key in enumerate(self.keys[i]))
         self.waiting.extendleft(reversed(later))
         step = Prefill(self.cache, chosen, self.device)
-        logits = self.forward(step, logits_to_keep=step.last)
+        logits = self.forward(step, step.last)
         if self.group_logits is None:
             self.group_logits = logits.new_zeros(len(self.group_prompt), logits.shape[-1])
         self.group_logits[step.groups] = logits
 
-    def forward(self, step: Prefill | Decode, **kwargs) -> Tensor:
-        """Logits [positions, V]."""
+    def forward(self, step: Prefill | Decode, keep: Tensor | None = None) -> Tensor:
+        """Logits [n, V] of the positions keep [n], by default all."""
+        if self.decoder:
+            cos, sin = self.model.model.rotary_emb(self.decoder.embedding, step.positions)
+            keep = torch.arange(step.tokens.numel()) if keep is None else keep
+            return step.decode(self.decoder, cos[0], sin[0], keep)
         return self.model(input_ids=step.tokens, position_ids=step.positions, use_cache=False, kv_step=step,
-                          **kwargs).logits[0]
+                          logits_to_keep=0 if keep is None else keep).logits[0]
 
     def first_logits(self, rows: list[int]) -> Tensor:
         return self.group_logits[onto(self.device, [self.rows[r].group for r in rows])[0]]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.kernels.attention import cached as attention_cached
+from strop.kernels.decoder import Decoder
 from strop.trainer.errors import UserError
 
 ATTENTION = "strop_generate"
@@ -171,20 +172,33 @@ class Step:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                window: int | None) -> Tensor:
         """Stores k and v [Hkv, T, D] and attends with q [Hq, T, D] -> [T, Hq, D]."""
+        self.make_room(layer, k, v)
+        if not attention_cached.takes(q, k, v):
+            return self.composed(layer, q, k, v, scaling, softcap, window)
+        cache = self.cache
+        return attention_cached.attention_over_cache(
+            q, k, v, cache.prompt_k[layer], cache.prompt_v[layer], cache.completion_k[layer],
+            cache.completion_v[layer], cache.chunk_table[: len(cache.allocated(layer))], self.group, self.seen,
+            self.length, scale=scaling, softcap=softcap, window=window)
+
+    def make_room(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Allocates the layer's buffers for heads as those of k and v, and copies the prefixes that are cached."""
         cache = self.cache
         if layer not in cache.prompt_k:
             cache.allocate(layer, k, v)
         cache.grow(layer, self.longest_completion)
-        prompt_k, prompt_v = cache.prompt_k[layer], cache.prompt_v[layer]
         if self.most_cached:
-            for buffer in (prompt_k, prompt_v):
+            for buffer in (cache.prompt_k[layer], cache.prompt_v[layer]):
                 buffer[self.copies[0], :, : self.most_cached] = buffer[self.copies[1], :, : self.most_cached]
-        if not attention_cached.takes(q, k, v):
-            return self.composed(layer, q, k, v, scaling, softcap, window)
-        return attention_cached.attention_over_cache(
-            q, k, v, prompt_k, prompt_v, cache.completion_k[layer], cache.completion_v[layer],
-            cache.chunk_table[: len(cache.allocated(layer))], self.group, self.seen, self.length,
-            scale=scaling, softcap=softcap, window=window)
+
+    def decode(self, decoder: Decoder, cos: Tensor, sin: Tensor, keep: Tensor) -> Tensor:
+        """Logits [n, V] of the tokens keep [n], of a whole model at once; cos and sin [T, D]."""
+        cache, heads = self.cache, cos.new_empty(decoder.key_heads, 0, decoder.size)
+        for layer in range(decoder.layers):
+            self.make_room(layer, heads, heads)
+        caches = (cache.prompt_k, cache.prompt_v, cache.completion_k, cache.completion_v)
+        return decoder(self.tokens[0], cos, sin, *([of[layer] for layer in range(decoder.layers)] for of in caches),
+                       cache.chunk_table[: len(cache.allocated(0))], self.group, self.seen, self.length, keep)
 
     def composed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float | None,
                  window: int | None) -> Tensor:
