@@ -256,6 +256,45 @@ void softmax_of(const Tensor& logits, const Tensor& lse, const Tensor& scale, co
   });
 }
 
+// Of each row of logits [N, C]: the highest [N], lse [N], and sums [N, C / 256 rounded up] of exp((logit - highest) /
+// temperature) over blocks of 256 columns, all fp32.
+void softmax_sums(const Tensor& logits, double temperature, const Tensor& highest, const Tensor& lse,
+                  const Tensor& sums) {
+  dispatch(logits, [&](auto element) {
+    using T = decltype(element);
+    const int64_t rows = logits.size(0), columns = logits.size(1), by_row = logits.stride(0);
+    const int64_t blocks = (columns + part_of_sum - 1) / part_of_sum;
+    check_rows(logits, type_of<T>, rows, columns, "logits");
+    check(highest, ScalarType::Float, rows, "highest");
+    check(lse, ScalarType::Float, rows, "lse");
+    check(sums, ScalarType::Float, rows * blocks, "sums");
+    const T* xs = in<T>(logits);
+    float *tops = out<float>(highest), *lses = out<float>(lse), *parts = out<float>(sums);
+    const float inverse = float(1 / temperature);
+    parallel_for(0, rows, 1, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T* x = xs + i * by_row;
+        float top = -HUGE_VALF;
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < columns; ++j) top = wide(x[j]) > top ? wide(x[j]) : top;
+        double total = 0;
+        for (int64_t b = 0; b < blocks; ++b) {
+          const T* part = x + b * part_of_sum;
+          const int64_t count = std::min(columns - b * part_of_sum, part_of_sum);
+          const float sum = exponentials<T>(part, count, top, 1.f, nullptr);
+          float tempered = 0;
+          if (inverse != 1) {
+#pragma omp simd reduction(+ : tempered)
+            for (int64_t j = 0; j < count; ++j) tempered += exp_of((wide(part[j]) - top) * inverse);
+          }
+          total += sum, parts[i * blocks + b] = inverse != 1 ? tempered : sum;
+        }
+        tops[i] = top, lses[i] = top + float(std::log(total));
+      }
+    });
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
@@ -272,6 +311,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
       "cpu_causal_softmax_backward(Tensor(a!) scores, Tensor(b!) grad_weights, int count, float scale) -> ()");
   m.def(
       "cpu_scan_logits(Tensor logits, Tensor(a!) highest, Tensor(b!) total, Tensor(c!) decay, Tensor(d!) weights) -> ()");
+  m.def(
+      "cpu_softmax_sums(Tensor logits, float temperature, Tensor(a!) highest, Tensor(b!) lse, Tensor(c!) sums) -> ()");
   m.def("cpu_softmax_of(Tensor logits, Tensor lse, Tensor scale, Tensor(a!) gradient) -> ()");
 }
 
@@ -283,5 +324,6 @@ STABLE_TORCH_LIBRARY_IMPL(strop, CPU, m) {
   m.impl("cpu_rotate", TORCH_BOX(&rotate));
   m.impl("cpu_causal_softmax_backward", TORCH_BOX(&causal_softmax_backward));
   m.impl("cpu_scan_logits", TORCH_BOX(&scan_logits));
+  m.impl("cpu_softmax_sums", TORCH_BOX(&softmax_sums));
   m.impl("cpu_softmax_of", TORCH_BOX(&softmax_of));
 }

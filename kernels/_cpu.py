@@ -13,8 +13,8 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float32)
 OPERATORS = (
     "rms_norm", "rms_norm_backward", "silu_mul", "silu_mul_backward", "rotate", "causal_softmax_backward",
-    "prefix_attention", "prefix_attention_backward", "cached_attention", "scan_logits", "softmax_of", "square_sums",
-    "adamw", "use_huge_pages", "decoder_step",
+    "prefix_attention", "prefix_attention_backward", "cached_attention", "scan_logits", "softmax_of", "softmax_sums",
+    "square_sums", "adamw", "use_huge_pages", "decoder_step",
 )
 
 

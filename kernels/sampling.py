@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import _cpu
 from ._triton import HAS_TRITON
 
 
@@ -63,22 +65,16 @@ def sample_tokens(
     on_gpu = HAS_TRITON and (logits.is_cuda or logits.is_meta)
     if on_gpu and logits.dtype in (torch.bfloat16, torch.float16, torch.float32):
         return _sample(logits, key, position, temperature, top_k, top_p)
-    likeliest = logits.amax(-1, keepdim=True).float()
-    weights = _exp_blocks(logits, likeliest, 1.0)
-    block_cumulative = _cumulative(weights.sum(-1))
-    lse = likeliest.squeeze(-1) + block_cumulative[:, -1].log().float()
+    likeliest, lse, sums = _softmax_sums(logits, temperature or 1.0)
     if temperature == 0:
         token = _argmax(logits)
     elif 0 < top_k < logits.shape[-1]:
         token = _draw_ranked(*logits.topk(top_k, dim=-1), None, uniform(key, position), temperature, top_p)
+    elif top_p == 1:
+        token = _draw_blocked(logits, likeliest, _cumulative(sums), uniform(key, position), temperature)
     else:
-        if temperature != 1:
-            weights = _exp_blocks(logits, likeliest, temperature)
-            block_cumulative = _cumulative(weights.sum(-1))
-        if top_p == 1:
-            token = _draw_blocked(weights, block_cumulative, uniform(key, position))
-        else:
-            token = _draw_nucleus(logits, block_cumulative[:, -1:], uniform(key, position), temperature, top_p)
+        total = sums.sum(-1, keepdim=True, dtype=torch.float64)
+        token = _draw_nucleus(logits, total, uniform(key, position), temperature, top_p)
     logp = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1).float() - lse
     return token, logp
 
@@ -100,16 +96,23 @@ def _argmax(logits: Tensor) -> Tensor:
     return block * _ARGMAX_BLOCK + blocks[torch.arange(len(logits)), block].argmax(-1)
 
 
-def _exp_blocks(logits: Tensor, likeliest: Tensor, temperature: float) -> Tensor:
-    """[B, V / _BLOCK rounded up, _BLOCK] fp32 exp((logits - likeliest) / temperature), 0 past the vocabulary."""
-    rows, vocab = logits.shape
-    blocks = logits.new_empty(rows, -(-vocab // _BLOCK) * _BLOCK, dtype=torch.float32)
-    blocks[:, vocab:] = -torch.inf
-    weights = blocks[:, :vocab]
-    weights.copy_(logits).sub_(likeliest)
-    if temperature != 1:
-        weights.div_(temperature)
-    return blocks.exp_().unflatten(-1, (-1, _BLOCK))
+def _softmax_sums(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the highest logit [B], lse [B], and sums [B, V / _BLOCK rounded up] of exp((logit - highest) /
+    temperature) over blocks of _BLOCK tokens, all fp32."""
+    if not _cpu.takes(logits):
+        return _softmax_sums_reference(logits, temperature)
+    highest, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    sums = highest.new_empty(len(logits), -(-logits.shape[-1] // _BLOCK))
+    torch.ops.strop.cpu_softmax_sums(_cpu.dense_rows(logits), temperature, highest, lse, sums)
+    return highest, lse, sums
+
+
+def _softmax_sums_reference(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    highest, missing = logits.amax(-1).float(), -logits.shape[-1] % _BLOCK
+    below = F.pad(logits.float() - highest.unsqueeze(-1), (0, missing), value=-torch.inf).unflatten(-1, (-1, _BLOCK))
+    sums = below.exp().sum(-1)
+    lse = highest + sums.sum(-1, dtype=torch.float64).log().float()
+    return highest, lse, sums if temperature == 1 else below.div_(temperature).exp_().sum(-1)
 
 
 def _cumulative(weights: Tensor) -> Tensor:
@@ -125,16 +128,20 @@ def _invert(cumulative: Tensor, mass: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, mass, right=True).clamp_(max=cumulative.shape[-1] - 1)
 
 
-def _draw_blocked(weights: Tensor, block_cumulative: Tensor, u: Tensor) -> Tensor:
+def _draw_blocked(
+    logits: Tensor, likeliest: Tensor, block_cumulative: Tensor, u: Tensor, temperature: float
+) -> Tensor:
     """[B] tokens by inverse CDF in token order: the block first, then the token in it."""
     mass = u.unsqueeze(-1) * block_cumulative[:, -1:]
     block = _invert(block_cumulative, mass)
     before = torch.where(block > 0, block_cumulative.gather(-1, (block - 1).clamp_(min=0)), 0.0)
     block_mass = block_cumulative.gather(-1, block) - before
-    inside = _cumulative(weights[torch.arange(len(weights), device=weights.device), block.squeeze(-1)])
+    column = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    held = logits.gather(-1, column.clamp(max=logits.shape[-1] - 1)).float()
+    held.masked_fill_(column >= logits.shape[-1], -torch.inf)
+    inside = _cumulative(held.sub_(likeliest.unsqueeze(-1)).div_(temperature).exp_())
     # The block's fp32 sum and its fp64 cumulative sum differ by rounding, so scale by the fraction, not the mass.
-    column = _invert(inside, (mass - before) / block_mass * inside[:, -1:])
-    return (block * _BLOCK + column).squeeze(-1)
+    return (block * _BLOCK + _invert(inside, (mass - before) / block_mass * inside[:, -1:])).squeeze(-1)
 
 
 def _draw_ranked(
