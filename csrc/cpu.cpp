@@ -5,7 +5,7 @@
 //
 // Sums have a fixed order, independent of the number of threads. Intermediates are rounded to the tensor's dtype where
 // PyTorch's composition rounds them, so that values match those of a transformers model.
-#include "cpu_rows.h"
+#include "cpu.h"
 
 namespace {
 
@@ -23,8 +23,17 @@ void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& n
     T* ys = out<T>(normed);
     float* inverses = out<float>(inverse);
     parallel_for(0, rows, 16, [=](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        inverses[i] = norm_row(xs + i * width, w, width, float(eps), ys + i * width);
+      for (int64_t i = first; i < last; ++i) {
+        const T* row = xs + i * width;
+        T* y = ys + i * width;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < width; ++j) sum += wide(row[j]) * wide(row[j]);
+        const float scale = 1.f / std::sqrt(sum / float(width) + float(eps));
+        inverses[i] = scale;
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) narrow(rounded<T>(wide(row[j]) * scale) * wide(w[j]), y[j]);
+      }
     });
   });
 }
@@ -82,7 +91,11 @@ void silu_mul(const Tensor& gate, const Tensor& up, const Tensor& product) {
     const T *gs = in<T>(gate), *us = in<T>(up);
     T* outs = out<T>(product);
     parallel_for(0, numel, 8192, [=](int64_t first, int64_t last) {
-      silu_mul_row(gs + first, us + first, last - first, outs + first);
+#pragma omp simd
+      for (int64_t i = first; i < last; ++i) {
+        const float g = wide(gs[i]);
+        narrow(rounded<T>(g * sigmoid(g)) * wide(us[i]), outs[i]);
+      }
     });
   });
 }
@@ -132,8 +145,18 @@ void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back, co
     parallel_for(0, tokens, 64, [=](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t)
         for (int64_t h = 0; h < heads; ++h) {
-          const T *low = xs + h * by_head + t * by_token, *c = coses + t * width, *s = sines + t * width;
-          rotate_row(low, c, s, half, back, outs + h * out_by_head + t * out_by_token);
+          const T *low = xs + h * by_head + t * by_token, *high = low + half;
+          const T *c = coses + t * width, *s = sines + t * width;
+          T *low_out = outs + h * out_by_head + t * out_by_token, *high_out = low_out + half;
+          // the transpose uses the other half's sine with the opposite sign
+          const T *low_sine = back ? s + half : s, *high_sine = back ? s : s + half;
+          const float sign = back ? 1.f : -1.f;
+#pragma omp simd
+          for (int64_t j = 0; j < half; ++j) {
+            const float l = wide(low[j]), u = wide(high[j]);
+            narrow(rounded<T>(l * wide(c[j])) + rounded<T>(sign * u * wide(low_sine[j])), low_out[j]);
+            narrow(rounded<T>(u * wide(c[j + half])) + rounded<T>(-sign * l * wide(high_sine[j])), high_out[j]);
+          }
         }
     });
   });

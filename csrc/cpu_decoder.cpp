@@ -6,7 +6,6 @@
 // as they finish one. A phase's items need all of the phases before. A thread takes its next item before it runs the one
 // it has, and fetches that one's weights meanwhile. An item's result depends neither on the thread nor on the other rows.
 #include "cpu_cached.h"
-#include "cpu_matmul.h"
 #include "cpu_rows.h"
 
 #include <thread>
@@ -87,7 +86,7 @@ struct Decoder {
       then(attend, l, int64_t(order->blocks.size()) * key_heads);
       then(project, l, 0, {of.out, attended.steps, out_panels, 1, tokens});
       then(mlp_norm, l, row_tiles);
-      then(gate_up, l, 0, {of.gate_up, normed.steps, blocks_of(hidden, panel_width / 2), 2, tokens});
+      then(gate_up, l, 0, {of.gate_up, normed.steps, blocks_of(hidden, 16), 2, tokens});
       then(down, l, 0, {of.down, product.steps, out_panels, 1, tokens});
     }
     then(last_norm, 0, blocks_of(kept, tile_rows));
@@ -100,40 +99,37 @@ struct Decoder {
     parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
       const MatrixUnit unit(has_unit);
       Sums sums(order->most_tokens * shared(), size, scale, 0);
-      std::vector<bf16> row(width);
       int64_t phase = 0, coming_phase = 0;
       for (int64_t item = next++; item < end;) {
         const int64_t coming = next++;
         while (item >= phases[phase + 1].first) ++phase;
-        Ahead ahead;
+        const bf16* weights = phases[phase].product.weights;  // that come next; the old ones where there are none
         if (coming < end) {
           while (coming >= phases[coming_phase + 1].first) ++coming_phase;
-          if (const Product& p = phases[coming_phase].product; p.weights) {
-            const int64_t i = coming - phases[coming_phase].first;
-            ahead.at = reinterpret_cast<const char*>(p.weights_of(i));
-            ahead.end = ahead.at + p.panels_of(i) * p.steps * 2 * tile_size * sizeof(bf16);
-          }
+          if (const Product& p = phases[coming_phase].product; p.weights)
+            weights = p.weights_of(coming - phases[coming_phase].first);
         }
         for (int spins = 0; done.load(std::memory_order_acquire) < phases[phase].first; ++spins)
           if (spins < 2000)
             _mm_pause();
           else  // the thread that is waited for may need this core
             std::this_thread::yield();
-        run_item(phases[phase], item - phases[phase].first, unit, sums, row.data(), ahead);
+        run_item(phases[phase], item - phases[phase].first, unit, sums, weights);
         done.fetch_add(1, std::memory_order_release);
         item = coming;
       }
     });
   }
 
-  void run_item(const Phase& phase, int64_t item, const MatrixUnit& unit, Sums& sums, bf16* row, Ahead& ahead) const {
+  void run_item(const Phase& phase, int64_t item, const MatrixUnit& unit, Sums& sums,
+                const bf16* coming) const {
     const Product& p = phase.product;
-    if (!p.weights) ahead.fetch((ahead.end - ahead.at) / 64);
+    if (!p.weights && coming) fetch_step(coming);
     const Layer* layer = phase.kind == last_norm || phase.kind == head ? nullptr : &layers[phase.layer];
     const auto multiply = [&](const TiledRows& rows, auto finish) {
       const int64_t block = item / p.items() * p.rows_per_block(), first_panel = item % p.items() * p.per_item;
       multiply_panels(rows, block, std::min(p.rows, block + p.rows_per_block()), p.weights_of(item), p.panels_of(item),
-                      unit, ahead, [&](int64_t at, int64_t count, int64_t panel, const float* c) {
+                      unit, coming, [&](int64_t at, int64_t count, int64_t panel, const float* c) {
                         for (int64_t i = 0; i < count; ++i)
                           finish(at + i, i, first_panel + panel, c + i * panel_width);
                       });
@@ -142,12 +138,10 @@ struct Decoder {
       case norm:
       case mlp_norm:
         return normalize(item, phase.kind == norm ? layer->norm : layer->mlp_norm,
-                         phase.kind == norm && phase.layer == 0, row);
+                         phase.kind == norm && phase.layer == 0);
       case last_norm:
-        for (int64_t i = item * tile_rows; i < std::min(kept, (item + 1) * tile_rows); ++i) {
-          norm_row(x + keep[i] * width, final_norm, width, eps, row);
-          normed.put(i, 0, row, width);
-        }
+        for (int64_t i = item * tile_rows; i < std::min(kept, (item + 1) * tile_rows); ++i)
+          norm_row(x + keep[i] * width, final_norm, width, eps, [&](int64_t j) { return normed.at(i, j); });
         return;
       case attend: {
         const Block& block = order->blocks[item / key_heads];
@@ -160,13 +154,10 @@ struct Decoder {
         const int64_t panels = p.per_item, h = item % p.items();
         return multiply(normed, [&](int64_t i, int64_t slot, int64_t panel, const float* c) {
           const int64_t from = panel % panels * panel_width, count = std::min(panel_width, size - from);
-          bf16* to = rows[slot] + from;
-          if (const bf16* bias = layer->qkv_bias ? layer->qkv_bias + h * size + from : nullptr) {
-#pragma omp simd
-            for (int64_t j = 0; j < count; ++j) narrow(c[j] + wide(bias[j]), to[j]);
-          } else {
-#pragma omp simd
-            for (int64_t j = 0; j < count; ++j) narrow(c[j], to[j]);
+          const bf16* bias = layer->qkv_bias ? layer->qkv_bias + h * size + from : nullptr;
+          for (int64_t j = 0; j < count; j += 16) {
+            const __m512 found = _mm512_load_ps(c + j);
+            store16(rows[slot] + from + j, bias ? _mm512_add_ps(found, load16(bias + j)) : found);
           }
           if (from + count == size) place_head(*layer, i, h, rows[slot]);
         });
@@ -174,38 +165,32 @@ struct Decoder {
       case project:
       case down:
         return multiply(phase.kind == project ? attended : product, [&](int64_t i, int64_t, int64_t panel, const float* c) {
-          const int64_t from = panel * panel_width, count = std::min(panel_width, width - from);
-          bf16* to = x + i * width + from;
-#pragma omp simd
-          for (int64_t j = 0; j < count; ++j) narrow(wide(to[j]) + rounded<bf16>(c[j]), to[j]);
+          bf16* to = x + i * width + panel * panel_width;
+          by_16(std::min(panel_width, width - panel * panel_width), [&](int64_t j, __mmask16 lanes) {
+            store16(to + j, _mm512_add_ps(load16(to + j, lanes), rounded(_mm512_load_ps(c + j))), lanes);
+          });
         });
       case gate_up:
         return multiply(normed, [&](int64_t i, int64_t, int64_t panel, const float* c) {
-          constexpr int64_t half = panel_width / 2;
-          bf16 both[panel_width];
-#pragma omp simd
-          for (int64_t j = 0; j < panel_width; ++j) narrow(c[j], both[j]);
-          silu_mul_row(both, both + half, half, product.at(i, panel * half));
+          store16(product.at(i, panel * 16), silu_mul(_mm512_load_ps(c), _mm512_load_ps(c + 16)));
         });
       case head:
         return multiply(normed, [&](int64_t i, int64_t, int64_t panel, const float* c) {
-          const int64_t from = panel * panel_width, count = std::min(panel_width, vocab - from);
-          bf16* to = logits + i * vocab + from;
-#pragma omp simd
-          for (int64_t j = 0; j < count; ++j) narrow(c[j], to[j]);
+          bf16* to = logits + i * vocab + panel * panel_width;
+          by_16(std::min(panel_width, vocab - panel * panel_width), [&](int64_t j, __mmask16 lanes) {
+            store16(to + j, _mm512_load_ps(c + j), lanes);
+          });
         });
     }
   }
 
-  void normalize(int64_t tile, const bf16* weight, bool is_first, bf16* row) const {
+  void normalize(int64_t tile, const bf16* weight, bool is_first) const {
     for (int64_t i = tile * tile_rows; i < std::min(tokens, (tile + 1) * tile_rows); ++i) {
-      if (is_first) std::memcpy(x + i * width, embedding + ids[i] * width, width * sizeof(bf16));
-      norm_row(x + i * width, weight, width, eps, row);
-      normed.put(i, 0, row, width);
       if (is_first) {
-        normed.pad(i, width), attended.pad(i, heads * size);
-        product.pad(i, blocks_of(hidden, panel_width / 2) * (panel_width / 2));
+        std::memcpy(x + i * width, embedding + ids[i] * width, width * sizeof(bf16));
+        normed.pad(i, width), attended.pad(i, heads * size), product.pad(i, blocks_of(hidden, 16) * 16);
       }
+      norm_row(x + i * width, weight, width, eps, [&](int64_t j) { return normed.at(i, j); });
     }
   }
 
@@ -215,13 +200,10 @@ struct Decoder {
       std::memcpy(layer.attention.place(i, h - heads - key_heads, false), row, size * sizeof(bf16));
       return;
     }
-    if (const bf16* weight = h < heads ? layer.q_norm : layer.k_norm) {
-      bf16 plain[max_size];
-      std::memcpy(plain, row, size * sizeof(bf16));
-      norm_row(plain, weight, size, eps, row);
-    }
+    if (const bf16* weight = h < heads ? layer.q_norm : layer.k_norm)
+      norm_row(row, weight, size, eps, [=](int64_t j) { return row + j; });
     bf16* to = h < heads ? queries + (i * heads + h) * size : layer.attention.place(i, h - heads, true);
-    rotate_row(row, cos + i * size, sin + i * size, size / 2, false, to);
+    rotate_row(row, cos + i * size, sin + i * size, size / 2, to);
   }
 };
 

@@ -1,5 +1,5 @@
 // Products of bf16 rows and packed weights, fp32 sums, for few rows: the time goes into reading the weights, so these lie
-// in the order in which they are read, and the caller names those it needs next, which are fetched meanwhile.
+// in the order in which they are read.
 //
 // Rows come in tiles of 16 rows by 32 elements, 1 KiB each, a tile of rows after the other: [rows / 16, K / 32, 16, 32].
 // Weights come in panels of 32 outputs, [K / 32, 2, 16 pairs, 16 outputs, 2], as Intel's AMX and the instructions for
@@ -38,14 +38,11 @@ struct TiledRows {
   }
 };
 
-// Memory that is read soon, fetched piece by piece.
-struct Ahead {
-  const char *at = nullptr, *end = nullptr;
-
-  void fetch(int64_t lines) {
-    for (const char* stop = std::min(end, at + 64 * lines); at < stop; at += 64) _mm_prefetch(at, _MM_HINT_T0);
-  }
-};
+// Fetches a step of a panel, 2 KiB. One step ahead is best: it keeps the processor's own prefetching of the sequence going,
+// which has more reads under way than instructions can; farther ahead the reads of rows have to wait.
+inline void fetch_step(const bf16* at) {
+  for (int64_t i = 0; i < 2 * tile_size; i += 32) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T1);
+}
 
 // The registers of a thread as 8 tiles of 16 rows of 64 bytes, for as long as this lives.
 struct MatrixUnit {
@@ -66,15 +63,15 @@ struct MatrixUnit {
   const bool wanted;
 };
 
-// c [16 R, 32] = R tiles of rows times a panel.
+// c [16 R, 32] = R tiles of rows times a panel. next: what is read after it, null if the panel was read just now.
 template <int R>
-inline void multiply_on_unit(int64_t steps, const bf16* a, const bf16* b, float* c, Ahead& ahead, int64_t lines) {
+inline void multiply_on_unit(int64_t steps, const bf16* a, const bf16* b, float* c, const bf16* next) {
   constexpr int64_t stride = 64, c_stride = panel_width * sizeof(float);
   const bf16* a2 = a + steps * tile_size;
   asm volatile("tilezero %%tmm0\n tilezero %%tmm1\n" ::);
   if (R == 2) asm volatile("tilezero %%tmm2\n tilezero %%tmm3\n" ::);
   for (int64_t s = 0; s < steps; ++s, a += tile_size, a2 += tile_size, b += 2 * tile_size) {
-    ahead.fetch(lines);
+    if (next) fetch_step(s + 1 < steps ? b + 2 * tile_size : next);
     asm volatile(
         "tileloadd (%0,%2), %%tmm4\n tileloadd (%1,%2), %%tmm6\n tileloadd 1024(%1,%2), %%tmm7\n"
         "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n" ::"r"(a), "r"(b), "r"(stride)
@@ -93,11 +90,11 @@ inline void multiply_on_unit(int64_t steps, const bf16* a, const bf16* b, float*
 
 // c [N, 32] = N rows of a tile times a panel.
 template <int N>
-inline void multiply_in_vectors(int64_t steps, const bf16* a, const bf16* b, float* c, Ahead& ahead, int64_t lines) {
+inline void multiply_in_vectors(int64_t steps, const bf16* a, const bf16* b, float* c, const bf16* next) {
   __m512 sums[N][2];
   for (int i = 0; i < N; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
   for (int64_t s = 0; s < steps; ++s, a += tile_size, b += 2 * tile_size) {
-    ahead.fetch(lines);
+    if (next) fetch_step(s + 1 < steps ? b + 2 * tile_size : next);
     for (int64_t p = 0; p < tile_width / 2; ++p) {
       const __m512bh low = (__m512bh)_mm512_loadu_si512(b + p * 32);
       const __m512bh high = (__m512bh)_mm512_loadu_si512(b + tile_size + p * 32);
@@ -116,25 +113,25 @@ inline void multiply_in_vectors(int64_t steps, const bf16* a, const bf16* b, flo
   }
 }
 
-// Rows [first, last), first a multiple of 16, times `panels` panels of weights. finish(row, rows, panel, c): takes the
-// sums c [rows, 32] of at most 32 rows.
+// Rows [first, last), first a multiple of 16, times `panels` panels of weights. coming: the weights that the thread reads
+// next. finish(row, rows, panel, c): takes the sums c [rows, 32] of at most 32 rows.
 template <typename F>
 void multiply_panels(const TiledRows& rows, int64_t first, int64_t last, const bf16* weights, int64_t panels,
-                     const MatrixUnit& unit, Ahead& ahead, F finish) {
+                     const MatrixUnit& unit, const bf16* coming, F finish) {
   alignas(64) float c[2 * tile_rows * panel_width];
-  const int64_t pairs = blocks_of(last - first, 2 * tile_rows), visits = unit.wanted ? pairs : 4 * pairs;
-  const int64_t lines = blocks_of((ahead.end - ahead.at) / 64, std::max<int64_t>(1, panels * visits * rows.steps));
+  const int64_t panel_size = rows.steps * 2 * tile_size;
   for (int64_t row = first; row < last; row += 2 * tile_rows)
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t count = std::min(last - row, 2 * tile_rows);
-      const bf16 *a = rows.at(row, 0), *b = weights + p * rows.steps * 2 * tile_size;
+      const bf16 *a = rows.at(row, 0), *b = weights + p * panel_size;
+      const bf16* next = row > first ? nullptr : p + 1 < panels ? b + panel_size : coming;
       if (!unit.wanted)
         for (int64_t i = 0; i < count; i += 8)
-          multiply_in_vectors<8>(rows.steps, rows.at(row + i, 0), b, c + i * panel_width, ahead, lines);
+          multiply_in_vectors<8>(rows.steps, rows.at(row + i, 0), b, c + i * panel_width, i ? nullptr : next);
       else if (count > tile_rows)
-        multiply_on_unit<2>(rows.steps, a, b, c, ahead, lines);
+        multiply_on_unit<2>(rows.steps, a, b, c, next);
       else
-        multiply_on_unit<1>(rows.steps, a, b, c, ahead, lines);
+        multiply_on_unit<1>(rows.steps, a, b, c, next);
       finish(row, count, p, c);
     }
 }

@@ -1,46 +1,68 @@
-// A transformer layer's operations on one row, shared by the operators that run one of them over all rows and by the
-// decoder, which runs them between products. Intermediates are rounded to T where PyTorch's composition rounds them.
+// What a decoder does with one row of bf16 between its products, in vectors of 16. Intermediates are rounded to bf16 where
+// PyTorch's composition rounds them.
 #pragma once
 
-#include "cpu.h"
+#include "cpu_matmul.h"
+
+#ifdef __AVX512BF16__
 
 namespace {
 
-// y = weight * (row / sqrt(mean(row^2) + eps)); returns the inverse root mean square.
-template <typename T>
-inline float norm_row(const T* row, const T* weight, int64_t width, float eps, T* y) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < width; ++j) sum += wide(row[j]) * wide(row[j]);
-  const float scale = 1.f / std::sqrt(sum / float(width) + eps);
-#pragma omp simd
-  for (int64_t j = 0; j < width; ++j) narrow(rounded<T>(wide(row[j]) * scale) * wide(weight[j]), y[j]);
-  return scale;
+inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
+
+inline __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m256i narrowed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512 rounded(__m512 x) { return widened(narrowed(x)); }
+
+inline __m512 load16(const bf16* x, __mmask16 lanes = 0xffff) { return widened(_mm256_maskz_loadu_epi16(lanes, x)); }
+inline void store16(bf16* x, __m512 value, __mmask16 lanes = 0xffff) {
+  _mm256_mask_storeu_epi16(x, lanes, narrowed(value));
 }
 
-// Rotates a head's row by the angles of cos and sin; back: the transposed map, for the backward.
-template <typename T>
-inline void rotate_row(const T* low, const T* cos, const T* sin, int64_t half, bool back, T* low_out) {
-  const T* high = low + half;
-  T* high_out = low_out + half;
-  // the transpose uses the other half's sine with the opposite sign
-  const T *low_sine = back ? sin + half : sin, *high_sine = back ? sin : sin + half;
-  const float sign = back ? 1.f : -1.f;
-#pragma omp simd
-  for (int64_t j = 0; j < half; ++j) {
-    const float l = wide(low[j]), u = wide(high[j]);
-    narrow(rounded<T>(l * wide(cos[j])) + rounded<T>(sign * u * wide(low_sine[j])), low_out[j]);
-    narrow(rounded<T>(u * wide(cos[j + half])) + rounded<T>(-sign * l * wide(high_sine[j])), high_out[j]);
-  }
+// Calls f(first, lanes) for every 16 of `count` elements.
+template <typename F>
+inline void by_16(int64_t count, F f) {
+  int64_t j = 0;
+  for (; j + 16 <= count; j += 16) f(j, __mmask16(0xffff));
+  if (j < count) f(j, first_lanes(count - j));
 }
 
-template <typename T>
-inline void silu_mul_row(const T* gate, const T* up, int64_t count, T* product) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    const float g = wide(gate[j]);
-    narrow(rounded<T>(g * sigmoid(g)) * wide(up[j]), product[j]);
-  }
+// weight * (row / sqrt(mean(row^2) + eps)), the 16 elements from j on to to(j).
+template <typename F>
+inline void norm_row(const bf16* row, const bf16* weight, int64_t width, float eps, F to) {
+  __m512 squares = _mm512_setzero_ps();
+  by_16(width, [&](int64_t j, __mmask16 lanes) {
+    const __m512 x = load16(row + j, lanes);
+    squares = _mm512_fmadd_ps(x, x, squares);
+  });
+  const __m512 scale = _mm512_set1_ps(1.f / std::sqrt(_mm512_reduce_add_ps(squares) / float(width) + eps));
+  by_16(width, [&](int64_t j, __mmask16 lanes) {
+    const __m512 x = rounded(_mm512_mul_ps(load16(row + j, lanes), scale));
+    store16(to(j), _mm512_mul_ps(x, load16(weight + j, lanes)), lanes);
+  });
+}
+
+// A head's row rotated by the angles of cos and sin, its two halves as pairs.
+inline void rotate_row(const bf16* row, const bf16* cos, const bf16* sin, int64_t half, bf16* to) {
+  by_16(half, [&](int64_t j, __mmask16 lanes) {
+    const __m512 low = load16(row + j, lanes), high = load16(row + half + j, lanes);
+    const auto turned = [&](__m512 x, __m512 y, int64_t at) {
+      const __m512 straight = rounded(_mm512_mul_ps(x, load16(cos + at, lanes)));
+      store16(to + at, _mm512_add_ps(straight, rounded(_mm512_mul_ps(y, load16(sin + at, lanes)))), lanes);
+    };
+    turned(low, _mm512_sub_ps(_mm512_setzero_ps(), high), j);
+    turned(high, low, half + j);
+  });
+}
+
+// silu(gate) * up
+inline __m512 silu_mul(__m512 gate, __m512 up) {
+  const __m512 g = rounded(gate), bound = _mm512_set1_ps(126);
+  const __m512 power = (__m512)exp2_of((vec)_mm512_min_ps(_mm512_mul_ps(g, _mm512_set1_ps(-float(log2_e))), bound));
+  const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(_mm512_set1_ps(1), power));
+  return _mm512_mul_ps(rounded(silu), rounded(up));
 }
 
 }  // namespace
+
+#endif
