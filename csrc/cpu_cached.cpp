@@ -15,7 +15,7 @@ void cached_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   STD_TORCH_CHECK(prompt_k.dim() == 4 && prompt_k.size(1) == key_heads && prompt_k.size(3) == size,
                   "prompt_k does not belong to k");
   const Places places(group, seen, length, chunks, tokens);
-  const Order order(places.group, tokens, shared);
+  const Order order(places.group, tokens, std::max<int64_t>(1, most_queries / shared));
   dispatch_taken(q, [&](auto element) {
     using T = decltype(element);
     check(attended, type_of<T>, tokens * of.heads * size, "attended");

@@ -176,14 +176,13 @@ struct Attention {
   }
 };
 
-// The tokens sorted by group, and blocks of at most most_queries queries per key head.
+// The tokens sorted by group, and blocks of at most most_tokens of them.
 struct Order {
   std::vector<int64_t> tokens;
   std::vector<Block> blocks;
   int64_t most_tokens;
 
-  Order(const int64_t* group, int64_t count, int64_t shared)
-      : tokens(count), most_tokens(std::max<int64_t>(1, most_queries / shared)) {
+  Order(const int64_t* group, int64_t count, int64_t most_tokens) : tokens(count), most_tokens(most_tokens) {
     std::iota(tokens.begin(), tokens.end(), 0);
     std::stable_sort(tokens.begin(), tokens.end(), [=](int64_t i, int64_t j) { return group[i] < group[j]; });
     for (int64_t n = 0; n < count; ++n) {

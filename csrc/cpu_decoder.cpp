@@ -5,9 +5,9 @@
 // of items, each a few columns of a product, the attention of a head or a norm of 16 rows, and threads take the next item
 // as they finish one. A phase's items need all of the phases before. A thread takes its next item before it runs the one
 // it has, and fetches that one's weights meanwhile. An item's result depends neither on the thread nor on the other rows.
-#include "cpu_cached.h"
-#include "cpu_rows.h"
+#include "cpu_unit_attention.h"
 
+#include <optional>
 #include <thread>
 
 #ifdef __linux__
@@ -67,6 +67,11 @@ struct Decoder {
   bool has_unit;
 
   int64_t shared() const { return heads / key_heads; }
+  bool attends_on_unit() const { return has_unit && UnitAttention::takes(size, shared()); }
+  int64_t tokens_per_block() const {
+    return attends_on_unit() ? UnitAttention::most_tiles * UnitAttention::tokens_per_tile(shared())
+                             : std::max<int64_t>(1, most_queries / shared());
+  }
 
   // Appends the phase that follows all before.
   void then(Kind kind, int64_t layer, int64_t items, Product of = {}) {
@@ -98,7 +103,12 @@ struct Decoder {
     std::atomic<int64_t> next{0}, done{0};
     parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
       const MatrixUnit unit(has_unit);
-      Sums sums(order->most_tokens * shared(), size, scale, 0);
+      std::optional<UnitAttention> on_unit;
+      std::optional<Sums> in_vectors;
+      if (attends_on_unit())
+        on_unit.emplace(size, shared(), scale);
+      else
+        in_vectors.emplace(order->most_tokens * shared(), size, scale, 0);
       int64_t phase = 0, coming_phase = 0;
       for (int64_t item = next++; item < end;) {
         const int64_t coming = next++;
@@ -114,15 +124,15 @@ struct Decoder {
             _mm_pause();
           else  // the thread that is waited for may need this core
             std::this_thread::yield();
-        run_item(phases[phase], item - phases[phase].first, unit, sums, weights);
+        run_item(phases[phase], item - phases[phase].first, unit, on_unit, in_vectors, weights);
         done.fetch_add(1, std::memory_order_release);
         item = coming;
       }
     });
   }
 
-  void run_item(const Phase& phase, int64_t item, const MatrixUnit& unit, Sums& sums,
-                const bf16* coming) const {
+  void run_item(const Phase& phase, int64_t item, const MatrixUnit& unit, std::optional<UnitAttention>& on_unit,
+                std::optional<Sums>& in_vectors, const bf16* coming) const {
     const Product& p = phase.product;
     if (!p.weights && coming) fetch_step(coming);
     const Layer* layer = phase.kind == last_norm || phase.kind == head ? nullptr : &layers[phase.layer];
@@ -145,9 +155,9 @@ struct Decoder {
         return;
       case attend: {
         const Block& block = order->blocks[item / key_heads];
-        return layer->attention.attend(block, item % key_heads, sums, [&](int64_t i, int64_t h, const bf16* found) {
-          attended.put(i, h * size, found, size);
-        });
+        const auto write = [&](int64_t i, int64_t h, const bf16* found) { attended.put(i, h * size, found, size); };
+        if (on_unit) return on_unit->attend(layer->attention, block, item % key_heads, write);
+        return layer->attention.attend(block, item % key_heads, *in_vectors, write);
       }
       case qkv: {
         bf16 rows[2 * tile_rows][max_size];
@@ -263,7 +273,7 @@ void decoder_step(const Tensor& weights, const Tensor& places, const Tensor& emb
   d.x = take(rows * d.width), d.queries = take(rows * d.heads * d.size);
 
   const Places of(group, seen, length, chunks, tokens);
-  const Order order(of.group, tokens, d.shared());
+  const Order order(of.group, tokens, d.tokens_per_block());
   d.order = &order;
   const bf16* base = in<bf16>(weights);
   const int64_t* place = in<int64_t>(places);

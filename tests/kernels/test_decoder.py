@@ -14,7 +14,7 @@ SIZES = {"vocab_size": 101, "hidden_size": 80, "intermediate_size": 56, "num_hid
          "initializer_range": 0.2, "tie_word_embeddings": False, "pad_token_id": 0}
 FAMILIES = {
     "Llama": {}, "Qwen2": {"hidden_size": 128, "head_dim": 32, "tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 64, "num_key_value_heads": 1, "intermediate_size": 64}, "Mistral": {"sliding_window": 9},
+    "Qwen3": {"head_dim": 64, "num_key_value_heads": 1, "intermediate_size": 64}, "Mistral": {"sliding_window": 9, "head_dim": 32},
 }
 PROMPTS = (5, 33, 1)  # tokens
 ROWS = (1, 0, 1, 2, 1)  # groups of completions
