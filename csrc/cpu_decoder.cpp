@@ -120,7 +120,7 @@ struct Decoder {
             weights = p.weights_of(coming - phases[coming_phase].first);
         }
         for (int spins = 0; done.load(std::memory_order_acquire) < phases[phase].first; ++spins)
-          if (spins < 2000)
+          if (spins < 20000)  // about 1 ms: who yields too soon loses the core to other processes
             _mm_pause();
           else  // the thread that is waited for may need this core
             std::this_thread::yield();

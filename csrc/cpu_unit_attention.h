@@ -64,10 +64,15 @@ class UnitAttention {
     for (int64_t t = 0; t < tiles; ++t) top[t] = _mm512_set1_ps(-HUGE_VALF), total[t] = _mm512_setzero_ps();
 
     // rounded down to a multiple, so that a token's bits do not depend on where others begin
-    for (int64_t j = first / most_keys * most_keys; j < last; j += most_keys) {
+    const int64_t start = first / most_keys * most_keys;
+    const int64_t rounds = std::max<int64_t>(1, tiles * blocks_of(last - start, most_keys));
+    int64_t fetched = b.first;
+    for (int64_t j = start; j < last; j += most_keys) {
       const int64_t count = std::min(most_keys, last - j);
       pair_values(a.prompt_values.at(b.group, head, j), count);
       for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t until = std::min(b.last, fetched + blocks_of(b.last - b.first, rounds));
+        for (; fetched < until; ++fetched) fetch_own(a, a.order[fetched], head);
         Seen seen;
         each_token(a, b, t, [&](int64_t i, int64_t column) { seen.set(column, shared, a.begin(i) - j, a.seen[i] - j); });
         score(t, a.prompt_keys.at(b.group, head, j), a.prompt_keys.tokens - j, count, scores);
@@ -207,6 +212,18 @@ class UnitAttention {
         float* to = sums_of(tile, c) + d;
         _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(by[c]), _mm512_load_ps(part + c * size + d)));
       }
+  }
+
+  // A completion's keys and values lie in many places, and the processor learns too late where.
+  void fetch_own(const Attention<bf16>& a, int64_t i, int64_t head) const {
+    for (const Chunk<bf16>& c : a.own) {
+      const int64_t first = std::max<int64_t>(0, a.begin(i) - a.seen[i] - c.start);
+      const int64_t last = std::min(c.keys.tokens, a.length[i] + 1 - c.start);
+      if (first >= last) continue;
+      for (const bf16* x : {c.keys.at(i, head, 0), c.values.at(i, head, 0)})
+        for (int64_t e = first * size; e < last * size; e += 32)
+          _mm_prefetch(reinterpret_cast<const char*>(x + e), _MM_HINT_T1);
+    }
   }
 
   void attend_own(const Attention<bf16>& a, const Block& b, int64_t head, int64_t tile, const Chunk<bf16>& c) {
