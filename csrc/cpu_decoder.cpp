@@ -100,7 +100,8 @@ struct Decoder {
 
   void run() const {
     const int64_t end = phases.back().first;
-    std::atomic<int64_t> next{0}, done{0};
+    alignas(64) std::atomic<int64_t> next{0};  // each in a line of the cache of its own
+    alignas(64) std::atomic<int64_t> done{0};
     parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
       const MatrixUnit unit(has_unit);
       std::optional<UnitAttention> on_unit;

@@ -132,6 +132,7 @@ void multiply_panels(const TiledRows& rows, int64_t first, int64_t last, const b
         multiply_on_unit<2>(rows.steps, a, b, c, next);
       else
         multiply_on_unit<1>(rows.steps, a, b, c, next);
+      if (next) fetch_step(next + 2 * tile_size);  // arrives while the sums are finished
       finish(row, count, p, c);
     }
 }

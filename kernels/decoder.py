@@ -96,7 +96,7 @@ class Decoder:
             windows.append(_NO_WINDOW if x.window is None else x.window)
         places.append([self._keep(final_norm), self._keep(pack(head)), *[-1] * (_SLOTS - 2)])
         self.places, self.windows = torch.tensor(places), torch.tensor(windows)
-        self.scratch = embedding.new_empty(0)
+        self.scratch = self.logits = embedding.new_empty(0)
         if _cpu.HAS_MATRIX_UNIT:
             torch.cpu._init_amx()  # asks the system for the registers
 
@@ -114,14 +114,17 @@ class Decoder:
         """Logits [n, V] bf16 after the tokens keep [n] of T new ones, whose keys and values are cached.
 
         ids [T] int64; cos, sin [T, D] bf16; the caches of each layer, chunks, group, seen and length [T] as in
-        attention.cached. Raises RuntimeError on mismatched tensors and on positions outside the cache.
+        attention.cached. The next call overwrites the logits. Raises RuntimeError on mismatched tensors and on positions outside the cache.
         """
         tokens, width = ids.numel(), self.embedding.shape[1]
         columns = (width, self.heads * self.size, self.hidden)
         needed = -(-tokens // 16) * 16 * (columns[0] + columns[1] + sum(-(-n // _PANEL) * _PANEL for n in columns))
         if self.scratch.numel() < needed:
             self.scratch = self.embedding.new_empty(needed)
-        logits = self.embedding.new_empty(keep.numel(), self.embedding.shape[0])
+        vocab = self.embedding.shape[0]
+        if self.logits.numel() < keep.numel() * vocab:  # fresh memory would cost a page fault every 4 KiB
+            self.logits = self.embedding.new_empty(keep.numel() * vocab)
+        logits = self.logits[: keep.numel() * vocab].view(-1, vocab)
         torch.ops.strop.cpu_decoder_step(
             self.weights, self.places, self.embedding,
             [self.heads, self.key_heads, self.size, self.hidden, int(_cpu.HAS_MATRIX_UNIT)], self.windows, self.eps,

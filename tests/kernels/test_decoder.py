@@ -44,7 +44,7 @@ class Caches:
 def step(model, of, caches, ids, group, seen, length, keep):
     position = seen + length * (length >= 0) if (length >= 0).all() else seen - 1
     cos, sin = model.model.rotary_emb(of.embedding, position[None])
-    return of(ids, cos[0], sin[0], *caches.prompt, *caches.own, caches.chunks, group, seen, length, keep)
+    return of(ids, cos[0], sin[0], *caches.prompt, *caches.own, caches.chunks, group, seen, length, keep).clone()
 
 
 def sequences():
