@@ -15,23 +15,53 @@ struct alignas(64) Line {
   char bytes[64];
 };
 
-// c [16, 16 N] = A [16, 32 steps] times B in tiles, `apart` between the N columns' and `further` between the steps'.
+// c [16 N, 16] = N tiles of rows, the next 16 below, times one of columns, [steps, 16 pairs, 16, 2]. size: of a row.
 template <int N>
-inline void multiply_tiles(int64_t steps, const bf16* a, int64_t a_stride, int64_t a_next, const bf16* b, int64_t apart,
-                           int64_t further, float* c, int64_t c_stride) {
-  constexpr int64_t stride = 64;
-  c_stride *= sizeof(float), a_stride *= sizeof(bf16);
+inline void multiply_rows(int64_t size, const bf16* a, const bf16* b, float* c) {
+  constexpr int64_t line = 64;
+  const int64_t stride = size * sizeof(bf16), tile = tile_rows * size;
   asm volatile("tilezero %%tmm0" ::);
-  if (N == 2) asm volatile("tilezero %%tmm1" ::);
-  for (int64_t s = 0; s < steps; ++s, a += a_next, b += further) {
-    asm volatile("tileloadd (%0,%1), %%tmm4\n tileloadd (%2,%3), %%tmm5\n tdpbf16ps %%tmm5, %%tmm4, %%tmm0" ::"r"(a),
-                 "r"(a_stride), "r"(b), "r"(stride)
+  if (N > 1) asm volatile("tilezero %%tmm1" ::);
+  if (N > 2) asm volatile("tilezero %%tmm2\n tilezero %%tmm3" ::);
+  for (int64_t d = 0; d < size; d += tile_width, a += tile_width, b += tile_size) {
+    asm volatile("tileloadd (%0,%1), %%tmm4\n tileloadd (%2,%3), %%tmm5\n tdpbf16ps %%tmm4, %%tmm5, %%tmm0" ::"r"(b),
+                 "r"(line), "r"(a), "r"(stride)
                  : "memory");
-    if (N == 2)
-      asm volatile("tileloadd (%0,%1), %%tmm6\n tdpbf16ps %%tmm6, %%tmm4, %%tmm1" ::"r"(b + apart), "r"(stride) : "memory");
+    if (N > 1)
+      asm volatile("tileloadd (%0,%1), %%tmm6\n tdpbf16ps %%tmm4, %%tmm6, %%tmm1" ::"r"(a + tile), "r"(stride) : "memory");
+    if (N > 2)
+      asm volatile("tileloadd (%0,%2), %%tmm7\n tdpbf16ps %%tmm4, %%tmm7, %%tmm2\n"
+                   "tileloadd (%1,%2), %%tmm5\n tdpbf16ps %%tmm4, %%tmm5, %%tmm3" ::"r"(a + 2 * tile), "r"(a + 3 * tile),
+                   "r"(stride)
+                   : "memory");
   }
-  asm volatile("tilestored %%tmm0, (%0,%1)" ::"r"(c), "r"(c_stride) : "memory");
-  if (N == 2) asm volatile("tilestored %%tmm1, 64(%0,%1)" ::"r"(c), "r"(c_stride) : "memory");
+  asm volatile("tilestored %%tmm0, (%0,%1)" ::"r"(c), "r"(line) : "memory");
+  if (N > 1) asm volatile("tilestored %%tmm1, 1024(%0,%1)" ::"r"(c), "r"(line) : "memory");
+  if (N > 2)
+    asm volatile("tilestored %%tmm2, 2048(%0,%1)\n tilestored %%tmm3, 3072(%0,%1)" ::"r"(c), "r"(line) : "memory");
+}
+
+// c [16, 64] (or 32, for N = 2), rows `size` apart = weights in `steps` tiles times N tiles of values side by side.
+template <int N>
+inline void multiply_values(int64_t size, int64_t steps, const bf16* a, const bf16* b, float* c) {
+  constexpr int64_t line = 64;
+  const int64_t stride = size * sizeof(float);
+  asm volatile("tilezero %%tmm0\n tilezero %%tmm1" ::);
+  if (N > 2) asm volatile("tilezero %%tmm2\n tilezero %%tmm3" ::);
+  for (int64_t s = 0; s < steps; ++s, a += tile_size, b += tile_width * size) {
+    asm volatile(
+        "tileloadd (%0,%2), %%tmm4\n tileloadd (%1,%2), %%tmm5\n tdpbf16ps %%tmm5, %%tmm4, %%tmm0\n"
+        "tileloadd 1024(%1,%2), %%tmm6\n tdpbf16ps %%tmm6, %%tmm4, %%tmm1" ::"r"(a), "r"(b), "r"(line)
+        : "memory");
+    if (N > 2)
+      asm volatile(
+          "tileloadd 2048(%0,%1), %%tmm7\n tdpbf16ps %%tmm7, %%tmm4, %%tmm2\n"
+          "tileloadd 3072(%0,%1), %%tmm5\n tdpbf16ps %%tmm5, %%tmm4, %%tmm3" ::"r"(b), "r"(line)
+          : "memory");
+  }
+  asm volatile("tilestored %%tmm0, (%0,%1)\n tilestored %%tmm1, 64(%0,%1)" ::"r"(c), "r"(stride) : "memory");
+  if (N > 2)
+    asm volatile("tilestored %%tmm2, 128(%0,%1)\n tilestored %%tmm3, 192(%0,%1)" ::"r"(c), "r"(stride) : "memory");
 }
 
 class UnitAttention {
@@ -132,15 +162,22 @@ class UnitAttention {
 
   // to [count rounded up to 16, 16] = scores of `count` keys; `there` rows can be read.
   void score(int64_t tile, const bf16* keys, int64_t there, int64_t count, float* to) {
-    for (int64_t k = 0; k < count; k += tile_rows) {
+    const bf16* columns_of = queries + tile * steps * tile_size;
+    for (int64_t k = 0; k < count;) {
       const bf16* rows = keys + k * size;
-      if (k + tile_rows > there) {
-        std::memset(padded, 0, tile_rows * size * sizeof(bf16));
-        std::memcpy(padded, rows, (there - k) * size * sizeof(bf16));
-        rows = padded;
+      float* found = to + k * columns;
+      if (k + 48 < count && k + 64 <= there) {
+        multiply_rows<4>(size, rows, columns_of, found), k += 64;
+      } else if (k + 16 < count && k + 32 <= there) {
+        multiply_rows<2>(size, rows, columns_of, found), k += 32;
+      } else {
+        if (k + tile_rows > there) {
+          std::memset(padded, 0, tile_rows * size * sizeof(bf16));
+          std::memcpy(padded, rows, (there - k) * size * sizeof(bf16));
+          rows = padded;
+        }
+        multiply_rows<1>(size, rows, columns_of, found), k += tile_rows;
       }
-      multiply_tiles<1>(steps, rows, size, tile_width, queries + tile * steps * tile_size, 0, tile_size, to + k * columns,
-                        columns);
     }
   }
 
@@ -204,9 +241,12 @@ class UnitAttention {
   void add(int64_t tile, __m512 decay, int64_t count, int64_t first, int64_t last) {
     alignas(64) float by[columns];
     _mm512_store_ps(by, decay);
-    for (int64_t d = 0; d < size; d += 32)
-      multiply_tiles<2>(blocks_of(count, tile_width), weights, tile_width, tile_size, values + d / 16 * tile_size, tile_size,
-                        tile_width * size, part + d, size);
+    const int64_t key_steps = blocks_of(count, tile_width);
+    for (int64_t d = 0; d < size; d += 64)
+      if (d + 64 <= size)
+        multiply_values<4>(size, key_steps, weights, values + d / 16 * tile_size, part + d);
+      else
+        multiply_values<2>(size, key_steps, weights, values + d / 16 * tile_size, part + d);
     for (int64_t c = first; c < last; ++c)
       for (int64_t d = 0; d < size; d += 16) {
         float* to = sums_of(tile, c) + d;
