@@ -125,7 +125,8 @@ struct Decoder {
             _mm_pause();
           else  // the thread that is waited for may need this core
             std::this_thread::yield();
-        run_item(phases[phase], item - phases[phase].first, unit, on_unit, in_vectors, weights);
+        run_item(phases[phase], item - phases[phase].first, unit, on_unit, in_vectors, weights,
+                 coming_phase == phase ? coming - phases[phase].first : -1);
         done.fetch_add(1, std::memory_order_release);
         item = coming;
       }
@@ -133,7 +134,7 @@ struct Decoder {
   }
 
   void run_item(const Phase& phase, int64_t item, const MatrixUnit& unit, std::optional<UnitAttention>& on_unit,
-                std::optional<Sums>& in_vectors, const bf16* coming) const {
+                std::optional<Sums>& in_vectors, const bf16* coming, int64_t coming_item) const {
     const Product& p = phase.product;
     if (!p.weights && coming) fetch_step(coming);
     const Layer* layer = phase.kind == last_norm || phase.kind == head ? nullptr : &layers[phase.layer];
@@ -157,7 +158,9 @@ struct Decoder {
       case attend: {
         const Block& block = order->blocks[item / key_heads];
         const auto write = [&](int64_t i, int64_t h, const bf16* found) { attended.put(i, h * size, found, size); };
-        if (on_unit) return on_unit->attend(layer->attention, block, item % key_heads, write);
+        const Block* then = coming_item < 0 ? nullptr : &order->blocks[coming_item / key_heads];
+        if (on_unit)
+          return on_unit->attend(layer->attention, block, item % key_heads, then, coming_item % key_heads, write);
         return layer->attention.attend(block, item % key_heads, *in_vectors, write);
       }
       case qkv: {

@@ -64,6 +64,32 @@ inline void multiply_values(int64_t size, int64_t steps, const bf16* a, const bf
     asm volatile("tilestored %%tmm2, 128(%0,%1)\n tilestored %%tmm3, 192(%0,%1)" ::"r"(c), "r"(stride) : "memory");
 }
 
+// Memory that is read soon, in the order in which it is needed: a cache lies in many places, and where it goes on next the
+// processor learns too late to read ahead by itself. It is fetched piece by piece: too many reads at once stop all others.
+class Ahead {
+ public:
+  void add(const void* from, int64_t bytes) {
+    const char* at = static_cast<const char*>(from);
+    if (bytes > 0) ranges.push_back({at, at + bytes}), lines += bytes / 64 + 1;
+  }
+  // All of it is to be fetched by `count` calls of fetch_some.
+  void divide(int64_t count) { each = blocks_of(lines, std::max<int64_t>(1, count)); }
+  void clear() { ranges.clear(), next = 0, lines = 0; }
+
+  void fetch_some() {
+    for (int64_t n = each; n > 0 && next < ranges.size(); --n) {
+      auto& [at, end] = ranges[next];
+      _mm_prefetch(at, _MM_HINT_T1);
+      if ((at += 64) >= end) ++next;
+    }
+  }
+
+ private:
+  std::vector<std::pair<const char*, const char*>> ranges;
+  size_t next = 0;
+  int64_t lines = 0, each = 0;
+};
+
 class UnitAttention {
  public:
   static constexpr int64_t columns = 16, most_tiles = 4;
@@ -79,9 +105,9 @@ class UnitAttention {
     part = take<float>(columns * size), sums = take<float>(most_tiles * columns * size);
   }
 
-  // write(i, query head, row): takes what token i attended to.
+  // write(i, query head, row): takes what token i attended to. The next call is for `coming` and `coming_head`, if given.
   template <typename F>
-  void attend(const Attention<bf16>& a, const Block& b, int64_t head, F write) {
+  void attend(const Attention<bf16>& a, const Block& b, int64_t head, const Block* coming, int64_t coming_head, F write) {
     const int64_t per_tile = tokens_per_tile(shared), tiles = blocks_of(b.last - b.first, per_tile);
     std::memset(queries, 0, tiles * steps * tile_size * sizeof(bf16));
     std::fill_n(sums, tiles * columns * size, 0.f);
@@ -95,14 +121,15 @@ class UnitAttention {
 
     // rounded down to a multiple, so that a token's bits do not depend on where others begin
     const int64_t start = first / most_keys * most_keys;
-    const int64_t rounds = std::max<int64_t>(1, tiles * blocks_of(last - start, most_keys));
-    int64_t fetched = b.first;
+    ahead.clear();
+    fetch_prompt(a, b, head, start + most_keys, last);
+    for (int64_t n = b.first; n < b.last; ++n) fetch_own(a, a.order[n], head);
+    if (coming) fetch_prompt(a, *coming, coming_head, 0, std::min(most_keys, a.seen[a.order[coming->first]]));
+    ahead.divide(tiles * blocks_of(last - start, tile_width) * tile_rows);
     for (int64_t j = start; j < last; j += most_keys) {
       const int64_t count = std::min(most_keys, last - j);
       pair_values(a.prompt_values.at(b.group, head, j), count);
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t until = std::min(b.last, fetched + blocks_of(b.last - b.first, rounds));
-        for (; fetched < until; ++fetched) fetch_own(a, a.order[fetched], head);
         Seen seen;
         each_token(a, b, t, [&](int64_t i, int64_t column) { seen.set(column, shared, a.begin(i) - j, a.seen[i] - j); });
         score(t, a.prompt_keys.at(b.group, head, j), a.prompt_keys.tokens - j, count, scores);
@@ -208,6 +235,7 @@ class UnitAttention {
     for (int64_t i = 0; i < tile_rows; ++i) rows[i] = pairs + i * columns;
     for (int64_t k = 0; k < count; k += tile_width) {
       for (int64_t i = 0; i < tile_rows; ++i) {
+        ahead.fetch_some();
         const int64_t at = k + 2 * i;
         const __m512 low = at < count ? weight(at) : _mm512_setzero_ps();
         const __m512 high = at + 1 < count ? weight(at + 1) : _mm512_setzero_ps();
@@ -254,15 +282,18 @@ class UnitAttention {
       }
   }
 
-  // A completion's keys and values lie in many places, and the processor learns too late where.
-  void fetch_own(const Attention<bf16>& a, int64_t i, int64_t head) const {
+  void fetch_prompt(const Attention<bf16>& a, const Block& b, int64_t head, int64_t from, int64_t until) {
+    for (int64_t j = from; j < until; j += most_keys)
+      for (const Cache<bf16>& x : {a.prompt_keys, a.prompt_values})
+        ahead.add(x.at(b.group, head, j), std::min(most_keys, until - j) * size * int64_t(sizeof(bf16)));
+  }
+
+  void fetch_own(const Attention<bf16>& a, int64_t i, int64_t head) {
     for (const Chunk<bf16>& c : a.own) {
       const int64_t first = std::max<int64_t>(0, a.begin(i) - a.seen[i] - c.start);
-      const int64_t last = std::min(c.keys.tokens, a.length[i] + 1 - c.start);
-      if (first >= last) continue;
-      for (const bf16* x : {c.keys.at(i, head, 0), c.values.at(i, head, 0)})
-        for (int64_t e = first * size; e < last * size; e += 32)
-          _mm_prefetch(reinterpret_cast<const char*>(x + e), _MM_HINT_T1);
+      const int64_t count = std::min(c.keys.tokens, a.length[i] + 1 - c.start) - first;
+      if (count <= 0) continue;
+      for (const Cache<bf16>& x : {c.keys, c.values}) ahead.add(x.at(i, head, first), count * size * int64_t(sizeof(bf16)));
     }
   }
 
@@ -295,6 +326,7 @@ class UnitAttention {
   int64_t size, shared;
   float factor;
   int64_t steps;
+  Ahead ahead;
   std::vector<std::vector<Line>> memory;
   bf16 *queries, *values, *weights, *padded;
   float *scores, *of_token, *part, *sums;
