@@ -1,6 +1,6 @@
-// Attention of new tokens over cached keys and values: those of prompts, shared by the completions of a group, and of each
-// completion's own tokens. A group's prompt is read once for all queries of its completions. bf16 or fp32 with fp32 sums;
-// on processors that multiply pairs of bf16, softmax weights are rounded to bf16.
+// Attention of new tokens over cached keys and values: those of prompts, shared by the completions of a group, and of
+// each completion's own tokens. A group's prompt is read once for all queries of its completions. bf16 or fp32 with
+// fp32 sums; on processors that multiply pairs of bf16, softmax weights are rounded to bf16.
 #pragma once
 
 #include "cpu_tiles.h"

@@ -1,10 +1,11 @@
-// A step of a decoder of Llama's kind on a CPU in one call: embedding, layers, final norm and head for the new tokens of
-// many completions and prompts over cached keys and values. bf16, fp32 sums.
+// A step of a decoder of Llama's kind on a CPU in one call: embedding, layers, final norm and head for the new tokens
+// of many completions and prompts over cached keys and values. bf16, fp32 sums.
 //
-// A step with few rows takes as long as reading the weights does, so nothing may interrupt that. The step is one sequence
-// of items, each a few columns of a product, the attention of a head or a norm of 16 rows, and threads take the next item
-// as they finish one. A phase's items need all of the phases before. A thread takes its next item before it runs the one
-// it has, and fetches that one's weights meanwhile. An item's result depends neither on the thread nor on the other rows.
+// A step with few rows takes as long as reading the weights does, so nothing may interrupt that. The step is one
+// sequence of items, each a few columns of a product, the attention of a head or a norm of 16 rows, and threads take
+// the next item as they finish one. A phase's items need all of the phases before. A thread takes its next item before
+// it runs the one it has, and fetches that one's weights meanwhile. An item's result depends neither on the thread nor
+// on the other rows.
 #include "cpu_unit_attention.h"
 
 #include <optional>
@@ -178,7 +179,7 @@ struct Decoder {
       }
       case project:
       case down:
-        return multiply(phase.kind == project ? attended : product, [&](int64_t i, int64_t, int64_t panel, const float* c) {
+        return multiply(phase.kind == down ? product : attended, [&](int64_t i, int64_t, int64_t panel, auto* c) {
           bf16* to = x + i * width + panel * panel_width;
           by_16(std::min(panel_width, width - panel * panel_width), [&](int64_t j, __mmask16 lanes) {
             store16(to + j, _mm512_add_ps(load16(to + j, lanes), rounded(_mm512_load_ps(c + j))), lanes);
@@ -223,11 +224,11 @@ struct Decoder {
 
 #endif
 
-// weights: all packed weights of the model, places [L + 1, 9] where in it each begins, -1 for none: norm, qkv, qkv_bias,
-// q_norm, k_norm, out, mlp_norm, gate_up, down; last the final norm and the head. embedding [V, W]. sizes: heads, key
-// heads, size of a head, width of the MLP, whether there is a matrix unit. windows [L]. T new tokens: ids, group, seen,
-// length [T] as in cached_attention, cos and sin [T, D]. The caches of each layer as in cached_attention. keep [N]: the
-// tokens whose logits [N, V] are wanted. scratch: at least as many elements as decoder_scratch says.
+// weights: all packed weights of the model, places [L + 1, 9] where in it each begins, -1 for none: norm, qkv,
+// qkv_bias, q_norm, k_norm, out, mlp_norm, gate_up, down; last the final norm and the head. embedding [V, W]. sizes:
+// heads, key heads, size of a head, width of the MLP, whether there is a matrix unit. windows [L]. T new tokens: ids,
+// group, seen, length [T] as in cached_attention, cos and sin [T, D]. The caches of each layer as in cached_attention.
+// keep [N]: the tokens whose logits [N, V] are wanted. scratch: memory, of which the step checks that it is enough.
 void decoder_step(const Tensor& weights, const Tensor& places, const Tensor& embedding, std::vector<int64_t> sizes,
                   const Tensor& windows, double eps, double scale, const Tensor& ids, const Tensor& cos,
                   const Tensor& sin, std::vector<Tensor> prompt_k, std::vector<Tensor> prompt_v,
@@ -261,12 +262,12 @@ void decoder_step(const Tensor& weights, const Tensor& places, const Tensor& emb
   d.embedding = in<bf16>(embedding), d.cos = in<bf16>(cos), d.sin = in<bf16>(sin), d.logits = out<bf16>(logits);
 
   const int64_t rows = blocks_of(tokens, tile_rows) * tile_rows;
-  bf16* at = out<bf16>(scratch);
-  const auto take = [&, start = at](int64_t elements) {
-    bf16* found = at;
-    at += elements;
-    check(scratch, ScalarType::BFloat16, scratch.numel(), "scratch");
-    STD_TORCH_CHECK(at - start <= scratch.numel(), "scratch is too small");
+  check(scratch, ScalarType::BFloat16, scratch.numel(), "scratch");
+  int64_t taken = 0;
+  const auto take = [&](int64_t elements) {
+    bf16* found = out<bf16>(scratch) + taken;
+    taken += elements;
+    STD_TORCH_CHECK(taken <= scratch.numel(), "scratch is too small");
     return found;
   };
   const auto tiled = [&](int64_t columns) {
@@ -289,8 +290,8 @@ void decoder_step(const Tensor& weights, const Tensor& places, const Tensor& emb
   for (int64_t l = 0; l < count; ++l) {
     STD_TORCH_CHECK(prompt_k[l].dim() == 4 && prompt_k[l].size(1) == d.key_heads && prompt_k[l].size(3) == d.size,
                     "a cache does not belong to the model");
-    d.layers.push_back({weight(l, 0), weight(l, 1), weight(l, 2), weight(l, 3), weight(l, 4), weight(l, 5), weight(l, 6),
-                        weight(l, 7), weight(l, 8),
+    d.layers.push_back({weight(l, 0), weight(l, 1), weight(l, 2), weight(l, 3), weight(l, 4), weight(l, 5),
+                        weight(l, 6), weight(l, 7), weight(l, 8),
                         of.attention<bf16>(queries, d.shared(), prompt_k[l], prompt_v[l], completion_k[l],
                                            completion_v[l], order.tokens.data(), in<int64_t>(windows)[l])});
   }

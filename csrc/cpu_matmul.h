@@ -1,9 +1,10 @@
-// Products of bf16 rows and packed weights, fp32 sums, for few rows: the time goes into reading the weights, so these lie
-// in the order in which they are read.
+// Products of bf16 rows and packed weights, fp32 sums, for few rows: the time goes into reading the weights, so these
+// lie in the order in which they are read.
 //
-// Rows come in tiles of 16 rows by 32 elements, 1 KiB each, a tile of rows after the other: [rows / 16, K / 32, 16, 32].
-// Weights come in panels of 32 outputs, [K / 32, 2, 16 pairs, 16 outputs, 2], as Intel's AMX and the instructions for
-// pairs of bf16 read them. Both are padded with zeros. A sum's order is that of its elements, whatever the other rows.
+// Rows come in tiles of 16 rows by 32 elements, 1 KiB each, a tile of rows after the other: [rows / 16, K / 32, 16,
+// 32]. Weights come in panels of 32 outputs, [K / 32, 2, 16 pairs, 16 outputs, 2], as Intel's AMX and the instructions
+// for pairs of bf16 read them. Both are padded with zeros. A sum's order is that of its elements, whatever the other
+// rows.
 #pragma once
 
 #include "cpu_tiles.h"
@@ -38,8 +39,8 @@ struct TiledRows {
   }
 };
 
-// Fetches a step of a panel, 2 KiB. One step ahead is best: it keeps the processor's own prefetching of the sequence going,
-// which has more reads under way than instructions can; farther ahead the reads of rows have to wait.
+// Fetches a step of a panel, 2 KiB. One step ahead is best: it keeps the processor's own prefetching of the sequence
+// going, which has more reads under way than instructions can; farther ahead the reads of rows have to wait.
 inline void fetch_step(const bf16* at) {
   for (int64_t i = 0; i < 2 * tile_size; i += 32) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T1);
 }
@@ -77,9 +78,10 @@ inline void multiply_on_unit(int64_t steps, const bf16* a, const bf16* b, float*
         "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n" ::"r"(a), "r"(b), "r"(stride)
         : "memory");
     if (R == 2)
-      asm volatile("tileloadd (%0,%1), %%tmm5\n tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3\n" ::
-                       "r"(a2), "r"(stride)
-                   : "memory");
+      asm volatile(
+          "tileloadd (%0,%1), %%tmm5\n tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3\n" ::"r"(a2),
+          "r"(stride)
+          : "memory");
   }
   asm volatile("tilestored %%tmm0, (%0,%1)\n tilestored %%tmm1, 64(%0,%1)\n" ::"r"(c), "r"(c_stride) : "memory");
   if (R == 2)
@@ -113,8 +115,8 @@ inline void multiply_in_vectors(int64_t steps, const bf16* a, const bf16* b, flo
   }
 }
 
-// Rows [first, last), first a multiple of 16, times `panels` panels of weights. coming: the weights that the thread reads
-// next. finish(row, rows, panel, c): takes the sums c [rows, 32] of at most 32 rows.
+// Rows [first, last), first a multiple of 16, times `panels` panels of weights. coming: the weights that the thread
+// reads next. finish(row, rows, panel, c): takes the sums c [rows, 32] of at most 32 rows.
 template <typename F>
 void multiply_panels(const TiledRows& rows, int64_t first, int64_t last, const bf16* weights, int64_t panels,
                      const MatrixUnit& unit, const bf16* coming, F finish) {

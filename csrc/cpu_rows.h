@@ -1,5 +1,5 @@
-// What a decoder does with one row of bf16 between its products, in vectors of 16. Intermediates are rounded to bf16 where
-// PyTorch's composition rounds them.
+// What a decoder does with one row of bf16 between its products, in vectors of 16. Intermediates are rounded to bf16
+// where PyTorch's composition rounds them.
 #pragma once
 
 #include "cpu_matmul.h"

@@ -1,7 +1,7 @@
 // cpu_cached.h's attention on the matrix unit, for heads of a multiple of 32: scores are computed with keys as rows, as
-// they are cached, and 16 queries as columns, so that a softmax is over vectors and keys are not transposed. The columns
-// of a tile are the queries of a few tokens: they read a prompt together, and what each reads of its own completion is
-// computed for all columns and kept for the token's.
+// they are cached, and 16 queries as columns, so that a softmax is over vectors and keys are not transposed. The
+// columns of a tile are the queries of a few tokens: they read a prompt together, and what each reads of its own
+// completion is computed for all columns and kept for the token's.
 #pragma once
 
 #include "cpu_cached.h"
@@ -28,11 +28,12 @@ inline void multiply_rows(int64_t size, const bf16* a, const bf16* b, float* c) 
                  "r"(line), "r"(a), "r"(stride)
                  : "memory");
     if (N > 1)
-      asm volatile("tileloadd (%0,%1), %%tmm6\n tdpbf16ps %%tmm4, %%tmm6, %%tmm1" ::"r"(a + tile), "r"(stride) : "memory");
+      asm volatile("tileloadd (%0,%1), %%tmm6\n tdpbf16ps %%tmm4, %%tmm6, %%tmm1" ::"r"(a + tile), "r"(stride)
+                   : "memory");
     if (N > 2)
       asm volatile("tileloadd (%0,%2), %%tmm7\n tdpbf16ps %%tmm4, %%tmm7, %%tmm2\n"
-                   "tileloadd (%1,%2), %%tmm5\n tdpbf16ps %%tmm4, %%tmm5, %%tmm3" ::"r"(a + 2 * tile), "r"(a + 3 * tile),
-                   "r"(stride)
+                   "tileloadd (%1,%2), %%tmm5\n tdpbf16ps %%tmm4, %%tmm5, %%tmm3" ::"r"(a + 2 * tile),
+                   "r"(a + 3 * tile), "r"(stride)
                    : "memory");
   }
   asm volatile("tilestored %%tmm0, (%0,%1)" ::"r"(c), "r"(line) : "memory");
@@ -64,8 +65,9 @@ inline void multiply_values(int64_t size, int64_t steps, const bf16* a, const bf
     asm volatile("tilestored %%tmm2, 128(%0,%1)\n tilestored %%tmm3, 192(%0,%1)" ::"r"(c), "r"(stride) : "memory");
 }
 
-// Memory that is read soon, in the order in which it is needed: a cache lies in many places, and where it goes on next the
-// processor learns too late to read ahead by itself. It is fetched piece by piece: too many reads at once stop all others.
+// Memory that is read soon, in the order in which it is needed: a cache lies in many places, and where it goes on next
+// the processor learns too late to read ahead by itself. It is fetched piece by piece: too many reads at once stop all
+// others.
 class Ahead {
  public:
   void add(const void* from, int64_t bytes) {
@@ -105,9 +107,11 @@ class UnitAttention {
     part = take<float>(columns * size), sums = take<float>(most_tiles * columns * size);
   }
 
-  // write(i, query head, row): takes what token i attended to. The next call is for `coming` and `coming_head`, if given.
+  // write(i, query head, row): takes what token i attended to. The next call is for `coming` and `coming_head`, if
+  // given.
   template <typename F>
-  void attend(const Attention<bf16>& a, const Block& b, int64_t head, const Block* coming, int64_t coming_head, F write) {
+  void attend(const Attention<bf16>& a, const Block& b, int64_t head, const Block* coming, int64_t coming_head,
+              F write) {
     const int64_t per_tile = tokens_per_tile(shared), tiles = blocks_of(b.last - b.first, per_tile);
     std::memset(queries, 0, tiles * steps * tile_size * sizeof(bf16));
     std::fill_n(sums, tiles * columns * size, 0.f);
@@ -131,7 +135,9 @@ class UnitAttention {
       pair_values(a.prompt_values.at(b.group, head, j), count);
       for (int64_t t = 0; t < tiles; ++t) {
         Seen seen;
-        each_token(a, b, t, [&](int64_t i, int64_t column) { seen.set(column, shared, a.begin(i) - j, a.seen[i] - j); });
+        each_token(a, b, t, [&](int64_t i, int64_t column) {
+          seen.set(column, shared, a.begin(i) - j, a.seen[i] - j);
+        });
         score(t, a.prompt_keys.at(b.group, head, j), a.prompt_keys.tokens - j, count, scores);
         add(t, softmax(t, count, seen), count, 0, columns);
       }
@@ -278,7 +284,8 @@ class UnitAttention {
     for (int64_t c = first; c < last; ++c)
       for (int64_t d = 0; d < size; d += 16) {
         float* to = sums_of(tile, c) + d;
-        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(by[c]), _mm512_load_ps(part + c * size + d)));
+        const __m512 more = _mm512_load_ps(part + c * size + d);
+        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(by[c]), more));
       }
   }
 
@@ -293,7 +300,8 @@ class UnitAttention {
       const int64_t first = std::max<int64_t>(0, a.begin(i) - a.seen[i] - c.start);
       const int64_t count = std::min(c.keys.tokens, a.length[i] + 1 - c.start) - first;
       if (count <= 0) continue;
-      for (const Cache<bf16>& x : {c.keys, c.values}) ahead.add(x.at(i, head, first), count * size * int64_t(sizeof(bf16)));
+      for (const Cache<bf16>& x : {c.keys, c.values})
+        ahead.add(x.at(i, head, first), count * size * int64_t(sizeof(bf16)));
     }
   }
 
@@ -301,7 +309,9 @@ class UnitAttention {
     const auto begin = [&](int64_t i) { return std::max<int64_t>(0, a.begin(i) - a.seen[i] - c.start); };
     const auto end = [&](int64_t i) { return std::min(c.keys.tokens, a.length[i] + 1 - c.start); };
     int64_t first = c.keys.tokens, last = 0;
-    each_token(a, b, tile, [&](int64_t i, int64_t) { first = std::min(first, begin(i)), last = std::max(last, end(i)); });
+    each_token(a, b, tile, [&](int64_t i, int64_t) {
+      first = std::min(first, begin(i)), last = std::max(last, end(i));
+    });
     for (int64_t j = first / most_keys * most_keys; j < last; j += most_keys) {
       const int64_t count = std::min(most_keys, last - j);
       Seen seen;

@@ -1,5 +1,5 @@
-"""A step of a decoder of Llama's kind on a CPU in one call (csrc/cpu_decoder.cpp), for processors that multiply pairs of
-bf16. Its weights lie in one piece of memory, in the order in which the products read them."""
+"""A step of a decoder of Llama's kind on a CPU in one call (csrc/cpu_decoder.cpp), for processors that multiply pairs
+of bf16. Its weights lie in one piece of memory, in the order in which the products read them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from . import _cpu
 _PANEL = 32  # outputs of a panel of weights, and elements of a tile of rows; csrc/cpu_matmul.h
 _NO_WINDOW = 1 << 40
 _SLOTS = 9  # places of a layer's weights
+HEAD_SIZES = range(32, 257, 16)
 
 
 def available() -> bool:
@@ -74,7 +75,7 @@ class Decoder:
 
     def __init__(self, embedding: Tensor, layers: Iterable[Layer], count: int, final_norm: Tensor, head: Tensor, *,
                  heads: int, key_heads: int, size: int, hidden: int, eps: float, scale: float):
-        if size not in range(32, 257, 16):
+        if size not in HEAD_SIZES:
             raise ValueError(f"heads of size {size}: supported are 32 to 256 in steps of 16")
         self.embedding, self.heads, self.key_heads, self.size, self.hidden = embedding, heads, key_heads, size, hidden
         self.eps, self.scale, self.layers = eps, scale, count
@@ -114,7 +115,8 @@ class Decoder:
         """Logits [n, V] bf16 after the tokens keep [n] of T new ones, whose keys and values are cached.
 
         ids [T] int64; cos, sin [T, D] bf16; the caches of each layer, chunks, group, seen and length [T] as in
-        attention.cached. The next call overwrites the logits. Raises RuntimeError on mismatched tensors and on positions outside the cache.
+        attention.cached. The next call overwrites the logits. Raises RuntimeError on mismatched tensors and on
+        positions outside the cache.
         """
         tokens, width = ids.numel(), self.embedding.shape[1]
         columns = (width, self.heads * self.size, self.hidden)
@@ -128,6 +130,6 @@ class Decoder:
         torch.ops.strop.cpu_decoder_step(
             self.weights, self.places, self.embedding,
             [self.heads, self.key_heads, self.size, self.hidden, int(_cpu.HAS_MATRIX_UNIT)], self.windows, self.eps,
-            self.scale, ids, cos, sin, prompt_k, prompt_v, completion_k, completion_v, chunks, group, seen, length, keep,
-            self.scratch, logits)
+            self.scale, ids, cos, sin, prompt_k, prompt_v, completion_k, completion_v, chunks, group, seen, length,
+            keep, self.scratch, logits)
         return logits

@@ -17,10 +17,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 def decoder_of(model: nn.Module, *, take: bool = False) -> Decoder | None:
     """A Decoder with the weights of a causal LM, None for models and processors that it does not support. take: the
     model's linear layers lose their weights, one layer at a time, so that there are not two copies."""
-    config = model.config.get_text_config()
     if not supports(model):
         return None
-    body, attention = model.model, model.model.layers[0].self_attn
+    config, body, attention = model.config, model.model, model.model.layers[0].self_attn
     made = Decoder(
         body.embed_tokens.weight.detach(), _layers(model, take), len(body.layers), body.norm.weight.detach(),
         model.lm_head.weight.detach(), heads=config.num_attention_heads, key_heads=config.num_key_value_heads,
@@ -31,22 +30,19 @@ def decoder_of(model: nn.Module, *, take: bool = False) -> Decoder | None:
     return made
 
 
-@torch.no_grad()
 def supports(model: nn.Module) -> bool:
-    config = model.config.get_text_config()
-    if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM") or config is not model.config:
+    config = model.config
+    if config.model_type not in FAMILIES or not type(model).__name__.endswith("ForCausalLM"):
         return False
-    weights = list(model.parameters())
-    if not decoder.available() or any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in weights):
+    if not decoder.available() or any(x.device.type != "cpu" or x.dtype != torch.bfloat16 for x in model.parameters()):
         return False
-    linears = [x for layer in model.model.layers for x in (
-        *(getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"),
-        *(getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")))]
-    biases = {getattr(layer.self_attn, f"{name}_proj").bias is None for layer in model.model.layers for name in "qkv"}
-    without = [x for i, x in enumerate(linears) if i % 7 > 2]
-    return (all(type(x) is nn.Linear for x in (*linears, model.lm_head)) and len(biases) == 1
-            and all(x.bias is None for x in (*without, model.lm_head)) and config.hidden_act == "silu"
-            and model.model.layers[0].self_attn.head_dim in range(32, 257, 16))
+    attentions, mlps = ([getattr(layer, name) for layer in model.model.layers] for name in ("self_attn", "mlp"))
+    first = [x for a in attentions for x in (a.q_proj, a.k_proj, a.v_proj)]
+    others = [a.o_proj for a in attentions] + [x for m in mlps for x in (m.gate_proj, m.up_proj, m.down_proj)]
+    others.append(model.lm_head)
+    return (all(type(x) is nn.Linear for x in first + others)  # not quantized, and without adapters
+            and len({x.bias is None for x in first}) == 1 and all(x.bias is None for x in others)
+            and config.hidden_act == "silu" and attentions[0].head_dim in decoder.HEAD_SIZES)
 
 
 def _layers(model: nn.Module, take: bool) -> Iterator[Layer]:
