@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from strop.kernels import draw_key, sample_tokens
-from strop.kernels.sampling import uniform
+from strop.kernels import _cpu, draw_key, sample_tokens
+from strop.kernels.sampling import _softmax_sums, _softmax_sums_reference, uniform
 
 OPTIONS = [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 5, "top_p": 0.6}]
 
@@ -96,3 +96,21 @@ def test_tokens_of_probability_zero_are_never_drawn():
 def test_numbers_out_of_range_raise(options: dict):
     with pytest.raises(ValueError, match="temperature and top_k"):
         sample_tokens(torch.zeros(1, 3), _keys(1), torch.zeros(1, dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 300), (1, 1), (3, 256), (5, 1001)])
+def test_sums_of_the_softmax_are_those_of_fp64(rows, vocab, dtype, temperature):
+    wide = 5 * torch.randn(rows, vocab + 3, generator=torch.Generator().manual_seed(vocab)) + 100
+    logits = wide.to(dtype)[:, 1 : vocab + 1]  # rows that are not adjacent
+    logits[:, 1::7] = -torch.inf
+    if not _cpu.takes(logits):
+        pytest.skip("needs the library")
+    shifted = torch.nn.functional.pad(
+        logits.double() - logits.double().amax(-1, keepdim=True), (0, -vocab % 256), value=-torch.inf)
+    sums = (shifted / temperature).exp().unflatten(-1, (-1, 256)).sum(-1)
+    for highest, lse, found in (_softmax_sums(logits, temperature), _softmax_sums_reference(logits, temperature)):
+        assert torch.equal(highest, logits.amax(-1).float())
+        torch.testing.assert_close(lse.double(), logits.double().logsumexp(-1), rtol=1e-7, atol=1e-5)
+        torch.testing.assert_close(found.double(), sums, rtol=2e-6, atol=1e-12)

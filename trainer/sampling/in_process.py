@@ -222,13 +222,14 @@ class Batch:
             self.ready.extend(Row(i, s, g, key, Completion()) for s, key in enumerate(self.keys[i]))
         self.waiting.extendleft(reversed(later))
         step = Prefill(self.cache, chosen, self.device)
-        logits = self.forward(step, step.last)
+        logits = self.forward(step, logits_to_keep=step.last)
         if self.group_logits is None:
             self.group_logits = logits.new_zeros(len(self.group_prompt), logits.shape[-1])
         self.group_logits[step.groups] = logits
 
-    def forward(self, step: Prefill | Decode, keep: Tensor | None = None) -> Tensor:
-        """Logits [n, V] of the positions keep [n], by default all."""
+    def forward(self, step: Prefill | Decode, logits_to_keep: Tensor | None = None) -> Tensor:
+        """Logits [n, V] of the positions logits_to_keep [n], by default all. The next call may overwrite them."""
+        keep = logits_to_keep
         if self.decoder:
             cos, sin = self.model.model.rotary_emb(self.decoder.embedding, step.positions)
             keep = torch.arange(step.tokens.numel()) if keep is None else keep
