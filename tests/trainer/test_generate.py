@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers
 
+from strop.kernels import decoder
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
-from strop.trainer.sampling.in_process import Batch, Completion, Generator, load_for_generation
+from strop.trainer.sampling.in_process import Batch, Completion, Generator, lent, load_for_generation
 from strop.trainer.sampling.kv_cache import Prefill
 from strop.trainer.sampling.on_device import DeviceEngine
 
@@ -223,3 +224,31 @@ def test_rearranged_weights_compute_the_same(family, tmp_path):
         plain = ModelFolder(tmp_path).load(torch.bfloat16, cpu, "sdpa")(tokens).logits
         packed = load_for_generation(ModelFolder(tmp_path), torch.bfloat16, cpu)(tokens).logits
     assert (packed - exact).norm() <= 1.5 * (plain - exact).norm()
+
+
+@pytest.mark.skipif(not decoder.available(), reason="needs instructions for pairs of bf16")
+def test_the_cpus_decoder_writes_what_the_model_does(tmp_path):
+    torch.manual_seed(1)
+    sizes = SIZES | {"head_dim": 32, "initializer_range": 0.1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    cpu, prompts = torch.device("cpu"), make_prompts(5, 17, 1, 17)
+    prompts.append([*prompts[1][:16], 20])  # begins as another
+    how = {"k": 3, "max_new_tokens": 40, "stop_ids": STOP}
+    generator = Generator(load_for_generation(ModelFolder(tmp_path), torch.bfloat16, cpu))
+    assert generator.decoder
+    got = generator.generate(prompts, batch_size=4, **how)
+    assert generator.generate(prompts, batch_size=128, **how) == got  # with the same log-probs
+    model = ModelFolder(tmp_path).load(torch.bfloat16, cpu, "sdpa")
+    with lent(model) as borrowed:
+        assert borrowed.decoder and borrowed.generate(prompts, **how) == got
+    exact = ModelFolder(tmp_path).load(torch.float32, cpu, "sdpa")
+    ours, theirs = [], []
+    for prompt, samples in zip(prompts, got, strict=True):
+        for c in samples:
+            ids, of = torch.tensor([prompt + c.tokens]), torch.tensor(c.tokens)[:, None]
+            with torch.no_grad():
+                logp, plain = (x(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).gather(-1, of).sum()
+                               for x in (exact, model))
+            ours.append(c.logp - logp)
+            theirs.append(plain - logp)
+    assert torch.stack(ours).norm() <= 1.5 * torch.stack(theirs).norm()
