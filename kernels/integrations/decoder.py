@@ -42,6 +42,7 @@ def supports(model: nn.Module) -> bool:
     others.append(model.lm_head)
     return (all(type(x) is nn.Linear for x in first + others)  # not quantized, and without adapters
             and len({x.bias is None for x in first}) == 1 and all(x.bias is None for x in others)
+            and model.lm_head.weight.shape == model.model.embed_tokens.weight.shape
             and config.hidden_act == "silu" and attentions[0].head_dim in decoder.HEAD_SIZES)
 
 
