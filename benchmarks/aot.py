@@ -268,7 +268,7 @@ def logprob_cases() -> list[Case]:
             for cap in (False, True):
                 name = f"gradient {dtype} {block}{' cap' if cap else ''}"
                 found.append(Case(name, logprob.gradient_kernel, out | row, {"CAP": cap} | launch, warps))
-            logits = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "lse_ptr": "*fp32"}
+            logits = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "sums_ptr": "*fp32"}
             logits |= {"logits_stride": "i32", "columns": "i32"}
             forward = logits | {"logp_ptr": "*fp32"}
             found.append(Case(f"gather {dtype} {block}", logprob.gather_forward_kernel, forward, launch, warps))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.kernels import LOSS_TYPES, _triton, optimizer, preference, preference_loss
-from strop.kernels._triton import adamw
+from strop.kernels._triton import adamw, sums
 from strop.kernels._triton import logprob as kernels
 from strop.kernels._triton import segment_sum as segments
 from strop.kernels.head import chunked, passes, reference
@@ -83,23 +83,36 @@ def test_gather(dtype: torch.dtype, inplace: bool):
     logits = (torch.randn(5, 4500) * 4).to(dtype)
     target = torch.tensor([4, 4499, -1, 77, 4096])
     grad = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.5])
-    logp, lse = kernels.gather_forward(logits, target)
-    torch.testing.assert_close((logp, lse), passes.gather_forward(logits, target))
+    logp, total = kernels.gather_forward(logits, target)
+    torch.testing.assert_close((logp, total), passes.gather_forward(logits, target))
     expected = torch.empty_like(logits)
-    passes.gather_backward(grad, logits, target, torch.expm1(logp), lse, expected)
+    passes.gather_backward(grad, logits, target, torch.expm1(logp), total, expected)
     out = logits if inplace else torch.empty_like(logits)
-    kernels.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
+    kernels.gather_backward(grad, logits, target, torch.expm1(logp), total, out)
     torch.testing.assert_close(out, expected)
     assert (out[2:4] == 0).all()
+
+
+@pytest.mark.parametrize("shift", [0, 50])
+def test_gradients_of_gather_err_as_pytorchs_do(shift: int):
+    """Also where the log-sum-exp is so large that rounding it would show in every gradient."""
+    logits = torch.randn(8, 3001, generator=torch.Generator().manual_seed(0)) * 3 + shift
+    target, found = torch.arange(8), []
+    for x in (logits.double().requires_grad_(), logits.clone().requires_grad_()):
+        found += torch.autograd.grad(reference.gather_logprob(x, target).sum(), x)
+    logp, total = kernels.gather_forward(logits, target)
+    out = torch.empty_like(logits)
+    kernels.gather_backward(torch.ones(8), logits, target, torch.expm1(logp), total, out)
+    assert (out - found[0]).norm() <= 2 * (found[1] - found[0]).norm()
 
 
 def test_gather_with_columns_apart():
     """A transposed matrix, as a caller may hold it; its gradient has its strides."""
     logits, target, grad = torch.randn(40, 3).t(), torch.tensor([4, -1, 39]), torch.tensor([1.0, 1.0, -0.5])
-    logp, lse = kernels.gather_forward(logits, target)
+    logp, total = kernels.gather_forward(logits, target)
     out, expected = torch.empty_like(logits), torch.empty_like(logits)
-    kernels.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
-    passes.gather_backward(grad, logits, target, torch.expm1(logp), lse, expected)
+    kernels.gather_backward(grad, logits, target, torch.expm1(logp), total, out)
+    passes.gather_backward(grad, logits, target, torch.expm1(logp), total, expected)
     torch.testing.assert_close(out, expected)
 
 
@@ -144,9 +157,10 @@ def test_offsets_pass_two_to_the_31():
     target, out = torch.tensor([1, 2, 3, 4]), torch.empty(4, columns, dtype=torch.float16)
     state = passes.new_state(logits, target, False, False, False)
     kernels.scan_chunk(logits, 0, state, 0.0)
-    logp, lse, _ = chunked._finish(state, (), columns)
+    logp, *_ = chunked._finish(state, (), columns)
     torch.testing.assert_close(logp, reference.gather_logprob(logits.float(), target), rtol=1e-5, atol=1e-5)
-    kernels.gather_backward(torch.ones(4), logits, target, torch.expm1(logp), lse, out)
+    total = torch.stack((state.highest, state.total), 1)
+    kernels.gather_backward(torch.ones(4), logits, target, torch.expm1(logp), total, out)
     expected = -logits.float().softmax(-1)
     expected[torch.arange(4), target] += 1
     torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
