@@ -38,6 +38,7 @@ from strop.kernels._triton import (
     logprob,
     sampling,
     segment_sum,
+    sums,
 )
 from strop.kernels.attention import paged
 from strop.kernels.layout import TILE
@@ -240,7 +241,12 @@ def adamw_cases() -> list[Case]:
         constants = {"WEIGHT": bool(weight) and not split, "SPLIT": split, "MOMENTS": moments, "ROWS": adamw.ROWS}
         constants["BLOCK"] = BLOCK if moments == adamw.INT8 else adamw.BLOCK
         found.append(Case(f"adamw {name}", adamw.adamw_kernel, types, constants, adamw.WARPS))
-    return found
+        constants = constants | {"IS_BF16": grad == "bf16", "DIVISIBLE": True, "ALIGNED": True}
+        types = numbers | {"entries_ptr": "*i64", "owner_ptr": "*i32", "factor_ptr": "*fp32", "seed": "i32"}
+        found.append(Case(f"adamw many {name}", adamw.adamw_many_kernel, types, constants, adamw.WARPS))
+    types = {"entries_ptr": "*i64", "owner_ptr": "*i32"}
+    constants = {"OVERWRITE": False, "ALIGNED": True, "BLOCK": sums.BLOCK}
+    return [*found, Case("add many", sums.add_kernel, types, constants, sums.WARPS)]
 
 
 def logprob_cases() -> list[Case]:
