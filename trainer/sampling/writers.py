@@ -91,7 +91,6 @@ class InProcessSampler:
                             "what fits with --plan") from e
 
     def expect(self, prompts, n, settings: Settings, *, ids, first=0) -> None:
-        """Says what the call of `sample` after the next one gets."""
         self.generator.expect(prompts, **self._options(n, settings, ids, first))
 
     def _options(self, n: int, settings: Settings, ids: Sequence[str], first: int) -> dict:
@@ -114,9 +113,7 @@ class SamplerWriter:
         return [row["tokens"] if self.own is None else prompt_tokens(self.own, row) for row in rows]
 
     def expect(self, rows, n, first):
-        if isinstance(self.sampler, InProcessSampler):
-            self.sampler.expect(self._prompts(rows), n, self.settings, ids=[row["prompt_id"] for row in rows],
-                                first=first)
+        self.sampler.expect(self._prompts(rows), n, self.settings, ids=[row["prompt_id"] for row in rows], first=first)
 
     def write(self, rows, n, first, on_progress):
         found = self.sampler.sample(self._prompts(rows), n, self.settings, ids=[row["prompt_id"] for row in rows],
