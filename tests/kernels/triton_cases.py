@@ -375,9 +375,13 @@ def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyP
         order.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     _triton.launch(Kernel(), (2, 3), Tensor(), 5, BLOCK=1)
     assert order == [torch.device("cuda:1"), ((2, 3), 2, {"BLOCK": 1}), "left"]
     _triton.launch(Kernel(), (0, 3), Tensor())
     assert len(order) == 3, "an empty grid launches nothing"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    _triton.launch(Kernel(), (2, 3), Tensor(), 5, BLOCK=1)
+    assert order[3:] == order[1:2], "on the current device there is nothing to change"
     sources = [path.read_text() for path in Path(_triton.__file__).parent.glob("*.py")]
     assert not any("_kernel[" in text for text in sources), "every launch goes through launch()"
