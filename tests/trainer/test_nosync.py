@@ -359,6 +359,28 @@ def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path, tiny_model
     assert len(log.rows) == 1 and not list(stage.work.glob("step-*")) and list(stage.work.glob("bad-step-000002*"))
 
 
+def test_times_of_all_ranks_come_with_the_numbers():
+    """Rank 1 of 3: the sums over the ranks, and each rank's times at its place."""
+    reduced = []
+
+    class Ranks(World):
+        def sum_(self, tensors):
+            reduced.append([x.clone() for x in tensors])
+            for x in tensors:
+                x += torch.tensor([[2.0, 0.0, 3.0], [4.0, 0.0, 6.0]]) if x.dim() == 2 else x
+
+    world = Ranks(rank=1, size=3)
+    waits = [SimpleNamespace(take=lambda seconds=seconds: seconds) for seconds in (1.0, 2.0)]
+    engine = SimpleNamespace(world=world, mesh=world, waits=waits[1], step_index=7)
+    seen = [torch.tensor([0.5, 1.0]), torch.tensor([0.25, 2.0])]
+    row = logged.Interval.end(engine, torch.tensor([1.0, 2.0, 3.0]), seen, None, waits[0])
+    row.read()
+    assert len(reduced) == 2 and torch.equal(reduced[1][0], torch.tensor([[0.0, 0.5, 0.0], [0.0, 1.0, 0.0]]))
+    assert row.sums.tolist() == [2.0, 4.0, 6.0] and row.seen.tolist() == [1.0, 2.0, 0.5, 4.0] and row.last == 7
+    assert row.waited() == pytest.approx({"wait/data": 5.5 / 3, "wait/data_max": 3.0, "wait/ranks": 11 / 3,
+                                          "wait/ranks_max": 6.0})
+
+
 def test_waits_that_a_gpu_has_not_finished_count_later(monkeypatch):
     class Timed(Event):
         done = False
