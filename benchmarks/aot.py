@@ -38,6 +38,7 @@ from strop.kernels._triton import (
     logprob,
     sampling,
     segment_sum,
+    sums,
 )
 from strop.kernels.attention import paged
 from strop.kernels.layout import TILE
@@ -240,7 +241,12 @@ def adamw_cases() -> list[Case]:
         constants = {"WEIGHT": bool(weight) and not split, "SPLIT": split, "MOMENTS": moments, "ROWS": adamw.ROWS}
         constants["BLOCK"] = BLOCK if moments == adamw.INT8 else adamw.BLOCK
         found.append(Case(f"adamw {name}", adamw.adamw_kernel, types, constants, adamw.WARPS))
-    return found
+        constants = constants | {"IS_BF16": grad == "bf16", "DIVISIBLE": True, "ALIGNED": True}
+        types = numbers | {"entries_ptr": "*i64", "owner_ptr": "*i32", "factor_ptr": "*fp32", "seed": "i32"}
+        found.append(Case(f"adamw many {name}", adamw.adamw_many_kernel, types, constants, adamw.WARPS))
+    types = {"entries_ptr": "*i64", "owner_ptr": "*i32"}
+    constants = {"OVERWRITE": False, "ALIGNED": True, "BLOCK": sums.BLOCK}
+    return [*found, Case("add many", sums.add_kernel, types, constants, sums.WARPS)]
 
 
 def logprob_cases() -> list[Case]:
@@ -268,7 +274,7 @@ def logprob_cases() -> list[Case]:
             for cap in (False, True):
                 name = f"gradient {dtype} {block}{' cap' if cap else ''}"
                 found.append(Case(name, logprob.gradient_kernel, out | row, {"CAP": cap} | launch, warps))
-            logits = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "lse_ptr": "*fp32"}
+            logits = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64", "sums_ptr": "*fp32"}
             logits |= {"logits_stride": "i32", "columns": "i32"}
             forward = logits | {"logp_ptr": "*fp32"}
             found.append(Case(f"gather {dtype} {block}", logprob.gather_forward_kernel, forward, launch, warps))

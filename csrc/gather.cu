@@ -29,12 +29,13 @@ __device__ __forceinline__ Running merge_warp(Running sum, int lanes) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    forward_kernel(const T* logits, const int64_t* targets, float* logp, float* lse, int columns, int64_t row_stride) {
+    forward_kernel(const T* logits, const int64_t* targets, float* logp, float* sums, int columns,
+                   int64_t row_stride) {
   const int64_t row = blockIdx.x;
   const int64_t target = targets[row];
   const int thread = threadIdx.x;
   if (target < 0) {
-    if (thread == 0) logp[row] = lse[row] = 0.0f;
+    if (thread == 0) logp[row] = sums[2 * row] = sums[2 * row + 1] = 0.0f;
     return;
   }
   logits += row * row_stride;
@@ -46,33 +47,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   sum.highest = highest[thread % kWarps], sum.total = total[thread % kWarps];
   sum = merge_warp(sum, kWarps);
   if (thread == 0) {
-    const RowResult result = finish_row(logits, columns, target, sum);
-    logp[row] = result.logp;
-    lse[row] = result.lse;
+    logp[row] = logp_of(logits, columns, target, sum);
+    sums[2 * row] = sum.highest, sums[2 * row + 1] = sum.total;
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const float* grads, const T* logits, const int64_t* targets, const float* at_target,
-                    const float* lse, T* out, int columns, int64_t row_stride, int64_t out_stride) {
+                    const float* sums, T* out, int columns, int64_t row_stride, int64_t out_stride) {
   const int64_t row = blockIdx.x;
   backward_part(logits + row * row_stride, out + row * out_stride, columns, targets[row], grads[row], at_target[row],
-                lse[row], threadIdx.x, kThreads);
+                Running{sums[2 * row], sums[2 * row + 1]}, threadIdx.x, kThreads);
 }
 
 template <typename T>
-void launch_forward(const void* logits, const int64_t* target, float* logp, float* lse, int64_t rows, int columns,
+void launch_forward(const void* logits, const int64_t* target, float* logp, float* sums, int64_t rows, int columns,
                     int64_t row_stride, cudaStream_t stream) {
-  forward_kernel<T><<<rows, kThreads, 0, stream>>>(static_cast<const T*>(logits), target, logp, lse, columns,
+  forward_kernel<T><<<rows, kThreads, 0, stream>>>(static_cast<const T*>(logits), target, logp, sums, columns,
                                                    row_stride);
 }
 
 template <typename T>
 void launch_backward(const float* grad, const void* logits, const int64_t* target, const float* at_target,
-                     const float* lse, void* out, int64_t rows, int columns, int64_t row_stride, int64_t out_stride,
+                     const float* sums, void* out, int64_t rows, int columns, int64_t row_stride, int64_t out_stride,
                      cudaStream_t stream) {
-  backward_kernel<T><<<rows, kThreads, 0, stream>>>(grad, static_cast<const T*>(logits), target, at_target, lse,
+  backward_kernel<T><<<rows, kThreads, 0, stream>>>(grad, static_cast<const T*>(logits), target, at_target, sums,
                                                     static_cast<T*>(out), columns, row_stride, out_stride);
 }
 
@@ -83,22 +83,22 @@ const char* launch_error() {
 
 }  // namespace
 
-const char* gather_forward(Element element, const void* logits, const int64_t* target, float* logp, float* lse,
+const char* gather_forward(Element element, const void* logits, const int64_t* target, float* logp, float* sums,
                            int64_t rows, int64_t columns, int64_t row_stride, void* stream) {
   const auto launch = element == Element::bf16   ? launch_forward<__nv_bfloat16>
                       : element == Element::fp16 ? launch_forward<__half>
                                                  : launch_forward<float>;
-  launch(logits, target, logp, lse, rows, columns, row_stride, static_cast<cudaStream_t>(stream));
+  launch(logits, target, logp, sums, rows, columns, row_stride, static_cast<cudaStream_t>(stream));
   return launch_error();
 }
 
 const char* gather_backward(Element element, const float* grad, const void* logits, const int64_t* target,
-                            const float* at_target, const float* lse, void* out, int64_t rows, int64_t columns,
+                            const float* at_target, const float* sums, void* out, int64_t rows, int64_t columns,
                             int64_t row_stride, int64_t out_stride, void* stream) {
   const auto launch = element == Element::bf16   ? launch_backward<__nv_bfloat16>
                       : element == Element::fp16 ? launch_backward<__half>
                                                  : launch_backward<float>;
-  launch(grad, logits, target, at_target, lse, out, rows, columns, row_stride, out_stride,
+  launch(grad, logits, target, at_target, sums, out, rows, columns, row_stride, out_stride,
          static_cast<cudaStream_t>(stream));
   return launch_error();
 }

@@ -26,8 +26,10 @@ void check_matrix(const Tensor& x) {
   STD_TORCH_CHECK(x.size(0) <= INT32_MAX && x.size(1) <= INT32_MAX, "more rows or columns than 2^31 - 1");
 }
 
-void check_rows(const Tensor& x, const Tensor& logits, ScalarType type) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == logits.size(0) && x.is_contiguous(), "expected one value a row");
+void check_rows(const Tensor& x, const Tensor& logits, ScalarType type, int values = 1) {
+  STD_TORCH_CHECK(x.dim() == (values > 1 ? 2 : 1) && x.size(0) == logits.size(0) && x.is_contiguous() &&
+                      (values == 1 || x.size(1) == values),
+                  "expected one value a row, of sums two");
   STD_TORCH_CHECK(x.scalar_type() == type, "target must be int64, all else of a row fp32");
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == logits.get_device_index(), "all must be on one device");
 }
@@ -42,23 +44,23 @@ const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_
 
 void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "launch failed: ", error); }
 
-void gather_forward(const Tensor& logits, const Tensor& target, const Tensor& logp, const Tensor& lse) {
+void gather_forward(const Tensor& logits, const Tensor& target, const Tensor& logp, const Tensor& sums) {
   check_matrix(logits);
   check_rows(target, logits, ScalarType::Long);
   check_rows(logp, logits, ScalarType::Float);
-  check_rows(lse, logits, ScalarType::Float);
+  check_rows(sums, logits, ScalarType::Float, 2);
   const strop::Element element = element_of(logits);
   if (logits.size(0) == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   check_launch(strop::gather_forward(element, logits.const_data_ptr(),
                                      static_cast<const int64_t*>(target.const_data_ptr()),
                                      static_cast<float*>(logp.mutable_data_ptr()),
-                                     static_cast<float*>(lse.mutable_data_ptr()), logits.size(0), logits.size(1),
+                                     static_cast<float*>(sums.mutable_data_ptr()), logits.size(0), logits.size(1),
                                      logits.stride(0), current_stream(logits)));
 }
 
 void gather_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& at_target,
-                     const Tensor& lse, const Tensor& out) {
+                     const Tensor& sums, const Tensor& out) {
   check_matrix(logits);
   check_matrix(out);
   STD_TORCH_CHECK(out.size(0) == logits.size(0) && out.size(1) == logits.size(1), "out must be as logits");
@@ -67,22 +69,22 @@ void gather_backward(const Tensor& grad, const Tensor& logits, const Tensor& tar
   check_rows(grad, logits, ScalarType::Float);
   check_rows(target, logits, ScalarType::Long);
   check_rows(at_target, logits, ScalarType::Float);
-  check_rows(lse, logits, ScalarType::Float);
+  check_rows(sums, logits, ScalarType::Float, 2);
   const strop::Element element = element_of(logits);
   if (logits.size(0) == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   check_launch(strop::gather_backward(element, floats(grad), logits.const_data_ptr(),
                                       static_cast<const int64_t*>(target.const_data_ptr()), floats(at_target),
-                                      floats(lse), out.mutable_data_ptr(), logits.size(0), logits.size(1),
+                                      floats(sums), out.mutable_data_ptr(), logits.size(0), logits.size(1),
                                       logits.stride(0), out.stride(0), current_stream(logits)));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(strop, m) {
-  m.def("cuda_gather_forward(Tensor logits, Tensor target, Tensor(a!) logp, Tensor(b!) lse) -> ()");
+  m.def("cuda_gather_forward(Tensor logits, Tensor target, Tensor(a!) logp, Tensor(b!) sums) -> ()");
   m.def(
-      "cuda_gather_backward(Tensor grad, Tensor logits, Tensor target, Tensor at_target, Tensor lse, Tensor(a!) out)"
+      "cuda_gather_backward(Tensor grad, Tensor logits, Tensor target, Tensor at_target, Tensor sums, Tensor(a!) out)"
       " -> ()");
 }
 

@@ -127,28 +127,22 @@ STROP_HD Running scan_part(const T* row, int columns, int thread, int threads) {
   return sum;
 }
 
-struct RowResult {
-  float logp, lse;
-};
-
 // A target outside the vocabulary gives NaN.
 template <typename T>
-STROP_HD RowResult finish_row(const T* row, int columns, int64_t target, const Running& sum) {
-  const float log_total = logf(sum.total);
-  const float logp = target < columns ? static_cast<float>(row[target]) - sum.highest - log_total : NAN;
-  return {logp, sum.highest + log_total};
+STROP_HD float logp_of(const T* row, int columns, int64_t target, const Running& sum) {
+  return target < columns ? static_cast<float>(row[target]) - sum.highest - logf(sum.total) : NAN;
 }
 
-// -d logp / d logits times the upstream gradient: scale = -gradient.
+// -d logp / d logits times the upstream gradient: scale = -gradient / total, at_target is the target's.
 struct Gradient {
-  float lse, scale, at_target;
+  float highest, scale, at_target;
   int hit;  // the target's column, -1 if it is outside the vocabulary
 
   // exp_of rounds the exponent once more, which shows where the result has 32 bits.
   template <typename T>
   STROP_HD float at(int column, float x) const {
-    const float p = sizeof(T) == 4 ? expf(x - lse) : exp_of(x - lse);
-    return scale * (column == hit ? at_target : p);
+    const float e = sizeof(T) == 4 ? expf(x - highest) : exp_of(x - highest);
+    return column == hit ? at_target : scale * e;
   }
 
   template <typename T>
@@ -197,17 +191,18 @@ STROP_HD void zero_part(T* out, int columns, int thread, int threads) {
   for (int i = thread; i < split.singles; i += threads) out[split.column_of_single(i)] = static_cast<T>(0.0f);
 }
 
-// out = -grad * (exp(row - lse), at_target in the target's column), and zeros where the target is negative or grad is
+// out = -grad * (exp(row - highest) / total, at_target in the target's column), and zeros where the target is negative or grad is
 // 0, where row is not read. out may be row itself.
 template <typename T>
-STROP_HD void backward_part(const T* row, T* out, int columns, int64_t target, float grad, float at_target, float lse,
-                            int thread, int threads) {
+STROP_HD void backward_part(const T* row, T* out, int columns, int64_t target, float grad, float at_target,
+                            const Running& sum, int thread, int threads) {
   if (target < 0 || grad == 0.0f) {
     zero_part(out, columns, thread, threads);
     return;
   }
   const int hit = target < columns ? static_cast<int>(target) : -1;
-  gradient_part(row, out, columns, Gradient{lse, -grad, at_target, hit}, thread, threads);
+  const Gradient gradient{sum.highest, -grad / sum.total, -grad * at_target, hit};
+  gradient_part(row, out, columns, gradient, thread, threads);
 }
 
 }  // namespace strop

@@ -26,13 +26,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
     found.add_argument("--after", type=Path, help="wait until this file exists before the first case")
+    found.add_argument("--seconds", type=float, help="from then on: cases that do not begin within them are left out")
     found.add_argument("--dry-run", action="store_true", help="every case up to its first CUDA call, without a GPU")
     return found
 
 
-def wait_for(path: Path | None) -> None:
-    while path and not path.exists() and seconds_left() > 0:
+def wait_for_turn(options: argparse.Namespace) -> None:
+    """Waits for options.after, and then sets DEADLINE to options.seconds from now, if that is earlier."""
+    while options.after and not options.after.exists() and seconds_left() > 0:
         time.sleep(0.1)
+    if options.seconds is not None:
+        os.environ["DEADLINE"] = str(time.time() + min(options.seconds, seconds_left()))
 
 
 def seconds_left() -> float:

@@ -36,12 +36,12 @@ SLOW = {"head": "torch.compile|exact", "gather": "torch.compile", "attention": "
 def chosen() -> list[tuple[ModuleType, Case, list[str]]]:
     """Family, case and contenders, the most important first."""
     wanted = [
-        (head, Case("head", WIDE, head.TRAINED, TOKENS)),
         (attention, Case("attention", attention.LLAMA_8B, attention.SHARED, attention._tokens(attention.SHARED))),
-        (gather, Case("gather", WIDE, gather.BOTH, TOKENS)),
-        (head, Case("head", LLAMA_8B, head.FROZEN, TOKENS)),
-        (gather, Case("gather", WIDE, gather.FORWARD, TOKENS)),
         (attention, Case("attention", attention.LLAMA_1B, attention.PAIRS, attention._tokens(attention.PAIRS))),
+        (gather, Case("gather", WIDE, gather.BOTH, TOKENS)),
+        (head, Case("head", WIDE, head.TRAINED, TOKENS)),
+        (gather, Case("gather", WIDE, gather.FORWARD, TOKENS)),
+        (head, Case("head", LLAMA_8B, head.FROZEN, TOKENS)),
     ]
     return [(family, case, [name for name in family.CONTENDERS if not re.search(SLOW[family.NAME], name)])
             for family, case in wanted]
@@ -49,7 +49,7 @@ def chosen() -> list[tuple[ModuleType, Case, list[str]]]:
 
 def timed(family: ModuleType, case: Case, names: list[str], rates: dict[str, float], path: Path) -> str:
     device = torch.device("cuda")
-    record = suite.measure_case(family, case, names, device, rates, rounds=9, seconds=2.0, first_call=45)
+    record = suite.measure_case(family, case, names, device, rates, rounds=5, seconds=0.8, first_call=25)
     suite.merge(path, measure.environment(device), {case.name: record})
     lines = [f"floor {record['floor']['seconds'] * 1e3:.2f} ms"]
     for name, found in record["contenders"].items():
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = cases.parser(__doc__).parse_args(arguments)
     running = cases.Cases(options.dry_run)
     if options.dry_run:
-        cases.wait_for(options.after)
+        cases.wait_for_turn(options)
         for family, case, names in chosen():
             for name in names:
                 running.run(f"{case.name}: {name}", lambda f=family, c=case, n=name: dry(f, c, n))
@@ -116,12 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(ImportError):  # take their time before our turn
         import liger_kernel.transformers  # noqa: F401
         import trl.kernels  # noqa: F401
-    cases.wait_for(options.after)
+    cases.wait_for_turn(options)
     rates = measure.rates(torch.device("cuda"))
     print(", ".join(f"{name} {rate / 1e12:.3g} T/s" for name, rate in rates.items()), flush=True)
     path = options.out / f"{time.strftime('%Y-%m-%d')}.json"
     for family, case, names in chosen():
-        running.run(case.name, lambda f=family, c=case, n=names: timed(f, c, n, rates, path), seconds=10)
+        running.run(case.name, lambda f=family, c=case, n=names: timed(f, c, n, rates, path), seconds=6)
         cases.free()
     return 1 if running.failed else 0
 

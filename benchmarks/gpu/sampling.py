@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = cases.parser(__doc__).parse_args(arguments)
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    cases.wait_for(options.after)
+    cases.wait_for_turn(options)
     device, shapes = torch.device("cuda"), SHAPES
     if options.dry_run:
         device, shapes = torch.device("cpu"), ((16, 24, 8), (32, 24, 8))

@@ -107,7 +107,7 @@ def timed(kernel: str, size: int, blocks: Blocks, launches: list[dict], found: d
     for case, launch in zip(SHAPES[size], launches, strict=True):
         run = with_blocks(kernel, blocks, launch[kernel])
         run()
-        seconds.append(triton.testing.do_bench(run, warmup=20, rep=150, return_mode="median") / 1e3)
+        seconds.append(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median") / 1e3)
         found.setdefault(f"{kernel} {size} {case.variant}", {})[str(tuple(blocks))] = seconds[-1]
     return ", ".join(f"{s * 1e3:.3f} ms" for s in seconds)
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.dry_run:
             compile_all()
         return 0
-    cases.wait_for(options.after)
+    cases.wait_for_turn(options)
     if options.list or options.dry_run:
         seconds = [(kernel, size, found[1]) for (kernel, size), found in CANDIDATES.items()]
         return 1 if ahead_of_time(every() if options.list else seconds) else 0
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         for kernel in ("forward", "grad_q", "grad_kv"):
             for blocks in CANDIDATES[kernel, size]:
                 name = f"{kernel} {size} {tuple(blocks)}"
-                running.run(name, lambda k=kernel, s=size, b=blocks, x=launches: timed(k, s, b, x, found), seconds=3)
+                running.run(name, lambda k=kernel, s=size, b=blocks, x=launches: timed(k, s, b, x, found), seconds=1)
                 environment = measure.environment(torch.device("cuda"))
                 path.write_text(json.dumps({"environment": environment, "seconds": found}, indent=1) + "\n")
     for name, times in found.items():

@@ -57,6 +57,7 @@ FP32: dict[str, Row] = {
 BY_CAPABILITY = {9: SM90, 10: SM100, None: HIP}
 
 
+@cache
 def padded(head_size: int) -> int:
     """The next power of two, at least 16 as tl.dot requires."""
     return max(16, triton.next_power_of_2(head_size))
@@ -92,17 +93,18 @@ def _capability(device: torch.device) -> int | None:
 
 def _like(x: Tensor) -> Tensor:
     """An empty tensor shaped as x, rows first in memory."""
-    return x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    _, heads, tokens, size = x.shape
+    return x.new_empty_strided((1, heads, tokens, size), (tokens * heads * size, size, heads * size, 1))
 
 
 def _options(kernel: str, q: Tensor, window: int, cap: float) -> dict[str, int | bool | str]:
-    width = padded(q.shape[-1])
+    size, width = q.shape[-1], padded(q.shape[-1])
     shape = blocks(kernel, width, q.element_size(), _capability(q.device))
     # TF32 has 10 bits of mantissa: use it only if PyTorch's own matmuls may.
     precise = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
-        "D": q.shape[-1], "D_PAD": width, "CAP": cap > 0, "WINDOW": window > 0, "QUERIES": shape.queries,
-        "KEYS": shape.keys, "TILE_ROWS": TILE, "PRECISION": "ieee" if precise else "tf32", "num_warps": shape.warps,
+        "D": size, "D_PAD": width, "CAP": cap > 0, "WINDOW": window > 0, "QUERIES": shape.queries, "KEYS": shape.keys,
+        "TILE_ROWS": TILE, "PRECISION": "ieee" if precise else "tf32", "num_warps": shape.warps,
         "num_stages": shape.stages,
     }
 
@@ -113,7 +115,8 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     """Row strides, then head strides."""
-    return *(x.stride(2) for x in tensors), *(x.stride(1) for x in tensors)
+    strides = [x.stride() for x in tensors]
+    return *(stride[2] for stride in strides), *(stride[1] for stride in strides)
 
 
 def forward(
@@ -127,7 +130,7 @@ def forward(
     out, (q, k, v) = _like(q), (_side_by_side(x) for x in (q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     options = _options("forward", q, window, cap)
-    grid = (len(tiles) * (TILE // options["QUERIES"]), q.shape[1])
+    grid = (tiles.shape[0] * (TILE // options["QUERIES"]), q.shape[1])
     tensors, numbers = (q, k, v, out), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
     launch(forward_kernel, grid, *tensors, lse, tiles, positions, *_strides(tensors), *numbers, **options)
     return out, lse
@@ -144,7 +147,7 @@ def backward(
     inputs, numbers = (grad_out, q, k, v), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
 
     options = _options("grad_q", q, window, cap)
-    grid = (len(tiles) * (TILE // options["QUERIES"]), q.shape[1])
+    grid = (tiles.shape[0] * (TILE // options["QUERIES"]), q.shape[1])
     strides = _strides((*inputs, out, grad_q))
     launch(grad_q_kernel, grid, *inputs, out, lse, delta, grad_q, tiles, positions, *strides, *numbers, **options)
 
@@ -152,6 +155,6 @@ def backward(
     strides = _strides((*inputs, grad_k, grad_v))
     for name in grad_kv_launches(padded(q.shape[-1]), q.element_size(), _capability(q.device)):
         options = _options(name, q, window, cap) | parts(name)
-        grid = (len(tiles) * (TILE // options["KEYS"]), k.shape[1])
+        grid = (tiles.shape[0] * (TILE // options["KEYS"]), k.shape[1])
         launch(grad_kv_kernel, grid, *tensors, *strides, *numbers, **options)
     return grad_q, grad_k, grad_v

@@ -129,7 +129,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stride, columns, BLOCK: tl.constexpr):
+def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, sums_ptr, logits_stride, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     target = tl.load(target_ptr + row)
@@ -144,7 +144,8 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
         total = total * tl.exp(highest - new_highest) + tl.sum(tl.exp(x - new_highest), 0)
         highest = new_highest
     log_total = tl.log(total)
-    tl.store(lse_ptr + row, highest + log_total)
+    tl.store(sums_ptr + 2 * row, highest)
+    tl.store(sums_ptr + 2 * row + 1, total)
     if target < 0:
         tl.store(logp_ptr + row, 0.0)
     elif target < columns:
@@ -155,7 +156,7 @@ def gather_forward_kernel(logits_ptr, target_ptr, logp_ptr, lse_ptr, logits_stri
 
 @triton.jit
 def gather_backward_kernel(
-    grad_ptr, logits_ptr, out_ptr, target_ptr, at_target_ptr, lse_ptr, logits_stride, out_stride, columns,
+    grad_ptr, logits_ptr, out_ptr, target_ptr, at_target_ptr, sums_ptr, logits_stride, out_stride, columns,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -163,8 +164,9 @@ def gather_backward_kernel(
     out_ptr += row * out_stride
     target = tl.load(target_ptr + row)
     grad = tl.load(grad_ptr + row).to(tl.float32)
-    lse = tl.load(lse_ptr + row)
-    at_target = tl.load(at_target_ptr + row)
+    highest = tl.load(sums_ptr + 2 * row)
+    scale = -grad / tl.load(sums_ptr + 2 * row + 1)
+    at_target = -grad * tl.load(at_target_ptr + row)
     dead = (target < 0) | (grad == 0.0)
     lanes = tl.arange(0, BLOCK)
     for first in range(0, columns, BLOCK):
@@ -174,8 +176,8 @@ def gather_backward_kernel(
             tl.store(out_ptr + column, tl.zeros([BLOCK], tl.float32), mask=inside)
         else:
             x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            d = tl.where(column == target, at_target, tl.exp(x - lse))
-            tl.store(out_ptr + column, -grad * d, mask=inside)
+            d = tl.where(column == target, at_target, scale * tl.exp(x - highest))
+            tl.store(out_ptr + column, d, mask=inside)
 
 
 def scan_chunk(product: Tensor, start: int, state: RowState, cap: float, weights: Tensor | None = None) -> None:
@@ -205,23 +207,23 @@ def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return cuda.gather_forward(logits, target)
     logits = logits.contiguous()
     rows, columns = logits.shape
-    logp, lse = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    tensors = (logits, target, logp, lse)
+    logp, sums = (logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
+    tensors = (logits, target, logp, sums)
     launch(gather_forward_kernel, (rows,), *tensors, logits.stride(0), columns, **_launch_shape(columns))
-    return logp, lse
+    return logp, sums
 
 
-def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
+def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, sums: Tensor, out: Tensor) -> None:
     """passes.gather_backward."""
     rows, columns = logits.shape
     if rows and columns > 1 and (logits.stride(1) != 1 or out.stride(1) != 1):
         dense = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        gather_backward(grad, logits.contiguous(), target, at_target, lse, dense)
+        gather_backward(grad, logits.contiguous(), target, at_target, sums, dense)
         out.copy_(dense)
         return
     if cuda.takes("gather_backward", logits):
-        cuda.gather_backward(grad, logits, target, at_target, lse, out)
+        cuda.gather_backward(grad, logits, target, at_target, sums, out)
         return
-    tensors = (grad.contiguous(), logits, out, target, at_target, lse)
+    tensors = (grad.contiguous(), logits, out, target, at_target, sums)
     numbers = (logits.stride(0), out.stride(0), columns)
     launch(gather_backward_kernel, (rows,), *tensors, *numbers, **_launch_shape(columns))

@@ -97,7 +97,12 @@ def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:
 
 def _capability(device: torch.device) -> int:
     """Major compute capability; 8 without a GPU, as under FakeTensorMode."""
-    return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 8
+    return _capabilities[device]
+
+
+_capabilities: dict[torch.device, int] = {}
 
 
 # torch.compile then calls it at trace time instead of tracing into it. torch.compiler.assume_constant_result sets this

@@ -39,14 +39,15 @@ def takes(name: str, logits: Tensor) -> bool:
 
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """passes.gather_forward, except that lse is 0 in dead rows, which are not read."""
+    """passes.gather_forward, except that sums is 0 in dead rows, which are not read."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    logp, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-    torch.ops.strop.cuda_gather_forward(logits, target, logp, lse)
-    return logp, lse
+    logp = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    sums = logits.new_empty(logits.shape[0], 2, dtype=torch.float32)
+    torch.ops.strop.cuda_gather_forward(logits, target, logp, sums)
+    return logp, sums
 
 
-def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
+def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, sums: Tensor, out: Tensor) -> None:
     """passes.gather_backward; the columns of logits and out are contiguous."""
-    torch.ops.strop.cuda_gather_backward(grad.float().contiguous(), logits, target, at_target, lse, out)
+    torch.ops.strop.cuda_gather_backward(grad.float().contiguous(), logits, target, at_target, sums, out)

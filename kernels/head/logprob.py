@@ -246,34 +246,35 @@ def gather_logprob(
 
 @torch.library.custom_op("strop::gather_logprob", mutates_args=())
 def _gather_logprob(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """logp, lse"""
+    """logp [N] and sums [N, 2], see passes.gather_forward."""
     return _passes(logits).gather_forward(logits, _live_target(target, ignore_index, logits.shape[1]))
 
 
 @_gather_logprob.register_fake
 def _(logits, target, ignore_index):
-    return tuple(logits.new_empty(logits.shape[0], dtype=passes.compute_dtype(logits.dtype)) for _ in range(2))
+    shapes = logits.shape[:1], (*logits.shape[:1], 2)
+    return tuple(logits.new_empty(shape, dtype=passes.compute_dtype(logits.dtype)) for shape in shapes)
 
 
 @torch.library.custom_op("strop::gather_logprob_backward", mutates_args=())
 def _gather_logprob_backward(
-    grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, lse: Tensor, ignore_index: int
+    grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, sums: Tensor, ignore_index: int
 ) -> Tensor:
     out = torch.empty_like(logits)
-    _gather_backward_into(out, grad, logits, target, logp, lse, ignore_index)
+    _gather_backward_into(out, grad, logits, target, logp, sums, ignore_index)
     return out
 
 
 @_gather_logprob_backward.register_fake
-def _(grad, logits, target, logp, lse, ignore_index):
+def _(grad, logits, target, logp, sums, ignore_index):
     return torch.empty_like(logits)
 
 
 def _gather_backward_into(
-    out: Tensor, grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, lse: Tensor, ignore_index: int
+    out: Tensor, grad: Tensor, logits: Tensor, target: Tensor, logp: Tensor, sums: Tensor, ignore_index: int
 ) -> None:
     live = _live_target(target, ignore_index, logits.shape[1])
-    _passes(logits).gather_backward(grad, logits, live, torch.expm1(logp), lse, out)
+    _passes(logits).gather_backward(grad, logits, live, torch.expm1(logp), sums, out)
 
 
 def _gather_setup(ctx, inputs, output) -> None:
@@ -296,15 +297,15 @@ class _GatherInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        logp, lse = _gather_logprob(logits, target, ignore_index)
-        ctx.save_for_backward(logits, target, logp, lse)
+        logp, sums = _gather_logprob(logits, target, ignore_index)
+        ctx.save_for_backward(logits, target, logp, sums)
         ctx.ignore_index = ignore_index
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        logits, target, logp, lse = ctx.saved_tensors
+        logits, target, logp, sums = ctx.saved_tensors
         logits = logits.detach()
-        _gather_backward_into(logits, grad, logits, target, logp, lse, ctx.ignore_index)
+        _gather_backward_into(logits, grad, logits, target, logp, sums, ctx.ignore_index)
         return logits, None, None

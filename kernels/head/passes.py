@@ -113,7 +113,8 @@ def _scan_logits(logits: Tensor, highest: Tensor, total: Tensor, decay: Tensor, 
 
 
 def _softmax_of(logits: Tensor, lse: Tensor, scale: Tensor, out: Tensor) -> None:
-    """scale * exp(logits - lse) into out, in csrc/cpu.cpp; for gradient_chunk and gather_backward."""
+    """scale * exp(logits - lse) into out, in csrc/cpu.cpp; for gradient_chunk and gather_backward, which subtracts the
+    highest logit."""
     dense = out if out.stride(1) == 1 or out.shape[1] == 1 else out.new_empty(out.shape)
     torch.ops.strop.cpu_softmax_of(_cpu.dense_rows(logits), lse.contiguous(), scale, dense)
     if dense is not out:
@@ -194,7 +195,11 @@ def gradient_chunk(
 
 
 def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(logp, lse), each [N] in the compute dtype, from logits [N, V] and target [N]; logp 0 in dead rows."""
+    """(logp [N], sums [N, 2]) in the compute dtype from logits [N, V] and target [N]; logp 0 in dead rows.
+
+    sums: the highest logit and the sum of exp(logits - highest). Their log-sum-exp in one number would be rounded,
+    which is a relative error of the row's whole gradient.
+    """
     rows, vocab = logits.shape
     highest = logits.new_full((rows,), -torch.inf, dtype=compute_dtype(logits.dtype))
     total = torch.zeros_like(highest)
@@ -207,27 +212,26 @@ def gather_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             x.copy_(logits[block])
             torch.amax(x, 1, out=highest[block])
             torch.sum(x.sub_(highest[block].unsqueeze(1)).exp_(), 1, out=total[block])
-    log_total = total.log_()
     target_logit = logits.gather(1, target.clamp_min(0).unsqueeze(1)).squeeze(1).to(highest.dtype)
-    logp = (target_logit - highest).sub_(log_total)
-    return logp.masked_fill_(target < 0, 0.0), highest + log_total
+    logp = (target_logit - highest).sub_(total.log())
+    return logp.masked_fill_(target < 0, 0.0), torch.stack((highest, total), 1)
 
 
-def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, lse: Tensor, out: Tensor) -> None:
+def gather_backward(grad: Tensor, logits: Tensor, target: Tensor, at_target: Tensor, sums: Tensor, out: Tensor) -> None:
     """Write the gradient of (grad * logp).sum() for logits to out, which may be logits itself; 0 in dead rows."""
     rows, vocab = logits.shape
-    scale = grad.to(lse.dtype).neg().masked_fill_(target < 0, 0.0)
-    column = target.clamp_min(0).unsqueeze(1)
+    (highest, total), scale = sums.unbind(1), grad.to(sums.dtype).neg().masked_fill_(target < 0, 0.0)
+    column, at_target, scale = target.clamp_min(0).unsqueeze(1), (at_target * scale).unsqueeze(1), scale / total
     if _cpu.takes(logits, out):
-        _softmax_of(logits, lse, scale, out)
-        out.scatter_(1, column, (at_target * scale).to(out.dtype).unsqueeze(1))
+        _softmax_of(logits, highest, scale, out)
+        out.scatter_(1, column, at_target.to(out.dtype))
         out.index_fill_(0, (target < 0).nonzero().squeeze(1), 0.0)
         return
     scratch = _scratch(logits, vocab)
     for block in _blocks(rows, vocab):
         x = scratch[: (block.stop - block.start) * vocab].view(-1, vocab)
-        x.copy_(logits[block]).sub_(lse[block].unsqueeze(1)).exp_()
-        x.scatter_(1, column[block], at_target[block].unsqueeze(1)).mul_(scale[block].unsqueeze(1))
+        x.copy_(logits[block]).sub_(highest[block].unsqueeze(1)).exp_().mul_(scale[block].unsqueeze(1))
+        x.scatter_(1, column[block], at_target[block])
         out[block] = x
     # 0 * NaN is NaN: values in an ignored row must not reach its gradient.
     out.masked_fill_((target < 0).unsqueeze(1), 0.0)

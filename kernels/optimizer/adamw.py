@@ -83,3 +83,17 @@ _library.define(
 _library.impl("adamw", _on_gpu, "CUDA")
 torch.library.register_fake("strop::adamw", lambda *_: None, lib=_library)
 _adamw = torch.ops.strop.adamw.default
+
+
+def _many_on_gpu(*arguments) -> None:
+    from .._triton import adamw
+
+    adamw.adamw_many(*arguments)
+
+
+# What it updates is behind the addresses in `entries`. An operator, so that a profile names its kernel.
+_library.define(
+    "adamw_many(Tensor(a!) entries, Tensor owner, Tensor factor, float[] numbers, int seed, int[] form, bool aligned) "
+    "-> ()"
+)
+_library.impl("adamw_many", _many_on_gpu, "CompositeExplicitAutograd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,20 @@ BLOCK = 256  # elements of a row that share a scale
 NARROWEST = 32  # width of rows below which moments stay fp32: their scales would take half as much as the codes
 SIGNED, UNSIGNED = 6, 7  # decades of 8-bit codes below the first one: of exp_avg and of exp_avg_sq
 SMALLEST = 1e-37  # scale below which a block counts as zero: its inverse would overflow
+
+
+@dataclass(frozen=True)
+class State:
+    """A parameter as `adamw_` takes it, but for what changes from step to step. number: its place among all parameters,
+    which seeds the random numbers that round bf16 moments."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    weight: Tensor | None = None
+    scales: tuple[Tensor, Tensor] | None = None
+    first: int = 0
+    number: int = 0
 
 
 # -- masters in two halves --------------------------------------------------------------------------------------------
@@ -37,15 +52,17 @@ def join(weight: Tensor, low: Tensor) -> Tensor:
 # -- bf16, rounded stochastically -------------------------------------------------------------------------------------
 
 
+def mix(x: int, number: int) -> int:
+    """The next state of a random number generator that takes in `number`, from 0 to 2^32 - 1."""
+    x = (x ^ number) * 0x9E3779B1 & 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x735A2D97 & 0xFFFFFFFF
+    return x ^ x >> 15
+
+
 def key_of(*numbers: int) -> int:
     """A key for `noise`, from 0 to 2^31 - 1, that looks random."""
-    x = 0
-    for number in numbers:
-        x = (x ^ number) * 0x9E3779B1 & 0xFFFFFFFF
-        x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
-        x = (x ^ x >> 15) * 0x735A2D97 & 0xFFFFFFFF
-        x ^= x >> 15
-    return x >> 1
+    return functools.reduce(mix, numbers, 0) >> 1
 
 
 def noise(key: int, first: int, count: int, device: torch.device) -> Tensor:

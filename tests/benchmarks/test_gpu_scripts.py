@@ -67,6 +67,7 @@ def test_dry_run_of_training(tmp_path: Path):
             line = re.search(rf"{re.escape(f'{case.name}: {name}')}: (.*)", ran.stdout)
             assert line and GOOD.search(line[1]), (case.name, name, line)
     assert ran.stdout.count("sm_90") == len(tiles.CANDIDATES)
+    assert len(re.findall(r"^optimizer: .* ms, host .* of a copy's rate", ran.stdout, re.MULTILINE)) == 6
     sides = re.findall(r"^(?:strop|masters|autocast): (strop|trl \w+) \w+ \d", ran.stdout, re.MULTILINE)
     assert sides == ["strop"] * 4 + ["trl masters"] * 4 + ["trl autocast"] * 4, "one at a time has the GPU"
 
@@ -76,6 +77,26 @@ def test_dry_run_of_sampling(tmp_path: Path):
     ran = run(SCRIPTS[2], tmp_path, "--dry-run")
     assert ran.returncode == 0, ran.stdout[-4000:]
     assert len(re.findall(r"(?:Strop|transformers), \d+ rows.*a decode step", ran.stdout)) == 6
+
+
+def test_the_tests_have_every_file_that_needs_a_gpu():
+    pattern = re.search(r"grep -lE '(.*?)'", SCRIPTS[0].read_text())[1]
+    found = {path.name for path in (ROOT / "tests").rglob("test_*.py") if re.search(pattern, path.read_text())}
+    assert {path.name for path in (ROOT / "tests").rglob("test_*_gpu.py")} | {"test_gpu.py", "test_csrc.py"} <= found
+
+
+def test_the_parts_of_training_begin_their_cases_within_their_limit(monkeypatch):
+    """In less than the 200 s that all may take: imports and the first model come before."""
+    parts = re.findall(r"^part \w+ (\d+) (\S+)", SCRIPTS[1].read_text(), re.MULTILINE)
+    assert sum(int(seconds) for seconds, _ in parts) == 175 and len(parts) == 7
+    assert {module.split(".")[-1] for _, module in parts} == {"steps", "optimizer", "tiles", "kernels"}
+    monkeypatch.setenv("DEADLINE", str(time.time() + 1000))
+    cases.wait_for_turn(cases.parser("").parse_args(["--seconds", "20"]))
+    assert 15 < cases.seconds_left() <= 20
+    cases.wait_for_turn(cases.parser("").parse_args(["--seconds", "500"]))
+    assert cases.seconds_left() <= 20, "the script's own limit stays"
+    cases.wait_for_turn(cases.parser("").parse_args([]))
+    assert cases.seconds_left() <= 20
 
 
 def test_jobs_fill_the_microbatches():

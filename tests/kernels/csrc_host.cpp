@@ -38,47 +38,48 @@ Running merge_lanes(const Running* parts, int lanes) {
 }
 
 template <typename T>
-void forward(const void* logits, const int64_t* target, float* logp, float* lse, int64_t rows, int columns,
+void forward(const void* logits, const int64_t* target, float* logp, float* sums, int64_t rows, int columns,
              int64_t row_stride) {
   for (int64_t i = 0; i < rows; ++i) {
-    logp[i] = lse[i] = 0.0f;
+    logp[i] = sums[2 * i] = sums[2 * i + 1] = 0.0f;
     if (target[i] < 0) continue;
     const T* row = static_cast<const T*>(logits) + i * row_stride;
     Running parts[kThreads], warps[kWarps];
     for (int thread = 0; thread < kThreads; ++thread) parts[thread] = scan_part(row, columns, thread, kThreads);
     for (int warp = 0; warp < kWarps; ++warp) warps[warp] = merge_lanes(parts + warp * kWarp, kWarp);
-    const RowResult result = finish_row(row, columns, target[i], merge_lanes(warps, kWarps));
-    logp[i] = result.logp, lse[i] = result.lse;
+    const Running sum = merge_lanes(warps, kWarps);
+    logp[i] = logp_of(row, columns, target[i], sum);
+    sums[2 * i] = sum.highest, sums[2 * i + 1] = sum.total;
   }
 }
 
 template <typename T>
-void backward(const float* grad, const void* logits, const int64_t* target, const float* at_target, const float* lse,
+void backward(const float* grad, const void* logits, const int64_t* target, const float* at_target, const float* sums,
               void* out, int64_t rows, int columns, int64_t row_stride, int64_t out_stride) {
   for (int64_t i = 0; i < rows; ++i)
     for (int thread = 0; thread < kThreads; ++thread)
       backward_part(static_cast<const T*>(logits) + i * row_stride, static_cast<T*>(out) + i * out_stride, columns,
-                    target[i], grad[i], at_target[i], lse[i], thread, kThreads);
+                    target[i], grad[i], at_target[i], Running{sums[2 * i], sums[2 * i + 1]}, thread, kThreads);
 }
 
 }  // namespace
 
-const char* gather_forward(Element element, const void* logits, const int64_t* target, float* logp, float* lse,
+const char* gather_forward(Element element, const void* logits, const int64_t* target, float* logp, float* sums,
                            int64_t rows, int64_t columns, int64_t row_stride, void*) {
   const auto launch = element == Element::bf16   ? forward<c10::BFloat16>
                       : element == Element::fp16 ? forward<c10::Half>
                                                  : forward<float>;
-  launch(logits, target, logp, lse, rows, columns, row_stride);
+  launch(logits, target, logp, sums, rows, columns, row_stride);
   return nullptr;
 }
 
 const char* gather_backward(Element element, const float* grad, const void* logits, const int64_t* target,
-                            const float* at_target, const float* lse, void* out, int64_t rows, int64_t columns,
+                            const float* at_target, const float* sums, void* out, int64_t rows, int64_t columns,
                             int64_t row_stride, int64_t out_stride, void*) {
   const auto launch = element == Element::bf16   ? backward<c10::BFloat16>
                       : element == Element::fp16 ? backward<c10::Half>
                                                  : backward<float>;
-  launch(grad, logits, target, at_target, lse, out, rows, columns, row_stride, out_stride);
+  launch(grad, logits, target, at_target, sums, out, rows, columns, row_stride, out_stride);
   return nullptr;
 }
 

@@ -238,6 +238,17 @@ def test_gather_logprob(csrc, dtype: torch.dtype, inplace: bool):
     torch.testing.assert_close(gradient, expected_gradient.to(dtype))
 
 
+@pytest.mark.parametrize("shift", [0, 50])
+def test_gradients_of_gather_logprob_err_as_pytorchs_do(csrc, shift: int):
+    """Also where the log-sum-exp is so large that rounding it would show in every gradient."""
+    logits = (torch.randn(8, 3001, generator=torch.Generator().manual_seed(0)) * 3 + shift).requires_grad_()
+    high, target, norms = logits.detach().double().requires_grad_(), torch.arange(8), []
+    (truth,) = torch.autograd.grad(reference.gather_logprob(high, target).sum(), high)
+    for function in (gather_logprob, reference.gather_logprob):
+        norms.append((torch.autograd.grad(function(logits, target).sum(), logits)[0] - truth).norm())
+    assert norms[0] <= 2 * norms[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

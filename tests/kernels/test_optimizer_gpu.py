@@ -41,6 +41,57 @@ def test_steps_are_no_further_from_fp64_than_pytorchs(dtype: torch.dtype):
             assert (master - truth).norm() <= 2 * (other - truth).norm() + 1e-6 * truth.norm()
 
 
+@pytest.mark.parametrize(("kind", "is_split", "launches"), [
+    ("float32", False, 2), ("float32", True, 2), ("bfloat16", False, 4), ("int8", True, 4)])
+def test_many_tensors_get_the_bits_of_a_launch_each(kind: str, is_split: bool, launches: int):
+    """In a launch for each form, of whole and of ragged sizes, without a wait."""
+    shapes, found = [(64, 1000), (2048,), (0,), (3, 33), (2, 1 << 16), (5,), (7, 64)], []
+    starts = [torch.randn(shape, device="cuda") for shape in shapes]
+    grads = [[torch.randn_like(x).bfloat16() for x in starts] for _ in range(4)]
+    factor = torch.tensor(0.7, device="cuda")
+    for at_once in (True, False):
+        states = []
+        for i, start in enumerate(starts):
+            weight, low = (x.clone() for x in optimizer.split(start))
+            mean, square, *scales = optimizer.new_moments(start, kind).values()
+            states.append(optimizer.State(low if is_split else start.clone(), mean, square, weight,
+                                          tuple(scales) or None, 5 * i, i))
+        together = optimizer.AdamW(states)
+        for step, mine in enumerate(grads, 1):
+            if not at_once:
+                for s, grad in zip(states, mine, strict=True):
+                    optimizer.adamw_(s.master, grad, s.exp_avg, s.exp_avg_sq, s.weight, factor, scales=s.scales,
+                                     step=step, key=optimizer.key_of(step, s.number), first=s.first, **OPTIONS)
+                continue
+            torch.cuda.synchronize()
+            if step == len(grads):
+                with torch.profiler.profile() as prof:
+                    together.step(mine, factor, step=step, **OPTIONS)
+                    torch.cuda.synchronize()
+                names = [event.name for event in prof.events() if "LaunchKernel" in event.name]
+                assert len(names) == launches, names
+                continue
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first compiles
+            try:
+                together.step(mine, factor, step=step, **OPTIONS)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append([x for s in states for x in (s.master, s.exp_avg, s.exp_avg_sq, s.weight, *(s.scales or ()))])
+    assert all(map(torch.equal, *found))
+
+
+def test_gradients_are_added_as_pytorch_does():
+    shapes = [(64, 1000), (2048,), (0,), (3, 33), (5,)]
+    sums = [torch.full(shape, 7.0, device="cuda") for shape in shapes]
+    expected, adder = [x.clone() for x in sums], optimizer.Sums(sums)
+    for overwrite, missing in ((True, 3), (False, 1), (False, None)):
+        grads = [None if i == missing else torch.randn_like(x).bfloat16() for i, x in enumerate(sums)]
+        adder.add(grads, overwrite)
+        for total, grad in zip(expected, grads, strict=True):
+            total.copy_(total * (not overwrite) + (0 if grad is None else grad.float()))
+    assert all(map(torch.equal, sums, expected))
+
+
 @pytest.mark.parametrize("is_split", [False, True])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_cheaper_state_is_that_of_the_cpu(kind: str, is_split: bool):

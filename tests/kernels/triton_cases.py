@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strop.kernels import LOSS_TYPES, _triton, optimizer, preference, preference_loss
-from strop.kernels._triton import adamw
+from strop.kernels._triton import adamw, sums
 from strop.kernels._triton import logprob as kernels
 from strop.kernels._triton import segment_sum as segments
 from strop.kernels.head import chunked, passes, reference
 from strop.kernels.head.passes import LogitTransform
-from strop.kernels.optimizer import formats
+from strop.kernels.optimizer import formats, many
 from strop.kernels.optimizer import reference as optimizer_reference
 
 HEADS = [LogitTransform(), LogitTransform(0.5, temperature=0.7), LogitTransform(2.0, temperature=1.3, softcap=3.0)]
@@ -83,23 +83,36 @@ def test_gather(dtype: torch.dtype, inplace: bool):
     logits = (torch.randn(5, 4500) * 4).to(dtype)
     target = torch.tensor([4, 4499, -1, 77, 4096])
     grad = torch.tensor([1.0, -1.0, 1.0, 0.0, 0.5])
-    logp, lse = kernels.gather_forward(logits, target)
-    torch.testing.assert_close((logp, lse), passes.gather_forward(logits, target))
+    logp, total = kernels.gather_forward(logits, target)
+    torch.testing.assert_close((logp, total), passes.gather_forward(logits, target))
     expected = torch.empty_like(logits)
-    passes.gather_backward(grad, logits, target, torch.expm1(logp), lse, expected)
+    passes.gather_backward(grad, logits, target, torch.expm1(logp), total, expected)
     out = logits if inplace else torch.empty_like(logits)
-    kernels.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
+    kernels.gather_backward(grad, logits, target, torch.expm1(logp), total, out)
     torch.testing.assert_close(out, expected)
     assert (out[2:4] == 0).all()
+
+
+@pytest.mark.parametrize("shift", [0, 50])
+def test_gradients_of_gather_err_as_pytorchs_do(shift: int):
+    """Also where the log-sum-exp is so large that rounding it would show in every gradient."""
+    logits = torch.randn(8, 3001, generator=torch.Generator().manual_seed(0)) * 3 + shift
+    target, found = torch.arange(8), []
+    for x in (logits.double().requires_grad_(), logits.clone().requires_grad_()):
+        found += torch.autograd.grad(reference.gather_logprob(x, target).sum(), x)
+    logp, total = kernels.gather_forward(logits, target)
+    out = torch.empty_like(logits)
+    kernels.gather_backward(torch.ones(8), logits, target, torch.expm1(logp), total, out)
+    assert (out - found[0]).norm() <= 2 * (found[1] - found[0]).norm()
 
 
 def test_gather_with_columns_apart():
     """A transposed matrix, as a caller may hold it; its gradient has its strides."""
     logits, target, grad = torch.randn(40, 3).t(), torch.tensor([4, -1, 39]), torch.tensor([1.0, 1.0, -0.5])
-    logp, lse = kernels.gather_forward(logits, target)
+    logp, total = kernels.gather_forward(logits, target)
     out, expected = torch.empty_like(logits), torch.empty_like(logits)
-    kernels.gather_backward(grad, logits, target, torch.expm1(logp), lse, out)
-    passes.gather_backward(grad, logits, target, torch.expm1(logp), lse, expected)
+    kernels.gather_backward(grad, logits, target, torch.expm1(logp), total, out)
+    passes.gather_backward(grad, logits, target, torch.expm1(logp), total, expected)
     torch.testing.assert_close(out, expected)
 
 
@@ -144,9 +157,10 @@ def test_offsets_pass_two_to_the_31():
     target, out = torch.tensor([1, 2, 3, 4]), torch.empty(4, columns, dtype=torch.float16)
     state = passes.new_state(logits, target, False, False, False)
     kernels.scan_chunk(logits, 0, state, 0.0)
-    logp, lse, _ = chunked._finish(state, (), columns)
+    logp, *_ = chunked._finish(state, (), columns)
     torch.testing.assert_close(logp, reference.gather_logprob(logits.float(), target), rtol=1e-5, atol=1e-5)
-    kernels.gather_backward(torch.ones(4), logits, target, torch.expm1(logp), lse, out)
+    total = torch.stack((state.highest, state.total), 1)
+    kernels.gather_backward(torch.ones(4), logits, target, torch.expm1(logp), total, out)
     expected = -logits.float().softmax(-1)
     expected[torch.arange(4), target] += 1
     torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
@@ -264,6 +278,86 @@ def test_adamw_on_cheaper_state_equals_plain_pytorch(kind: str, shape: tuple[int
         torch.testing.assert_close(mine, other, rtol=0.2, atol=1e-4)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, module) -> list:
+    """The grids of a module's launches from now on; kernels for many tensors run on those of the CPU."""
+    grids, launch = [], module.launch
+    monkeypatch.setattr(module, "launch", lambda kernel, grid, *rest, **options: (
+        grids.append(tuple(grid)), launch(kernel, grid, *rest, **options))[1])
+    monkeypatch.setattr(many, "on_gpu", lambda x: True)
+    return grids
+
+
+MANY = [(9, 700), (64,), (0,), (3, 33), (2, 1024), (5,), (4, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("kind", "is_split", "launches"), [
+    ("float32", False, 2), ("float32", True, 2), ("bfloat16", False, 4), ("int8", False, 4), ("int8", True, 4)])
+def test_adamw_on_many_tensors_gives_the_bits_of_a_launch_each(monkeypatch, kind, is_split, launches, dtype):
+    """Whole and ragged sizes; a tensor that is a slice; gradients that move from step to step, also to addresses
+    that wide loads cannot take."""
+    generator, found = torch.Generator().manual_seed(0), []
+    starts = [torch.randn(shape, generator=generator) for shape in MANY]
+    grads = [[torch.randn(x.numel() + 1, generator=generator).to(dtype)[step % 2:][:x.numel()].view_as(x)
+              for x in starts] for step in range(3)]
+    grids = counted(monkeypatch, adamw)
+    options = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    for at_once in (False, True):
+        states = []
+        for i, start in enumerate(starts):
+            weight, low = (x.clone() for x in optimizer.split(start))
+            mean, square, *scales = optimizer.new_moments(start, kind).values()
+            has_weight = is_split or dtype == torch.bfloat16
+            states.append(optimizer.State(low if is_split else start.clone(), mean, square,
+                                          weight if has_weight else None, tuple(scales) or None, 7 * i, i + 3))
+        together, factor = optimizer.AdamW(states), torch.tensor(0.7)
+        grids.clear()
+        for step, mine in enumerate(grads, 1):
+            if at_once:
+                together.step(mine, factor, betas=(0.9, 0.95), step=step, **options)
+                continue
+            for state, grad in zip(states, mine, strict=True):
+                adamw.adamw_(state.master, grad, state.exp_avg, state.exp_avg_sq, state.weight, factor, state.scales,
+                             beta1=0.9, beta2=0.95, step=step, key=optimizer.key_of(step, state.number),
+                             first=state.first, **options)
+        found.append([x for s in states for x in (s.master, s.exp_avg, s.exp_avg_sq, s.weight, *(s.scales or ()))])
+    assert len(grids) == 3 * launches and sum(math.prod(grid) for grid in grids) >= 3 * len(MANY[:2] + MANY[3:])
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], optimizer.split(starts[0])[1] if is_split else starts[0])
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**31, 2**32 - 1])
+def test_the_key_of_a_tensor_is_that_of_key_of(monkeypatch, seed):
+    monkeypatch.setattr(many, "on_gpu", lambda x: True)
+    monkeypatch.setattr(many, "mix", lambda *_: seed)
+    found, grad = [], torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    for at_once in (False, True):
+        state = optimizer.State(torch.ones(2, 64), *optimizer.new_moments(grad, "bfloat16").values(), number=11)
+        if at_once:
+            optimizer.AdamW([state]).step([grad], torch.ones(()), lr=0.1, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0,
+                                          step=1)
+        else:
+            adamw.adamw_(state.master, grad, state.exp_avg, state.exp_avg_sq, None, torch.ones(()), None, 0.1, 0.9, 0.9,
+                         1e-8, 0.0, 1, formats.mix(seed, 11) >> 1, 0)
+        found.append(state.exp_avg)
+    assert torch.equal(*found)
+
+
+def test_gradients_are_added_in_one_launch(monkeypatch):
+    """bf16 into fp32, as copy_ and add_ do it; some have none."""
+    grids, generator = counted(monkeypatch, sums), torch.Generator().manual_seed(0)
+    found = [torch.full(shape, 7.0) for shape in MANY]
+    expected, adder = [x.clone() for x in found], optimizer.Sums(found)
+    for overwrite, missing in ((True, 3), (False, 1), (False, None), (True, None)):
+        grads = [None if i == missing else torch.randn(shape, generator=generator).bfloat16()
+                 for i, shape in enumerate(MANY)]
+        adder.add(grads, overwrite)
+        for total, grad in zip(expected, grads, strict=True):
+            total.copy_(total * (not overwrite) + (0 if grad is None else grad.float()))
+        assert all(map(torch.equal, found, expected))
+    assert len(grids) == 4
+
+
 def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch):
     order = []
 
@@ -281,9 +375,13 @@ def test_launches_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyP
         order.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     _triton.launch(Kernel(), (2, 3), Tensor(), 5, BLOCK=1)
     assert order == [torch.device("cuda:1"), ((2, 3), 2, {"BLOCK": 1}), "left"]
     _triton.launch(Kernel(), (0, 3), Tensor())
     assert len(order) == 3, "an empty grid launches nothing"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    _triton.launch(Kernel(), (2, 3), Tensor(), 5, BLOCK=1)
+    assert order[3:] == order[1:2], "on the current device there is nothing to change"
     sources = [path.read_text() for path in Path(_triton.__file__).parent.glob("*.py")]
     assert not any("_kernel[" in text for text in sources), "every launch goes through launch()"

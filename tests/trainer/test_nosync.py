@@ -23,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
+from strop.trainer.errors import UserError
 from strop.trainer.method_recipes import RewardRecipe
+from strop.trainer.run import stopping
 from strop.trainer.run.world import World
-from strop.trainer.training import rewards
+from strop.trainer.training import logged, rewards
 from strop.trainer.training.local import Engine
 from strop.trainer.training.masters import Masters
 from strop.trainer.training.policy import add_lora
@@ -53,6 +55,19 @@ class Waited(RuntimeError):
     """Something asked the device for a value."""
 
 
+class Event:
+    """Of a GPU that is not there."""
+
+    def record(self):
+        pass
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        raise Waited("synchronize()")
+
+
 class BlockingCopies(TorchDispatchMode):
     """Raises on a copy between host and device that the host waits for."""
 
@@ -72,7 +87,9 @@ class WithoutCuda(TorchFunctionMode):
     without values."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.copy_ and args[0].device.type == args[1].device.type == "cuda":
+        if func is torch.Tensor.copy_ and "cuda" in (args[0].device.type, args[1].device.type):
+            if args[0].device.type != args[1].device.type and not (kwargs or {}).get("non_blocking"):
+                raise Waited("copy_")
             return args[0]
         if func is not torch.Tensor.__getitem__ or args[0].device.type != "cuda":
             return func(*args, **(kwargs or {}))
@@ -172,6 +189,7 @@ def device(request, monkeypatch, tiny_model):
         monkeypatch.setattr(f"strop.trainer.{module}.{name}", value)
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # a fake one cannot be pinned
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "tensor", from_host)
 
     def backward(tensor):
@@ -191,8 +209,8 @@ def device(request, monkeypatch, tiny_model):
         made = dataclasses.replace(stage_in(folder / "stage", stage.__name__), world=World(device=where))
         steps, step = [], Engine.step
         monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
-        inputs = {"select": select_of(folder / "select", 12)}
-        rated_of(folder / "select", 12)
+        inputs = {"select": select_of(folder / "select", 16)}
+        rated_of(folder / "select", 16)
         inputs |= {"start": tiny_model} if stage in (sft, reward) else {"policy": tiny_model, "reference": folder,
                                                               "same_weights": False}
         is_lora.extend([True] * recipe.lora.rank)
@@ -201,38 +219,39 @@ def device(request, monkeypatch, tiny_model):
             stage(made, recipe, **inputs)
         return len(steps), str(error.value)
 
-    return SimpleNamespace(run=run)
+    return SimpleNamespace(run=run, interval=(4, "synchronize()") if is_fake else (3, "cpu()"))
 
 
 KEYS = {"batch_size": 4, "max_tokens": 48, "ema_decay": 0.9}
-INTERVAL = (3, "cpu()")  # what a run of an interval of three steps comes to: it fetches the metrics, nothing before
+# What waits first in a run with an interval of three steps, `device.interval`: it fetches the metrics, on a GPU after
+# the launches of the next step.
 
 
 @pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": True}, {"nll_weight": 0.2, "loss": "ipo"}, {
     "loss": "kto"}, {"loss": "bco"}, {"loss": "listwise"}], ids=str)
 def test_dpo_steps_wait_for_nothing(device, tmp_path, keys):
     recipe = recipe_of(dtype="bfloat16", dpo=KEYS | keys, log={"interval": 3})
-    assert device.run(dpo, tmp_path, recipe) == INTERVAL
+    assert device.run(dpo, tmp_path, recipe) == device.interval
 
 
 @pytest.mark.parametrize("keys", [{}, {"moments": "int8"}, {"optimizer": "muon", "moments": "bfloat16",
                                                             "masters": "split"}], ids=str)
 def test_sft_steps_wait_for_nothing(device, tmp_path, keys):
     recipe = recipe_of(dtype="bfloat16", sft=KEYS | keys, log={"interval": 3})
-    assert device.run(sft, tmp_path, recipe) == INTERVAL
+    assert device.run(sft, tmp_path, recipe) == device.interval
 
 
 def test_reward_steps_wait_for_nothing(device, tmp_path):
     recipe = RewardRecipe.model_validate({
         "dtype": "bfloat16", "data": {"preferences": [{"name": "x", "path": "x"}]}, "log": {"interval": 3},
         "reward": KEYS | {"held_out": 0.0, "label_smoothing": 0.1, "centering": 0.01}})
-    assert device.run(reward, tmp_path, recipe) == INTERVAL
+    assert device.run(reward, tmp_path, recipe) == device.interval
 
 
 def test_lora_steps_wait_for_nothing(device, tmp_path):
     pytest.importorskip("peft")
     recipe = recipe_of(dtype="bfloat16", dpo=KEYS, lora={"rank": 4}, log={"interval": 3})
-    assert device.run(dpo, tmp_path, recipe) == INTERVAL
+    assert device.run(dpo, tmp_path, recipe) == device.interval
 
 
 WAITS = {"item": lambda x: x.sum().item(), "tolist": lambda x: x.tolist(), "bool": lambda x: bool((x > 0).any()),
@@ -268,3 +287,120 @@ def test_metrics_are_fetched_and_reduced_once_an_interval(tmp_path, tiny_model, 
     assert made.counts["steps"] == 7 and len(log.rows) == 3
     assert len(fetched) == 3 and reduced.count(1) == 3 and len(reduced) == 3 + 7
     assert all(math.isfinite(row["loss"]) for row in log.rows)
+
+
+class Late(logged.Readback):
+    """A GPU's on the CPU."""
+
+    order: list
+
+    def __init__(self, x):
+        self.host, self.event = x.clone(), object()
+
+    def wait(self):
+        self.order.append("read")
+        return self.host
+
+
+@pytest.mark.parametrize("keys", [{}, {"checkpoint_steps": 3}, {"snapshots": 1}], ids=str)
+def test_a_row_is_read_when_the_next_step_is_launched(tmp_path, tiny_model, monkeypatch, keys):
+    """And at once before weights are written; what is logged does not depend on it."""
+    recipe = recipe_of(sft={"batch_size": 2, "max_tokens": 32, **keys}, log={"interval": 1})
+    select, found, order, step = select_of(tmp_path / "select", 10), [], [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (order.append(self.step_index + 1), step(self))[1])
+    for name, readback in (("usual", logged.Readback), ("late", Late)):
+        Late.order = order
+        order.clear()
+        monkeypatch.setattr(logged, "Readback", readback)
+        log = Log()
+        sft(stage_in(tmp_path / name, "sft", log), recipe, select=select, start=tiny_model)
+        timed = ("tokens_per_second", "mfu", "wait/")
+        found.append([{k: v for k, v in row.items() if not k.startswith(timed)} for row in log.rows])
+    assert found[0] == found[1] and len(found[0]) == 5
+    at_once = 3 if keys.get("checkpoint_steps") else 2 if keys else None
+    expected = []
+    for number in range(1, 6):
+        expected.append(number)
+        expected += ["read"] * (number > 1 and number - 1 != at_once) + ["read"] * (number in (at_once, 5))
+    assert order == expected
+
+
+def test_a_row_that_is_late_is_written_before_the_stage_stops(tmp_path, tiny_model, monkeypatch):
+    """A resumed run then has every row, and none twice."""
+    recipe, select, rows = recipe_of(sft={"batch_size": 2, "max_tokens": 32}), select_of(tmp_path / "select", 10), []
+    monkeypatch.setattr(logged, "Readback", Late)
+    Late.order = []
+    whole = stage_in(tmp_path / "whole", "sft")
+    sft(whole, recipe, select=select, start=tiny_model)
+    steps, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: (steps.append(1), step(self))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(stopping, "requested", lambda: len(steps) == 3)
+        with pytest.raises(KeyboardInterrupt):
+            sft(stage_in(tmp_path / "stopped", "sft", stopped := Log()), recipe, select=select, start=tiny_model)
+    assert len(stopped.rows) == 3
+    sft(stage_in(tmp_path / "stopped", "sft", resumed := Log()), recipe, select=select, start=tiny_model)
+    assert resumed.rewound_to == 3
+    rows = [row["loss"] for row in stopped.rows + resumed.rows]
+    assert rows == [row["loss"] for row in whole.metrics.rows]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_is_not_finite_is_named_and_never_saved(tmp_path, tiny_model, monkeypatch, late):
+    if late:
+        monkeypatch.setattr(logged, "Readback", Late)
+        Late.order = []
+    step, log = Engine.step, Log()
+    monkeypatch.setattr(Engine, "step", lambda self: step(self) * (math.nan if self.step_index == 2 else 1.0))
+    stage = stage_in(tmp_path / "stage", "sft", log)
+    with pytest.raises(UserError, match=r"sft: step 2: loss=.* grad_norm=nan"):
+        sft(stage, recipe_of(sft={"batch_size": 2, "max_tokens": 32, "checkpoint_steps": 3}),
+            select=select_of(tmp_path / "select", 10), start=tiny_model)
+    assert len(log.rows) == 1 and not list(stage.work.glob("step-*")) and list(stage.work.glob("bad-step-000002*"))
+
+
+def test_times_of_all_ranks_come_with_the_numbers():
+    """Rank 1 of 3: the sums over the ranks, and each rank's times at its place."""
+    reduced = []
+
+    class Ranks(World):
+        def sum_(self, tensors):
+            reduced.append([x.clone() for x in tensors])
+            for x in tensors:
+                x += torch.tensor([[2.0, 0.0, 3.0], [4.0, 0.0, 6.0]]) if x.dim() == 2 else x
+
+    world = Ranks(rank=1, size=3)
+    waits = [SimpleNamespace(take=lambda seconds=seconds: seconds) for seconds in (1.0, 2.0)]
+    engine = SimpleNamespace(world=world, mesh=world, waits=waits[1], step_index=7)
+    seen = [torch.tensor([0.5, 1.0]), torch.tensor([0.25, 2.0])]
+    row = logged.Interval.end(engine, torch.tensor([1.0, 2.0, 3.0]), seen, None, waits[0])
+    row.read()
+    assert len(reduced) == 2 and torch.equal(reduced[1][0], torch.tensor([[0.0, 0.5, 0.0], [0.0, 1.0, 0.0]]))
+    assert row.sums.tolist() == [2.0, 4.0, 6.0] and row.seen.tolist() == [1.0, 2.0, 0.5, 4.0] and row.last == 7
+    assert row.waited() == pytest.approx({"wait/data": 5.5 / 3, "wait/data_max": 3.0, "wait/ranks": 11 / 3,
+                                          "wait/ranks_max": 6.0})
+
+
+def test_waits_that_a_gpu_has_not_finished_count_later(monkeypatch):
+    class Timed(Event):
+        done = False
+
+        def __init__(self, **_):
+            pass
+
+        def query(self):
+            return self.done
+
+        def elapsed_time(self, end):
+            return 500.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Timed)
+    waits = Waits(torch.device("cuda"))
+    for _ in range(3):
+        with waits:
+            pass
+    for pair in list(waits.events)[:2]:
+        pair[1].done = True
+    assert waits.take() == 1.0 and waits.take() == 0.0
+    waits.events[0][1].done = True
+    assert waits.take() == 0.5 and not waits.events

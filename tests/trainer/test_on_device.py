@@ -202,7 +202,9 @@ def batch_on_meta(monkeypatch, waits: Waits) -> DeviceBatch:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # not for meta
     keys = [[100 * i + s for s in range(3)] for i in range(len(PROMPTS))]
     engine = DeviceEngine(model, torch.device("meta"))
-    return DeviceBatch(engine, PROMPTS, keys, 60, SAMPLING, (), 9, None)
+    batch = DeviceBatch(engine, PROMPTS, keys, 60, SAMPLING, (), 9)
+    batch.begin()
+    return batch
 
 
 def test_a_step_waits_for_the_tokens_of_the_one_before_alone(monkeypatch):
@@ -256,6 +258,85 @@ def test_kv_memory_follows_the_completions(monkeypatch):
     short = generator.generate(PROMPTS[:2], k=2, max_new_tokens=100, batch_size=4, ids=["a", "b"])
     again = on_the_device(model).generate(PROMPTS[:2], k=2, max_new_tokens=100, batch_size=4, ids=["a", "b"])
     assert short == again, "the pool's size is not part of the result"
+
+
+@pytest.mark.parametrize("room", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_call_prefills_for_the_next_one(monkeypatch, room):
+    """While its last rows end, if the pool has pages for it. No step and no prefill has rows or prompts of two calls,
+    and what is drawn is what a call alone draws."""
+    calls = [(make_prompts(5, 40, 3, 12, 70, 5), ["a", "b", "c", "d", "e", "f"]), (mixed_prompts(), list("klmnopqrst")),
+             (make_prompts(40, 40), ["x", "y"])]
+    how = {"k": 3, "seed": 5, "max_new_tokens": 20, "stop_ids": STOP, "batch_size": 8}
+    model = tiny("Llama")
+    alone = [on_the_device(model).generate(prompts, ids=ids, **how) for prompts, ids in calls]
+    generator, events = on_the_device(model), []
+    with_graphs(monkeypatch, generator)
+    generator.engine.pool.grow(300)
+    prefill, step, begin = DeviceBatch.prefill, DeviceBatch.step, DeviceBatch.begin
+    names = {}
+
+    def noted(kind, function):
+        def call(batch, *rest):
+            name = names.setdefault(len(batch.prompts), len(names))
+            events.append((kind, name))
+            return function(batch, *rest)
+        return call
+
+    for kind, function in (("prefill", prefill), ("step", step), ("begin", begin)):
+        monkeypatch.setattr(DeviceBatch, kind, noted(kind, function))
+    found = []
+    for i, (prompts, ids) in enumerate(calls):
+        if i + 1 < len(calls):
+            generator.expect(calls[i + 1][0], ids=calls[i + 1][1], **how)
+        if not room:
+            monkeypatch.setattr(DeviceBatch, "still_needed", lambda batch: 1 << 30)
+        found.append(generator.generate(prompts, ids=ids, **how))
+        assert len(generator.engine.pool.free) + sum(
+            len(pages) for pages in (generator.engine.coming.group_pages if generator.engine.coming else ())
+        ) == generator.engine.pool.size, "the pages of a call are free when it ends"
+    assert found == alone
+    begins = [i for i, (kind, *_) in enumerate(events) if kind == "begin"]
+    for call, at in enumerate(begins):
+        early = ("prefill", call) in events[:at]
+        assert early == (room and call > 0), events
+        if early:
+            assert events[at + 1] == ("step", call), "it begins with a step"
+            assert events[at - 1] == ("step", call - 1), "the last call had rows when it was prefilled"
+
+
+def test_what_was_expected_is_forgotten_if_another_call_comes(llama, monkeypatch):
+    how = {"k": 2, "max_new_tokens": 30, "stop_ids": STOP, "batch_size": 4}
+    first, second, third = make_prompts(5, 9, 20), make_prompts(40, 33), make_prompts(7, 50)
+    alone = [llama.generate(prompts, **how) for prompts in (first, third)]
+    llama.engine.pool.grow(300)
+    llama.expect(second, **how)
+    assert llama.generate(first, **how) == alone[0] and llama.engine.coming.group_logits is not None
+    assert llama.generate(third, **how) == alone[1] and llama.engine.coming is None
+    llama.expect(second, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceBatch, "retire", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llama.generate(first, **how)
+    assert llama.engine.coming is None and llama.generate(third, **how) == alone[1]
+
+
+def test_a_prefill_ahead_that_finds_no_memory_is_left_out(monkeypatch):
+    generator, how = on_the_device(tiny("Llama")), {"k": 2, "max_new_tokens": 30, "stop_ids": STOP, "batch_size": 4}
+    first, second = make_prompts(5, 9, 20), make_prompts(40, 33)
+    alone = generator.generate(second, **how)
+    forward = DeviceBatch.forward
+
+    def small(batch, step, *rest, **options):
+        if batch is generator.engine.coming:
+            raise torch.OutOfMemoryError("no room")
+        return forward(batch, step, *rest, **options)
+
+    monkeypatch.setattr(DeviceBatch, "forward", small)
+    generator.engine.pool.grow(300)
+    generator.expect(second, **how)
+    generator.generate(first, **how)
+    assert generator.engine.coming is None and len(generator.engine.pool.free) == generator.engine.pool.size
+    assert generator.generate(second, **how) == alone
 
 
 def test_pages_are_freed_by_their_last_holder(monkeypatch):

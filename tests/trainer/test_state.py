@@ -8,6 +8,7 @@ from stagecalls import sft
 from training import Log, largest_difference, recipe_of, select_of, stage_in
 
 from strop.kernels import optimizer
+from strop.kernels.optimizer import many
 from strop.trainer.config import Sft
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
@@ -77,6 +78,37 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, tiny_model, plain,
         assert largest_difference(whole / part, again / part) == 0.0
     apart = (masters - plain[1]).norm() / (plain[1] - plain[2]).norm()
     assert 0 < apart < allowed
+
+
+@pytest.mark.parametrize(("keys", "launches"), [({}, 1), ({"masters": "split"}, 1), ({"moments": "bfloat16"}, 2),
+                                                ({"moments": "int8", "masters": "split"}, 2)], ids=str)
+def test_a_step_on_a_gpu_is_a_launch_for_each_form(monkeypatch, keys, launches):
+    """However many tensors there are; another one adds up the gradients of a microbatch. Nothing is computed here."""
+    pytest.importorskip("triton")
+    from strop.kernels._triton import adamw, sums
+
+    found = []
+    monkeypatch.setattr(many, "on_gpu", lambda x: True)
+    for module in (adamw, sums):
+        monkeypatch.setattr(module, "launch", lambda kernel, grid, *_, **__: found.append(kernel))
+    params = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in 20 * [(8, 64), (64,), (32, 48)]]
+    masters = Masters(params, Sft(**keys), World())
+    for microbatches in (1, 3):
+        for number in range(1, 3):
+            found.clear()
+            for i in range(microbatches):
+                for param in params[i % 2:]:  # one has none in the second
+                    param.grad = torch.randn_like(param)
+                if i < microbatches - 1:
+                    masters.fold()
+            masters.step(number, 1e-3)
+            added = microbatches if microbatches > 1 else 0
+            assert found == added * [sums.add_kernel] + launches * [adamw.adamw_many_kernel]
+    moments = [{k: v.clone() for k, v in state.items()} for state in masters.moments()]
+    masters.set_moments(moments, 2)
+    masters.step(3, 1e-3)
+    held = {id(x) for group in masters.adamw.groups for column in (group.master, *group.rest) for x in column}
+    assert {id(x) for state in moments for x in state.values()} <= held, "moments that were read are used"
 
 
 @pytest.mark.parametrize("masters", ["float32", "split"])

@@ -64,6 +64,10 @@ class Sampler(Protocol):
         """Completions number `first` to `first + n - 1` of every prompt, in the prompts' order. ids: names of the
         prompts, which seed their draws. on_progress(completions finished, tokens drawn)."""
 
+    def expect(self, prompts: Sequence[Sequence[int]], n: int, settings: Settings, *, ids: Sequence[str],
+               first: int = 0) -> None:
+        """Says what the call of `sample` after the next one gets, so that it can be prepared."""
+
     def close(self) -> None:
         """Frees its memory and ends its processes."""
 
@@ -97,6 +101,9 @@ class Fake:
 
     def sample(self, prompts, n, settings, *, ids, first=0, on_progress=None):
         return [[self._draw(prompt, i, settings) for i in range(first, first + n)] for prompt in prompts]
+
+    def expect(self, prompts, n, settings, *, ids, first=0):
+        pass
 
     def _draw(self, prompt: Sequence[int], i: int, settings: Settings) -> Completion:
         draws = hashlib.blake2b(f"{settings.seed}:{list(prompt)}:{i}".encode()).digest()

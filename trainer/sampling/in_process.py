@@ -22,7 +22,7 @@ from strop.trainer.run.world import World
 from strop.trainer.sampling import kv_cache
 from strop.trainer.sampling.base import Completion
 from strop.trainer.sampling.kv_cache import CachedPrefix, Decode, Held, Prefill, PromptKV, attend_with_cache, onto
-from strop.trainer.sampling.on_device import DeviceBatch, DeviceEngine
+from strop.trainer.sampling.on_device import DeviceBatch, DeviceEngine, DeviceRow
 from strop.trainer.sampling.pages import supports
 
 BUCKET = 16  # rows and lengths are rounded up: few shapes, whole matrix tiles
@@ -118,6 +118,7 @@ class Generator:
         self.decoder = decoder or getattr(model, "strop_decoder", None)
         attend_with_cache(model)
         self.engine = DeviceEngine(model, self.device) if supports(model) else None
+        self.expected: tuple | None = None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], *, k: int = 1, ids: Sequence[str] | None = None,
@@ -137,19 +138,38 @@ class Generator:
                                  f"{max_new_tokens} at most {self.context - max_new_tokens}")
         if not prompts:
             return []
-        keys = [[draw_key(seed, ids[i] if ids else str(i), s) for s in range(k)] for i in range(len(prompts))]
-        prompts = [list(p) for p in prompts]
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        call = batch_of(prompts, k, ids, seed, max_new_tokens, sampling, stop_ids, batch_size)
         if self.engine:
-            finished = DeviceBatch(self.engine, prompts, keys, max_new_tokens, sampling, stop_ids, batch_size,
-                                   on_progress).run()
+            finished = self._on_device(call, on_progress)
         else:
-            batch = Batch(self.model, self.device, prompts, keys, max_new_tokens, batch_size, self.decoder)
+            batch = Batch(self.model, self.device, *call[:3], batch_size, self.decoder)
             finished = self._on_host(batch, sampling, frozenset(stop_ids), on_progress)
         done: list[list[Completion]] = [[] for _ in prompts]
         for row in sorted(finished, key=lambda row: row.sample):
             done[row.prompt].append(row.completion)
         return done
+
+    def expect(self, prompts: Sequence[Sequence[int]], *, k: int = 1, ids: Sequence[str] | None = None, seed: int = 0,
+               max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               stop_ids: Collection[int] = (), batch_size: int = 128) -> None:
+        """Says what the call of `generate` after the next one gets. On a GPU the next one then prefills its first
+        prompts while its own last rows end; the completions do not depend on it."""
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.expected = batch_of(prompts, k, ids, seed, max_new_tokens, sampling, stop_ids, batch_size)
+
+    def _on_device(self, call: tuple, on_progress: Callable[[int, int], None] | None) -> list[DeviceRow]:
+        engine, batch = self.engine, self.engine.coming
+        if batch is None or batch.call != call:
+            engine.pool.reset()
+            batch = DeviceBatch(engine, *call)
+        engine.coming = DeviceBatch(engine, *self.expected) if self.expected else None
+        self.expected = None
+        try:
+            return batch.run(on_progress)
+        except BaseException:
+            engine.coming = None  # pages of the batch that failed are taken
+            raise
 
     @staticmethod
     def _on_host(batch: Batch, sampling: dict, stop: frozenset[int],
@@ -166,6 +186,13 @@ class Generator:
                 break
             draw(list(range(batch.active)), batch.step())
         return batch.finished
+
+
+def batch_of(prompts: Sequence[Sequence[int]], k: int, ids: Sequence[str] | None, seed: int, max_new_tokens: int,
+             sampling: dict, stop: Collection[int], batch_size: int) -> tuple:
+    """A call of `generate`, as DeviceBatch takes it."""
+    keys = [[draw_key(seed, ids[i] if ids else str(i), s) for s in range(k)] for i in range(len(prompts))]
+    return [list(p) for p in prompts], keys, max_new_tokens, sampling, frozenset(stop), batch_size
 
 
 class Batch:

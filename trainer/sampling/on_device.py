@@ -139,10 +139,11 @@ class DeviceEngine:
         if "dynamic" in rope or "longrope" in rope:  # transformers reads the largest position on the host
             self.graphs.capturing = False
         self.longest_prompt = 0  # that a step has room for, so far
+        self.coming: DeviceBatch | None = None  # of which some prompts may be prefilled
         self.captured, self.version = (), 0  # settings and version of the pool that the graphs were captured with
 
     def prepare(self, shape: tuple[int, ...], captured: tuple) -> Arena:
-        """An arena for (rows, groups, pages of a prompt, pages of a completion, rows of a tile), and an empty pool."""
+        """An arena for (rows, groups, pages of a prompt, pages of a completion, rows of a tile)."""
         if self.arena is None or not self.arena.fits(shape):
             if self.arena is not None:  # calls of different sizes soon fit
                 shape = (*(max(sizes) for sizes in zip(shape[:-1], self.arena.shape[:-1], strict=True)), shape[-1])
@@ -151,7 +152,6 @@ class DeviceEngine:
             self.arena = Arena(self.device, *shape)
         self.arena.length.fill_(-1)
         self.arena.host[:] = 0
-        self.pool.reset()
         self.keep_graphs(captured)
         return self.arena
 
@@ -165,29 +165,26 @@ class DeviceEngine:
 
 
 class DeviceBatch:
-    """A call of the generator. keys: for each prompt the random key of each of its completions."""
+    """A call of the generator. keys: for each prompt the random key of each of its completions.
+
+    While the last rows of a call end, the first prompts of the next one, `engine.coming`, are prefilled. No rows of two
+    calls run in one step, and every prefill has the prompts that it would have had: the completions are the same.
+    """
 
     def __init__(self, engine: DeviceEngine, prompts: list[list[int]], keys: list[list[int]], max_new_tokens: int,
-                 sampling: dict, stop: Collection[int], batch_size: int,
-                 on_progress: Callable[[int, int], None] | None = None):
+                 sampling: dict, stop: Collection[int], batch_size: int):
+        self.call = prompts, keys, max_new_tokens, sampling, frozenset(stop), batch_size
         self.engine, self.device, self.pool = engine, engine.device, engine.pool
         self.prompts, self.keys, self.k = prompts, keys, len(keys[0])
         self.max_new_tokens, self.sampling, self.stop = max_new_tokens, sampling, frozenset(stop)
-        self.on_progress = on_progress or (lambda *_: None)
         groups = min(len(prompts), -(-batch_size // self.k) + SPARE_GROUPS)
         batch_size = min(batch_size, len(prompts) * self.k)
-        longest = max(map(len, prompts))
+        self.longest = longest = max(map(len, prompts))
         heads = engine.model.config.get_text_config()
         rep = heads.num_attention_heads // (getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads)
-        shape = (_bucket(batch_size), groups, _power(pages_of(longest)), _power(pages_of(max_new_tokens)),
-                 tile_members(self.k, rep))
-        self.longest_prompt = engine.longest_prompt = max(engine.longest_prompt, _power(-(-longest // SPLIT)) * SPLIT)
-        self.settings = (*sampling.values(), max_new_tokens, tuple(sorted(self.stop)), self.longest_prompt)
-        self.arena = engine.prepare(shape, self.settings)
-        self.stops, = onto(self.device, sorted(self.stop))
-        if engine.graphs.held:
-            self.stops = engine.stops  # the graphs read them there
-        engine.stops = self.stops
+        self.shape = (_bucket(batch_size), groups, _power(pages_of(longest)), _power(pages_of(max_new_tokens)),
+                      tile_members(self.k, rep))
+        self.arena: Arena | None = None  # once it runs
         self.rows: list[DeviceRow | None] = [None] * batch_size
         self.finished: list[DeviceRow] = []
         self.free_groups, self.group_left = list(range(groups)), [0] * groups
@@ -199,13 +196,56 @@ class DeviceBatch:
         self.underway: deque[Drawn] = deque()
         self.is_stale = False  # the tables on the device
 
-    def run(self) -> list[DeviceRow]:
+    def run(self, on_progress: Callable[[int, int], None] | None = None) -> list[DeviceRow]:
         """All completions."""
+        self.begin(on_progress)
         while self.waiting or self.ready or any(self.rows):
             self.admit()
             launched = self.step()
+            if launched and self.engine.coming and not self.waiting and not self.ready:
+                self.engine.coming.prepare(self.still_needed())
             self.collect(1 if launched else 0)
+        for pages in self.group_pages:
+            self.pool.release(pages)
         return self.finished
+
+    def begin(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Takes over the arena."""
+        self.on_progress = on_progress or (lambda *_: None)
+        engine, longest = self.engine, _power(-(-self.longest // SPLIT)) * SPLIT
+        self.longest_prompt = engine.longest_prompt = max(engine.longest_prompt, longest)
+        self.settings = (*self.sampling.values(), self.max_new_tokens, tuple(sorted(self.stop)), self.longest_prompt)
+        self.arena = engine.prepare(self.shape, self.settings)
+        self.stops, = onto(self.device, sorted(self.stop))
+        if engine.graphs.held:
+            self.stops = engine.stops  # the graphs read them there
+        engine.stops = self.stops
+        for row in self.ready:
+            self.write_group(row.group, len(self.prompts[row.prompt]))
+
+    def still_needed(self) -> int:
+        """Pages that unfinished rows may still take."""
+        return sum(pages_of(self.max_new_tokens) - len(row.pages) for row in self.rows if row)
+
+    def prepare(self, reserved: int) -> None:
+        """Before it begins, and while another batch runs: one of the prefills that `admit` will begin with, if there is
+        one left and the pool has room for it beside `reserved` pages. Gives up where memory is short."""
+        if not self.waiting or not self.free_groups or len(self.ready) >= len(self.rows):
+            return
+        whole = sum(pages_of(len(self.prompts[i])) for i in self.waiting)
+        most = pages_of(PREFILL_TOKENS) + len(self.free_groups) + pages_of(self.longest)
+        if min(whole, most) > len(self.pool.free) - reserved:
+            return
+        try:
+            self.prefill()
+        except torch.OutOfMemoryError:
+            for pages in self.group_pages:
+                self.pool.release(pages)
+            self.engine.coming = None
+
+    def write_group(self, g: int, length: int) -> None:
+        self.arena.on_host["prompt_pages"][g, : len(self.group_pages[g])] = self.group_pages[g]
+        self.arena.on_host["prompt_length"][g] = length
 
     def admit(self) -> None:
         """Gives free places to waiting completions, and draws their first tokens."""
@@ -247,8 +287,8 @@ class DeviceBatch:
             shared = self.pool.share(self.group_pages[source][: pages_of(cached)])
             self.pool.release(self.group_pages[g])
             self.group_pages[g] = shared + self.pool.take(pages_of(len(prompt)) - len(shared))
-            self.arena.on_host["prompt_pages"][g, : len(self.group_pages[g])] = self.group_pages[g]
-            self.arena.on_host["prompt_length"][g] = len(prompt)
+            if self.arena:
+                self.write_group(g, len(prompt))
             chosen.append(PagedPrompt(prompt, self.group_pages[g], cached))
             running.append(g)
             self.held.put(g, prompt)
@@ -337,6 +377,9 @@ class DeviceBatch:
         self.group_left[row.group] -= 1
         if not self.group_left[row.group]:
             heapq.heappush(self.free_groups, row.group)  # its pages are kept for prompts that begin alike
+            if not self.waiting:
+                self.pool.release(self.group_pages[row.group])
+                self.group_pages[row.group] = []
 
     def write_tiles(self) -> None:
         tiles, members = self.arena.on_host["tiles"], self.arena.shape[-1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import DROPS, Drops, read_part, read_table, write_table
 from strop.trainer.sampling.base import Completion
+
+SWITCH = 2e-4  # seconds between changes of the thread
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Writer(Protocol):
               on_progress: Callable[[int, int], None]) -> list[list[Completion]]:
         """Completions number `first` to `first + n - 1` of each row."""
 
+    def expect(self, rows: list[dict], n: int, first: int) -> None:
+        """Says what the call of `write` after the next one gets, so that it can be prepared."""
+
     def close(self) -> None: ...
 
 
@@ -53,12 +60,15 @@ def fitting(tokenizer, rows: list[dict], room: int, drops: Drops, detail: str = 
 
 def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ...], schema: pa.Schema,
                load: Callable[[], Writer], to_table: Callable, lane: tuple[int, int] | None = None,
-               on_done: Callable[[Path], None] = lambda path: None) -> None:
+               on_done: Callable[[Path], None] = lambda path: None,
+               expect: Callable[[Writer, list[dict]], None] = lambda writer, rows: None) -> None:
     """Writes the file of every shard that is not done; with `lane` (i, n), this rank does shards i, i + n, ...
 
     load() returns what writes; it is called at most once, and closed.
-    to_table(writer, rows, on_progress, drops) -> a table of `schema`; what is not in it must be dropped.
+    to_table(writer, rows, on_progress, drops) -> a table of `schema`; what is not in it must be dropped. Or a function
+    that makes the table: on a GPU it runs, and the table is written, while the next shard is drawn.
     on_done(path) is called with this rank's shards as they are done, at first with those that were.
+    expect(writer, rows) is called before each shard with the rows of the one after it.
     """
     first, step = lane or (stage.world.rank, stage.world.size)
     mine = shards[first::step]
@@ -71,16 +81,52 @@ def run_shards(stage: Stage, label: str, shards: list[Shard], key: tuple[str, ..
         if shard not in todo:
             on_done(shard.path)
     if todo:
-        with closing(load()) as writer, stage.console.progress(label, total, done=done) as bar:
-            for shard in todo:
+        def store(shard: Shard, drops: Drops, table: pa.Table | Callable[[], pa.Table]) -> None:
+            table = table() if callable(table) else table
+            if drops.rows:
+                write_table(shard.drops, pa.Table.from_pylist(drops.rows, schema=DROPS))
+            write_table(shard.path, table)
+            on_done(shard.path)
+
+        is_behind = stage.world.device.type == "cuda"  # a CPU has no core to spare
+        with closing(load()) as writer, stage.console.progress(label, total, done=done) as bar, Behind() as behind:
+            for shard, after in zip(todo, [*todo[1:], None], strict=True):
+                if after:
+                    expect(writer, after.rows)
                 drops = Drops(stage)
                 table = to_table(writer, shard.rows, bar.advance, drops)
-                if drops.rows:
-                    write_table(shard.drops, pa.Table.from_pylist(drops.rows, schema=DROPS))
-                write_table(shard.path, table)
-                on_done(shard.path)
+                if is_behind and callable(table):
+                    behind.run(store, shard, drops, table)
+                else:
+                    store(shard, drops, table)
                 stopping.point()
     stage.meet()
+
+
+class Behind:
+    """Runs one function at a time on a thread. As a context it waits for the last.
+
+    Meanwhile the interpreter changes threads more often than every 5 ms, its default: a step of the sampler takes 2."""
+
+    def __init__(self):
+        self.thread, self.last = ThreadPoolExecutor(1, "shard"), None
+
+    def run(self, function: Callable, *arguments) -> None:
+        """Begins function(*arguments) once the one before is done. Raises what that one raised."""
+        if self.last:
+            self.last.result()
+        sys.setswitchinterval(SWITCH)
+        self.last = self.thread.submit(function, *arguments)
+
+    def __enter__(self) -> Behind:
+        self.interval = sys.getswitchinterval()
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        self.thread.shutdown(wait=True)
+        sys.setswitchinterval(self.interval)
+        if self.last and kind is None:
+            self.last.result()
 
 
 def is_done(shard: Shard, key: tuple[str, ...], schema: pa.Schema) -> bool:

@@ -129,6 +129,9 @@ class VllmSampler:
                 on_progress(len(drawn), sum(len(c.tokens) for c in done[i]))
         return done
 
+    def expect(self, prompts, n, settings, *, ids, first=0):
+        pass
+
     def close(self) -> None:
         self.replicas.close()
 

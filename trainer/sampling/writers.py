@@ -6,7 +6,7 @@ gets token ids; from any other one comes text, which is encoded as the student's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +81,7 @@ class InProcessSampler:
     def sample(self, prompts, n, settings: Settings, *, ids, first=0, on_progress=None):
         """Raises UserError if it runs out of memory: a smaller batch rounds otherwise, so it is the user's choice."""
         try:
-            return self.generator.generate(
-                prompts, k=n, ids=ids, seed=hash_int(settings.seed, "from", first) if first else settings.seed,
-                max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
-                top_p=settings.top_p, stop_ids=settings.stop_ids, batch_size=self.batch_size, on_progress=on_progress)
+            return self.generator.generate(prompts, **self._options(n, settings, ids, first), on_progress=on_progress)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
@@ -92,6 +89,15 @@ class InProcessSampler:
                 f"lower {self.key}.max_new_tokens"
             raise UserError(f"{self.key}.batch_size={self.batch_size}: out of memory while sampling; {remedy}, or see "
                             "what fits with --plan") from e
+
+    def expect(self, prompts, n, settings: Settings, *, ids, first=0) -> None:
+        self.generator.expect(prompts, **self._options(n, settings, ids, first))
+
+    def _options(self, n: int, settings: Settings, ids: Sequence[str], first: int) -> dict:
+        return {"k": n, "ids": ids, "seed": hash_int(settings.seed, "from", first) if first else settings.seed,
+                "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature,
+                "top_k": settings.top_k, "top_p": settings.top_p, "stop_ids": settings.stop_ids,
+                "batch_size": self.batch_size}
 
     def close(self) -> None:
         self.generator = None
@@ -103,10 +109,15 @@ class SamplerWriter:
     def __init__(self, sampler: Sampler, settings: Settings, own, job: Job):
         self.sampler, self.settings, self.own, self.job = sampler, settings, own, job
 
+    def _prompts(self, rows: list[dict]) -> list[list[int]]:
+        return [row["tokens"] if self.own is None else prompt_tokens(self.own, row) for row in rows]
+
+    def expect(self, rows, n, first):
+        self.sampler.expect(self._prompts(rows), n, self.settings, ids=[row["prompt_id"] for row in rows], first=first)
+
     def write(self, rows, n, first, on_progress):
-        prompts = [row["tokens"] if self.own is None else prompt_tokens(self.own, row) for row in rows]
-        found = self.sampler.sample(prompts, n, self.settings, ids=[row["prompt_id"] for row in rows], first=first,
-                                    on_progress=on_progress)
+        found = self.sampler.sample(self._prompts(rows), n, self.settings, ids=[row["prompt_id"] for row in rows],
+                                    first=first, on_progress=on_progress)
         if self.own is None:
             return found
         return [[as_tokens(self.job, row, Completion([], c.logp, c.finish, self.own.decode(
@@ -123,6 +134,9 @@ class ServerWriter:
         self.job, self.journal = job, Journal(job.stage)
         self.pool = Pool(Server(section, job.key, name, world.size), job.settings, self.journal,
                          concurrency=section.concurrency, budget=section.budget, key=job.key)
+
+    def expect(self, rows, n, first):
+        pass
 
     def write(self, rows, n, first, on_progress):
         def length(text: str) -> int:

@@ -57,10 +57,12 @@ def held_out(stage: Stage, *, evaluate: Evaluate, model: Part, compute: Part, pr
         job = Job(stage, evaluate, "evaluate", folder, folder, tokenizer, settings, compute, fits, name)
 
         def to_table(writer, rows, on_progress, drops, tokenizer=tokenizer, name=name):
-            return to_rows(tokenizer, name, rows, writer.write(rows, 1, 0, on_progress))
+            found = writer.write(rows, 1, 0, on_progress)
+            return lambda: to_rows(tokenizer, name, rows, found)
 
         run_shards(stage, f"{stage.name} {name}", shards, ("candidate", "prompt_id"), SCHEMA,
-                   lambda job=job: open_writer(job), to_table, lane(stage.world, evaluate))
+                   lambda job=job: open_writer(job), to_table, lane(stage.world, evaluate),
+                   expect=lambda writer, rows: writer.expect(rows, 1, 0))
         parts += [shard.path for shard in shards]
         first[name] = [] if served else fits[:evaluate.kl_prompts]
     if stage.world.first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
         raise UserError(f"{stage.name}: sample.k={sample.k} of {len(fits):,} prompts are {len(fits) * k:,} "
                          f"completions in a round, {MOST:,} at most; lower it or sample.prompts")
     parts = [fits[i:i + sample.shard_prompts] for i in range(0, len(fits), sample.shard_prompts)]
-    # the batch drains at the end of a shard, since a shard's completions do not depend on the next shard
+    # no step has rows of two shards, since a shard's completions do not depend on the next shard
     if isinstance(writer, InProcess) and writer.batch_size > sample.shard_prompts * k and len(parts) > 1:
         stage.console.warn(f"{stage.name}: {key}.batch_size={writer.batch_size} is never reached: a shard has "
                            f"sample.shard_prompts={sample.shard_prompts} prompts of {k} completions, "
@@ -94,11 +95,14 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
         judge = Judging(judging, None, score.correct_by, score.correct_at)
         return judge(row["source"], verdicts(row["source"], item), c.finish == "stop")["correct"]
 
-    def to_table(engine, rows: list[dict], on_progress, drops: Drops) -> pa.Table:
+    def to_table(engine, rows: list[dict], on_progress, drops: Drops) -> Callable[[], pa.Table]:
         if sample.enough is None:
             found = engine.write(rows, k, 0, on_progress)
         else:
             found = until_enough(engine, rows, k, sample.enough, correct, on_progress)
+        return lambda: table_of(rows, found, drops)
+
+    def table_of(rows: list[dict], found: list[list[Completion]], drops: Drops) -> pa.Table:
         made = []
         for row, completions in zip(rows, found, strict=True):
             for s in range(k):
@@ -118,7 +122,8 @@ def sample(stage: Stage, *, sample: Sampling | Part, model: Part, compute: Part,
     with (closing(verdicts) if verdicts else nullcontext(),
           stage.ahead(stage, idle) if stage.ahead else nullcontext() as ahead):
         run_shards(stage, stage.name, shards, ("prompt_id", "sample_index"), SCHEMA, lambda: open_writer(job), to_table,
-                   lane(stage.world, writer), ahead.add if ahead else lambda path: None)
+                   lane(stage.world, writer), ahead.add if ahead else lambda path: None,
+                   lambda engine, rows: engine.expect(rows, k, 0) if sample.enough is None else None)
     if stage.world.first:
         collect_drops(shards, drops)
         drops.write()

@@ -14,14 +14,14 @@ from strop.trainer.errors import UserError, is_out_of_memory
 from strop.trainer.run import stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
-from strop.trainer.run.world import World
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
 from strop.trainer.training.checkpoint import checkpoints_in
 from strop.trainer.training.engine import Training, learning_rate
 from strop.trainer.training.flops import peak_flops, training_flops
 from strop.trainer.training.guard import Guard
+from strop.trainer.training.logged import Interval
 from strop.trainer.training.splitting import Budget, free_cached
-from strop.trainer.training.waits import Ahead, Waits
+from strop.trainer.training.waits import Ahead
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Step:
 def train(stage: Stage, engine: Training, examples: list[Example], plan: list[list[int]], totals, loss,
           names: tuple[str, ...], finish, interval: int = 1, guard: Guard | None = None) -> int:
     """Runs the steps of `plan`: resumes, logs every `interval` steps, writes checkpoints and snapshots. Returns the
-    number of steps run, which are fewer than planned if the guard stopped them.
+    number of steps run, which are fewer than planned if the guard stopped them. On a GPU a row is read when the next
+    step is launched, so that the device always has work; before weights are written or checked all rows are.
 
     totals(rows) -> dict of counts over a global step, and of what else its losses share. loss(groups, step) -> (scalar,
     fp32 vector of sums in the order of `names`) of a microbatch, normalized by the step's totals, so that the sum over
@@ -54,6 +55,24 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
         whole.add(microbatches(examples, rows, costs, section.max_tokens, mesh.size))
     sums, seen = torch.zeros(len(names), device=world.device), []  # seen: loss and gradient norm of each step
     ahead = Ahead(batches(engine, examples, plan[engine.step_index:], costs, budget), world.device)
+    late: Interval | None = None
+
+    def write(row: Interval, started: float, guard: Guard | None = None) -> Interval:
+        """Logs the steps since `started`, and what the guard finds. Raises UserError if a number is not finite."""
+        row.read()
+        stop_if_not_finite(stage, engine, examples, plan, row.last, row.seen)
+        seconds = row.time - started
+        values = finish(row.sums)
+        values |= {"grad_norm": row.seen[1::2].mean().item() / mesh.size,
+                   "learning_rate": learning_rate(row.last - 1, len(plan), section),
+                   "tokens_per_second": row.packing.tokens / seconds,
+                   "mfu": row.packing.flops / seconds / peak / world.size, **row.packing.values(), **row.waited()}
+        values |= guard.check() if guard else {}
+        if row.peak_memory is not None:
+            values["memory_peak"] = row.peak_memory / 2**30
+        stage.metrics.log(stage.name, row.last, values, total=len(plan))
+        return row
+
     started = time.perf_counter()
     with engine.checkpoints, closing(ahead), stage.console.progress(
             stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
@@ -73,40 +92,33 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
             whole.add(shares)
             packing.add(shares)
             distinct = sum(examples[i].tokens for i in rows)
-            checks = guard is not None and guard.due()
-            if engine.step_index % interval == 0 or engine.step_index == len(plan) or checks:
-                seconds = time.perf_counter() - started
-                packed = torch.cat([sums, *seen])
-                mesh.sum_([packed])  # the only reduction of the interval
-                host = packed.cpu()  # and the only host sync
-                stop_if_not_finite(stage, engine, examples, plan, host[len(names):])
-                values = finish(host[:len(names)])
-                values |= {"grad_norm": host[len(names) + 1::2].mean().item() / mesh.size,
-                           "learning_rate": learning_rate(engine.step_index - 1, len(plan), section),
-                           "tokens_per_second": packing.tokens / seconds,
-                           "mfu": packing.flops / seconds / peak / world.size, **packing.values()}
-                values |= waited(world, len(seen), data=ahead.waits, ranks=engine.waits)
-                values |= guard.check() if checks else {}
-                if world.device.type == "cuda":
-                    values["memory_peak"] = torch.cuda.max_memory_allocated() / 2**30
-                stage.metrics.log(stage.name, engine.step_index, values, total=len(plan))
+            if late:
+                started, late = write(late, started).time, None
+            checks, is_last = guard is not None and guard.due(), engine.step_index == len(plan)
+            saves = is_last or engine.step_index % section.checkpoint_steps == 0 or engine.step_index in keep
+            if engine.step_index % interval == 0 or is_last or checks:
+                late = Interval.end(engine, sums, seen, packing, ahead.waits)
+                if checks or saves or not late.readback.is_late:  # else it is read after the next step's launches
+                    write(late, started, guard if checks else None)
+                    started, late = time.perf_counter(), None
                 sums.zero_()
                 seen.clear()
                 packing = Packing(examples, costs, section.max_tokens)
-                started = time.perf_counter()
             bar.advance(1, tokens=distinct)
             # a stage that the guard stopped is resumed from before that check, and comes to it again
-            ends = engine.step_index == len(plan) or (guard is not None and bool(guard.stopped))
+            ends = is_last or (guard is not None and bool(guard.stopped))
             is_point = engine.step_index % section.checkpoint_steps == 0 and not ends
-            if seen and (is_point or engine.step_index in keep):  # never write weights that are not finite
+            if seen and saves:  # never write weights that are not finite
                 packed = torch.cat(seen)
                 mesh.sum_([packed])
-                stop_if_not_finite(stage, engine, examples, plan, packed.cpu())
+                stop_if_not_finite(stage, engine, examples, plan, engine.step_index, packed.cpu())
             if engine.step_index in keep:
                 engine.save(stage.dir / "snapshots" / f"step-{engine.step_index:06}")
             # ranks stop at different steps, so check this rank's values only; after the last step the weights are saved
             asked, sound = stopping.requested(), True
             if asked:
+                if late:
+                    started, late = write(late, started).time, None
                 sound = all(values.isfinite().all() for values in seen)
             with engine.within(f"{stage.name}: step {engine.step_index}"):
                 asked, sound = engine.agree(asked, sound)
@@ -183,24 +195,15 @@ def batches(engine: Training, examples: list[Example], plan: list[list[int]], co
             yield [], None
 
 
-def waited(world: World, steps: int, **waits: Waits) -> dict[str, float]:
-    """Seconds per step that a rank waits for its data and for other ranks: the mean over the ranks, and the longest."""
-    found = world.gather([wait.take() / steps for wait in waits.values()])
-    values = {}
-    for name, seconds in zip(waits, zip(*found, strict=True), strict=True):
-        values |= {f"wait/{name}": sum(seconds) / world.size, f"wait/{name}_max": max(seconds)}
-    return values
-
-
-def stop_if_not_finite(stage: Stage, engine: Training, examples: list[Example], plan: list[list[int]],
+def stop_if_not_finite(stage: Stage, engine: Training, examples: list[Example], plan: list[list[int]], last: int,
                        seen: torch.Tensor) -> None:
     """Raises UserError if the loss or gradient norm of a step is not finite, and writes its batch next to the
-    checkpoint. seen [2 * steps] on the host: loss and gradient norm of the last steps, summed over the mesh."""
+    checkpoint. seen [2 * steps] on the host: loss and gradient norm of the steps up to `last`, summed over the mesh."""
     bad = (~seen.view(-1, 2).isfinite()).any(1).nonzero()
     if not len(bad):
         return
     first = int(bad[0])
-    index = engine.step_index - len(seen) // 2 + first
+    index = last - len(seen) // 2 + first
     loss, norm = seen[2 * first:2 * first + 2].tolist()
     rows = [examples[i] for i in plan[index]]
     path, points = stage.work / f"bad-step-{index + 1:06}.parquet", checkpoints_in(stage.work)

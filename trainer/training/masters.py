@@ -58,15 +58,17 @@ class Masters:
             self.muon = {i: self._muon_of(i) for i, is_matrix in enumerate(matrices) if is_matrix}
         self.in_one_pass = is_compact or optimizer.available(self.masters)
         self.fused = None
+        self.rest = [i for i in range(len(params)) if i not in self.muon]  # what AdamW updates
         if not self.in_one_pass:
-            rest = [i for i in range(len(params)) if i not in self.muon]
-            self.fused = torch.optim.AdamW([self.masters[i] for i in rest], lr=section.lr, betas=section.betas,
+            self.fused = torch.optim.AdamW([self.masters[i] for i in self.rest], lr=section.lr, betas=section.betas,
                                            eps=section.eps, weight_decay=section.weight_decay, fused=True)
-            for i in rest:
+            for i in self.rest:
                 self.fused.state[self.masters[i]] = self.state[i]
+        self.adamw: optimizer.AdamW | None = None  # made with the moments
         self.buckets, self.norm_of_all = buckets, norm_of_all
         # allocated when first needed; None where autograd accumulates in fp32
         self.sums: list[torch.Tensor | None] | None = buckets.sums if buckets else None
+        self.adder: optimizer.Sums | None = None
         self.filled = [False] * len(params)  # whether the sum holds gradients of this step
         if buckets:
             arrived = weakref.WeakMethod(self._arrived)  # Python does not see the cycle that a hook makes, nor frees it
@@ -92,8 +94,16 @@ class Masters:
         if self.sums is None:
             self.sums = [None if p.dtype == torch.float32 else torch.zeros_like(p, dtype=torch.float32)
                          for p in self.params]
-        for i in range(len(self.params)):
-            self._fold(i)
+        if self.buckets:  # some are there already
+            for i in range(len(self.params)):
+                self._fold(i)
+            return
+        folded = [i for i, total in enumerate(self.sums) if total is not None]
+        if self.adder is None:
+            self.adder = optimizer.Sums([self.sums[i] for i in folded])
+        self.adder.add([self.params[i].grad for i in folded], overwrite=not self.folded)
+        for i in folded:
+            self.params[i].grad, self.filled[i] = None, True
 
     def _fold(self, i: int) -> None:
         param, total = self.params[i], self.sums[i]
@@ -148,32 +158,32 @@ class Masters:
             factor = (self.section.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         for i, muon in self.muon.items():
             self._update_matrix(i, muon, grads[i], factor, lr)
-        rest = [i for i in range(len(self.params)) if i not in self.muon]
         if self.in_one_pass:
-            for i in rest:
-                self._update(i, grads[i], factor, number, lr)
+            self.adamw = self.adamw or optimizer.AdamW([self._state_of(i) for i in self.rest])
+            self.adamw.step([grads[i] for i in self.rest], factor, lr=lr, betas=self.section.betas,
+                            eps=self.section.eps, weight_decay=self.section.weight_decay, step=number)
         else:
-            self._update_fused(rest, grads, factor, lr)
+            self._update_fused(grads, factor, lr)
         for param in self.params:
             param.grad = None
         self.filled = [False] * len(self.params)
         return norm
 
-    def _update(self, i: int, grad: torch.Tensor, factor: torch.Tensor, number: int, lr: float) -> None:
-        param, section, state = self.params[i], self.section, self.state[i]
+    def _state_of(self, i: int) -> optimizer.State:
+        """Parameter i as AdamW takes it, with new moments if it has none."""
+        param, state = self.params[i], self.state[i]
         if not state:
-            state |= optimizer.new_moments(param, section.moments)
+            state |= optimizer.new_moments(param, self.section.moments)
         mean, square, *scales = (state[name] for name in optimizer.STATE if name in state)
         if self.is_split:
             master, weight = self.lows[i], param
         else:
             master = self.masters[i]
             weight = None if master is param else param
-        optimizer.adamw_(master, grad, mean, square, weight, factor, scales=tuple(scales) or None,
-                         key=optimizer.key_of(number, i), first=self.starts[i], lr=lr, betas=section.betas,
-                         eps=section.eps, weight_decay=section.weight_decay, step=number)
+        return optimizer.State(master, mean, square, weight, tuple(scales) or None, self.starts[i], i)
 
-    def _update_fused(self, rest: list[int], grads: list[torch.Tensor], factor: torch.Tensor, lr: float) -> None:
+    def _update_fused(self, grads: list[torch.Tensor], factor: torch.Tensor, lr: float) -> None:
+        rest = self.rest
         if self.section.grad_clip:
             torch._foreach_mul_([grads[i] for i in rest], factor)
         for i in rest:
@@ -224,6 +234,7 @@ class Masters:
 
     def set_moments(self, moments: list[dict[str, torch.Tensor]], step: int) -> None:
         """Sets the optimizer's state of each master after `step` steps."""
+        self.adamw = None
         for param, state, found in zip(self.params, self.state, moments, strict=True):
             state.clear()
             state |= found

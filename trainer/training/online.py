@@ -162,7 +162,7 @@ def train_online(stage: Stage, engine: Training, scorer: Scorer, rollouts: Rollo
                     check(difference, largest, engine)
                 norm = engine.step().item()
                 stop_if_not_finite(stage, engine, batch.examples,
-                                   {engine.step_index - 1: list(range(len(batch.examples)))},
+                                   {engine.step_index - 1: list(range(len(batch.examples)))}, engine.step_index,
                                    torch.tensor([loss, norm * world.size]))
                 seconds = time.perf_counter() - started
                 logged.add(objective.means(host[:len(objective.names)]) | {

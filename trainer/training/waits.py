@@ -1,6 +1,7 @@
 """Data that is prepared ahead, and the time that a rank waits for it and for other ranks."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ class Waits:
     """Adds up the time in its `with` blocks: of the host, and on a GPU of the stream that waits there."""
 
     def __init__(self, device: torch.device):
-        self.is_cuda, self.seconds, self.events = device.type == "cuda", 0.0, []
+        self.is_cuda, self.seconds, self.events = device.type == "cuda", 0.0, deque()
 
     def __enter__(self) -> None:
         self.started = time.perf_counter()
@@ -26,9 +27,11 @@ class Waits:
             self.seconds += time.perf_counter() - self.started
 
     def take(self) -> float:
-        """Seconds since the last call. Call it after a synchronization with the device."""
-        found = self.seconds + sum(start.elapsed_time(end) for start, end in self.events) / 1000
-        self.seconds, self.events = 0.0, []
+        """Seconds since the last call. Waits that a GPU has not finished yet count in the next one."""
+        found, self.seconds = self.seconds, 0.0
+        while self.events and self.events[0][1].query():
+            start, end = self.events.popleft()
+            found += start.elapsed_time(end) / 1000
         return found
 
 
