@@ -160,7 +160,7 @@ def test_segments_stay_on_the_host():
 def test_tiles_cover_every_row_once_and_no_two_groups():
     groups = PackedGroups.pack([Group([1] * 300, [[2] * 5, [3] * 100]), *GROUPS, Group([], [[1] * TILE])])
     rows = []
-    for start, end, group_start, prompt_end in groups.tiles.tolist():
+    for start, end, group_start, prompt_end, _, _ in groups.tiles.tolist():
         (group,) = (g for g, bounds in enumerate(groups.prompt_bounds) if bounds == (group_start, prompt_end))
         last = max(
             end for (_, end), g in zip(groups.completion_bounds, groups.completion_group, strict=True) if g == group
@@ -168,6 +168,18 @@ def test_tiles_cover_every_row_once_and_no_two_groups():
         assert group_start <= start < end <= min(last, start + TILE)
         rows += range(start, end)
     assert rows == list(range(groups.num_tokens))
+
+
+def test_tiles_with_the_most_work_come_first():
+    groups = PackedGroups.pack([Group([1] * 300, [[2] * 5, [3] * 300]), *GROUPS, Group([], [[1] * TILE])])
+    row = torch.arange(groups.num_tokens)
+    seen = (row[None] <= row[:, None]) & (row[:, None] < groups.readers_end[None])
+    tiles = groups.tiles.tolist()
+    rows = [slice(start, end) for start, end, *_ in tiles]
+    for column, reach in ((4, [seen[r].any(0).sum() for r in rows]), (5, [seen[:, r].any(1).sum() for r in rows])):
+        order = [tile[column] for tile in tiles]
+        assert sorted(order) == list(range(len(tiles)))
+        assert [int(reach[i]) for i in order] == sorted(map(int, reach), reverse=True)
 
 
 def test_readers_end_is_the_mask():
