@@ -32,16 +32,13 @@ from . import cases
 CANDIDATES: dict[tuple[str, int], tuple[Blocks, ...]] = {
     ("forward", 128): (Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2, 32, True),
                        Blocks(128, 64, 8, 3, 32, True), Blocks(128, 128, 8, 2, 32, True)),
-    ("grad_q", 128): (Blocks(64, 32, 4, 3), Blocks(128, 64, 8, 2, 32), Blocks(64, 64, 4, 3, 32, True),
-                      Blocks(128, 64, 8, 3, 32, True), Blocks(128, 128, 8, 2, 32, True)),
+    ("grad_q", 128): (Blocks(64, 32, 4, 3), Blocks(64, 64, 4, 3, 32, True), Blocks(128, 64, 8, 3, 32, True),
+                      Blocks(128, 128, 8, 2, 32, True)),
     ("grad_kv", 128): (Blocks(32, 128, 8, 3), Blocks(32, 128, 8, 3, 0, True), Blocks(64, 64, 4, 2, 32, True),
-                       Blocks(64, 128, 8, 2, 32, True), Blocks(64, 128, 8, 2, 16, True)),
-    ("forward", 64): (Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3, 32, True),
-                      Blocks(128, 64, 4, 3, 32, True), Blocks(128, 128, 8, 2, 32, True)),
-    ("grad_q", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3, 32, True),
-                     Blocks(128, 64, 8, 3, 32, True), Blocks(128, 128, 8, 2, 32, True)),
-    ("grad_kv", 64): (Blocks(64, 64, 4, 3), Blocks(64, 128, 8, 3), Blocks(64, 64, 4, 3, 32, True),
-                      Blocks(64, 128, 8, 3, 32, True), Blocks(128, 128, 8, 2, 32, True)),
+                       Blocks(64, 128, 8, 2, 32, True)),
+    ("forward", 64): (Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("grad_q", 64): (Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 2)),
+    ("grad_kv", 64): (Blocks(64, 64, 4, 3), Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 3)),
 }
 SHAPES = {
     128: (Case("attention", attention.LLAMA_8B, attention.SHARED, attention._tokens(attention.SHARED)),
