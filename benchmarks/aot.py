@@ -4,10 +4,10 @@
 
 Prints per kernel, variant and target: registers and bytes of local memory per thread, spill instructions, shared
 memory against what one block may have, 16-byte global loads and stores, tensor-core instructions. Exits with 1 on a
-spill, on shared memory over the limit and on a dot without tensor-core instructions, of the full rate where an
-architecture has several (FULL_RATE). NOT_YET lists the kernels known to miss the full rate; they print NOT YET. A
-successful compilation alone proves none of this: a kernel that asks for too much shared memory compiles and then cannot
-be launched.
+spill, on shared memory over the limit, on a tensor descriptor without TMA and on a dot without tensor-core
+instructions, of the full rate where an architecture has several (FULL_RATE). NOT_YET lists the kernels known to miss
+the full rate; they print NOT YET. A successful compilation alone proves none of this: a kernel that asks for too much
+shared memory compiles and then cannot be launched.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|IMMA|IGMMA|QGMMA|DMMA|UTC\w*MMA)\b")
 FULL_RATE = {"90": ("wgmma", re.compile(r"\bHGMMA\b")), "100": ("tcgen05", re.compile(r"\bUTC\w*MMA\b"))}
 # Known not to reach it yet, as (name, target).
 NOT_YET: set[tuple[str, str]] = set()
+TMA = re.compile(r"\bUTMALDG\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 WIDE_ACCESS = re.compile(r"\b(?:LDG|STG)\.\S*128\b")
 _inherited: list[tuple[Case, str]] = []
@@ -64,7 +65,7 @@ class Case:
     name: str
     kernel: triton.JITFunction
     types: dict[str, str]
-    constants: dict[str, int | bool | str]
+    constants: dict[str, int | bool | str | None]
     num_warps: int
     has_dot: bool = False
     num_stages: int = 3
@@ -118,6 +119,12 @@ def attention_case(name: str, dtype: str, size: int, target: str, CAP: bool = Fa
     constants |= attention_launch.parts(name) if is_grad_kv else {}
     known = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "tiles_ptr": "*i32", "readers_end_ptr": "*i32"}
     known |= {"position_ptr": "*i64", "scale": "fp32", "cap": "fp32"}
+    constants["EDGE"] = attention_launch.edge(blocks, name)
+    described = {"grad_out_tma", "q_tma", "k_tma", "v_tma", "stats_tma"} & set(kernel.arg_names)
+    rows = blocks.queries if is_grad_kv else blocks.keys
+    known |= {n: f"tensordesc<{dtype}[1, {rows}, {constants['D_PAD']}]>" for n in described}
+    known |= {"stats_tma": f"tensordesc<fp32[1, {rows}, {attention_launch.STATS}]>", "stats_ptr": "*fp32"}
+    constants |= {} if blocks.tma else dict.fromkeys(described | {"stats_ptr"} & set(kernel.arg_names))
     types = {n: known.get(n, f"*{dtype}" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
     label = " ".join(["attention", name, dtype, str(size), *["cap"] * CAP, *["window"] * WINDOW])
     return Case(label, kernel, types, constants, blocks.warps, dtype != "fp32", blocks.stages, target)
@@ -310,6 +317,8 @@ def compile_case(case: Case, target: str) -> Row:
     spills, tensor_core = len(SPILL.findall(sass)), len(TENSOR_CORE.findall(sass))
     if spills or local:
         failures.append(f"{spills} spill instructions, {local} bytes of local memory")
+    if any(kind.startswith("tensordesc") for kind in signature.values()) and not TMA.search(sass):
+        failures.append("a tensor descriptor without TMA")
     not_yet = None
     if case.has_dot and not tensor_core:
         failures.append("a dot without a tensor-core instruction")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from strop.kernels import Group, PackedGroups, prefix_attention
-from strop.kernels.attention.varlen import HAS_FLASH_ATTN
+from strop.kernels.attention.varlen import INSTALLED
 
 from .shapes import Head
 from .suite import DTYPES, Case, Unavailable
@@ -102,10 +102,10 @@ def _ours(backend: str | None):
     def make(case: Case, x: SimpleNamespace):
         if backend == "sdpa" and not x.upstream.is_cuda:
             raise Unavailable("what Strop takes on the CPU")
-        if backend in ("flash_attn", "varlen") and not x.upstream.is_cuda:
+        if backend in INSTALLED and not x.upstream.is_cuda:
             raise Unavailable("for GPUs")
-        if backend == "flash_attn" and not HAS_FLASH_ATTN:
-            raise Unavailable("flash_attn is not installed")
+        if not INSTALLED.get(backend, True):
+            raise Unavailable(f"{backend.replace('_', '-')} is not installed")
         return _call(lambda q, k, v: prefix_attention(q, k, v, x.groups, backend=backend), x.qkv, x.upstream)
 
     return make
@@ -146,6 +146,7 @@ def _flex(with_mask: bool):
 CONTENDERS = {
     "Strop": _ours(None),
     "flash-attn, gathered keys": _ours("flash_attn"),
+    "flash-attn-4, gathered keys": _ours("flash_attn_4"),
     "varlen, gathered keys": _ours("varlen"),
     "SDPA, segments": _ours("sdpa"),
     "SDPA, separate rows": _separate,

@@ -311,8 +311,9 @@ def trl_trainer(job: Job, folder: Path, callback, max_steps: int = 1 << 20):
 
 
 def has_flash_attn() -> bool:
+    """flash-attn-4 alone has another API under the same name."""
     try:
-        import flash_attn  # noqa: F401
+        from flash_attn import flash_attn_func  # noqa: F401
     except ImportError:
         return False
     return True

@@ -79,7 +79,8 @@ class PackedGroups:
         loss_mask, nll_mask: [M] bool, whether the target is in the loss and in its NLL term. None if no group has
             nll_masks: then every target is in both.
     Tensors for attention, all int32:
-        tiles: [tiles, 4], up to TILE rows of one group each: start, end, the group's start, its prompt's end.
+        tiles: [tiles, 6], up to TILE rows of one group each: start, end, the group's start, its prompt's end. The last
+            two columns order the tiles, longest first: by the keys that their rows see, by the rows that see them.
         readers_end: [T], one past the last row that sees the row: row i sees row j iff j <= i < readers_end[j]. The
             group's end for a prompt's rows, the completion's end for a completion's rows.
         query_offsets, key_offsets: [completions + 1], start offsets of the query spans, and of the spans in key_index.
@@ -207,11 +208,22 @@ def _attention_layout(prompts: list[Span], completions: list[Span], groups: list
     zero = torch.zeros(1, dtype=torch.int32)
     return {
         "segments": segments, "max_queries": int(queries.max()), "max_keys": int((prompt_length + length).max()),
-        "tiles": torch.tensor(tiles, dtype=torch.int32), "readers_end": readers_end,
+        "tiles": _ordered(torch.tensor(tiles, dtype=torch.int32), readers_end, start.contiguous()),
+        "readers_end": readers_end,
         "query_offsets": torch.cat([zero, queries.cumsum(0, dtype=torch.int32)]),
         "key_offsets": torch.cat([zero, (prompt_length + length).cumsum(0, dtype=torch.int32)]),
         "key_index": key_index,
     }
+
+
+def _ordered(tiles: Tensor, readers_end: Tensor, completion_start: Tensor) -> Tensor:
+    """The tiles' first four columns with the two that order them. completion_start: first rows, ascending."""
+    start, end, group_start, prompt_end = tiles.T.contiguous()
+    own = completion_start[(torch.searchsorted(completion_start, start, right=True) - 1).clamp(min=0)]
+    keys = end - torch.where(start < prompt_end, group_start, own - (prompt_end - group_start))
+    readers = torch.maximum(readers_end[start], readers_end[end - 1]) - start
+    order = [work.argsort(descending=True, stable=True).int() for work in (keys, readers)]
+    return torch.cat([tiles, torch.stack(order, dim=1)], dim=1)
 
 
 def _check_group(g: int, group: Group) -> None:

@@ -378,7 +378,7 @@ class Recipe(Section):
         "auto", description="compute dtype: auto is bfloat16 if the device multiplies it in hardware, else float32; "
         "master "
         "weights are always fp32")
-    attention: Literal["auto", "triton", "flash_attn", "varlen", "sdpa"] = Field(
+    attention: Literal["auto", "triton", "flash_attn", "flash_attn_4", "varlen", "sdpa"] = Field(
         "auto", description="attention backend in training: auto is our Triton kernel on a GPU, our C++ or PyTorch on "
         "a CPU")
     threads: NotNegative = Field(0, le=4096, json_schema_extra=UNKEYED,

@@ -33,8 +33,11 @@ def launch_again(kernel, grid: tuple[int, ...], arguments: tuple, options: dict)
     """A launch like one before goes past the look-up of its compiled kernel, which is half of the host's time.
 
     Triton compiles for the types of numbers, for integers that are 1 or a multiple of 16, and for the types and
-    alignment of tensors. The key has all that and more: of an integer its value.
+    alignment of tensors. The key has all that and more: of an integer its value. Tensor descriptors have no hash.
     """
+    if any(type(x).__hash__ is None for x in options.values()):
+        kernel[grid](*arguments, **options)
+        return
     key = [kernel, arguments[0].device, *options, *options.values()]
     for x in arguments:
         kind = type(x)

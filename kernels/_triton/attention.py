@@ -6,6 +6,13 @@ tile of query rows reads two ranges of keys: its group's prompt up to the tile's
 of its first row's completion to the tile's end, masked. A tile of keys is read by the rows from its start to the last
 of its readers_end, masked within the tile and beyond the first readers_end, unmasked in between.
 
+Unmasked blocks are loaded through pointers or, where the launch passes tensor descriptors, by TMA, which leaves the
+registers that hold addresses to larger blocks. Masked blocks, of EDGE rows, and what a program loads once go through
+pointers: nothing of another group is read, and a smaller EDGE makes room for the mask.
+
+Programs start in the order of the tiles' last two columns, the longest first, and all heads of a tile side by side: a
+tile of a long prompt's keys is read by many times more rows than one of a completion's.
+
 Exponentials are base 2. Masked scores are -inf and the running maximum starts at a finite number, so a row that sees no
 key of a block does not produce NaN.
 """
@@ -19,6 +26,10 @@ from .softcap import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Columns of PackedGroups.tiles, and those with the order of programs.
+TILE_COLUMNS = tl.constexpr(6)
+BY_KEYS = tl.constexpr(4)
+BY_READERS = tl.constexpr(5)
 
 
 @triton.jit
@@ -37,6 +48,18 @@ def _rows(pointer, first, stride, end, ROWS: tl.constexpr, D: tl.constexpr, D_PA
 
 
 @triton.jit
+def _whole_rows(
+    described, pointer, head, first, stride, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):  # fmt: skip
+    """_rows of which all exist: at `pointer`, or of a head of the tensor that a descriptor is of."""
+    if described is None:
+        rows = _rows(pointer, first, stride, first, ROWS, D, D_PAD, True)
+    else:
+        rows = tl.reshape(described.load([head, first, 0]), [ROWS, D_PAD])
+    return rows
+
+
+@triton.jit
 def _store_rows(pointer, value, first, stride, end, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     lane = tl.arange(0, ROWS)
     column = tl.arange(0, D_PAD)
@@ -46,10 +69,13 @@ def _store_rows(pointer, value, first, stride, end, ROWS: tl.constexpr, D: tl.co
 
 
 @triton.jit
-def _tile(tiles_ptr, program, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """start, end, group start and prompt end of a program's block of rows; empty if the tile is shorter."""
+def _tile(
+    tiles_ptr, program, ORDER: tl.constexpr, BLOCK: tl.constexpr, TILE_ROWS: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """start, end, group start and prompt end of a program's block of rows; empty if the tile is shorter. ORDER: the
+    column that says which tile it is of. AGAIN: do not take them from where they were loaded before."""
     split: tl.constexpr = TILE_ROWS // BLOCK
-    tiles_ptr += program // split * 4
+    tiles_ptr += tl.load(tiles_ptr + program // split * TILE_COLUMNS + ORDER, volatile=AGAIN) * TILE_COLUMNS
     start = tl.load(tiles_ptr) + program % split * BLOCK
     end = tl.minimum(tl.load(tiles_ptr + 1), start + BLOCK)
     return start, end, tl.load(tiles_ptr + 2), tl.load(tiles_ptr + 3)
@@ -61,7 +87,7 @@ def _key_ranges(
     STEP: tl.constexpr,
 ):
     """The two ranges of keys that rows start to end read, of the prompt and of their own completion: the first range's
-    start and end, the second's start, the number of unmasked blocks of each, the number of blocks of the first."""
+    start and end, the second's start, the number of unmasked blocks of each."""
     position = tl.load(position_ptr + start).to(tl.int32)
     # A completion's positions continue its prompt's; while they increase by one, no other completion begins.
     own = tl.where(start < prompt_end, start, start - position + (prompt_end - group_start))
@@ -88,7 +114,7 @@ def _key_ranges(
             own = shared + shared_whole * STEP
             shared_end = own
         own_whole = tl.where(climbs, (start - own) // STEP, 0)
-    return shared, shared_end, own, shared_whole, own_whole, tl.cdiv(shared_end - shared, STEP)
+    return shared, shared_end, own, shared_whole, own_whole
 
 
 @triton.jit
@@ -105,12 +131,10 @@ def _floors(row, position_ptr, end, group_start, prompt_end, window, WINDOW: tl.
 
 @triton.jit
 def _forward_block(
-    q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end, k_stride, v_stride,
-    scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    q, total, highest, out, k, v, row, prompt_floor, own_floor, prompt_end, first, end, scale, cap, CAP: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Accumulate one block of keys, from `first` on, into a block of query rows."""
-    k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
         scores = tanh(scores * (scale / cap))
@@ -126,7 +150,6 @@ def _forward_block(
     weights = tl.exp2(scores * factor - new_highest[:, None])
     decay = tl.exp2(highest - new_highest)
     total = total * decay + tl.sum(weights, 1)
-    v = _rows(v_ptr, first, v_stride, end, KEYS, D, D_PAD, not MASKED)
     out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=PRECISION)
     return total, new_highest, out
 
@@ -134,20 +157,19 @@ def _forward_block(
 @triton.jit
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, position_ptr, q_stride, k_stride, v_stride, out_stride,
-    q_head_stride, k_head_stride, v_head_stride, out_head_stride, tokens, heads_per_key, scale, cap, window,
-    D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    q_head_stride, k_head_stride, v_head_stride, out_head_stride, tokens, heads_per_key, scale, cap, window, k_tma,
+    v_tma, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, EDGE: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The last rows of a group read the most keys, so they start first.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
+    start, end, group_start, prompt_end = _tile(tiles_ptr, tl.program_id(1), BY_KEYS, QUERIES, TILE_ROWS)
     if start >= end:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
+    key_head = tl.program_id(0) // heads_per_key
     q_ptr += head * q_head_stride
-    k_ptr += head // heads_per_key * k_head_stride
-    v_ptr += head // heads_per_key * v_head_stride
-    shared, shared_end, own, shared_whole, own_whole, shared_blocks = _key_ranges(
+    k_ptr += key_head.to(tl.int64) * k_head_stride
+    v_ptr += key_head.to(tl.int64) * v_head_stride
+    shared, shared_end, own, shared_whole, own_whole = _key_ranges(
         position_ptr, start, end, group_start, prompt_end, window, WINDOW, QUERIES, KEYS
     )
     row = start + tl.arange(0, QUERIES)
@@ -158,20 +180,24 @@ def forward_kernel(
     out = tl.zeros([QUERIES, D_PAD], tl.float32)
     for block in range(0, shared_whole + own_whole):
         first = tl.where(block < shared_whole, shared + block * KEYS, own + (block - shared_whole) * KEYS)
+        k = _whole_rows(k_tma, k_ptr, key_head, first, k_stride, KEYS, D, D_PAD)
+        v = _whole_rows(v_tma, v_ptr, key_head, first, v_stride, KEYS, D, D_PAD)
         total, highest, out = _forward_block(
-            q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end,
-            k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, False,
+            q, total, highest, out, k, v, row, prompt_floor, own_floor, prompt_end, first, end, scale, cap, CAP, KEYS,
+            PRECISION, False,
         )  # fmt: skip
-    rest = shared_blocks - shared_whole
     shared += shared_whole * KEYS
     own += own_whole * KEYS
-    for block in range(0, rest + tl.cdiv(end - own, KEYS)):
+    rest = tl.cdiv(shared_end - shared, EDGE)
+    for block in range(0, rest + tl.cdiv(end - own, EDGE)):
         in_prompt = block < rest
-        first = tl.where(in_prompt, shared + block * KEYS, own + (block - rest) * KEYS)
+        first = tl.where(in_prompt, shared + block * EDGE, own + (block - rest) * EDGE)
+        last = tl.where(in_prompt, shared_end, end)
+        k = _rows(k_ptr, first, k_stride, last, EDGE, D, D_PAD, False)
+        v = _rows(v_ptr, first, v_stride, last, EDGE, D, D_PAD, False)
         total, highest, out = _forward_block(
-            q, total, highest, out, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first,
-            tl.where(in_prompt, shared_end, end),
-            k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, True,
+            q, total, highest, out, k, v, row, prompt_floor, own_floor, prompt_end, first, last, scale, cap, CAP, EDGE,
+            PRECISION, True,
         )  # fmt: skip
     out = out / total[:, None]
     _store_rows(out_ptr + head * out_head_stride, out, start, out_stride, end, QUERIES, D, D_PAD)
@@ -193,12 +219,9 @@ def _weights(scores, lse, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _grad_q_block(
-    q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first, end, k_stride,
-    v_stride, scale, cap, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    q, grad_out, grad_q, lse, delta, k, v, row, prompt_floor, own_floor, prompt_end, first, end, scale, cap,
+    CAP: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    k = _rows(k_ptr, first, k_stride, end, KEYS, D, D_PAD, not MASKED)
-    v = _rows(v_ptr, first, v_stride, end, KEYS, D, D_PAD, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     weights, slope = _weights(scores, lse[:, None], scale, cap, CAP)
     if MASKED:
@@ -213,22 +236,23 @@ def _grad_q_block(
 
 @triton.jit
 def grad_q_kernel(
-    grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, grad_q_ptr, tiles_ptr, position_ptr,
+    grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, stats_ptr, grad_q_ptr, tiles_ptr, position_ptr,
     grad_out_stride, q_stride, k_stride, v_stride, out_stride, grad_q_stride, grad_out_head_stride, q_head_stride,
     k_head_stride, v_head_stride, out_head_stride, grad_q_head_stride, tokens, heads_per_key, scale, cap, window,
-    D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    k_tma, v_tma, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, EDGE: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Also writes delta, the row sums of grad_out * out, which grad_kv_kernel reads."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    start, end, group_start, prompt_end = _tile(tiles_ptr, program, QUERIES, TILE_ROWS)
+    """Also writes delta, the row sums of grad_out * out, which grad_kv_kernel reads, and for its loads by TMA `stats`,
+    [heads, tokens, 4] fp32: the log-sum-exp in base 2, delta and two of padding, since TMA moves 16 bytes."""
+    start, end, group_start, prompt_end = _tile(tiles_ptr, tl.program_id(1), BY_KEYS, QUERIES, TILE_ROWS)
     if start >= end:
         return
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
+    key_head = tl.program_id(0) // heads_per_key
     q_ptr += head * q_head_stride
-    k_ptr += head // heads_per_key * k_head_stride
-    v_ptr += head // heads_per_key * v_head_stride
-    shared, shared_end, own, shared_whole, own_whole, shared_blocks = _key_ranges(
+    k_ptr += key_head.to(tl.int64) * k_head_stride
+    v_ptr += key_head.to(tl.int64) * v_head_stride
+    shared, shared_end, own, shared_whole, own_whole = _key_ranges(
         position_ptr, start, end, group_start, prompt_end, window, WINDOW, QUERIES, KEYS
     )
     row = start + tl.arange(0, QUERIES)
@@ -238,40 +262,51 @@ def grad_q_kernel(
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + head * tokens + row, delta, mask=row < end)
     lse = tl.load(lse_ptr + head * tokens + row, mask=row < end, other=0.0) * LOG2E
+    if stats_ptr is not None:
+        stats_ptr += (head * tokens + start) * 4 + tl.arange(0, QUERIES) * 4
+        tl.store(stats_ptr, lse, mask=row < end)
+        tl.store(stats_ptr + 1, delta, mask=row < end)
     q = _rows(q_ptr, start, q_stride, end, QUERIES, D, D_PAD, False)
     grad_q = tl.zeros([QUERIES, D_PAD], tl.float32)
     for block in range(0, shared_whole + own_whole):
         first = tl.where(block < shared_whole, shared + block * KEYS, own + (block - shared_whole) * KEYS)
+        k = _whole_rows(k_tma, k_ptr, key_head, first, k_stride, KEYS, D, D_PAD)
+        v = _whole_rows(v_tma, v_ptr, key_head, first, v_stride, KEYS, D, D_PAD)
         grad_q = _grad_q_block(
-            q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first,
-            end, k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, False,
+            q, grad_out, grad_q, lse, delta, k, v, row, prompt_floor, own_floor, prompt_end, first, end, scale, cap,
+            CAP, KEYS, PRECISION, False,
         )  # fmt: skip
-    rest = shared_blocks - shared_whole
     shared += shared_whole * KEYS
     own += own_whole * KEYS
-    for block in range(0, rest + tl.cdiv(end - own, KEYS)):
+    rest = tl.cdiv(shared_end - shared, EDGE)
+    for block in range(0, rest + tl.cdiv(end - own, EDGE)):
         in_prompt = block < rest
-        first = tl.where(in_prompt, shared + block * KEYS, own + (block - rest) * KEYS)
+        first = tl.where(in_prompt, shared + block * EDGE, own + (block - rest) * EDGE)
+        last = tl.where(in_prompt, shared_end, end)
+        k = _rows(k_ptr, first, k_stride, last, EDGE, D, D_PAD, False)
+        v = _rows(v_ptr, first, v_stride, last, EDGE, D, D_PAD, False)
         grad_q = _grad_q_block(
-            q, grad_out, grad_q, lse, delta, k_ptr, v_ptr, row, prompt_floor, own_floor, prompt_end, first,
-            tl.where(in_prompt, shared_end, end),
-            k_stride, v_stride, scale, cap, D, D_PAD, CAP, KEYS, PRECISION, True,
+            q, grad_out, grad_q, lse, delta, k, v, row, prompt_floor, own_floor, prompt_end, first, last, scale, cap,
+            CAP, EDGE, PRECISION, True,
         )  # fmt: skip
     _store_rows(grad_q_ptr + head * grad_q_head_stride, grad_q * scale, start, grad_q_stride, end, QUERIES, D, D_PAD)
 
 
 @triton.jit
 def _grad_kv_block(
-    k, v, grad_k, grad_v, grad_out_ptr, q_ptr, lse_ptr, delta_ptr, position_ptr, column, column_position,
-    readers_end, first, end, grad_out_stride, q_stride, scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr, GRAD_K: tl.constexpr,
-    GRAD_V: tl.constexpr, MASKED: tl.constexpr,
+    k, v, grad_k, grad_v, grad_out, q, stats_tma, head, lse_ptr, delta_ptr, position_ptr, column, column_position,
+    readers_end, first, end, scale, cap, window, CAP: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Accumulate one block of query rows, from `first` on, into a block of keys. Keys are on the first axis."""
     row = first + tl.arange(0, QUERIES)
-    q = _rows(q_ptr, first, q_stride, end, QUERIES, D, D_PAD, not MASKED)
-    grad_out = _rows(grad_out_ptr, first, grad_out_stride, end, QUERIES, D, D_PAD, not MASKED)
-    lse = tl.load(lse_ptr + row, mask=row < end, other=0.0) * LOG2E
+    if stats_tma is None:
+        lse = tl.load(lse_ptr + row, mask=row < end, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + row, mask=row < end, other=0.0)
+    else:
+        evens, odds = tl.split(tl.reshape(stats_tma.load([head, first, 0]), [QUERIES, 2, 2]))
+        lse, _ = tl.split(evens)
+        delta, _ = tl.split(odds)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     weights, slope = _weights(scores, lse[None, :], scale, cap, CAP)
     if MASKED:
@@ -283,7 +318,6 @@ def _grad_kv_block(
     if GRAD_V:
         grad_v = tl.dot(weights.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
     if GRAD_K:
-        delta = tl.load(delta_ptr + row, mask=row < end, other=0.0)
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - delta[None, :]) * slope
         grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
@@ -295,16 +329,15 @@ def grad_kv_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, tiles_ptr, readers_end_ptr,
     position_ptr, grad_out_stride, q_stride, k_stride, v_stride, grad_k_stride, grad_v_stride, grad_out_head_stride,
     q_head_stride, k_head_stride, v_head_stride, grad_k_head_stride, grad_v_head_stride, tokens, heads_per_key,
-    scale, cap, window, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    scale, cap, window, grad_out_tma, q_tma, stats_tma, D: tl.constexpr, D_PAD: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, TILE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values, or one of them: both together may not fit the registers."""
-    # The first rows of a group are read by the most queries, so they start first.
-    start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(0), KEYS, TILE_ROWS)
+    start, end, _, prompt_end = _tile(tiles_ptr, tl.program_id(1), BY_READERS, KEYS, TILE_ROWS)
     if start >= end:
         return
-    key_head = tl.program_id(1).to(tl.int64)
+    key_head = tl.program_id(0).to(tl.int64)
     column = start + tl.arange(0, KEYS)
     readers_end = tl.load(readers_end_ptr + column, mask=column < end, other=0)
     column_position = column
@@ -320,33 +353,52 @@ def grad_kv_kernel(
         first_readers_end = tl.min(readers_end, 0)
         whole_end += tl.maximum(first_readers_end - end, 0) // QUERIES * QUERIES
     whole_blocks = (whole_end - end) // QUERIES
-    own_blocks = tl.cdiv(end - start, QUERIES)
-    masked_blocks = own_blocks + tl.cdiv(last_reader - whole_end, QUERIES)
+    own_blocks = tl.cdiv(end - start, EDGE)
+    masked_blocks = own_blocks + tl.cdiv(last_reader - whole_end, EDGE)
     k = _rows(k_ptr + key_head * k_head_stride, start, k_stride, end, KEYS, D, D_PAD, False)
     v = _rows(v_ptr + key_head * v_head_stride, start, v_stride, end, KEYS, D, D_PAD, False)
     grad_k = tl.zeros([KEYS, D_PAD], tl.float32)
     grad_v = tl.zeros([KEYS, D_PAD], tl.float32)
-    for step in range(0, heads_per_key * whole_blocks):
-        head = key_head * heads_per_key + step // whole_blocks
-        first = end + step % whole_blocks * QUERIES
-        grad_k, grad_v = _grad_kv_block(
-            k, v, grad_k, grad_v, grad_out_ptr + head * grad_out_head_stride, q_ptr + head * q_head_stride,
-            lse_ptr + head * tokens, delta_ptr + head * tokens, position_ptr, column, column_position, readers_end,
-            first, whole_end, grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION,
-            GRAD_K, GRAD_V, False,
-        )  # fmt: skip
-    for step in range(0, heads_per_key * masked_blocks):
-        head = key_head * heads_per_key + step // masked_blocks
-        block = step % masked_blocks
+    # Masked blocks come first: what they need is no longer in registers where the unmasked ones run. Heads and blocks
+    # are counted up, not divided: a division in the loop takes as many instructions as its exponentials.
+    head = tl.program_id(0) * heads_per_key
+    block = 0
+    for _ in range(0, heads_per_key * masked_blocks):
+        far = head.to(tl.int64)
         is_own = block < own_blocks
-        first = tl.where(is_own, start + block * QUERIES, whole_end + (block - own_blocks) * QUERIES)
+        first = tl.where(is_own, start + block * EDGE, whole_end + (block - own_blocks) * EDGE)
+        last = tl.where(is_own, end, last_reader)
+        q = _rows(q_ptr + far * q_head_stride, first, q_stride, last, EDGE, D, D_PAD, False)
+        grad_out = _rows(
+            grad_out_ptr + far * grad_out_head_stride, first, grad_out_stride, last, EDGE, D, D_PAD, False
+        )
         grad_k, grad_v = _grad_kv_block(
-            k, v, grad_k, grad_v, grad_out_ptr + head * grad_out_head_stride, q_ptr + head * q_head_stride,
-            lse_ptr + head * tokens, delta_ptr + head * tokens, position_ptr, column, column_position, readers_end,
-            first, tl.where(is_own, end, last_reader),
-            grad_out_stride, q_stride, scale, cap, window, D, D_PAD, CAP, WINDOW, QUERIES, PRECISION, GRAD_K, GRAD_V,
-            True,
+            k, v, grad_k, grad_v, grad_out, q, None, head, lse_ptr + far * tokens, delta_ptr + far * tokens,
+            position_ptr, column, column_position, readers_end, first, last, scale, cap, window, CAP, WINDOW, EDGE,
+            PRECISION, GRAD_K, GRAD_V, True,
         )  # fmt: skip
+        block += 1
+        head = tl.where(block < masked_blocks, head, head + 1)
+        block = tl.where(block < masked_blocks, block, 0)
+    head = tl.program_id(0) * heads_per_key
+    first = end
+    for _ in range(0, heads_per_key * whole_blocks):
+        far = head.to(tl.int64)
+        q = _whole_rows(q_tma, q_ptr + far * q_head_stride, head, first, q_stride, QUERIES, D, D_PAD)
+        grad_out = _whole_rows(
+            grad_out_tma, grad_out_ptr + far * grad_out_head_stride, head, first, grad_out_stride, QUERIES, D, D_PAD
+        )
+        grad_k, grad_v = _grad_kv_block(
+            k, v, grad_k, grad_v, grad_out, q, stats_tma, head, lse_ptr + far * tokens, delta_ptr + far * tokens,
+            position_ptr, column, column_position, readers_end, first, whole_end, scale, cap, window, CAP, WINDOW,
+            QUERIES, PRECISION, GRAD_K, GRAD_V, False,
+        )  # fmt: skip
+        first += QUERIES
+        head = tl.where(first < whole_end, head, head + 1)
+        first = tl.where(first < whole_end, first, end)
+    # Loaded again, so that the loops above have the registers for themselves.
+    start, end, _, _ = _tile(tiles_ptr, tl.program_id(1), BY_READERS, KEYS, TILE_ROWS, True)
+    key_head = tl.program_id(0).to(tl.int64)
     if GRAD_K:
         grad_k_ptr += key_head * grad_k_head_stride
         _store_rows(grad_k_ptr, grad_k * scale, start, grad_k_stride, end, KEYS, D, D_PAD)

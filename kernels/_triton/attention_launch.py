@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..layout import TILE
 from . import launch
@@ -15,14 +16,22 @@ from .attention import forward_kernel, grad_kv_kernel, grad_q_kernel
 
 
 class Blocks(NamedTuple):
-    """Block sizes of a launch: query rows and keys, both divisors of TILE; warps; stages of the software pipeline."""
+    """Block sizes of a launch: query rows and keys, both divisors of TILE; warps; stages of the software pipeline.
+
+    edge: rows of a masked block of what the kernel walks over, keys or, for their gradients, query rows; 0 for as many
+    as unmasked blocks have. tma: unmasked blocks are loaded by TMA, which sm_90 and later have.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    edge: int = 0
+    tma: bool = False
 
 
+# Numbers of a row that grad_q_kernel hands to grad_kv_kernel for loads by TMA.
+STATS = 4
 # By head size: up to 64, 128 and 256. All compile without a spill. Those of SM90 up to 128 are the fastest over all
 # shapes of benchmarks.gpu.tiles on an H100; the others are the largest that do not spill, not tuned on hardware yet.
 Row = tuple[Blocks, ...]
@@ -97,15 +106,40 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty_strided((1, heads, tokens, size), (tokens * heads * size, size, heads * size, 1))
 
 
-def _options(kernel: str, q: Tensor, window: int, cap: float) -> dict[str, int | bool | str]:
-    size, width = q.shape[-1], padded(q.shape[-1])
-    shape = blocks(kernel, width, q.element_size(), _capability(q.device))
+def _described(x: Tensor, rows: int, width: int) -> TensorDescriptor | None:
+    """x [1, heads, T, D] in blocks of rows of one head, padded to `width`; None if TMA cannot have its address or
+    strides."""
+    if any(n % 16 for n in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[1:3]))):
+        return None
+    return TensorDescriptor(x, list(x.shape[1:]), list(x.stride()[1:]), [1, rows, width])
+
+
+def _walked(shape: Blocks, kernel: str) -> int:
+    """Rows of a block of what the kernel walks over."""
+    return shape.keys if kernel in ("forward", "grad_q") else shape.queries
+
+
+def edge(shape: Blocks, kernel: str) -> int:
+    """Rows of a masked block."""
+    return shape.edge or _walked(shape, kernel)
+
+
+def _blocks(kernel: str, q: Tensor) -> Blocks:
+    return blocks(kernel, padded(q.shape[-1]), q.element_size(), _capability(q.device))
+
+
+def _options(kernel: str, q: Tensor, window: int, cap: float, walked: dict[str, Tensor | None]) -> dict:
+    """walked: the tensors of which the kernel loads one block after another, by name."""
+    shape, width = _blocks(kernel, q), padded(q.shape[-1])
+    tma = {name: _described(x, _walked(shape, kernel), STATS if name == "stats" else width)
+           for name, x in walked.items() if shape.tma}
     # TF32 has 10 bits of mantissa: use it only if PyTorch's own matmuls may.
     precise = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return {
-        "D": size, "D_PAD": width, "CAP": cap > 0, "WINDOW": window > 0, "QUERIES": shape.queries, "KEYS": shape.keys,
-        "TILE_ROWS": TILE, "PRECISION": "ieee" if precise else "tf32", "num_warps": shape.warps,
-        "num_stages": shape.stages,
+        "D": q.shape[-1], "D_PAD": width, "CAP": cap > 0, "WINDOW": window > 0, "QUERIES": shape.queries,
+        "KEYS": shape.keys, "EDGE": edge(shape, kernel), "TILE_ROWS": TILE, "PRECISION": "ieee" if precise else "tf32",
+        "num_warps": shape.warps, "num_stages": shape.stages,
+        **{f"{name}_tma": tma.get(name) for name in walked},
     }
 
 
@@ -129,8 +163,8 @@ def forward(
     """
     out, (q, k, v) = _like(q), (_side_by_side(x) for x in (q, k, v))
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    options = _options("forward", q, window, cap)
-    grid = (tiles.shape[0] * (TILE // options["QUERIES"]), q.shape[1])
+    options = _options("forward", q, window, cap, {"k": k, "v": v})
+    grid = (q.shape[1], tiles.shape[0] * (TILE // options["QUERIES"]))
     tensors, numbers = (q, k, v, out), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
     launch(forward_kernel, grid, *tensors, lse, tiles, positions, *_strides(tensors), *numbers, **options)
     return out, lse
@@ -146,15 +180,18 @@ def backward(
     delta = torch.empty_like(lse)
     inputs, numbers = (grad_out, q, k, v), (q.shape[2], q.shape[1] // k.shape[1], scale, cap, window)
 
-    options = _options("grad_q", q, window, cap)
-    grid = (tiles.shape[0] * (TILE // options["QUERIES"]), q.shape[1])
-    strides = _strides((*inputs, out, grad_q))
-    launch(grad_q_kernel, grid, *inputs, out, lse, delta, grad_q, tiles, positions, *strides, *numbers, **options)
+    names = grad_kv_launches(padded(q.shape[-1]), q.element_size(), _capability(q.device))
+    stats = lse.new_empty(*lse.shape, STATS) if any(_blocks(name, q).tma for name in names) else None
+
+    options = _options("grad_q", q, window, cap, {"k": k, "v": v})
+    grid = (q.shape[1], tiles.shape[0] * (TILE // options["QUERIES"]))
+    tensors, strides = (*inputs, out, lse, delta, stats, grad_q, tiles, positions), _strides((*inputs, out, grad_q))
+    launch(grad_q_kernel, grid, *tensors, *strides, *numbers, **options)
 
     tensors = (*inputs, lse, delta, grad_k, grad_v, tiles, readers_end, positions)
     strides = _strides((*inputs, grad_k, grad_v))
-    for name in grad_kv_launches(padded(q.shape[-1]), q.element_size(), _capability(q.device)):
-        options = _options(name, q, window, cap) | parts(name)
-        grid = (tiles.shape[0] * (TILE // options["KEYS"]), k.shape[1])
+    for name in names:
+        options = _options(name, q, window, cap, {"grad_out": grad_out, "q": q, "stats": stats}) | parts(name)
+        grid = (k.shape[1], tiles.shape[0] * (TILE // options["KEYS"]))
         launch(grad_kv_kernel, grid, *tensors, *strides, *numbers, **options)
     return grad_q, grad_k, grad_v

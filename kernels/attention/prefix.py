@@ -10,7 +10,11 @@ from .._triton import HAS_TRITON
 from ..layout import Bounds, PackedGroups
 from . import cpu, spans, varlen
 
-BACKENDS = ("triton", "flash_attn", "varlen", "sdpa")
+BACKENDS = ("triton", "flash_attn", "flash_attn_4", "varlen", "sdpa")
+
+# What backend=None takes instead of "triton" where it supports the inputs, by major compute capability: backends that
+# benchmarks.attention measured to be faster, e.g. {9: "flash_attn_4"}. None so far.
+FASTER: dict[int, str] = {}
 
 
 def prefix_attention(
@@ -24,10 +28,11 @@ def prefix_attention(
     at position p sees keys at positions above p - sliding_window. softcap bounds the scaled scores by tanh before
     masking (Gemma 2).
 
-    backend: one of BACKENDS. None picks "triton" where it is supported, else "sdpa". "triton", our kernels, supports
-    bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn", if installed, and "varlen",
-    torch.nn.attention.varlen, support bf16 and fp16 on a GPU and copy each prompt's keys for every completion after the
-    first; "sdpa" is plain PyTorch and supports everything, the CPU included.
+    backend: one of BACKENDS. None picks what FASTER names for the GPU, "triton" or "sdpa", the first of them that is
+    supported. "triton", our kernels, supports bf16, fp16 and fp32 and head sizes up to 256 on a GPU; "flash_attn" and
+    "flash_attn_4", if installed, and "varlen", torch.nn.attention.varlen, support bf16 and fp16 on a GPU and copy each
+    prompt's keys for every completion after the first; "sdpa" is plain PyTorch and supports everything, the CPU
+    included.
 
     Returns [1, H, T, D]; differentiable once. Raises ValueError if shapes, dtypes or devices do not match the groups,
     on options out of range and on inputs that the requested backend does not support.
@@ -45,6 +50,8 @@ def prefix_attention(
     backend = _choose(backend, q, v, cap)
     if backend == "flash_attn":
         return varlen.flash_attn(q, k, v, groups, scale, window, cap)
+    if backend == "flash_attn_4":
+        return varlen.flash_attn_4(q, k, v, groups, scale, window)
     if backend == "varlen":
         return varlen.varlen(q, k, v, groups, scale, window)
     if backend == "sdpa" and q.is_cuda and not window and not cap:
@@ -77,7 +84,10 @@ def _choose(backend: str | None, q: Tensor, v: Tensor, cap: float) -> str:
         return backend
     if not q.is_cuda:
         return "sdpa"
-    return "sdpa" if _unable("triton", q, v, cap) else "triton"
+    for name in (FASTER.get(_capability(q.device)), "triton"):
+        if name is not None and _unable(name, q, v, cap) is None:
+            return name
+    return "sdpa"
 
 
 def _unable(backend: str, q: Tensor, v: Tensor, cap: float) -> str | None:

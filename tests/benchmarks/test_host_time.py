@@ -66,6 +66,16 @@ def test_on_amd_nothing_is_remembered(monkeypatch):
     assert not _triton._compiled
 
 
+def test_a_launch_with_tensor_descriptors_goes_by_triton(monkeypatch):
+    descriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
+    monkeypatch.setattr(_triton, "_compiled", {})
+    x = torch.zeros(64, 64)
+    given = {"X_TMA": descriptor(x, [64, 64], [64, 1], [16, 64]), "BLOCK": 64}
+    launched = []
+    _triton.launch_again({(1,): lambda *a, **options: launched.append((a, options))}, (1,), (x,), given)
+    assert launched == [((x,), given)] and not _triton._compiled
+
+
 @pytest.mark.slow
 def test_it_prints_every_case(capsys, monkeypatch):
     monkeypatch.setattr(host_time, "microseconds", lambda run, calls: (run(), 2.0)[1])

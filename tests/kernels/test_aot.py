@@ -79,3 +79,11 @@ def test_it_fails_on_slow_tensor_core_instructions(checked):
 def test_every_kernel_compiles():
     done = _python("-m", "benchmarks.aot")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_every_candidate_of_the_sweep_compiles():
+    """With wgmma, and with TMA where it asks for it."""
+    done = _python("-m", "benchmarks.gpu.tiles", "--list")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "True)" in done.stdout

@@ -14,7 +14,7 @@ from torch.library import opcheck
 from torch.nn.attention.bias import causal_lower_right
 
 from strop.kernels import Group, PackedGroups, prefix_attention
-from strop.kernels.attention import reference, varlen
+from strop.kernels.attention import prefix, reference, varlen
 from strop.kernels.attention.prefix import _backward_op, _op
 from strop.kernels.layout import TILE, Bounds
 
@@ -121,6 +121,25 @@ def test_no_backend_synchronizes(backend: str | None, window: int | None):
         assert out.device.type == "cuda"
 
 
+def test_a_table_entry_chooses_a_faster_backend(monkeypatch):
+    """Where it is installed and supports the inputs; else the usual one."""
+    q, wide = (torch.empty(1, 4, 3, size, dtype=torch.bfloat16, device="meta") for size in (64, 256))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(prefix, "_capability", lambda _: 9)
+    assert prefix._choose(None, q, q, 0.0) == "triton"
+    monkeypatch.setitem(prefix.FASTER, 9, "flash_attn_4")
+    monkeypatch.setitem(varlen.INSTALLED, "flash_attn_4", False)
+    assert prefix._choose(None, q, q, 0.0) == "triton"
+    with pytest.raises(ValueError, match="flash_attn_4: flash-attn-4 is not installed"):
+        prefix._choose("flash_attn_4", q, q, 0.0)
+    monkeypatch.setitem(varlen.INSTALLED, "flash_attn_4", True)
+    assert prefix._choose(None, q, q, 0.0) == "flash_attn_4"
+    assert prefix._choose(None, wide, wide, 0.0) == prefix._choose(None, q, q, 2.0) == "triton"
+    assert prefix._choose(None, q.float(), q.float(), 0.0) == "triton"
+    monkeypatch.setattr(prefix, "_capability", lambda _: 8)
+    assert prefix._choose(None, q, q, 0.0) == "triton"
+
+
 def _on_fake_gpu(groups: PackedGroups, mode) -> tuple[torch.Tensor, torch.Tensor, PackedGroups]:
     """q, k and the groups as fake tensors of a GPU."""
     moved = {n: torch.empty(x.shape, dtype=x.dtype, device="cuda") for n, x in groups._tensors().items()}
@@ -160,7 +179,7 @@ def test_segments_stay_on_the_host():
 def test_tiles_cover_every_row_once_and_no_two_groups():
     groups = PackedGroups.pack([Group([1] * 300, [[2] * 5, [3] * 100]), *GROUPS, Group([], [[1] * TILE])])
     rows = []
-    for start, end, group_start, prompt_end in groups.tiles.tolist():
+    for start, end, group_start, prompt_end, _, _ in groups.tiles.tolist():
         (group,) = (g for g, bounds in enumerate(groups.prompt_bounds) if bounds == (group_start, prompt_end))
         last = max(
             end for (_, end), g in zip(groups.completion_bounds, groups.completion_group, strict=True) if g == group
@@ -168,6 +187,18 @@ def test_tiles_cover_every_row_once_and_no_two_groups():
         assert group_start <= start < end <= min(last, start + TILE)
         rows += range(start, end)
     assert rows == list(range(groups.num_tokens))
+
+
+def test_tiles_with_the_most_work_come_first():
+    groups = PackedGroups.pack([Group([1] * 300, [[2] * 5, [3] * 300]), *GROUPS, Group([], [[1] * TILE])])
+    row = torch.arange(groups.num_tokens)
+    seen = (row[None] <= row[:, None]) & (row[:, None] < groups.readers_end[None])
+    tiles = groups.tiles.tolist()
+    rows = [slice(start, end) for start, end, *_ in tiles]
+    for column, reach in ((4, [seen[r].any(0).sum() for r in rows]), (5, [seen[:, r].any(1).sum() for r in rows])):
+        order = [tile[column] for tile in tiles]
+        assert sorted(order) == list(range(len(tiles)))
+        assert [int(reach[i]) for i in order] == sorted(map(int, reach), reverse=True)
 
 
 def test_readers_end_is_the_mask():
@@ -205,7 +236,7 @@ def _varlen_twin(q, k, v, query_offsets, key_offsets, max_q, max_k, *, scale, wi
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (4, 0.0), (0, 2.0)])
-@pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn", "flash_attn_4"])
 def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
     """The kernels need a GPU; plain PyTorch replaces them here."""
     groups = PackedGroups.pack(GROUPS)
@@ -220,6 +251,24 @@ def test_gathered_keys(backend: str, window: int, cap: float, monkeypatch):
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
         out = varlen.varlen(*qkv, groups, 0.3, window)
+    elif backend == "flash_attn_4":
+        if cap:
+            pytest.skip("no soft-cap")
+
+        def flash_attn_varlen_func(
+            q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+            min_seqlen_k=None, softmax_scale=None, causal=False, window_size=(None, None), deterministic=False,
+        ):
+            """The signature of 4.0.0b36, as far as it is used; it returns the log-sum-exp too."""
+            assert causal and deterministic and window_size in ((None, None), (window - 1, 0))
+            lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+            sides = (window - 1, 0) if window else (-1, -1)
+            return _varlen_twin(q, k, v, *lengths, scale=softmax_scale, window=sides, cap=0.0), None
+
+        module = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=module))
+        monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+        out = varlen.flash_attn_4(*qkv, groups, 0.3, window)
     else:
 
         def flash_attn_varlen_func(*tensors, softmax_scale, causal, window_size, softcap, deterministic):

@@ -26,8 +26,10 @@ def _qkv(groups: PackedGroups, heads: int, key_heads: int, size: int, dtype: tor
     return [torch.randn(shape).to(dtype).transpose(1, 2) for shape in shapes]
 
 
-def _run(qkv, grad_out, groups, scale, window, cap, monkeypatch, queries: int, keys: int) -> list[torch.Tensor]:
-    monkeypatch.setattr(kernels, "blocks", lambda *_: kernels.Blocks(queries, keys, 4, 2))
+def _run(
+    qkv, grad_out, groups, scale, window, cap, monkeypatch, queries: int, keys: int, **more
+) -> list[torch.Tensor]:
+    monkeypatch.setattr(kernels, "blocks", lambda *_: kernels.Blocks(queries, keys, 4, 2, **more))
     layout = (groups.tiles, groups.readers_end, groups.position_ids, scale, window, cap)
     out, lse = kernels.forward(*qkv, *layout)
     return [out, *kernels.backward(grad_out, *qkv, out, lse, *layout)]
@@ -41,22 +43,22 @@ def _reference(qkv, grad_out, groups, scale, window, cap, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(
-    ("heads", "key_heads", "size", "window", "cap", "queries", "keys"),
+    ("heads", "key_heads", "size", "window", "cap", "queries", "keys", "more"),
     [
-        (2, 1, 16, 0, 0.0, 32, 32),
-        (2, 2, 24, 13, 0.0, 32, 16),
-        (3, 1, 32, 0, 2.0, 64, 32),
-        (2, 1, 16, 40, 3.0, 32, 64),
-        (2, 1, 80, 0, 0.0, TILE, 64),
-        (1, 1, 16, 100, 0.0, 64, TILE),
+        (2, 1, 16, 0, 0.0, 32, 32, {"edge": 16}),
+        (2, 2, 24, 13, 0.0, 32, 16, {}),
+        (3, 1, 32, 0, 2.0, 64, 32, {"tma": True, "edge": 32}),
+        (2, 1, 16, 40, 3.0, 32, 64, {}),
+        (2, 1, 80, 0, 0.0, TILE, 64, {}),
+        (1, 1, 16, 100, 0.0, 64, TILE, {"tma": True, "edge": 32}),
     ],
 )
-def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries, keys, monkeypatch):
+def test_fp32_equals_the_reference(heads, key_heads, size, window, cap, queries, keys, more, monkeypatch):
     groups = PackedGroups.pack([*GROUPS, LONG] if TILE in (queries, keys) else GROUPS)
     qkv = _qkv(groups, heads, key_heads, size, torch.float32)
     grad_out = torch.randn_like(qkv[0])
     case = (qkv, grad_out, groups, 0.3, window, cap)
-    ours, truth = _run(*case, monkeypatch, queries, keys), _reference(*case, torch.float64)
+    ours, truth = _run(*case, monkeypatch, queries, keys, **more), _reference(*case, torch.float64)
     for a, b in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
@@ -72,6 +74,32 @@ def test_gradients_of_keys_and_values_in_launches_of_their_own(window, cap, monk
     monkeypatch.setattr(kernels, "grad_kv_launches", lambda *_: names.append(1) or ("grad_k", "grad_v"))
     apart = _run(*case, monkeypatch, 32, 32)
     assert names and all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_loads_by_tma_give_the_same_bits(monkeypatch):
+    groups = PackedGroups.pack([_group(36, 14), _group(1, 1)])
+    qkv = _qkv(groups, 1, 1, 24, torch.float32)
+    case = (qkv, torch.randn_like(qkv[0]), groups, 0.2, 0, 0.0)
+    described, make = [], kernels.TensorDescriptor
+    monkeypatch.setattr(kernels, "TensorDescriptor", lambda x, *rest: described.append(x.data_ptr()) or make(x, *rest))
+    plain = _run(*case, monkeypatch, 32, 16)
+    assert not described
+    ours = _run(*case, monkeypatch, 32, 16, tma=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    q, k, v = (x.data_ptr() for x in qkv)
+    assert len(described) == 7 and described[:6] == [k, v, k, v, case[1].data_ptr(), q]
+    described.clear()
+    qkv[1] = _shifted(qkv[1])
+    ours = _run(*case, monkeypatch, 32, 16, tma=True)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    v = case[0][2].data_ptr()
+    assert described[:4] == [v, v, case[1].data_ptr(), q], "an address that no descriptor can have"
+
+
+def _shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values 8 bytes off."""
+    found = torch.empty(x.numel() + 2)[2:].as_strided(x.shape, x.stride(), 2)
+    return found.copy_(x)
 
 
 def test_launches_by_device():

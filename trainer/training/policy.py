@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from strop.kernels.integrations.peft import fuse_adapters
 from strop.trainer.config import Lora, Part, Train
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder
@@ -43,6 +44,8 @@ def load_policy(folder: ModelFolder, section: Train, device: torch.device, *, co
     disable_dropout(model)
     if lora.rank:
         model = add_lora(model, lora, seed, "SEQ_CLS" if reward else "CAUSAL_LM")
+        if not section.compile:  # which fuses them itself
+            fuse_adapters(model)
     return model.train()
 
 
