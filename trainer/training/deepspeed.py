@@ -4,10 +4,8 @@ Each rank keeps the fp32 masters and moments of its part of every parameter: wit
 parameters laid end to end meets the parameter, with stage 3 an equal part of it.
 """
 
-import importlib.metadata
 import logging
 import os
-import re
 import weakref
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +15,6 @@ import torch.distributed as dist
 
 from strop.kernels import optimizer
 from strop.trainer.config import Lora, Part, Train
-from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.world import WAIT
@@ -25,7 +22,6 @@ from strop.trainer.sharding import DeepSpeed
 from strop.trainer.training.engine import Training
 from strop.trainer.training.policy import Policy, export, layers_of, merged_weights
 
-LEAST = (0, 19, 8)  # the version
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 500_000_000  # gradients that are sent together, at most
 WHOLE = 100_000  # elements up to which stage 3 leaves a weight whole on every rank
@@ -238,13 +234,3 @@ def settings_of(options: DeepSpeed, section: Train, dtype: torch.dtype, count: i
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
             "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32", "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
-
-
-def check_deepspeed() -> None:
-    """Raises UserError if DeepSpeed is missing or too old: an older one ignores settings that we rely on."""
-    try:
-        found = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("engine.kind=deepspeed: DeepSpeed is not installed: pip install 'strop[deepspeed]'") from None
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < LEAST:
-        raise UserError(f"engine.kind=deepspeed: DeepSpeed {found} is too old: pip install 'strop[deepspeed]'")
