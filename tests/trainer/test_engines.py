@@ -273,8 +273,8 @@ def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine, 
     (4, {"kind": "local", "sequence_parallel": 2}), (4, {"kind": "fsdp", "sequence_parallel": 2}),
     (4, {"kind": "local", "sequence_parallel": 4}), (4, {"kind": "fsdp", "sequence_parallel": 4, "cpu_offload": True})],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None)
-def test_ranks_that_share_rows_equal_one_rank(launcher, tiny_model, tmp_path, ranks, engine):
+def test_ranks_that_share_rows_equal_one_rank(tiny_model, tmp_path, ranks, engine):
     checks = [*(check for check in GRID if check != "dpo_untied"), "labels", "sliced", "times_out"]  # sliced has it
-    output = launch(launcher, folder_of(tiny_model, tmp_path), ranks, engine, checks)
+    output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
     for check in checks:
         passed(tmp_path, check, output)
