@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +30,11 @@ from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local
 from strop.trainer.training import deepspeed, engines
 from strop.trainer.training.fsdp import check_unshared
 from strop.trainer.training.policy import layers_of
+from strop.trainer.training.waits import Waits
 
 HERE = Path(__file__).parent
 CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
-          "resumed_int8", "sliced"]
+          "resumed_int8", "sliced", "waits"]
 
 
 def folder_of(tiny_model, folder: Path) -> Path:
@@ -215,6 +217,29 @@ def test_deepspeeds_optimizer_is_adamw(monkeypatch, in_one_pass):
         torch.testing.assert_close(one.state[ours][moment], other.state[theirs][moment])
 
 
+class Backend:
+    """Collectives that another rank joins after 20 ms, at once or when waited for."""
+
+    name = "slow"
+
+    def all_reduce(self, tensor, async_op=False):
+        return self if async_op else time.sleep(0.02)
+
+    def wait(self):
+        time.sleep(0.02)
+
+
+def test_collectives_of_deepspeed_are_timed_in_a_step_only():
+    waits = Waits(torch.device("cpu"))
+    timed = deepspeed.Timed(Backend(), waits)
+    assert timed.name == "slow" and timed.all_reduce(None) is None
+    timed.all_reduce(None, async_op=True).wait()
+    assert 0.04 <= waits.take() < 1
+    waits.is_on = False
+    timed.all_reduce(None)
+    assert waits.take() == 0
+
+
 def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
     model = ModelFolder(tiny_model).load(torch.float32, torch.device("cpu"))
     layers = layers_of(model)
@@ -249,7 +274,7 @@ MORE = [
 PARTS = {"sft": ["sft_tied", "sft_bf16", "one_row_a_step", "lora_fp32", "lora_bf16"],
          "preferences": ["dpo_untied", "dpo_bf16", "bema_of_dpo", "unpaired", "reference_table", "reward_model"],
          "moments": ["resumed_int8", "smaller_moments"],
-         "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "times_out"]}
+         "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "waits", "times_out"]}
 
 
 @pytest.mark.slow

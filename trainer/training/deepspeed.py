@@ -21,9 +21,13 @@ from strop.trainer.run.world import WAIT
 from strop.trainer.sharding import DeepSpeed
 from strop.trainer.training.engine import Training
 from strop.trainer.training.policy import Policy, export, layers_of, merged_weights
+from strop.trainer.training.waits import Waits
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 500_000_000  # gradients that are sent together, at most
+# methods in which a rank waits for others
+EXCHANGES = ("wait", "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "broadcast",
+             "all_gather_into_tensor", "all_gather_coalesced", "all_reduce_coalesced")
 WHOLE = 100_000  # elements up to which stage 3 leaves a weight whole on every rank
 
 
@@ -50,6 +54,25 @@ class AdamW(torch.optim.AdamW):
                 state["step"].fill_(self.number - 1)  # PyTorch counts up itself
         if not in_one_pass:
             super().step()
+
+
+class Timed:
+    """DeepSpeed's communication backend, or a collective under way, with waits for other ranks counted."""
+
+    def __init__(self, backend, waits: Waits):
+        self.backend, self.waits = backend, waits
+
+    def __getattr__(self, name: str):
+        found = getattr(self.backend, name)
+        if name not in EXCHANGES:
+            return found
+
+        def timed(*args, **kwargs):
+            with self.waits:
+                work = found(*args, **kwargs)
+            return Timed(work, self.waits) if hasattr(work, "wait") else work
+
+        return timed
 
 
 class Engine(Training):
@@ -85,6 +108,8 @@ class Engine(Training):
             model=policy, optimizer=self.adamw, model_parameters=self.params, config=settings,
             dist_init_required=False)
         self._wait(WAIT)
+        comm = self.deepspeed.comm.comm
+        comm.cdb = Timed(comm.cdb.backend if isinstance(comm.cdb, Timed) else comm.cdb, self.waits)
         weakref.finalize(self, release, self.engine, list(self.model.parameters())).atexit = False
         self._begin_averages()
 
@@ -117,8 +142,7 @@ class Engine(Training):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.adamw.number = number
-        with self.waits:
-            self.engine.step()
+        self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return norm.float() if torch.is_tensor(norm) else torch.tensor(float(norm))
 
