@@ -14,7 +14,7 @@ try:
     prepare_environment()  # before torch is imported
     from strop.trainer.cli import Command, answer, parse
     from strop.trainer.errors import UserError, explained
-    from strop.trainer.run import nodes, stopping
+    from strop.trainer.run import nodes, restart, stopping
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -36,7 +36,9 @@ def run(command: Command) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
+        restart.allow()
     first = os.environ.get("RANK", "0") == "0"
     try:
         check_process()

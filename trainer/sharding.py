@@ -1,10 +1,14 @@
 """The section engine: what trains. A class per engine, with the keys that this engine reads."""
 
+import importlib.metadata
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from strop.trainer.section import Positive, Section
+
+OLDEST = (0, 19, 8)  # version of DeepSpeed; older ones ignore settings that we rely on
 
 
 class Trainer(Section):
@@ -21,7 +25,7 @@ class Sequenced(Trainer):
 class Auto(Sequenced):
     kind: Literal["auto"] = Field("auto", description="what holds weights, gradients and optimizer: local (whole on "
                                   "every rank), fsdp (a part on every rank, PyTorch's FSDP2), deepspeed (ZeRO), "
-                                  "auto (local where it fits into memory, else fsdp)")
+                                  "auto (the first that fits by the memory plan: local, fsdp, with state on the host)")
 
 
 class Local(Sequenced):
@@ -53,6 +57,16 @@ class DeepSpeed(Trainer):
         if self.zero_stage < 3 and self.offload_param != "none":
             raise ValueError(f"offload_param={self.offload_param} needs zero_stage=3, and zero_stage={self.zero_stage}")
         return self
+
+
+def deepspeed_fault() -> str | None:
+    """Why DeepSpeed cannot be used here; None if it can."""
+    try:
+        found = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "DeepSpeed is not installed"
+    old = tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < OLDEST
+    return f"DeepSpeed {found} is too old" if old else None
 
 
 def kind_of(value: Any) -> str:

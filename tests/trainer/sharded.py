@@ -31,7 +31,7 @@ from strop.trainer.run.files import read_json
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import read_table
 from strop.trainer.run.world import World, join
-from strop.trainer.training import buckets, deepspeed, local, logprobs
+from strop.trainer.training import buckets, deepspeed, fsdp, local, logprobs
 
 
 def referred(table: Path, world: World, recipe, model: Path) -> None:
@@ -365,6 +365,22 @@ def overlaps(world, folder, engine):
             assert same(many.masters[name], value) and same(one.masters[name], value), name
         assert all(row["wait/ranks_max"] >= row["wait/ranks"] > 0 for row in many.log.rows)
         assert all(row["wait/data_max"] >= row["wait/data"] >= 0 for row in many.log.rows)
+
+
+def waits(world, folder, engine):
+    """A rank that comes late to a step: the others wait for it, and the metrics say how long."""
+    def slow(training, loss, last):
+        if world.rank and training.step_index == 1 and last:
+            time.sleep(0.5)
+        return backward(training, loss, last)
+
+    kind = {"local": local, "fsdp": fsdp, "deepspeed": deepspeed}[engine["kind"]].Engine
+    backward, kind.backward = kind.backward, slow
+    try:
+        rows = Run("sft", folder / "waits", world, engine, read=False).log.rows
+    finally:
+        kind.backward = backward
+    assert rows[1]["wait/ranks_max"] > 0.4 and all(row["wait/ranks_max"] >= row["wait/ranks"] > 0 for row in rows), rows
 
 
 def times_out(world, folder, engine):

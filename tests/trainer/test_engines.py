@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,14 +23,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strop.trainer.cli import load_recipe
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
+from strop.trainer.planning import estimates
+from strop.trainer.planning.hardware import hardware_of
+from strop.trainer.planning.models import CONFIGS, known_shape
 from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local
 from strop.trainer.training import deepspeed, engines
 from strop.trainer.training.fsdp import check_unshared
 from strop.trainer.training.policy import layers_of
+from strop.trainer.training.waits import Waits
 
 HERE = Path(__file__).parent
 CHECKS = ["sft_tied", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_model", "one_row_a_step", "guarded", "resumed",
-          "resumed_int8", "sliced"]
+          "resumed_int8", "sliced", "waits"]
 
 
 def folder_of(tiny_model, folder: Path) -> Path:
@@ -83,19 +88,77 @@ GRID = ["sft_tied", "sft_bf16", "dpo_untied", "dpo_bf16", "lora_bf16", "reward_m
         "guarded", "resumed", "resumed_int8", "smaller_moments"]
 
 
-@pytest.mark.parametrize(("keys", "lora", "per_weight"), [
-    ({}, 0, 20), ({"ema_decay": 0.9}, 0, 24), ({"bema": True}, 0, 28), ({}, 4, 2)])
-def test_auto_is_local_where_20_bytes_a_parameter_fit(tiny_model, monkeypatch, keys, lora, per_weight):
-    recipe = recipe_of(sft=keys, lora={"rank": lora})
-    world = SimpleNamespace(size=2, gather=lambda value: [True, value])
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    needed = per_weight * sum(p.numel() for p in model.parameters())
-    for free, expected in ((needed / engines.SHARE + 1, Local), (needed / engines.SHARE - 1, Fsdp)):
-        monkeypatch.setattr(engines, "free_memory", lambda _, free=free: free)
-        arguments = tiny_model, recipe.sft, recipe.lora, torch.bfloat16
-        assert engines.settle(Auto(timeout=9), *arguments, world) == expected(timeout=9)
-        assert engines.settle(Auto(), *arguments, SimpleNamespace(size=1, gather=lambda value: [value])) == Local()
-        assert engines.settle(Fsdp(), *arguments, world) == Fsdp()
+def model_in(folder: Path, name: str) -> Path:
+    """A model folder without weights."""
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return folder
+
+
+def auto_on(monkeypatch, folder: Path, hardware: str, *, deepspeed: bool = True, others=(), options=None, lora: int = 0,
+            **keys):
+    """What engine.kind=auto becomes on named hardware. others: what other ranks choose."""
+    on = hardware_of(hardware)
+    monkeypatch.setattr(engines, "ranks_here", lambda world: on)
+    monkeypatch.setattr(estimates, "deepspeed_fault", lambda: None if deepspeed else "DeepSpeed is not installed")
+    world = SimpleNamespace(size=on.ranks, gather=lambda value: [value, *(others if isinstance(value, int) else ())])
+    recipe = recipe_of(dtype="bfloat16", sft={"max_tokens": 4096, "batch_size": 64} | keys, lora={"rank": lora})
+    return engines.settle(options or Auto(timeout=9), folder, recipe.sft, recipe.lora, torch.bfloat16, world)
+
+
+LLAMA_1B, LLAMA_8B, QWEN_32B = "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-32B"
+BOTH = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+
+
+@pytest.mark.parametrize(("name", "hardware", "keys", "expected"), [
+    (LLAMA_1B, "1x80GB", {}, Local(timeout=9)),
+    (LLAMA_8B, "8x80GB", {}, Fsdp(timeout=9)),
+    (LLAMA_8B, "8x80GB", {"lora": 16}, Local(timeout=9)),
+    (LLAMA_8B, "1x80GB", {}, DeepSpeed(timeout=9, offload_optimizer="cpu")),
+    (LLAMA_8B, "2x24GB+400GB", {"activation_checkpointing": True},
+     DeepSpeed(timeout=9, zero_stage=3, offload_optimizer="cpu")),
+    (QWEN_32B, "1x80GB", {"activation_checkpointing": True}, DeepSpeed(timeout=9, zero_stage=3, **BOTH)),
+    (LLAMA_8B, "1x80GB", {"deepspeed": False}, Fsdp(timeout=9, cpu_offload=True)),
+    (LLAMA_8B, "1x80GB", {"moments": "int8"}, Fsdp(timeout=9, cpu_offload=True)),
+    (LLAMA_8B, "2x24GB", {"options": Auto(timeout=9, sequence_parallel=2), "activation_checkpointing": True},
+     Fsdp(timeout=9, sequence_parallel=2, cpu_offload=True)),
+    (LLAMA_8B, "8x80GB", {"masters": "split"}, Local(timeout=9)),  # fsdp cannot
+    (LLAMA_8B, "8x80GB", {"optimizer": "muon"}, Local(timeout=9)),
+    (LLAMA_8B, "8x80GB", {"compile": True}, Local(timeout=9)),
+    (LLAMA_8B, "8x80GB", {"moments": "int8"}, Fsdp(timeout=9)),
+    (LLAMA_1B, "1x80GB", {"max_tokens": 1 << 20, "max_length": 4096}, Local(timeout=9)),  # microbatches can be halved
+    (LLAMA_8B, "1x80GB+64GB", {}, Fsdp(timeout=9, cpu_offload=True))], ids=str)  # nothing fits: what takes least
+def test_auto_takes_the_first_engine_that_fits(monkeypatch, tmp_path, name, hardware, keys, expected):
+    assert auto_on(monkeypatch, model_in(tmp_path, name), hardware, **keys) == expected
+
+
+def test_auto_is_the_same_on_every_rank(monkeypatch, tmp_path):
+    """A rank whose device has less room decides for all; another kind asked for is left as it is."""
+    folder = model_in(tmp_path, LLAMA_1B)
+    assert auto_on(monkeypatch, folder, "2x80GB") == Local(timeout=9)
+    assert auto_on(monkeypatch, folder, "2x80GB", others=[1]) == Fsdp(timeout=9)
+    assert auto_on(monkeypatch, folder, "1x80GB", options=Fsdp()) == Fsdp()
+
+
+@pytest.mark.parametrize(("name", "hardware"), [
+    (LLAMA_1B, "1x80GB"), (LLAMA_8B, "8x80GB"), (LLAMA_8B, "1x80GB"), (QWEN_32B, "1x80GB"), (QWEN_32B, "1x24GB")])
+def test_a_run_takes_the_engine_that_its_plan_says(monkeypatch, tmp_path, name, hardware):
+    on, chosen = hardware_of(hardware), auto_on(monkeypatch, model_in(tmp_path, name), hardware)
+    section = recipe_of(sft={"max_tokens": 4096, "batch_size": 64}).sft
+    shape = known_shape(name)
+    asked = estimates.setting_of(section, shape, ranks=on.ranks, device="cuda", width=2, engine="auto")
+    planned = estimates.settled(shape, asked, on, section)
+    assert planned.engine == chosen.kind and planned.max_tokens == asked.max_tokens
+    assert bool(planned.offload) == ("cpu" in chosen.model_dump().values() or getattr(chosen, "cpu_offload", False))
+
+
+def test_a_model_without_a_formula_is_sharded_where_20_bytes_a_parameter_do_not_fit(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    monkeypatch.setattr(engines, "count_of", lambda _: 2 * 10**9)
+    assert auto_on(monkeypatch, tmp_path, "2x80GB") == Local(timeout=9)
+    assert auto_on(monkeypatch, tmp_path, "2x80GB", bema=True) == Local(timeout=9)
+    assert auto_on(monkeypatch, tmp_path, "2x40GB") == Fsdp(timeout=9)
+    assert auto_on(monkeypatch, tmp_path, "2x40GB", lora=4) == auto_on(monkeypatch, tmp_path, "1x40GB") == Local(
+        timeout=9)
 
 
 @pytest.mark.parametrize(("engine", "said"), [
@@ -128,7 +191,7 @@ def test_a_missing_deepspeed_is_one_line(monkeypatch, version, said):
 
 @pytest.mark.parametrize("options", [Fsdp(), DeepSpeed()])
 def test_online_training_refuses_an_engine_that_it_does_not_use(monkeypatch, options):
-    monkeypatch.setattr(engines, "check_deepspeed", lambda: None)
+    monkeypatch.setattr(engines, "deepspeed_fault", lambda: None)
     engines.check_engine(Local(), online=True)
     engines.check_engine(Auto(), online=True)
     with pytest.raises(UserError, match=rf"engine.kind={options.kind}: online training .*engine.kind=local"):
@@ -152,6 +215,29 @@ def test_deepspeeds_optimizer_is_adamw(monkeypatch, in_one_pass):
     torch.testing.assert_close(ours, theirs)
     for moment in deepspeed.MOMENTS:
         torch.testing.assert_close(one.state[ours][moment], other.state[theirs][moment])
+
+
+class Backend:
+    """Collectives that another rank joins after 20 ms, at once or when waited for."""
+
+    name = "slow"
+
+    def all_reduce(self, tensor, async_op=False):
+        return self if async_op else time.sleep(0.02)
+
+    def wait(self):
+        time.sleep(0.02)
+
+
+def test_collectives_of_deepspeed_are_timed_in_a_step_only():
+    waits = Waits(torch.device("cpu"))
+    timed = deepspeed.Timed(Backend(), waits)
+    assert timed.name == "slow" and timed.all_reduce(None) is None
+    timed.all_reduce(None, async_op=True).wait()
+    assert 0.04 <= waits.take() < 1
+    waits.is_on = False
+    timed.all_reduce(None)
+    assert waits.take() == 0
 
 
 def test_layers_that_share_weights_are_refused_by_fsdp(tiny_model):
@@ -188,7 +274,7 @@ MORE = [
 PARTS = {"sft": ["sft_tied", "sft_bf16", "one_row_a_step", "lora_fp32", "lora_bf16"],
          "preferences": ["dpo_untied", "dpo_bf16", "bema_of_dpo", "unpaired", "reference_table", "reward_model"],
          "moments": ["resumed_int8", "smaller_moments"],
-         "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "times_out"]}
+         "state": ["guarded", "resumed", "freed", "damaged", "full_disk", "overlaps", "waits", "times_out"]}
 
 
 @pytest.mark.slow
@@ -212,8 +298,8 @@ def test_every_engine_equals_the_local_one(tiny_model, tmp_path, ranks, engine, 
     (4, {"kind": "local", "sequence_parallel": 2}), (4, {"kind": "fsdp", "sequence_parallel": 2}),
     (4, {"kind": "local", "sequence_parallel": 4}), (4, {"kind": "fsdp", "sequence_parallel": 4, "cpu_offload": True})],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None)
-def test_ranks_that_share_rows_equal_one_rank(launcher, tiny_model, tmp_path, ranks, engine):
+def test_ranks_that_share_rows_equal_one_rank(tiny_model, tmp_path, ranks, engine):
     checks = [*(check for check in GRID if check != "dpo_untied"), "labels", "sliced", "times_out"]  # sliced has it
-    output = launch(launcher, folder_of(tiny_model, tmp_path), ranks, engine, checks)
+    output = launch(folder_of(tiny_model, tmp_path), ranks, engine, checks)
     for check in checks:
         passed(tmp_path, check, output)

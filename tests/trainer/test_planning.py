@@ -302,7 +302,13 @@ def test_the_order_of_cost():
         assert keys("Qwen/Qwen2.5-0.5B", one, max_tokens=16384) == ("sft.activation_checkpointing=true",)
         big = keys("Qwen/Qwen2.5-0.5B", one, max_tokens=1 << 18)
         assert big[0] == "sft.activation_checkpointing=true" and big[1].startswith("sft.max_tokens=")
-        assert keys("Qwen/Qwen2.5-1.5B", one, max_tokens=4096, checkpointing=True)[0] == "engine.kind=fsdp"
+        away = {"name": "Qwen/Qwen2.5-1.5B", "on": one, "max_tokens": 4096, "checkpointing": True}
+        assert keys(**away) == ("engine.kind=deepspeed", "engine.zero_stage=2", "engine.offload_optimizer=cpu")
+        weights_too = keys("Qwen/Qwen2.5-14B", one, max_tokens=4096, checkpointing=True)
+        assert weights_too == ("engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload_optimizer=cpu",
+                               "engine.offload_param=cpu")
+        patch.setattr(estimates, "engines", lambda: ["local", "fsdp"])  # DeepSpeed is not installed
+        assert keys(**away) == ("engine.kind=fsdp", "engine.cpu_offload=true")
         small = hardware_of("1x24GB+32GB")  # too little for masters and moments on the host
         assert keys("Qwen/Qwen2.5-1.5B", small, max_tokens=4096) == ("lora.rank=16",)
 

@@ -1,6 +1,5 @@
 """Cheaper forms of the optimizer's state, and Muon, in the training engines."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from strop.trainer.config import Sft
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.world import World
-from strop.trainer.sharding import Auto, Fsdp, Local
 from strop.trainer.training import engines
 from strop.trainer.training.local import Engine
 from strop.trainer.training.masters import Masters
@@ -167,15 +165,6 @@ def test_a_device_without_bf16_refuses_split_masters(tmp_path, tiny_model):
     with pytest.raises(UserError, match=r"sft: masters=split needs bfloat16 compute, and dtype is float32"):
         engines.open_engine(ModelFolder(tiny_model), recipe.sft, stage_in(tmp_path / "s", "sft"), 8, compute=compute,
                             lora=recipe.lora, seed=0)
-
-
-def test_auto_is_local_for_what_fsdp_cannot_train(tiny_model, monkeypatch):
-    monkeypatch.setattr(engines, "free_memory", lambda _: 0)
-    world = SimpleNamespace(size=2, gather=lambda value: [True, value])
-    for keys, expected in (({}, Fsdp()), ({"moments": "int8"}, Fsdp()), ({"masters": "split"}, Local()),
-                           ({"optimizer": "muon"}, Local())):
-        recipe = recipe_of(dtype="bfloat16", sft=keys)
-        assert engines.settle(Auto(), tiny_model, recipe.sft, recipe.lora, torch.bfloat16, world) == expected
 
 
 def test_all_three_keys_count():

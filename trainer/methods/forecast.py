@@ -1,12 +1,7 @@
 """What a plan's stages need on this machine or on named hardware, as `--plan` prints it."""
 
-import functools
-import os
 import shutil
-import time
 from pathlib import Path
-
-import torch
 
 from strop.trainer.config import Model, Recipe
 from strop.trainer.errors import UserError
@@ -19,48 +14,13 @@ from strop.trainer.planning.models import known_shape
 from strop.trainer.planning.shape import Shape, read_shape
 from strop.trainer.run.console import Console, duration
 from strop.trainer.run.store import Store
-from strop.trainer.run.world import World
-from strop.trainer.training.flops import peak_flops
-
-COPIED = 1 << 26  # bytes of the copy that measures a device's bandwidth
-
-
-def this_machine(world: World, dtype: torch.dtype) -> Hardware:
-    """The ranks of this run: what is free on their devices, and their measured rates (a GPU's FLOP/s from its data
-    sheet, if it is listed)."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    host, is_cuda = host_memory(), world.device.type == "cuda"
-    memory = torch.cuda.mem_get_info(world.device)[1] if is_cuda else host or 1 << 60
-    what = torch.cuda.get_device_name(world.device) if is_cuda else f"rank of this CPU, {memory / GB:.1f} GB free"
-    return Hardware(f"{world.size} x {what}", world.device.type, max(1, world.size // per_node), per_node, memory,
-                    host if is_cuda else None, peak_flops(world.device, dtype), copy_rate(world.device))
-
-
-def host_memory() -> int | None:
-    """Bytes of the host's memory that are available; None if the system does not say."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+from strop.trainer.training.machine import this_machine
 
 
 def free_disk(folder: Path) -> int:
     """Bytes that are free where `folder` is or would be."""
     there = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
     return shutil.disk_usage(there).free
-
-
-@functools.cache
-def copy_rate(device: torch.device) -> float:
-    """Bytes/s of a copy, read and written bytes both counted; measured once a process."""
-    source, seconds = torch.ones(COPIED // 4, device=device), []
-    target = torch.empty_like(source)
-    for _ in range(4):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * COPIED / min(seconds)
 
 
 def find_shape(model: Model, base: Base) -> Shape:

@@ -16,7 +16,7 @@ from strop.trainer.models.hub import find_data
 from strop.trainer.planning.hardware import Hardware, hardware_of
 from strop.trainer.reports.html import Refresh, write_report
 from strop.trainer.reports.reading import RunRecord, read_run
-from strop.trainer.run import mirror, nodes
+from strop.trainer.run import mirror, nodes, restart
 from strop.trainer.run.console import PROGRESS, Console
 from strop.trainer.run.files import write_atomic
 from strop.trainer.run.metrics import open_metrics
@@ -138,6 +138,8 @@ def open_run(recipe: Named = "quickstart", overrides: dict[str, Any] | None = No
             outside = mirror.on_nodes(world, lambda first=outside: _on_node(store, recipe, first))
         console.line(f"run directory {run_dir}   {world.size} rank(s), {world.hardware}, {recipe.dtype}   "
                      f"base {outside[0].name}")
+        if why := restart.reason():
+            console.warn(why)
         store.metrics = open_metrics(recipe, run_dir, console, world.first)
         console.note, store.after = run_dir / PROGRESS, [store.metrics.stage_done, Refresh(run_dir, console)]
         if world.first:

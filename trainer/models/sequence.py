@@ -7,7 +7,8 @@ flows back through the values that the rank computed itself. So gradients of wei
 are over ranks with other rows.
 """
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from math import lcm
 
 import torch
@@ -24,22 +25,25 @@ IGNORED = -100  # linear_logprob's ignore_index
 @dataclass(frozen=True)
 class Sequence:
     """The ranks that share a packed row: this rank's place among them, and how many they are. Slices are in their
-    order. Every method is called on every one of them."""
+    order. Every method is called on every one of them. waits: around every wait for the others."""
 
     rank: int
     size: int
     group: dist.ProcessGroup | None = None
+    waits: AbstractContextManager = field(default_factory=nullcontext, compare=False)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """x [size, ...]: part i goes to rank i. Returns the parts that the ranks sent to this one, in their order."""
         found = torch.empty_like(x)
-        dist.all_to_all_single(found, x, group=self.group)
+        with self.waits:
+            dist.all_to_all_single(found, x, group=self.group)
         return found
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, ...] of every rank's x, which all have one shape."""
         found = x.new_empty(self.size, *x.shape)
-        dist.all_gather(list(found.unbind()), x, group=self.group)
+        with self.waits:
+            dist.all_gather(list(found.unbind()), x, group=self.group)
         return found
 
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,12 +6,13 @@ from itertools import product
 from pathlib import Path
 
 from strop.trainer.config import Dpo, Part, Recipe, Reward, Train
-from strop.trainer.engines import Evaluating, InProcess, Revising, Sampling, Vllm, sections_of
+from strop.trainer.engines import Evaluating, InProcess, Revising, Sampling, Vllm
 from strop.trainer.errors import UserError
 from strop.trainer.planning import memory, speed
 from strop.trainer.planning.hardware import GB, USABLE, Hardware
 from strop.trainer.planning.memory import Memory, Setting
 from strop.trainer.planning.shape import Shape
+from strop.trainer.sharding import deepspeed_fault
 
 PROMPT = 200  # tokens of a prompt: assumed
 OF_LIMIT = 0.5  # of max_new_tokens that a completion takes: assumed
@@ -21,6 +22,7 @@ ROW_BYTES, TOKEN_BYTES = 200, 10  # on disk, of a completion and of each of its 
 VLLM_SHARE, VLLM_CACHE = 0.85, 2 * GB  # of a device; and the least that its cache needs
 LORA = 16  # rank that is proposed
 LEAST_TOKENS = 512  # of a microbatch, that is proposed
+OFFLOADS = ((2, False), (3, False), (3, True))  # of DeepSpeed: ZeRO's stage, and whether weights are on the host, too
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,40 @@ def engine_of(recipe: Recipe) -> dict:
             "sequence": getattr(section, "sequence_parallel", 1)}
 
 
-def settled(shape: Shape, setting: Setting, on: Hardware) -> Setting:
-    """The setting with engine "auto" resolved: local on one rank, where it fits and where fsdp cannot train so, else
-    fsdp."""
+def ways(setting: Setting, there: Sequence[str], section: Train | None = None) -> list[Setting]:
+    """What engine "auto" chooses from, the cheapest first: local, fsdp; these in the smallest microbatches, since one
+    that does not fit is halved; on a GPU state on the host, by DeepSpeed, which sends less for a microbatch, then by
+    fsdp, which takes least. there: the engines that a recipe can ask for. section: leaves out engines that cannot train
+    it."""
+    def can(engine: str) -> bool:
+        return engine in there and shards(setting, engine) and (section is None or not section.unfit(engine, "auto"))
+
+    def smallest(found: list[Setting]) -> list[Setting]:
+        return [replace(s, max_tokens=min(s.max_tokens, LEAST_TOKENS), several=True) for s in found]
+
+    plain, away = [replace(setting, engine="local")], []
+    if setting.ranks > 1 and can("fsdp"):
+        plain.append(replace(setting, engine="fsdp"))
+    if setting.device != "cpu" and setting.sequence == 1 and can("deepspeed"):
+        away += [replace(setting, engine="deepspeed", zero=zero, offload="cpu", offload_weights=weights)
+                 for zero, weights in OFFLOADS]
+    if setting.device != "cpu" and can("fsdp"):
+        away.append(replace(setting, engine="fsdp", offload="cpu"))
+    return [*plain, *smallest(plain), *away, *smallest(away)]
+
+
+def first_fit(shape: Shape, found: Sequence[Setting], on: Hardware) -> int:
+    """The index of the first setting that fits; of the last one if none does."""
+    return next((i for i, s in enumerate(found) if fits_on(memory.training(shape, s), on)), len(found) - 1)
+
+
+def settled(shape: Shape, setting: Setting, on: Hardware, section: Train | None = None) -> Setting:
+    """The setting with engine "auto" resolved, for `section`, as a run on this hardware does."""
     if setting.engine != "auto":
         return setting
-    local = replace(setting, engine="local")
-    is_local = on.ranks == 1 or not shards(setting, "fsdp") or fits_on(memory.training(shape, local), on)
-    return local if is_local else replace(setting, engine="fsdp")
+    found = ways(setting, engines(), section)
+    chosen = found[first_fit(shape, found, on)]
+    return replace(chosen, max_tokens=setting.max_tokens, several=setting.several)
 
 
 def shards(setting: Setting, engine: str) -> bool:
@@ -120,18 +148,18 @@ def shards(setting: Setting, engine: str) -> bool:
 
 
 def engines() -> list[str]:
-    """The training engines that a recipe can ask for."""
-    known = Recipe.model_fields.get("engine")
-    sections = sections_of(known.annotation) if known else []
-    return [e for e in memory.ENGINES if e in [s.model_fields["kind"].default for s in sections if "kind" in
-                                               s.model_fields]] or ["local"]
+    """The training engines that a recipe can ask for on this machine."""
+    return [e for e in memory.ENGINES if e != "deepspeed" or deepspeed_fault() is None]
 
 
-def engine_keys(engine: str, offload: str) -> list[str]:
-    """The keys of the recipe that ask for an engine."""
-    if engine == "deepspeed":
-        return ["engine.kind=deepspeed", "engine.zero_stage=3", *(["engine.offload_optimizer=cpu"] if offload else [])]
-    return [f"engine.kind={engine}", *(["engine.cpu_offload=true"] if offload else [])]
+def engine_keys(setting: Setting) -> list[str]:
+    """The keys of the recipe that ask for the setting's engine."""
+    offload = setting.offload or "none"
+    if setting.engine == "deepspeed":
+        return ["engine.kind=deepspeed", f"engine.zero_stage={setting.zero}",
+                *([f"engine.offload_optimizer={offload}"] if setting.offload else []),
+                *([f"engine.offload_param={offload}"] if setting.offload_weights else [])]
+    return [f"engine.kind={setting.engine}", *(["engine.cpu_offload=true"] if setting.offload else [])]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -168,7 +196,9 @@ def _training(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: i
     setting = setting_of(section, shape, ranks=on.ranks, device=on.device, width=width, lora_rank=recipe.lora.rank,
                          kept=on.kept, checks=checks, new_tokens=recipe.evaluate.max_new_tokens,
                          points=steps > section.checkpoint_steps, **engine_of(recipe))
-    setting = settled(shape, setting, on)
+    if asked.kind == "online" and setting.engine == "auto":
+        setting = replace(setting, engine="local")
+    setting = settled(shape, setting, on, section)
     need = memory.training(shape, setting)
     does_fit, remedy = fits_on(need, on), ()
     if not does_fit:
@@ -228,14 +258,17 @@ def _count(path: str) -> int:
 
 def _reference(recipe: Recipe, asked: Asked, shape: Shape, on: Hardware, width: int) -> Estimate:
     dpo = asked.config["dpo"]
+    asks = engine_of(recipe)
     setting = Setting(ranks=on.ranks, device=on.device, width=width, max_tokens=min(dpo.max_tokens, 2 * shape.context),
-                      kept=on.kept, **engine_of(recipe) | {"offload": ""})
-    setting = settled(shape, setting, on)
+                      kept=on.kept, **asks | {"offload": "", "offload_weights": False, "engine": "local"})
+    sharded = replace(setting, engine="fsdp")
+    if asks["engine"] == "fsdp" or (asks["engine"] != "local" and on.ranks > 1
+                                    and not fits_on(memory.scoring(shape, setting), on)):
+        setting = sharded
     need = memory.scoring(shape, setting)
     does_fit, remedy = fits_on(need, on), ()
-    if not does_fit:
-        remedy = next((tuple(engine_keys(engine, "")) for engine in engines() if engine != "local" and fits_on(
-            memory.scoring(shape, replace(setting, engine=engine)), on)), ())
+    if not does_fit and fits_on(memory.scoring(shape, sharded), on):
+        remedy = tuple(engine_keys(sharded))
     rows, completions, lengths = _rows(recipe, replace(asked, config={"dpo": recipe.dpo}))
     seconds, why = None, _no_rate(on)
     if not why:
@@ -268,27 +301,31 @@ def candidates(asked: Setting, least_tokens: int, there: Sequence[str]) -> Itera
     while asked.ranks % (2 * shared[-1]) == 0:
         shared.append(2 * shared[-1])
     aways = dict.fromkeys((asked.offload_activations, asked.offload_activations or asked.device != "cpu"))
-    for rank in dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)):
-        for offload in dict.fromkeys((asked.offload, asked.offload or "cpu")):
-            sharded = [e for e in there if e != "local"]
-            names = sharded if offload else (asked.engine, *(sharded if asked.ranks > 1 else ()))
-            for sequence, away, tokens in product(shared, aways, sizes):
-                for checkpointing, engine in product(dict.fromkeys((asked.checkpointing or away, True)),
-                                                     dict.fromkeys(names)):
-                    form = asked if engine == "local" or shards(asked, engine) else replace(
-                        asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
-                    same = (engine, offload) == (asked.engine, asked.offload)
-                    if sequence == 1 or engine != "deepspeed":
-                        yield replace(form, engine=engine, offload=offload, lora_rank=rank, max_tokens=tokens,
-                                      zero=asked.zero if same else 3, sequence=sequence, checkpointing=checkpointing,
-                                      several=asked.several or tokens < asked.max_tokens, offload_activations=away)
+    own = asked.engine, asked.zero, asked.offload, asked.offload_weights
+    plain = [(engine, 3, "", False) for engine in there if engine != "local"]
+    away = [("deepspeed", zero, "cpu", weights) for zero, weights in OFFLOADS if "deepspeed" in there]
+    away += [("fsdp", 3, "cpu", False)] if "fsdp" in there else []
+    if asked.device == "cpu":  # offload saves nothing, parts of one rank some
+        away = plain
+    tiers = [[own, *away]] if asked.offload else [[own, *(plain if asked.ranks > 1 else ())], away]
+    for rank, places in product(dict.fromkeys((asked.lora_rank, asked.lora_rank or LORA)), tiers):
+        for sequence, hosted, tokens in product(shared, aways, sizes):
+            for checkpointing, place in product(dict.fromkeys((asked.checkpointing or hosted, True)),
+                                                dict.fromkeys(places)):
+                engine, zero, offload, weights = place
+                form = asked if engine == "local" or shards(asked, engine) else replace(
+                    asked, split=False, muon=False, moments=asked.moments if engine == "fsdp" else "float32")
+                if sequence == 1 or engine != "deepspeed":
+                    yield replace(form, engine=engine, zero=zero, offload=offload, offload_weights=weights,
+                                  lora_rank=rank, max_tokens=tokens, sequence=sequence, checkpointing=checkpointing,
+                                  several=asked.several or tokens < asked.max_tokens, offload_activations=hosted)
 
 
 def changes(asked: Setting, other: Setting, key: str) -> tuple[str, ...]:
     """The keys of the recipe that make `asked` the other setting."""
     found = []
-    if (asked.engine, asked.offload) != (other.engine, other.offload):
-        found += engine_keys(other.engine, other.offload)
+    if engine_keys(asked) != engine_keys(other):
+        found += engine_keys(other)
     for name, before, after in (("masters", asked.split, other.split), ("optimizer", asked.muon, other.muon),
                                 ("moments", asked.moments, other.moments)):
         if before != after:

@@ -125,7 +125,8 @@ def states(shape: Shape, s: Setting) -> tuple[dict[str, int], dict[str, int]]:
     elif s.engine == "deepspeed" and s.zero == 3:
         device["weights"] = -(-s.width * (trained + frozen) // s.ranks)
     names = ("masters", "moments", "gradient sums", "averages") if s.offload else ()
-    away = {name: device.pop(name) for name in (*names, *(("weights",) if s.offload_weights else ()))}
+    frozen_away = s.engine == "fsdp" and s.offload  # FSDP moves all that it shards
+    away = {name: device.pop(name) for name in (*names, *(("weights",) if s.offload_weights or frozen_away else ()))}
     return device, away
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from strop.kernels.layers import available
 from strop.trainer.errors import UserError
-from strop.trainer.run import nodes
+from strop.trainer.run import nodes, restart
 
 WAIT = timedelta(days=7)  # ranks wait at a barrier for as long as a stage that only rank 0 runs takes
 _groups: dict[tuple, dist.ProcessGroup] = {}  # made by World.group
@@ -170,7 +170,11 @@ def join(device: str, threads: int) -> World:
     else:
         keep_freed_memory()
     if size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=WAIT)
+        backend, how = "nccl" if use_cuda else "gloo", {}
+        if restart.count():
+            store, *_ = next(dist.rendezvous("env://", timeout=WAIT))
+            how = {"store": dist.PrefixStore(restart.name(), store), "rank": rank, "world_size": size}
+        dist.init_process_group(backend, timeout=WAIT, **how)
         nodes.watch(rank)
         if rank:
             delay_tracebacks()

@@ -4,10 +4,8 @@ Each rank keeps the fp32 masters and moments of its part of every parameter: wit
 parameters laid end to end meets the parameter, with stage 3 an equal part of it.
 """
 
-import importlib.metadata
 import logging
 import os
-import re
 import weakref
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,17 +15,19 @@ import torch.distributed as dist
 
 from strop.kernels import optimizer
 from strop.trainer.config import Lora, Part, Train
-from strop.trainer.errors import UserError
 from strop.trainer.models.loading import ModelFolder
 from strop.trainer.run.store import Stage
 from strop.trainer.run.world import WAIT
 from strop.trainer.sharding import DeepSpeed
 from strop.trainer.training.engine import Training
 from strop.trainer.training.policy import Policy, export, layers_of, merged_weights
+from strop.trainer.training.waits import Waits
 
-LEAST = (0, 19, 8)  # the version
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 500_000_000  # gradients that are sent together, at most
+# methods in which a rank waits for others
+EXCHANGES = ("wait", "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "broadcast",
+             "all_gather_into_tensor", "all_gather_coalesced", "all_reduce_coalesced")
 WHOLE = 100_000  # elements up to which stage 3 leaves a weight whole on every rank
 
 
@@ -54,6 +54,25 @@ class AdamW(torch.optim.AdamW):
                 state["step"].fill_(self.number - 1)  # PyTorch counts up itself
         if not in_one_pass:
             super().step()
+
+
+class Timed:
+    """DeepSpeed's communication backend, or a collective under way, with waits for other ranks counted."""
+
+    def __init__(self, backend, waits: Waits):
+        self.backend, self.waits = backend, waits
+
+    def __getattr__(self, name: str):
+        found = getattr(self.backend, name)
+        if name not in EXCHANGES:
+            return found
+
+        def timed(*args, **kwargs):
+            with self.waits:
+                work = found(*args, **kwargs)
+            return Timed(work, self.waits) if hasattr(work, "wait") else work
+
+        return timed
 
 
 class Engine(Training):
@@ -89,6 +108,8 @@ class Engine(Training):
             model=policy, optimizer=self.adamw, model_parameters=self.params, config=settings,
             dist_init_required=False)
         self._wait(WAIT)
+        comm = self.deepspeed.comm.comm
+        comm.cdb = Timed(comm.cdb.backend if isinstance(comm.cdb, Timed) else comm.cdb, self.waits)
         weakref.finalize(self, release, self.engine, list(self.model.parameters())).atexit = False
         self._begin_averages()
 
@@ -121,8 +142,7 @@ class Engine(Training):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.adamw.number = number
-        with self.waits:
-            self.engine.step()
+        self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return norm.float() if torch.is_tensor(norm) else torch.tensor(float(norm))
 
@@ -238,13 +258,3 @@ def settings_of(options: DeepSpeed, section: Train, dtype: torch.dtype, count: i
             "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": False},
             "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32", "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
-
-
-def check_deepspeed() -> None:
-    """Raises UserError if DeepSpeed is missing or too old: an older one ignores settings that we rely on."""
-    try:
-        found = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("engine.kind=deepspeed: DeepSpeed is not installed: pip install 'strop[deepspeed]'") from None
-    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < LEAST:
-        raise UserError(f"engine.kind=deepspeed: DeepSpeed {found} is too old: pip install 'strop[deepspeed]'")

@@ -7,7 +7,7 @@ gradients and optimizer are, and in how ranks exchange them.
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -82,14 +82,15 @@ class Training:
         rank. reward: train a sequence classifier with one output, not a causal LM. options: the section engine.
         on_host: load the weights into the host's memory."""
         self.options, self.timeout = options, options.timeout
-        self.mesh = mesh_of(stage.world, options)
+        self.waits = Waits(stage.world.device)  # for other ranks
+        self.waits.is_on = False  # but in steps
+        self.mesh = mesh_of(stage.world, options, self.waits)
         self.section, self.world, self.steps, self.folder = section, stage.world, steps, folder
         self.lora, self.seed, self.dtype = lora, seed, DTYPES[compute.dtype]
         self.tokenizer_files = folder.path  # the folder whose tokenizer is saved with the weights
         self.model = load_policy(folder, section, stage.world.device, compute=compute, lora=lora, seed=seed,
                                  reward=reward, on_host=on_host)
         self.sizes = sizes_of(self.model)  # for FLOPs
-        self.waits = Waits(stage.world.device)  # for other ranks, inside steps
         self.hosts = stage.world.group(self.timeout, "gloo") if self.together else None
         self.checkpoints = Checkpoints(self.world, self.world.group(WAIT.total_seconds(), "gloo", "checkpoints")
                                        if self.together else None)
@@ -143,10 +144,16 @@ class Training:
         """fp32 log-probs [targets] of `groups.target`; with `stats` also a dict of fp32 [targets] tensors."""
         return self.run(self.scorer, groups, stats)
 
-    def within(self, what: str) -> AbstractContextManager:
-        """Around a step: a rank that waits for others longer than engine.timeout raises UserError, which says `what` it
-        was doing."""
-        return self.world.within(self.timeout, what)
+    @contextmanager
+    def within(self, what: str):
+        """Around a step, in which waits are counted: a rank that waits for others longer than engine.timeout raises
+        UserError, which says `what` it was doing."""
+        self.waits.is_on = True
+        try:
+            with self.world.within(self.timeout, what):
+                yield
+        finally:
+            self.waits.is_on = False
 
     @functools.cached_property
     def nothing(self) -> PackedGroups:

@@ -9,22 +9,27 @@ from torch import nn
 from strop.trainer.config import Lora, Part, Train
 from strop.trainer.errors import UserError
 from strop.trainer.models.loading import DTYPES, ModelFolder, read_tensors
+from strop.trainer.planning import estimates
+from strop.trainer.planning.memory import Setting
+from strop.trainer.planning.shape import read_shape
 from strop.trainer.run.store import Stage
 from strop.trainer.run.world import World
-from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local, Trainer
+from strop.trainer.sharding import Auto, DeepSpeed, Fsdp, Local, Trainer, deepspeed_fault
 from strop.trainer.training import deepspeed, fsdp, local
-from strop.trainer.training.deepspeed import check_deepspeed
 from strop.trainer.training.engine import Training
+from strop.trainer.training.machine import ranks_here
 
-SHARE = 0.8  # of the free memory that weights and their training state may take; the rest is for activations
+SHARE = 0.8  # of the free memory that weights and their training state may take where no formula knows the model
 
 
 def open_engine(folder: ModelFolder, section: Train, stage: Stage, steps: int, *, compute: Part, lora: Lora, seed: int,
                 reward: bool = False) -> Training:
     """The engine that compute.engine names, with the model of `folder`; see Training for the arguments."""
-    options = settle(compute.engine, folder.path, section, lora, DTYPES[compute.dtype], stage.world)
+    options = settle(compute.engine, folder.path, section, lora, DTYPES[compute.dtype], stage.world, steps)
     if isinstance(compute.engine, Auto) and not isinstance(options, Local):
-        stage.console.line(f"{stage.name}: engine {options.kind}, because the model does not fit on one rank")
+        keys = options.model_dump(exclude_defaults=True, exclude={"timeout"})
+        said = " ".join(f"engine.{key}={value}" for key, value in ({"kind": options.kind} | keys).items())
+        stage.console.line(f"{stage.name}: {said}, because a rank has no room for all of its training")
     if why := section.unfit(options.kind, str(DTYPES[compute.dtype]).removeprefix("torch.")):
         raise UserError(f"{stage.name}: {why}")
     engine = {"local": local, "fsdp": fsdp, "deepspeed": deepspeed}[options.kind].Engine
@@ -37,7 +42,7 @@ def open_frozen(folder: ModelFolder, stage: Stage, *, compute: Part) -> tuple[nn
     world, dtype = stage.world, DTYPES[compute.dtype]
     options = compute.engine
     fits = world.size == 1 or isinstance(options, Local) or (
-        not isinstance(options, Fsdp) and count_of(folder.path) * dtype.itemsize <= SHARE * free_memory(world))
+        not isinstance(options, Fsdp) and count_of(folder.path) * dtype.itemsize <= SHARE * room(world))
     if all(world.gather(fits)):
         return (folder.load(dtype, world.device, backend=compute.attention),
                 lambda function, *arguments: function(*arguments), False)
@@ -51,19 +56,36 @@ def check_engine(options: Trainer, online: bool) -> None:
     if online and not isinstance(options, Auto | Local):
         raise UserError(f"engine.kind={options.kind}: online training samples from whole weights on every rank; set "
                         "engine.kind=local")
-    if isinstance(options, DeepSpeed):
-        check_deepspeed()
+    if isinstance(options, DeepSpeed) and (fault := deepspeed_fault()):
+        raise UserError(f"engine.kind=deepspeed: {fault}: pip install 'strop[deepspeed]'")
 
 
-def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torch.dtype, world: World) -> Trainer:
-    """`options` with kind=auto resolved, the same on every rank: local for one rank, where it fits and for what fsdp
-    cannot train, else fsdp."""
+def settle(options: Trainer, path: Path, section: Train, lora: Lora, dtype: torch.dtype, world: World,
+           steps: int = 0) -> Trainer:
+    """`options` with kind=auto resolved, the same on every rank: the first of estimates.ways that fits on all of
+    them. steps: of the stage."""
     if not isinstance(options, Auto):
         return options
-    is_local = world.size == 1 or section.unfit("fsdp", "auto") is not None or (
-        bytes_needed(path, section, lora, dtype) <= SHARE * free_memory(world))
-    kind = Local if all(world.gather(is_local)) else Fsdp
-    return kind(timeout=options.timeout, sequence_parallel=options.sequence_parallel)
+    try:
+        shape = read_shape(path)
+    except UserError:  # a kind of model without a formula
+        is_local = world.size == 1 or section.unfit("fsdp", "auto") is not None or (
+            bytes_needed(path, section, lora, dtype) <= SHARE * room(world))
+        setting = Setting(engine="local" if all(world.gather(is_local)) else "fsdp")
+    else:
+        on = ranks_here(world)
+        checks = getattr(section, "eval_prompts", 0) if 0 < getattr(section, "eval_steps", 0) <= steps else 0
+        setting = estimates.setting_of(
+            section, shape, ranks=world.size, device=on.device, width=dtype.itemsize, lora_rank=lora.rank,
+            sequence=options.sequence_parallel, checks=checks, points=steps > section.checkpoint_steps)
+        there = min(world.gather(estimates.engines()), key=len)  # on every machine
+        found = estimates.ways(setting, there, section)
+        setting = found[max(world.gather(estimates.first_fit(shape, found, on)))]
+    if setting.engine == "deepspeed":
+        return DeepSpeed(timeout=options.timeout, zero_stage=setting.zero, offload_optimizer=setting.offload,
+                         offload_param=setting.offload if setting.offload_weights else "none")
+    both = {"timeout": options.timeout, "sequence_parallel": options.sequence_parallel}
+    return Local(**both) if setting.engine == "local" else Fsdp(**both, cpu_offload=bool(setting.offload))
 
 
 def bytes_needed(path: Path, section: Train, lora: Lora, dtype: torch.dtype) -> int:
@@ -83,10 +105,7 @@ def count_of(path: Path) -> int:
     return sum(tensor.numel() for _, tensor in read_tensors(path).values())
 
 
-def free_memory(world: World) -> int:
-    """Bytes that are free for this rank: of its GPU, or its share of the host's memory."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0]
-    text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
-    found = [int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("MemAvailable:")]
-    return found[0] // world.size if found else 1 << 62
+def room(world: World) -> int:
+    """Bytes that this rank may fill: of its GPU, or its share of the host's memory."""
+    on = ranks_here(world)
+    return on.memory // (on.per_node if on.device == "cpu" else 1)

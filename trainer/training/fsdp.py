@@ -23,6 +23,10 @@ from strop.trainer.sharding import Fsdp
 from strop.trainer.training.engine import Training
 from strop.trainer.training.masters import Masters
 from strop.trainer.training.policy import Policy, base_of, export, layers_of
+from strop.trainer.training.waits import Waits
+
+# methods of FSDP's groups of parameters in which a rank waits for others: on a CPU, and on a GPU its stream
+EXCHANGES = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
 
 
 class Engine(Training):
@@ -37,6 +41,7 @@ class Engine(Training):
         self.group = self.world.group(self.timeout)
         self.policy = sharded(self.model, self.world, self.dtype, self.options)
         self.parts = [*layers_of(self.base), self.policy]
+        time_waits(self.parts, self.waits)
         self.run(lambda: None)  # FSDP allocates its buffers when it first runs; the optimizer takes those
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.names, self.params = [n for n, _ in trained], [p for _, p in trained]
@@ -101,6 +106,15 @@ class Engine(Training):
         part.unshard()
         yield
         part.reshard()
+
+
+def time_waits(parts: list[nn.Module], waits: Waits) -> None:
+    """Counts as waits what FSDP does with other ranks, with the copies to and from the buffers that are sent."""
+    for part in parts:
+        state = part._get_fsdp_state()
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            for name in EXCHANGES:
+                setattr(group, name, waits.around(getattr(group, name)))
 
 
 def is_whole(tensor: torch.Tensor) -> bool:

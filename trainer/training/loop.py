@@ -11,7 +11,7 @@ import torch
 
 from strop.kernels import PackedGroups
 from strop.trainer.errors import UserError, is_out_of_memory
-from strop.trainer.run import stopping
+from strop.trainer.run import restart, stopping
 from strop.trainer.run.store import Stage
 from strop.trainer.run.tables import write_table
 from strop.trainer.training.batch import Example, Packing, collate, microbatches
@@ -74,7 +74,7 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
         return row
 
     started = time.perf_counter()
-    with engine.checkpoints, closing(ahead), stage.console.progress(
+    with restart.watched(world), engine.checkpoints, closing(ahead), stage.console.progress(
             stage.name, total=len(plan), unit="steps", done=engine.step_index) as bar:
         while engine.step_index < len(plan) and not (guard and guard.stopped):
             rows = plan[engine.step_index]
@@ -83,9 +83,9 @@ def train(stage: Stage, engine: Training, examples: list[Example], plan: list[li
                 while added is None:
                     shares, added = attempt(engine, ahead, step, loss, 1 + len(names))
                     if added is None:  # with a smaller budget
-                        again = engine.discard()
+                        alone = engine.discard()
                         free_cached(world.device)
-                        budget.lower(engine.step_index + 1, [examples[i] for i in step.rows], again)
+                        budget.lower(engine.step_index + 1, [examples[i] for i in step.rows], alone)
                         ahead.restart(batches(engine, examples, plan[engine.step_index:], costs, budget))
                 sums += added[1:]
                 seen.append(torch.stack([added[0], engine.step()]))

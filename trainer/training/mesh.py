@@ -1,6 +1,7 @@
 """How the ranks of a training divide it: data x sequence. The ranks of a sequence group, `engine.sequence_parallel`
 consecutive ones, share every microbatch; the groups have different ones."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +47,15 @@ def size_of(options: Trainer) -> int:
     return getattr(options, "sequence_parallel", 1)
 
 
-def mesh_of(world: World, options: Trainer) -> Mesh:
-    """The mesh of the section engine. Every rank calls it."""
+def mesh_of(world: World, options: Trainer, waits: AbstractContextManager | None = None) -> Mesh:
+    """The mesh of the section engine. waits: around what the ranks of a group wait for each other. Every rank calls
+    it."""
     size = size_of(options)
     if size == 1:
         return Mesh(world, world.rank, world.size)
     mine, across = world.grid(options.timeout, size)
-    return Mesh(world, world.rank // size, world.size // size, Sequence(world.rank % size, size, mine), across)
+    sequence = Sequence(world.rank % size, size, mine, waits or nullcontext())
+    return Mesh(world, world.rank // size, world.size // size, sequence, across)
 
 
 def check_sequence(options: Trainer, folder: ModelFolder, ranks: int | None, sections: dict[str, Train]) -> None:
