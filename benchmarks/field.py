@@ -186,9 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in (HEADER, *lines(case)):
         print(" | ".join(row), flush=True)
     if options.write:
-        path = bench.results_folder(device) / "field.json"
-        kept = json.loads(path.read_text())["cases"] if path.exists() else {}
-        bench.keep_cases(path.name, device, kept | {f"{case['recipe']} {case['model']}": case})
+        bench.keep_cases("field.json", device, {f"{case['recipe']} {case['model']}": case}, add=True)
     return 0
 
 

@@ -216,10 +216,12 @@ def results_folder(device: torch.device, root: Path | None = None) -> Path:
     return (root or RESULTS) / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-def keep_cases(file: str, device: torch.device, cases: dict) -> None:
-    """Write cases with the date and the machine to `file` in the device's results."""
+def keep_cases(file: str, device: torch.device, cases: dict, *, add: bool = False) -> None:
+    """Write cases with the date and the machine to `file` in the device's results. add: keep its other cases."""
     path = results_folder(device) / file
     path.parent.mkdir(parents=True, exist_ok=True)
+    if add and path.exists():
+        cases = json.loads(path.read_text())["cases"] | cases
     result = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "environment": environment(device)}
     path.write_text(json.dumps(result | {"cases": cases}, indent=1) + "\n")
 

@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found.get("failed") or f"{found['tokens_per_second']:8,.0f} tokens/s {found['fraction_of_floor']:5.0%} "
                 f"of the floor {found['peak_bytes'] / 2**30:5.2f} GiB   load {os.getloadavg()[0]:.1f}"), flush=True)
     if options.write:
-        measure.keep_cases("sampling.json", device, kept)
+        measure.keep_cases("sampling.json", device, kept, add=True)
     return 0
 
 

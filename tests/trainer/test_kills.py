@@ -213,7 +213,7 @@ def test_a_reward_model_killed_at_every_point_and_of_two_ranks_is_the_same(launc
     one, two = (runs / name / "round-00/reward" for name in ("whole", "two"))
     assert largest_difference(one / "model", two / "model") < 1e-5
     held = [read_table(folder / "held_out.parquet").to_pylist() for folder in (one, two)]
-    assert len(held[0]) > 10
+    assert len(held[0]) >= 3  # a tenth of the rows
     for a, b in zip(*held, strict=True):
         assert a | {"chosen": 0, "rejected": 0} == b | {"chosen": 0, "rejected": 0}
         assert (a["chosen"], a["rejected"]) == pytest.approx((b["chosen"], b["rejected"]), abs=1e-4)

@@ -25,8 +25,10 @@ from strop.kernels import PackedGroups
 from strop.kernels.integrations.transformers import register
 from strop.trainer.errors import UserError
 from strop.trainer.method_recipes import RewardRecipe
+from strop.trainer.planning.hardware import Hardware
 from strop.trainer.run import stopping
 from strop.trainer.run.world import World
+from strop.trainer.training import engines as opening
 from strop.trainer.training import logged, rewards
 from strop.trainer.training.local import Engine
 from strop.trainer.training.masters import Masters
@@ -196,6 +198,7 @@ def device(request, monkeypatch, tiny_model):
         for p in engines[-1].weights.params:
             p.grad = torch.empty_like(p)
 
+    monkeypatch.setattr(opening, "ranks_here", lambda world: Hardware("a GPU", "cuda", 1, 1, 1 << 36, 1 << 36))
     engines, init = [], Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **keys: engines.append(self) or init(self, *a, **keys))
     if is_fake:
@@ -395,6 +398,8 @@ def test_waits_that_a_gpu_has_not_finished_count_later(monkeypatch):
             return 500.0
 
     monkeypatch.setattr(torch.cuda, "Event", Timed)
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
     waits = Waits(torch.device("cuda"))
     for _ in range(3):
         with waits:

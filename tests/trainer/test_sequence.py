@@ -63,7 +63,7 @@ def on_ranks(size: int, function) -> list:
 
     def run(rank: int):
         try:
-            return function(Thread(rank, size, None, board, barrier))
+            return function(Thread(rank, size, board=board, barrier=barrier))
         except BaseException:
             barrier.abort()
             raise
